@@ -1,0 +1,3 @@
+.PHONY: test
+test: ## all tests
+	cargo test --workspace

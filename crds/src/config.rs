@@ -1,0 +1,316 @@
+//! The worker's configuration: one struct that the operator writes and the worker reads.
+//!
+//! Unknown fields are refused. Secrets never stand in it, only paths of mounted files.
+
+use std::path::PathBuf;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::names::{ModelRef, Token};
+use crate::units::{Bytes, Span};
+
+/// Everything a worker needs to know.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct WorkerConfig {
+    /// Which model to run and where its files are.
+    pub model: ModelConfig,
+    /// How to reach the broker.
+    pub nats: NatsConfig,
+    /// The engine's sizes and numeric types.
+    #[serde(default)]
+    pub engine: EngineConfig,
+    /// The job queue.
+    #[serde(default)]
+    pub queue: QueueConfig,
+    /// The outcomes.
+    #[serde(default)]
+    pub results: ResultsConfig,
+    /// Shutting down.
+    #[serde(default)]
+    pub drain: DrainConfig,
+    /// Metrics and health.
+    #[serde(default)]
+    pub server: ServerConfig,
+}
+
+impl WorkerConfig {
+    /// The address of the model on the wire.
+    pub fn model_ref(&self) -> ModelRef {
+        ModelRef { namespace: self.model.namespace.clone(), name: self.model.name.clone() }
+    }
+}
+
+/// The model and its files.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ModelConfig {
+    /// The namespace of the InferenceModel.
+    #[serde(default = "defaults::namespace")]
+    pub namespace: Token,
+    /// The name of the InferenceModel; part of every subject.
+    pub name: Token,
+    /// `s3://bucket/prefix` or `file:///path` of a folder in Hugging Face layout.
+    pub uri: String,
+    /// `sha256:` and 64 hex digits of the manifest; refused when the files say otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub digest: Option<String>,
+    /// How to reach the object store of `uri`.
+    #[serde(default)]
+    pub store: StoreConfig,
+    /// Folder where pulled weights are kept; several workers may share it.
+    #[serde(default = "defaults::cache_dir")]
+    pub cache_dir: PathBuf,
+    /// Largest total size of the model's files.
+    #[serde(default = "defaults::model_bytes_max")]
+    pub bytes_max: Bytes,
+}
+
+/// An S3-compatible object store. Without `credentialsDir` the usual AWS chain is asked.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct StoreConfig {
+    /// Address of the service; absent means AWS.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub endpoint: Option<String>,
+    /// Region; absent means the AWS chain's, then `us-east-1`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub region: Option<String>,
+    /// Put the bucket into the path instead of the host name.
+    #[serde(default)]
+    pub path_style: bool,
+    /// Folder with the files `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY` and, if any, `AWS_SESSION_TOKEN`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub credentials_dir: Option<PathBuf>,
+}
+
+/// The broker.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct NatsConfig {
+    /// Server addresses, such as `nats://nats.default.svc:4222`.
+    #[schemars(length(min = 1))]
+    pub servers: Vec<String>,
+    /// File with a JWT and nkey seed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub credentials_file: Option<PathBuf>,
+    /// File with the certificate authority of the servers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_file: Option<PathBuf>,
+    /// The monitoring address (`http://host:8222`), if reachable; the fsync policy is read there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub monitor: Option<String>,
+    /// Create the streams and consumers when they are missing. The operator does it otherwise.
+    #[serde(default)]
+    pub provision: bool,
+}
+
+/// Numeric type of weights and activations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Dtype {
+    /// What the checkpoint holds; on a CPU bf16 where the processor multiplies it, else f32.
+    #[default]
+    Auto,
+    /// 32-bit IEEE floats: the reference.
+    F32,
+    /// 16-bit brain floats, accumulated in f32.
+    Bf16,
+}
+
+/// Quantisation of the linear layers at load time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Quantization {
+    /// Weights as `dtype` says.
+    #[default]
+    None,
+    /// 8-bit integer weights with a scale, activations quantised to 8 bits as they come.
+    Int8,
+}
+
+/// The engine's sizes. All memory is taken at start.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+pub struct EngineConfig {
+    /// Numeric type of weights and activations.
+    pub dtype: Dtype,
+    /// Quantisation of the linear layers.
+    pub quantization: Quantization,
+    /// Longest prompt plus output, in tokens; the model's own limit when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_model_len: Option<u32>,
+    /// Most sequences that run at once.
+    #[schemars(range(min = 1, max = 4096))]
+    pub max_sequences: u32,
+    /// Most tokens in one step, prefill and decode together.
+    #[schemars(range(min = 16, max = 65536))]
+    pub max_batch_tokens: u32,
+    /// Share of the free memory that KV blocks may take.
+    pub kv_cache_fraction: f32,
+    /// Size of the KV cache; overrides `kvCacheFraction`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kv_cache_bytes: Option<Bytes>,
+    /// Reuse the KV blocks of equal prompt prefixes.
+    pub prefix_cache: bool,
+    /// Threads of the CPU backend; all cores when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub threads: Option<u32>,
+    /// End the process when a step takes longer than this.
+    pub step_timeout: Span,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self {
+            dtype: Dtype::Auto,
+            quantization: Quantization::None,
+            max_model_len: None,
+            max_sequences: 64,
+            max_batch_tokens: 512,
+            kv_cache_fraction: 0.5,
+            kv_cache_bytes: None,
+            prefix_cache: true,
+            threads: None,
+            step_timeout: Span::seconds(60),
+        }
+    }
+}
+
+/// The job queue, as the streams and consumers are made.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+pub struct QueueConfig {
+    /// Attempts before a job is dead.
+    #[schemars(range(min = 1, max = 100))]
+    pub max_deliver: u32,
+    /// How long a silent worker keeps a job.
+    pub ack_wait: Span,
+    /// Delay before attempt 2, 3, ...; the last one repeats.
+    #[schemars(length(min = 1, max = 16))]
+    pub backoff: Vec<Span>,
+    /// Most jobs in the queue; publishers are refused beyond it.
+    #[schemars(range(min = 1))]
+    pub max_jobs: u64,
+    /// Most bytes in the queue.
+    pub max_bytes: Bytes,
+    /// Copies of each stream.
+    #[schemars(range(min = 1, max = 5))]
+    pub replicas: u32,
+    /// Longest time that one attempt may run.
+    pub attempt_timeout: Span,
+    /// Shares of the classes under contention.
+    pub weights: ClassWeights,
+}
+
+impl Default for QueueConfig {
+    fn default() -> Self {
+        Self {
+            max_deliver: 5,
+            ack_wait: Span::seconds(30),
+            backoff: vec![Span::seconds(1), Span::seconds(5), Span::seconds(30)],
+            max_jobs: 1_000_000,
+            max_bytes: Bytes(10 << 30),
+            replicas: 1,
+            attempt_timeout: Span::seconds(3600),
+            weights: ClassWeights::default(),
+        }
+    }
+}
+
+/// Shares of the classes under contention, in sequences pulled.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct ClassWeights {
+    /// Share of class `high`.
+    #[schemars(range(min = 1, max = 1000))]
+    pub high: u32,
+    /// Share of class `normal`.
+    #[schemars(range(min = 1, max = 1000))]
+    pub normal: u32,
+    /// Share of class `low`.
+    #[schemars(range(min = 1, max = 1000))]
+    pub low: u32,
+}
+
+impl Default for ClassWeights {
+    fn default() -> Self {
+        Self { high: 16, normal: 4, low: 1 }
+    }
+}
+
+/// The outcomes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+pub struct ResultsConfig {
+    /// How long outcomes, cancel markers and dead letters are kept.
+    pub ttl: Span,
+    /// Outcomes larger than this go to `objectStore`, or are refused without one.
+    pub inline_bytes_max: Bytes,
+    /// Where large outcomes go.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub object_store: Option<ObjectStoreConfig>,
+}
+
+impl Default for ResultsConfig {
+    fn default() -> Self {
+        Self { ttl: Span::seconds(86_400), inline_bytes_max: Bytes(768 << 10), object_store: None }
+    }
+}
+
+/// A folder in an object store.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ObjectStoreConfig {
+    /// `s3://bucket/prefix`. Claim checks of jobs must lie under it too.
+    pub uri: String,
+    /// How to reach it.
+    #[serde(default)]
+    pub store: StoreConfig,
+}
+
+/// Shutting down.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+pub struct DrainConfig {
+    /// After SIGTERM, how long running jobs may take to finish; the rest is handed back.
+    pub timeout: Span,
+}
+
+impl Default for DrainConfig {
+    fn default() -> Self {
+        Self { timeout: Span::seconds(120) }
+    }
+}
+
+/// The worker's own HTTP server.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+pub struct ServerConfig {
+    /// Address of `/metrics`, `/healthz` and `/readyz`.
+    pub listen: std::net::SocketAddr,
+}
+
+impl Default for ServerConfig {
+    fn default() -> Self {
+        Self { listen: ([0, 0, 0, 0], 9090).into() }
+    }
+}
+
+mod defaults {
+    use std::path::PathBuf;
+
+    use crate::names::Token;
+    use crate::units::Bytes;
+
+    pub fn namespace() -> Token {
+        "default".parse().expect("a constant that is a token")
+    }
+    pub fn cache_dir() -> PathBuf {
+        PathBuf::from("/var/cache/millrace")
+    }
+    pub fn model_bytes_max() -> Bytes {
+        Bytes(1 << 40)
+    }
+}

@@ -1,0 +1,233 @@
+//! A job's headers and limits. The body is an OpenAI request, or lines of them.
+
+use std::collections::BTreeMap;
+
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+use crate::names::{JobId, NameError};
+
+/// Largest body of a job message; larger inputs come as a claim check.
+pub const JOB_BYTES_MAX: usize = 1 << 20;
+/// Largest input behind a claim check, as OpenAI's batch limit.
+pub const INPUT_BYTES_MAX: u64 = 200 << 20;
+/// Most requests in one `application/jsonl` job, as OpenAI's batch limit.
+pub const REQUESTS_MAX: usize = 50_000;
+/// Content type of a body with one OpenAI batch line per request.
+pub const JSONL: &str = "application/jsonl";
+/// Content type of a body with one request.
+pub const JSON: &str = "application/json";
+
+/// Header names, as they stand on the wire.
+pub mod header {
+    /// The job id.
+    pub const JOB_ID: &str = "Nats-Msg-Id";
+    /// RFC 3339 time after which the job must not start, and is given up while it runs.
+    pub const DEADLINE: &str = "Millrace-Deadline";
+    /// A subject to which a copy of the outcome is published, best effort.
+    pub const REPLY_SUBJECT: &str = "Millrace-Reply-Subject";
+    /// `true` publishes token deltas while the job runs.
+    pub const STREAM: &str = "Millrace-Stream";
+    /// `s3://` address of the body.
+    pub const INPUT: &str = "Millrace-Input";
+    /// `s3://` address where the outcome's body shall go.
+    pub const OUTPUT: &str = "Millrace-Output";
+    /// W3C trace context, passed on to the outcome.
+    pub const TRACEPARENT: &str = "traceparent";
+    /// [`super::JSON`] (the default) or [`super::JSONL`].
+    pub const CONTENT_TYPE: &str = "Content-Type";
+    /// On outcomes, dead letters and tokens: the job's id.
+    pub const RESULT_JOB_ID: &str = "Millrace-Job-Id";
+    /// On outcomes: `completed`, `rejected` or `dead`.
+    pub const OUTCOME: &str = "Millrace-Outcome";
+    /// On outcomes, dead letters and tokens: which attempt wrote it, from 1.
+    pub const ATTEMPT: &str = "Millrace-Attempt";
+    /// On outcomes and dead letters: which worker wrote it.
+    pub const WORKER: &str = "Millrace-Worker";
+    /// On outcomes: digest of the manifest of the model's files.
+    pub const MODEL_DIGEST: &str = "Millrace-Model-Digest";
+    /// On dead letters: why the job was given up.
+    pub const REASON: &str = "Millrace-Reason";
+    /// On dead letters: the class the job was published with.
+    pub const CLASS: &str = "Millrace-Class";
+}
+
+/// What a job's headers say, checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JobHeaders {
+    /// The job's id, from the header or from the stream sequence.
+    pub id: JobId,
+    /// When it must be done.
+    pub deadline: Option<OffsetDateTime>,
+    /// Where a copy of the outcome goes.
+    pub reply_subject: Option<String>,
+    /// Whether token deltas are wanted.
+    pub stream: bool,
+    /// Where the body is, when it is not in the message.
+    pub input: Option<String>,
+    /// Where the outcome's body shall go.
+    pub output: Option<String>,
+    /// W3C trace context.
+    pub traceparent: Option<String>,
+    /// Whether the body holds many requests, one a line.
+    pub jsonl: bool,
+}
+
+/// Why a job's headers were refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum HeaderError {
+    /// The job id is no id.
+    #[error("header Nats-Msg-Id: {0}")]
+    Id(#[from] NameError),
+    /// A header's value is not what it must be.
+    #[error("header {name}: {value:?} is not {expected}")]
+    Value {
+        /// The header.
+        name: &'static str,
+        /// The refused value, cut to 80 characters.
+        value: String,
+        /// What it must be.
+        expected: &'static str,
+    },
+}
+
+impl JobHeaders {
+    /// Reads the headers of the message at `stream_sequence`; names are compared without case.
+    ///
+    /// # Errors
+    /// When a value is malformed; the error names header and value.
+    pub fn parse<'a>(
+        headers: impl IntoIterator<Item = (&'a str, &'a str)>,
+        stream_sequence: u64,
+    ) -> Result<Self, HeaderError> {
+        let map: BTreeMap<String, &str> =
+            headers.into_iter().map(|(name, value)| (name.to_ascii_lowercase(), value)).collect();
+        let get = |name: &str| map.get(&name.to_ascii_lowercase()).copied();
+        let refuse = |name: &'static str, value: &str, expected: &'static str| HeaderError::Value {
+            name,
+            value: value.chars().take(80).collect(),
+            expected,
+        };
+        let uri = |name: &'static str| match get(name) {
+            Some(value) if value.starts_with("s3://") && value.len() <= 1024 => Ok(Some(value.to_owned())),
+            Some(value) => Err(refuse(name, value, "an s3:// address of at most 1024 bytes")),
+            None => Ok(None),
+        };
+        let deadline = match get(header::DEADLINE) {
+            Some(value) => Some(
+                OffsetDateTime::parse(value, &Rfc3339)
+                    .map_err(|_| refuse(header::DEADLINE, value, "an RFC 3339 time"))?,
+            ),
+            None => None,
+        };
+        let stream = match get(header::STREAM) {
+            None | Some("false") => false,
+            Some("true") => true,
+            Some(value) => return Err(refuse(header::STREAM, value, "true or false")),
+        };
+        let jsonl = match get(header::CONTENT_TYPE).map(|v| v.split(';').next().unwrap_or(v).trim()) {
+            None | Some(JSON) => false,
+            Some(JSONL | "application/x-ndjson") => true,
+            Some(value) => {
+                return Err(refuse(header::CONTENT_TYPE, value, "application/json or application/jsonl"));
+            }
+        };
+        let reply_subject = match get(header::REPLY_SUBJECT) {
+            Some(value) if is_publishable(value) => Some(value.to_owned()),
+            Some(value) => {
+                return Err(refuse(
+                    header::REPLY_SUBJECT,
+                    value,
+                    "a subject outside of $SYS, $JS and millrace",
+                ));
+            }
+            None => None,
+        };
+        let id = match get(header::JOB_ID) {
+            Some(value) => value.parse::<JobId>()?,
+            None => JobId::from_stream_sequence(stream_sequence),
+        };
+        Ok(Self {
+            id,
+            deadline,
+            reply_subject,
+            stream,
+            input: uri(header::INPUT)?,
+            output: uri(header::OUTPUT)?,
+            traceparent: get(header::TRACEPARENT).filter(|v| is_traceparent(v)).map(str::to_owned),
+            jsonl,
+        })
+    }
+}
+
+/// A job's reply subject may not reach into the broker's or our own subjects.
+fn is_publishable(subject: &str) -> bool {
+    let reserved = ["$", "millrace."].iter().any(|prefix| subject.starts_with(prefix));
+    let tokens_ok = subject
+        .split('.')
+        .all(|t| !t.is_empty() && t.bytes().all(|b| b.is_ascii_graphic() && b != b'*' && b != b'>'));
+    !reserved && tokens_ok && subject.len() <= 256
+}
+
+/// `version-traceid-parentid-flags`, as in W3C Trace Context. A malformed one is dropped, not refused.
+fn is_traceparent(value: &str) -> bool {
+    let parts: Vec<&str> = value.split('-').collect();
+    let lengths: Vec<usize> = parts.iter().map(|p| p.len()).collect();
+    lengths == [2, 32, 16, 2] && parts.iter().all(|p| p.bytes().all(|b| b.is_ascii_hexdigit()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(headers: &[(&str, &str)]) -> Result<JobHeaders, HeaderError> {
+        JobHeaders::parse(headers.iter().copied(), 7)
+    }
+
+    #[test]
+    fn a_bare_message_is_a_job() {
+        let job = parse(&[]).unwrap();
+        assert_eq!(job.id.as_str(), "seq-7");
+        assert!(!job.stream && !job.jsonl && job.deadline.is_none());
+    }
+
+    #[test]
+    fn all_headers() {
+        let job = parse(&[
+            ("nats-msg-id", "job-1"),
+            ("Millrace-Deadline", "2026-11-23T10:00:00Z"),
+            ("Millrace-Reply-Subject", "replies.a"),
+            ("Millrace-Stream", "true"),
+            ("Millrace-Input", "s3://b/in"),
+            ("Millrace-Output", "s3://b/out"),
+            ("Content-Type", "application/jsonl; charset=utf-8"),
+            ("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),
+        ])
+        .unwrap();
+        assert_eq!(job.id.as_str(), "job-1");
+        assert!(job.stream && job.jsonl && job.traceparent.is_some());
+        assert_eq!(job.deadline.unwrap().unix_timestamp(), 1_795_428_000);
+    }
+
+    #[test]
+    fn refusals_name_header_and_value() {
+        let cases = [
+            ("Nats-Msg-Id", "a.b"),
+            ("Nats-Msg-Id", ""),
+            ("Millrace-Deadline", "tomorrow"),
+            ("Millrace-Stream", "yes"),
+            ("Millrace-Input", "http://x"),
+            ("Millrace-Output", "/etc/passwd"),
+            ("Millrace-Reply-Subject", "$JS.API.STREAM.DELETE.X"),
+            ("Millrace-Reply-Subject", "millrace.jobs.a.b.high"),
+            ("Millrace-Reply-Subject", "a.>"),
+            ("Content-Type", "text/html"),
+        ];
+        for (name, value) in cases {
+            let error = parse(&[(name, value)]).unwrap_err().to_string();
+            assert!(error.contains(name), "{name}={value}: {error}");
+            assert!(error.contains(value), "{name}={value}: {error}");
+        }
+        assert_eq!(parse(&[("traceparent", "junk")]).unwrap().traceparent, None);
+    }
+}

@@ -1,0 +1,14 @@
+//! The contracts of Millrace, shared by operator, worker, gateway and tests.
+//!
+//! Here are the names on the wire ([`names`]), the streams and consumers behind them ([`streams`]),
+//! a job's headers ([`job`]), its one outcome ([`result`]),
+//! the worker's load report ([`load`]) and the worker's configuration ([`config`]).
+//! Nothing in this crate does input or output.
+
+pub mod config;
+pub mod job;
+pub mod load;
+pub mod names;
+pub mod result;
+pub mod streams;
+pub mod units;

@@ -1,0 +1,332 @@
+//! Names on the wire: one validated token type, and every subject, stream and consumer name made from it.
+//!
+//! Subjects have fixed arity, so a name that could hold a dot, a space or a wildcard must never reach them:
+//! the types here can only be made from checked text.
+
+use std::fmt;
+use std::str::FromStr;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// Longest namespace or model name, in bytes. Kubernetes allows 63 for a namespace.
+pub const TOKEN_BYTES_MAX: usize = 63;
+/// Longest job id, in bytes.
+pub const JOB_ID_BYTES_MAX: usize = 128;
+
+/// Why a name was refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NameError {
+    /// The text is empty or longer than the limit.
+    #[error("{what} {value:?} has {length} bytes; 1 to {limit} are allowed")]
+    Length {
+        /// What kind of name it is.
+        what: &'static str,
+        /// The refused text, cut to 80 characters.
+        value: String,
+        /// Its length in bytes.
+        length: usize,
+        /// The longest length allowed.
+        limit: usize,
+    },
+    /// A character is not allowed where it stands.
+    #[error("{what} {value:?} must match {pattern}")]
+    Pattern {
+        /// What kind of name it is.
+        what: &'static str,
+        /// The refused text, cut to 80 characters.
+        value: String,
+        /// The pattern that it must match.
+        pattern: &'static str,
+    },
+}
+
+fn check(
+    what: &'static str,
+    value: &str,
+    limit: usize,
+    pattern: &'static str,
+    inner: fn(u8) -> bool,
+    edge: fn(u8) -> bool,
+) -> Result<(), NameError> {
+    let shown = || value.chars().take(80).collect::<String>();
+    let bytes = value.as_bytes();
+    if bytes.is_empty() || bytes.len() > limit {
+        return Err(NameError::Length { what, value: shown(), length: bytes.len(), limit });
+    }
+    let edges = edge(bytes[0]) && edge(bytes[bytes.len() - 1]);
+    if !edges || !bytes.iter().all(|&b| inner(b)) {
+        return Err(NameError::Pattern { what, value: shown(), pattern });
+    }
+    Ok(())
+}
+
+/// One subject token: `[a-z0-9]([-a-z0-9]*[a-z0-9])?`, at most [`TOKEN_BYTES_MAX`] bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[serde(try_from = "String", into = "String")]
+pub struct Token(#[schemars(length(max = 63), regex(pattern = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"))] String);
+
+impl FromStr for Token {
+    type Err = NameError;
+    fn from_str(value: &str) -> Result<Self, NameError> {
+        let edge = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
+        let inner = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+        check("name", value, TOKEN_BYTES_MAX, "[a-z0-9]([-a-z0-9]*[a-z0-9])?", inner, edge)?;
+        Ok(Self(value.to_owned()))
+    }
+}
+
+/// A job id: `[A-Za-z0-9]([-_A-Za-z0-9]*[A-Za-z0-9])?`, at most [`JOB_ID_BYTES_MAX`] bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[serde(try_from = "String", into = "String")]
+pub struct JobId(
+    #[schemars(length(max = 128), regex(pattern = r"^[A-Za-z0-9]([-_A-Za-z0-9]*[A-Za-z0-9])?$"))] String,
+);
+
+impl JobId {
+    /// The id of a job that came without one: derived from its place in the JOBS stream, so that
+    /// every delivery of the same message has the same id.
+    pub fn from_stream_sequence(sequence: u64) -> Self {
+        Self(format!("seq-{sequence}"))
+    }
+}
+
+impl FromStr for JobId {
+    type Err = NameError;
+    fn from_str(value: &str) -> Result<Self, NameError> {
+        let edge = |b: u8| b.is_ascii_alphanumeric();
+        let inner = |b: u8| b.is_ascii_alphanumeric() || b == b'-' || b == b'_';
+        check("job id", value, JOB_ID_BYTES_MAX, "[A-Za-z0-9]([-_A-Za-z0-9]*[A-Za-z0-9])?", inner, edge)?;
+        Ok(Self(value.to_owned()))
+    }
+}
+
+macro_rules! text {
+    ($($name:ident),*) => {$(
+        impl $name {
+            /// The checked text.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+        impl TryFrom<String> for $name {
+            type Error = NameError;
+            fn try_from(value: String) -> Result<Self, NameError> {
+                value.parse()
+            }
+        }
+        impl From<$name> for String {
+            fn from(value: $name) -> String {
+                value.0
+            }
+        }
+    )*};
+}
+text!(Token, JobId);
+
+/// A job's class of service. Workers serve the classes by weight; none starves.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize, JsonSchema,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Class {
+    /// Served first by weight.
+    High,
+    /// The default.
+    #[default]
+    Normal,
+    /// Served with what the others leave, and at least its weight.
+    Low,
+}
+
+impl Class {
+    /// All classes, most urgent first.
+    pub const ALL: [Class; 3] = [Class::High, Class::Normal, Class::Low];
+
+    /// The subject token.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Class::High => "high",
+            Class::Normal => "normal",
+            Class::Low => "low",
+        }
+    }
+}
+
+impl fmt::Display for Class {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for Class {
+    type Err = NameError;
+    fn from_str(value: &str) -> Result<Self, NameError> {
+        Class::ALL.into_iter().find(|class| class.as_str() == value).ok_or_else(|| NameError::Pattern {
+            what: "class",
+            value: value.chars().take(80).collect(),
+            pattern: "high|normal|low",
+        })
+    }
+}
+
+/// One model's address: its namespace and name, from which all names on the wire follow.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ModelRef {
+    /// The Kubernetes namespace, or `default` outside of Kubernetes.
+    pub namespace: Token,
+    /// The name of the InferenceModel.
+    pub name: Token,
+}
+
+impl fmt::Display for ModelRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+impl ModelRef {
+    /// A model's address from unchecked text.
+    ///
+    /// # Errors
+    /// When either part is not a [`Token`].
+    pub fn new(namespace: &str, name: &str) -> Result<Self, NameError> {
+        Ok(Self { namespace: namespace.parse()?, name: name.parse()? })
+    }
+
+    fn subject(&self, kind: &str, last: &str) -> String {
+        format!("millrace.{kind}.{}.{}.{last}", self.namespace, self.name)
+    }
+
+    /// Where jobs of a class are published.
+    pub fn jobs_subject(&self, class: Class) -> String {
+        self.subject("jobs", class.as_str())
+    }
+
+    /// Where the one outcome of a job is stored.
+    pub fn result_subject(&self, job: &JobId) -> String {
+        self.subject("results", job.as_str())
+    }
+
+    /// All outcomes of this model.
+    pub fn results_wildcard(&self) -> String {
+        self.subject("results", "*")
+    }
+
+    /// Where the copy of a job that was given up is stored.
+    pub fn dead_subject(&self, job: &JobId) -> String {
+        self.subject("dead", job.as_str())
+    }
+
+    /// All dead letters of this model.
+    pub fn dead_wildcard(&self) -> String {
+        self.subject("dead", "*")
+    }
+
+    /// Where the token deltas of a job are published, best effort.
+    pub fn tokens_subject(&self, job: &JobId) -> String {
+        self.subject("tokens", job.as_str())
+    }
+
+    /// Where a job is cancelled. The RESULTS stream stores what is published here, as the marker that
+    /// outlives a restart; running workers hear the very same message.
+    pub fn cancel_subject(&self, job: &JobId) -> String {
+        self.subject("cancel", job.as_str())
+    }
+
+    /// All cancellations of this model.
+    pub fn cancel_wildcard(&self) -> String {
+        self.subject("cancel", "*")
+    }
+
+    /// Where a worker publishes its load report.
+    pub fn load_subject(&self, worker: &Token) -> String {
+        self.subject("load", worker.as_str())
+    }
+
+    /// All load reports of this model.
+    pub fn load_wildcard(&self) -> String {
+        self.subject("load", "*")
+    }
+
+    /// The work-queue stream of this model's jobs.
+    pub fn jobs_stream(&self) -> String {
+        format!("JOBS_{}_{}", self.namespace, self.name)
+    }
+
+    /// The stream of outcomes and cancel markers.
+    pub fn results_stream(&self) -> String {
+        format!("RESULTS_{}_{}", self.namespace, self.name)
+    }
+
+    /// The stream of dead letters.
+    pub fn dead_stream(&self) -> String {
+        format!("DEAD_{}_{}", self.namespace, self.name)
+    }
+
+    /// The durable pull consumer of one class, shared by all workers.
+    pub fn consumer(&self, class: Class) -> String {
+        format!("workers-{class}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn subjects_have_five_tokens() {
+        let model = ModelRef::new("team-a", "smollm2").unwrap();
+        let job: JobId = "Job_1-x".parse().unwrap();
+        let worker: Token = "worker-0".parse().unwrap();
+        let subjects = [
+            model.jobs_subject(Class::High),
+            model.result_subject(&job),
+            model.dead_subject(&job),
+            model.tokens_subject(&job),
+            model.cancel_subject(&job),
+            model.load_subject(&worker),
+        ];
+        for subject in subjects {
+            assert_eq!(subject.split('.').count(), 5, "{subject}");
+        }
+        assert_eq!(model.jobs_subject(Class::High), "millrace.jobs.team-a.smollm2.high");
+        assert_eq!(model.jobs_stream(), "JOBS_team-a_smollm2");
+    }
+
+    #[test]
+    fn refusals_name_value_and_limit() {
+        let error = "a.b".parse::<Token>().unwrap_err().to_string();
+        assert_eq!(error, "name \"a.b\" must match [a-z0-9]([-a-z0-9]*[a-z0-9])?");
+        let error = "x".repeat(64).parse::<Token>().unwrap_err().to_string();
+        assert!(error.contains("64 bytes") && error.contains("63"), "{error}");
+        assert!("".parse::<JobId>().is_err());
+        assert!("urgent".parse::<Class>().is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn accepted_text_is_one_subject_token(text in "\\PC{0,140}") {
+            let clean = |s: &str| !s.is_empty() && !s.contains(['.', '*', '>', ' ', '\t', '\r', '\n', '/']);
+            if let Ok(token) = text.parse::<Token>() {
+                prop_assert!(clean(token.as_str()));
+            }
+            if let Ok(job) = text.parse::<JobId>() {
+                prop_assert!(clean(job.as_str()));
+            }
+        }
+
+        #[test]
+        fn valid_names_pass(text in "[a-z0-9]([-a-z0-9]{0,30}[a-z0-9])?") {
+            prop_assert!(text.parse::<Token>().is_ok());
+            prop_assert!(text.parse::<JobId>().is_ok());
+        }
+    }
+}

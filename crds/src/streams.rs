@@ -1,0 +1,123 @@
+//! The streams and consumers of one model, as they are created and as they are checked.
+//!
+//! Why each setting: durability needs file storage, explicit acks and refusal instead of silent loss
+//! (discard new). The consumer's own `max_deliver` is only a fuse far above the worker's limit, because a
+//! broker that gives up leaves a job without an outcome; the worker counts attempts and writes one.
+
+use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, pull};
+use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType};
+
+use crate::config::{QueueConfig, ResultsConfig};
+use crate::names::{Class, ModelRef};
+
+/// The consumer gives up after this many times the worker's own limit of attempts.
+const MAX_DELIVER_FUSE: i64 = 20;
+/// Most unacknowledged jobs of one class over all workers: far above what a pool of GPUs holds.
+const MAX_ACK_PENDING: i64 = 50_000;
+/// Most jobs that one pull may ask for.
+pub const PULL_BATCH_MAX: i64 = 1024;
+/// A publisher that retries within this time does not enqueue a job twice.
+const DUPLICATE_WINDOW: std::time::Duration = std::time::Duration::from_secs(600);
+/// Everything is on disk.
+const STORAGE: StorageType = StorageType::File;
+
+/// Settings of the work-queue stream of jobs.
+pub fn jobs(model: &ModelRef, queue: &QueueConfig) -> Config {
+    Config {
+        name: model.jobs_stream(),
+        description: Some(format!("Jobs of {model}")),
+        subjects: Class::ALL.iter().map(|&class| model.jobs_subject(class)).collect(),
+        retention: RetentionPolicy::WorkQueue,
+        discard: DiscardPolicy::New,
+        max_messages: i64::try_from(queue.max_jobs).unwrap_or(i64::MAX),
+        max_bytes: i64::try_from(queue.max_bytes.0).unwrap_or(i64::MAX),
+        max_message_size: i32::try_from(crate::job::JOB_BYTES_MAX + HEADER_BYTES_MAX).unwrap_or(i32::MAX),
+        duplicate_window: DUPLICATE_WINDOW,
+        storage: STORAGE,
+        num_replicas: queue.replicas as usize,
+        allow_direct: true,
+        ..Config::default()
+    }
+}
+
+/// Room for headers beside the largest body.
+const HEADER_BYTES_MAX: usize = 16 << 10;
+
+/// Settings of the stream of outcomes and cancel markers. One message a subject: an outcome never changes
+/// (writers create it only where there is none), a cancel marker may be written again.
+pub fn results(model: &ModelRef, queue: &QueueConfig, results: &ResultsConfig) -> Config {
+    Config {
+        name: model.results_stream(),
+        description: Some(format!("Outcomes and cancel markers of {model}")),
+        subjects: vec![model.results_wildcard(), model.cancel_wildcard()],
+        max_messages_per_subject: 1,
+        ..kept(queue, results)
+    }
+}
+
+/// Settings of the stream of dead letters.
+pub fn dead(model: &ModelRef, queue: &QueueConfig, results: &ResultsConfig) -> Config {
+    Config {
+        name: model.dead_stream(),
+        description: Some(format!("Dead letters of {model}")),
+        subjects: vec![model.dead_wildcard()],
+        max_messages_per_subject: 1,
+        ..kept(queue, results)
+    }
+}
+
+fn kept(queue: &QueueConfig, results: &ResultsConfig) -> Config {
+    Config {
+        retention: RetentionPolicy::Limits,
+        max_age: results.ttl.0,
+        duplicate_window: DUPLICATE_WINDOW.min(results.ttl.0),
+        storage: STORAGE,
+        num_replicas: queue.replicas as usize,
+        allow_direct: true,
+        ..Config::default()
+    }
+}
+
+/// Settings of the durable pull consumer of one class.
+pub fn consumer(model: &ModelRef, class: Class, queue: &QueueConfig) -> pull::Config {
+    let name = model.consumer(class);
+    pull::Config {
+        durable_name: Some(name.clone()),
+        name: Some(name),
+        description: Some(format!("Workers of {model}, class {class}")),
+        deliver_policy: DeliverPolicy::All,
+        ack_policy: AckPolicy::Explicit,
+        ack_wait: queue.ack_wait.0,
+        max_deliver: i64::from(queue.max_deliver) * MAX_DELIVER_FUSE,
+        max_ack_pending: MAX_ACK_PENDING,
+        max_batch: PULL_BATCH_MAX,
+        filter_subject: model.jobs_subject(class),
+        ..pull::Config::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn jobs_are_refused_not_dropped() {
+        let model = ModelRef::new("default", "m").unwrap();
+        let config = jobs(&model, &QueueConfig::default());
+        assert_eq!(config.discard, DiscardPolicy::New);
+        assert_eq!(config.retention, RetentionPolicy::WorkQueue);
+        assert_eq!(config.storage, StorageType::File);
+        assert!(config.max_messages > 0 && config.max_bytes > 0);
+    }
+
+    #[test]
+    fn each_class_has_its_consumer() {
+        let model = ModelRef::new("default", "m").unwrap();
+        let queue = QueueConfig::default();
+        for class in Class::ALL {
+            let config = consumer(&model, class, &queue);
+            assert_eq!(config.filter_subject, model.jobs_subject(class));
+            assert!(config.max_deliver > i64::from(queue.max_deliver));
+        }
+    }
+}

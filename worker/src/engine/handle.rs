@@ -1,0 +1,168 @@
+//! The engine seen from outside: submit, listen, drop to cancel, look at the load.
+//!
+//! The engine runs on a thread of its own; this side is async. A sequence's events wait in a channel with
+//! room for all of them, so that a slow listener never holds up a step; that room is bounded because
+//! `max_tokens` is.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tokio::sync::mpsc;
+
+use super::request::{Event, Refusal, Request};
+
+/// Requests that may wait between the async side and the engine's thread; more submitters wait.
+pub const SUBMIT_QUEUE: usize = 256;
+
+/// What the engine's sizes allow. Constant after start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Longest prompt plus output, in tokens.
+    pub max_model_len: u32,
+    /// Most sequences in one step.
+    pub max_sequences: u32,
+    /// Tokens in a KV block.
+    pub block_tokens: u32,
+    /// KV blocks in all.
+    pub kv_blocks: u32,
+    /// Size of the vocabulary.
+    pub vocabulary: u32,
+}
+
+impl Limits {
+    /// KV blocks that a request holds at its end.
+    pub fn blocks_of(&self, request: &Request) -> usize {
+        (request.prompt.len() + request.max_tokens as usize).div_ceil(self.block_tokens as usize)
+    }
+
+    /// Whether a request could run alone.
+    ///
+    /// # Errors
+    /// When it never could; the refusal names value and limit.
+    pub fn admit(&self, request: &Request) -> Result<(), Refusal> {
+        if request.prompt.is_empty() {
+            return Err(Refusal::EmptyPrompt);
+        }
+        let total = request.prompt.len() + request.max_tokens as usize;
+        if total > self.max_model_len as usize || request.max_tokens == 0 {
+            return Err(Refusal::TooLong {
+                prompt: request.prompt.len(),
+                max_tokens: request.max_tokens,
+                limit: self.max_model_len,
+            });
+        }
+        let needed = self.blocks_of(request);
+        if needed > self.kv_blocks as usize {
+            return Err(Refusal::TooManyBlocks { needed, total: self.kv_blocks as usize });
+        }
+        match request.prompt.iter().find(|&&token| token >= self.vocabulary) {
+            Some(&token) => Err(Refusal::UnknownToken { token, vocabulary: self.vocabulary }),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Counters and gauges that the engine's thread writes after each step and anyone may read.
+#[derive(Debug, Default)]
+pub struct Load {
+    /// Steps done. While it stands still with work present, the engine hangs.
+    pub steps: AtomicU64,
+    /// KV blocks that sequences hold.
+    pub kv_blocks_used: AtomicU64,
+    /// KV blocks that running and waiting sequences may still come to hold at their ends.
+    pub kv_blocks_reserved: AtomicU64,
+    /// Sequences in the running batch.
+    pub running: AtomicU64,
+    /// Sequences that wait.
+    pub waiting: AtomicU64,
+    /// Prompt tokens computed or found in the cache.
+    pub prompt_tokens: AtomicU64,
+    /// Prompt tokens found in the prefix cache.
+    pub cached_tokens: AtomicU64,
+    /// Tokens generated.
+    pub output_tokens: AtomicU64,
+    /// Sequences preempted.
+    pub preemptions: AtomicU64,
+}
+
+impl Load {
+    /// Reads one of the numbers.
+    pub fn get(value: &AtomicU64) -> u64 {
+        value.load(Ordering::Relaxed)
+    }
+}
+
+/// One submitted request, as the engine's thread receives it.
+#[derive(Debug)]
+pub struct Submission {
+    /// What to run.
+    pub request: Request,
+    /// Where its events go. A closed channel means cancelled.
+    pub events: mpsc::Sender<Event>,
+}
+
+/// The engine from outside. Cheap to clone; when the last one is gone, the engine ends.
+#[derive(Debug, Clone)]
+pub struct EngineHandle {
+    limits: Limits,
+    load: Arc<Load>,
+    submissions: mpsc::Sender<Submission>,
+}
+
+/// The inside end, for the engine's thread (or a test's fake).
+#[derive(Debug)]
+pub struct EngineInbox {
+    /// Incoming requests, bounded by [`SUBMIT_QUEUE`].
+    pub submissions: mpsc::Receiver<Submission>,
+    /// Where to report.
+    pub load: Arc<Load>,
+}
+
+/// Makes both ends.
+pub fn channel(limits: Limits) -> (EngineHandle, EngineInbox) {
+    let (sender, submissions) = mpsc::channel(SUBMIT_QUEUE);
+    let load = Arc::new(Load::default());
+    (EngineHandle { limits, load: load.clone(), submissions: sender }, EngineInbox { submissions, load })
+}
+
+impl EngineHandle {
+    /// What the engine's sizes allow.
+    pub fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    /// Counters and gauges.
+    pub fn load(&self) -> &Load {
+        &self.load
+    }
+
+    /// Submits one sequence; waits while the queue to the engine is full.
+    ///
+    /// # Errors
+    /// When the request can never run, or the engine has ended.
+    pub async fn submit(&self, request: Request) -> Result<Generation, Refusal> {
+        self.limits.admit(&request)?;
+        let (events, receiver) = mpsc::channel(request.max_tokens as usize + 1);
+        let submission = Submission { request, events };
+        self.submissions.send(submission).await.map_err(|_| Refusal::Stopped)?;
+        Ok(Generation { events: receiver })
+    }
+}
+
+/// A sequence that runs. Dropping it cancels the sequence.
+#[derive(Debug)]
+pub struct Generation {
+    events: mpsc::Receiver<Event>,
+}
+
+impl Generation {
+    /// The next event; `None` when the engine died before the sequence ended.
+    pub async fn next(&mut self) -> Option<Event> {
+        self.events.recv().await
+    }
+
+    /// The next event, for callers without an async runtime.
+    pub fn next_blocking(&mut self) -> Option<Event> {
+        self.events.blocking_recv()
+    }
+}

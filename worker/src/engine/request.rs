@@ -1,0 +1,144 @@
+//! What the engine is asked and what it answers: tokens only, no text.
+
+/// One sequence to generate.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Request {
+    /// The prompt, at least one token.
+    pub prompt: Vec<u32>,
+    /// Most tokens to generate, at least one.
+    pub max_tokens: u32,
+    /// Tokens that end the sequence (end of sequence among them, unless it is to be ignored).
+    /// The token that ended it is the last one reported.
+    pub stop_tokens: Vec<u32>,
+    /// How the next token is chosen.
+    pub sampling: Sampling,
+    /// Seed of the counter-based random numbers; equal seeds give equal sequences, in any batch.
+    pub seed: u64,
+}
+
+/// How the next token is chosen from the logits. The default is greedy.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sampling {
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// Nucleus: the smallest set of tokens with this much probability; 1 is off.
+    pub top_p: f32,
+    /// The most probable k tokens; 0 is off.
+    pub top_k: u32,
+    /// Tokens at least this share as probable as the most probable one; 0 is off.
+    pub min_p: f32,
+    /// Divides positive and multiplies negative logits of tokens seen in prompt or output; 1 is off.
+    pub repetition_penalty: f32,
+    /// Subtracted from the logits of tokens in the output; 0 is off.
+    pub presence_penalty: f32,
+    /// Subtracted once per occurrence in the output; 0 is off.
+    pub frequency_penalty: f32,
+    /// Added to the logits of single tokens.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Report log probabilities: of the chosen token and of this many most probable ones.
+    pub logprobs: Option<u32>,
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Self {
+            temperature: 0.0,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
+            logprobs: None,
+        }
+    }
+}
+
+/// One generated token.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Token {
+    /// Its id.
+    pub id: u32,
+    /// Its log probability and those of the most probable tokens, if asked for, most probable first.
+    pub logprobs: Option<Logprobs>,
+}
+
+/// Log probabilities at one position: natural logarithms of the softmax of the raw logits.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Logprobs {
+    /// Of the chosen token.
+    pub chosen: f32,
+    /// Of the most probable tokens.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// Why a sequence ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Finish {
+    /// A stop token.
+    Stop,
+    /// `max_tokens` or the model's length.
+    Length,
+}
+
+/// What a sequence cost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Usage {
+    /// Tokens of the prompt.
+    pub prompt_tokens: u32,
+    /// Those of them found in the prefix cache.
+    pub cached_tokens: u32,
+    /// Tokens generated.
+    pub output_tokens: u32,
+}
+
+/// What happens to a sequence, in order: tokens, then exactly one of the other two.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// One more token.
+    Token(Token),
+    /// The sequence ended.
+    Finished(Finish, Usage),
+    /// The engine failed on this sequence alone (its logits are not numbers).
+    Failed(String),
+}
+
+/// Why a request can never run on this engine. The messages name value and limit.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// The prompt has no token.
+    #[error("the prompt has no tokens; at least 1 is needed")]
+    EmptyPrompt,
+    /// Prompt and output together are longer than the model allows.
+    #[error(
+        "prompt of {prompt} tokens plus max_tokens {max_tokens} exceeds the model length of {limit} tokens"
+    )]
+    TooLong {
+        /// Tokens in the prompt.
+        prompt: usize,
+        /// Tokens asked for.
+        max_tokens: u32,
+        /// The limit on both together.
+        limit: u32,
+    },
+    /// The sequence could not fit into the KV cache even alone.
+    #[error("the sequence needs {needed} KV blocks; the cache has {total}")]
+    TooManyBlocks {
+        /// Blocks needed at its end.
+        needed: usize,
+        /// Blocks in all.
+        total: usize,
+    },
+    /// A token id is not in the vocabulary.
+    #[error("token id {token} is not below the vocabulary size of {vocabulary}")]
+    UnknownToken {
+        /// The id.
+        token: u32,
+        /// The vocabulary's size.
+        vocabulary: u32,
+    },
+    /// The engine has ended; the process must end too.
+    #[error("the engine has stopped")]
+    Stopped,
+}

@@ -1,0 +1,5 @@
+//! The queue worker: job in, one durable result out, over its own inference engine.
+//!
+//! A job's way is a straight line; the README's map names the files in the order in which it travels.
+
+pub mod engine;
