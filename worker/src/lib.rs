@@ -3,3 +3,4 @@
 //! A job's way is a straight line; the README's map names the files in the order in which it travels.
 
 pub mod engine;
+pub mod model;

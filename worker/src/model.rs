@@ -1,0 +1,5 @@
+//! The decoder families: what their configuration means and how their layers follow each other.
+//!
+//! It knows neither a backend nor the scheduler: layers are calls of `millrace_kernels` ops.
+
+pub mod source;
