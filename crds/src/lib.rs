@@ -1,7 +1,7 @@
 //! The contracts of Millrace, shared by operator, worker, gateway and tests.
 //!
 //! Here are the names on the wire ([`names`]), the streams and consumers behind them ([`streams`]),
-//! a job's headers ([`job`]), its one outcome ([`result`]),
+//! a job's headers ([`job`]), the OpenAI forms inside of it ([`request`]), its one outcome ([`result`]),
 //! the worker's load report ([`load`]) and the worker's configuration ([`config`]).
 //! Nothing in this crate does input or output.
 
@@ -9,6 +9,7 @@ pub mod config;
 pub mod job;
 pub mod load;
 pub mod names;
+pub mod request;
 pub mod result;
 pub mod streams;
 pub mod units;

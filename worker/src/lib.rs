@@ -2,5 +2,9 @@
 //!
 //! A job's way is a straight line; the README's map names the files in the order in which it travels.
 
+pub mod completion;
 pub mod engine;
+pub mod generate;
+pub mod job;
 pub mod model;
+pub mod prompt;
