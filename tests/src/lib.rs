@@ -1,1 +1,13 @@
-//! Placeholder.
+//! The harness: real servers and workers as child processes, for the tests and the demo.
+//!
+//! Every child dies with the process that started it, keeps its state in a temporary folder of its own and
+//! listens on 127.0.0.1 only. The harness refuses to start a child whose program is missing and says how to
+//! get it; it never looks for a program outside the tools' cache and the build folder.
+
+pub mod http;
+pub mod nats;
+pub mod ports;
+pub mod process;
+pub mod random;
+pub mod s3;
+pub mod tools;

@@ -1,0 +1,137 @@
+//! A real nats-server with JetStream that fsyncs every write, as production must run it.
+//!
+//! It keeps its port and its store over kills and restarts, as a broker on a persistent volume does.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use tempfile::TempDir;
+
+use crate::ports::Port;
+use crate::process::{Process, Signal};
+use crate::{http, tools};
+
+/// The broker recovers its store within this time; ours are small.
+const READY_LIMIT: Duration = Duration::from_secs(30);
+/// The program's place in the tools' cache.
+pub const PROGRAM: &str = "bin/nats-server";
+
+/// A running broker.
+#[derive(Debug)]
+pub struct NatsServer {
+    process: Process,
+    client: Port,
+    monitor: Port,
+    folder: TempDir,
+}
+
+impl NatsServer {
+    /// Starts a broker with an empty store and waits until JetStream is up.
+    ///
+    /// # Errors
+    /// When the program is missing or does not come up; the message holds the end of its log.
+    pub fn start() -> Result<Self> {
+        Self::start_with("")
+    }
+
+    /// The same with more lines of configuration, such as `max_payload: 2MB`.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_with(extra: &str) -> Result<Self> {
+        let folder = tempfile::Builder::new().prefix("millrace-nats-").tempdir()?;
+        let (client, monitor) = (Port::reserve()?, Port::reserve()?);
+        let config = format!(
+            "server_name: millrace-test\nhost: 127.0.0.1\nport: {}\nhttp: \"127.0.0.1:{}\"\n\
+             jetstream {{\n  store_dir: {:?}\n  sync_interval: always\n  max_memory_store: 64MB\n  \
+             max_file_store: 16GB\n}}\n{extra}\n",
+            client.number(),
+            monitor.number(),
+            folder.path().join("store"),
+        );
+        fs::write(folder.path().join("nats.conf"), config)?;
+        let process = Self::launch(&folder)?;
+        let mut server = Self { process, client, monitor, folder };
+        server.wait_ready()?;
+        Ok(server)
+    }
+
+    fn launch(folder: &TempDir) -> Result<Process> {
+        let mut command = Command::new(tools::tool(PROGRAM)?);
+        command.arg("-c").arg(folder.path().join("nats.conf"));
+        Process::start(&command, &folder.path().join("nats.log"))
+    }
+
+    fn wait_ready(&mut self) -> Result<()> {
+        let monitor = self.monitor_address();
+        // `/healthz` is 200 only when JetStream has recovered its streams and consumers.
+        let ready = || http::get(monitor, "/healthz").is_ok_and(|(status, _)| status == 200);
+        self.process.wait_until(READY_LIMIT, ready).map(drop)
+    }
+
+    /// `nats://127.0.0.1:PORT`.
+    pub fn url(&self) -> String {
+        format!("nats://127.0.0.1:{}", self.client.number())
+    }
+
+    /// The address of the monitoring pages.
+    pub fn monitor_address(&self) -> SocketAddr {
+        ([127, 0, 0, 1], self.monitor.number()).into()
+    }
+
+    /// `http://127.0.0.1:PORT` of the monitoring pages.
+    pub fn monitor_url(&self) -> String {
+        format!("http://{}", self.monitor_address())
+    }
+
+    /// A client that reconnects for ever.
+    ///
+    /// # Errors
+    /// When the broker does not answer.
+    pub async fn connect(&self) -> Result<async_nats::Client> {
+        let options = async_nats::ConnectOptions::new().max_reconnects(None).name("millrace-tests");
+        options.connect(self.url()).await.with_context(|| format!("cannot connect to {}", self.url()))
+    }
+
+    /// SIGKILL, as a crash of the broker.
+    ///
+    /// # Errors
+    /// When the wait for its end fails.
+    pub fn kill(&mut self) -> Result<()> {
+        self.process.kill()
+    }
+
+    /// Starts it again on its port and store (after killing it, if it runs) and waits until it is ready.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn restart(&mut self) -> Result<()> {
+        self.kill()?;
+        self.process = Self::launch(&self.folder)?;
+        self.wait_ready()
+    }
+
+    /// Stops it where it is: connections stay open and nobody answers.
+    ///
+    /// # Errors
+    /// When the signal cannot be sent.
+    pub fn pause(&mut self) -> Result<()> {
+        self.process.signal(Signal::Stop)
+    }
+
+    /// Lets it go on.
+    ///
+    /// # Errors
+    /// When the signal cannot be sent.
+    pub fn resume(&mut self) -> Result<()> {
+        self.process.signal(Signal::Continue)
+    }
+
+    /// All that it printed.
+    pub fn log(&self) -> String {
+        self.process.log()
+    }
+}
