@@ -46,6 +46,10 @@ pub mod header {
     pub const WORKER: &str = "Millrace-Worker";
     /// On outcomes: digest of the manifest of the model's files.
     pub const MODEL_DIGEST: &str = "Millrace-Model-Digest";
+    /// On outcomes: milliseconds from the job's stream timestamp until a worker began to run it.
+    pub const QUEUE_WAIT_MS: &str = "Millrace-Queue-Wait-Ms";
+    /// On outcomes: milliseconds that the attempt which wrote it ran.
+    pub const RUN_MS: &str = "Millrace-Run-Ms";
     /// On dead letters: why the job was given up.
     pub const REASON: &str = "Millrace-Reason";
     /// On dead letters: the class the job was published with.

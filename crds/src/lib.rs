@@ -2,7 +2,7 @@
 //!
 //! Here are the names on the wire ([`names`]), the streams and consumers behind them ([`streams`]),
 //! a job's headers ([`job`]), the OpenAI forms inside of it ([`request`]), its one outcome ([`result`]),
-//! the worker's load report ([`load`]) and the worker's configuration ([`config`]).
+//! its token deltas ([`tokens`]), the worker's load report ([`load`]) and its configuration ([`config`]).
 //! Nothing in this crate does input or output.
 
 pub mod config;
@@ -12,4 +12,5 @@ pub mod names;
 pub mod request;
 pub mod result;
 pub mod streams;
+pub mod tokens;
 pub mod units;
