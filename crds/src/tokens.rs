@@ -29,8 +29,7 @@ mod tests {
 
     #[test]
     fn form_on_the_wire() {
-        let delta =
-            TokenDelta { number: 3, request: 0, choice: 1, text: " a\n".into(), finish_reason: None };
+        let delta = TokenDelta { number: 3, request: 0, choice: 1, text: " a\n".into(), finish_reason: None };
         let json = serde_json::to_string(&delta).unwrap();
         assert_eq!(json, r#"{"number":3,"request":0,"choice":1,"text":" a\n"}"#);
         assert_eq!(serde_json::from_str::<TokenDelta>(&json).unwrap(), delta);
