@@ -1,10 +1,12 @@
 //! The contracts of Millrace, shared by operator, worker, gateway and tests.
 //!
 //! Here are the names on the wire ([`names`]), the streams and consumers behind them ([`streams`]),
-//! a job's headers ([`job`]), the OpenAI forms inside of it ([`request`]), its one outcome ([`result`]),
-//! its token deltas ([`tokens`]), the worker's load report ([`load`]) and its configuration ([`config`]).
+//! a job's headers ([`job`]), the OpenAI forms inside of it ([`request`]), the ledger of its attempts
+//! ([`attempts`]), its one outcome ([`result`]), its token deltas ([`tokens`]), the worker's load report
+//! ([`load`]) and the worker's configuration ([`config`]).
 //! Nothing in this crate does input or output.
 
+pub mod attempts;
 pub mod config;
 pub mod job;
 pub mod load;

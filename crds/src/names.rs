@@ -239,6 +239,16 @@ impl ModelRef {
         self.subject("cancel", job.as_str())
     }
 
+    /// Where the ledger of a job's attempts is kept, once the job was delivered a second time.
+    pub fn attempts_subject(&self, job: &JobId) -> String {
+        self.subject("attempts", job.as_str())
+    }
+
+    /// All ledgers of attempts of this model.
+    pub fn attempts_wildcard(&self) -> String {
+        self.subject("attempts", "*")
+    }
+
     /// All cancellations of this model.
     pub fn cancel_wildcard(&self) -> String {
         self.subject("cancel", "*")
@@ -259,7 +269,7 @@ impl ModelRef {
         format!("JOBS_{}_{}", self.namespace, self.name)
     }
 
-    /// The stream of outcomes and cancel markers.
+    /// The stream of outcomes, cancel markers and ledgers of attempts.
     pub fn results_stream(&self) -> String {
         format!("RESULTS_{}_{}", self.namespace, self.name)
     }
@@ -292,6 +302,7 @@ mod tests {
             model.dead_subject(&job),
             model.tokens_subject(&job),
             model.cancel_subject(&job),
+            model.attempts_subject(&job),
             model.load_subject(&worker),
         ];
         for subject in subjects {

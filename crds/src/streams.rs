@@ -43,13 +43,14 @@ pub fn jobs(model: &ModelRef, queue: &QueueConfig) -> Config {
 /// Room for headers beside the largest body.
 const HEADER_BYTES_MAX: usize = 16 << 10;
 
-/// Settings of the stream of outcomes and cancel markers. One message a subject: an outcome never changes
-/// (writers create it only where there is none), a cancel marker may be written again.
+/// Settings of the stream of outcomes, cancel markers and ledgers of attempts. One message a subject: an
+/// outcome never changes (writers create it only where there is none), a cancel marker may be written
+/// again, and a ledger is replaced by compare-and-set.
 pub fn results(model: &ModelRef, queue: &QueueConfig, results: &ResultsConfig) -> Config {
     Config {
         name: model.results_stream(),
-        description: Some(format!("Outcomes and cancel markers of {model}")),
-        subjects: vec![model.results_wildcard(), model.cancel_wildcard()],
+        description: Some(format!("Outcomes, cancel markers and ledgers of attempts of {model}")),
+        subjects: vec![model.results_wildcard(), model.cancel_wildcard(), model.attempts_wildcard()],
         max_messages_per_subject: 1,
         ..kept(queue, results)
     }
