@@ -1,0 +1,234 @@
+//! Memory of a step: activation buffers, the paged cache, RoPE tables and the batch at hand.
+//!
+//! Everything is taken when the arena is made and nothing grows afterwards.
+
+use super::Precision;
+use crate::ops::{ArenaPlan, BLOCK_TOKENS, Batch, BufferKind, KvPlan, PlanError, Span};
+use crate::tensor::Aligned;
+
+/// Rows of activations.
+#[derive(Debug)]
+pub struct Activation {
+    /// Elements in a row.
+    pub width: usize,
+    /// Elements from one row to the next.
+    pub stride: usize,
+    /// The rows.
+    pub rows: Rows,
+}
+
+/// Rows in one of the forms that kernels read.
+#[derive(Debug)]
+pub enum Rows {
+    /// Values, and operands in f32.
+    F32(Aligned<f32>),
+    /// Operands in bf16, as bits.
+    Bf16(Aligned<u16>),
+    /// Operands in 8 bits: value = (code - 128) * scale of the row.
+    Int8 {
+        /// Codes.
+        codes: Aligned<u8>,
+        /// One per row.
+        scales: Aligned<f32>,
+    },
+}
+
+/// The paged keys and values. A block of one head holds 16 keys as `[head_dim / 2][16][2]` and 16 values as
+/// `[8][head_dim][2]` in bf16, or `[head_dim][16]` and `[16][head_dim]` in f32: both are right-hand operands
+/// of a product.
+#[derive(Debug)]
+pub struct Cache {
+    /// Sizes.
+    pub plan: KvPlan,
+    /// `[layers][blocks][kv_heads][2 (keys, values)][16 * head_dim]`
+    pub blocks: CacheBlocks,
+}
+
+/// The cache's memory.
+#[derive(Debug)]
+pub enum CacheBlocks {
+    /// With f32 operands.
+    F32(Aligned<f32>),
+    /// With bf16 and int8 operands; bf16 bits.
+    Bf16(Aligned<u16>),
+}
+
+impl Cache {
+    /// Where the keys of a block start; the values follow at `16 * head_dim`.
+    pub fn offset(&self, layer: usize, block: usize, head: usize) -> usize {
+        ((layer * self.plan.blocks + block) * self.plan.kv_heads + head)
+            * 2
+            * BLOCK_TOKENS
+            * self.plan.head_dim
+    }
+}
+
+/// Position of an element of a key inside a block.
+pub fn key_index(slot: usize, element: usize, group: usize) -> usize {
+    (element / group) * BLOCK_TOKENS * group + slot * group + element % group
+}
+
+/// Position of an element of a value inside a block, counted from the block's values.
+pub fn value_index(slot: usize, element: usize, head_dim: usize, group: usize) -> usize {
+    (slot / group) * head_dim * group + element * group + slot % group
+}
+
+/// The batch of the step at hand, copied so that ops need no borrow of the engine's.
+#[derive(Debug, Default)]
+pub struct Step {
+    /// Token of each row.
+    pub tokens: Vec<u32>,
+    /// Sequences.
+    pub spans: Vec<Span>,
+    /// Block tables.
+    pub block_tables: Vec<u32>,
+    /// Rows that want logits.
+    pub logits_rows: Vec<u32>,
+    /// Rows that ops work on now.
+    pub rows: usize,
+}
+
+/// All memory of a step.
+#[derive(Debug)]
+pub struct Arena {
+    /// What was asked for.
+    pub plan: ArenaPlan,
+    /// Activations, by [`crate::ops::Buffer`].
+    pub buffers: Vec<Activation>,
+    /// Keys and values.
+    pub cache: Cache,
+    /// `[positions_max][frequencies]` of (cosine, sine) rows: cosines, then sines.
+    pub rope: Aligned<f32>,
+    /// The batch.
+    pub step: Step,
+}
+
+/// Bytes of one KV block over all layers.
+pub fn kv_block_bytes(kv: &KvPlan, precision: Precision) -> usize {
+    let element = if precision == Precision::F32 { 4 } else { 2 };
+    kv.layers * kv.kv_heads * 2 * BLOCK_TOKENS * kv.head_dim * element
+}
+
+fn check(plan: &ArenaPlan) -> Result<(), PlanError> {
+    let bound = |field, value: usize, least: usize, most: usize| {
+        if (least..=most).contains(&value) {
+            Ok(())
+        } else {
+            Err(PlanError::Size { field, value, least, most })
+        }
+    };
+    bound("rows_max", plan.rows_max, 1, 1 << 20)?;
+    bound("logits_rows_max", plan.logits_rows_max, 1, plan.rows_max)?;
+    bound("positions_max", plan.positions_max, 1, 1 << 20)?;
+    bound("vocabulary", plan.vocabulary, 1, 1 << 24)?;
+    bound("kv.layers", plan.kv.layers, 1, 1 << 12)?;
+    bound("kv.kv_heads", plan.kv.kv_heads, 1, 1 << 10)?;
+    bound("kv.head_dim", plan.kv.head_dim, 2, 256)?;
+    bound("kv.head_dim modulo 2", plan.kv.head_dim % 2, 0, 0)?;
+    bound("kv.blocks", plan.kv.blocks, 1, 1 << 28)?;
+    for buffer in &plan.buffers {
+        bound("buffer width", buffer.width, 1, 1 << 20)?;
+    }
+    let turned = plan.rope.inverse_frequencies.len() * 2;
+    if turned > plan.kv.head_dim {
+        return Err(PlanError::Rope { turned, head_dim: plan.kv.head_dim });
+    }
+    Ok(())
+}
+
+impl Arena {
+    /// Takes the memory.
+    ///
+    /// # Errors
+    /// When a size is out of bounds.
+    pub fn new(plan: ArenaPlan, precision: Precision) -> Result<Self, PlanError> {
+        check(&plan)?;
+        let buffers = plan
+            .buffers
+            .iter()
+            .map(|buffer| Activation::new(buffer.width, buffer.kind, plan.rows_max, precision))
+            .collect();
+        let elements = plan.kv.layers * plan.kv.blocks * plan.kv.kv_heads * 2 * BLOCK_TOKENS * plan.kv.head_dim;
+        let blocks = match precision {
+            Precision::F32 => CacheBlocks::F32(Aligned::zeroed(elements)),
+            Precision::Bf16 | Precision::Int8 => CacheBlocks::Bf16(Aligned::zeroed(elements)),
+        };
+        let cache = Cache { plan: plan.kv, blocks };
+        let rope = rope_table(&plan);
+        let step = Step {
+            tokens: Vec::with_capacity(plan.rows_max),
+            spans: Vec::with_capacity(plan.rows_max),
+            block_tables: Vec::with_capacity(plan.rows_max),
+            logits_rows: Vec::with_capacity(plan.logits_rows_max),
+            rows: 0,
+        };
+        Ok(Self { plan, buffers, cache, rope, step })
+    }
+
+    /// Copies a checked batch.
+    pub fn begin(&mut self, batch: &Batch<'_>) {
+        let step = &mut self.step;
+        step.tokens.clear();
+        step.tokens.extend_from_slice(batch.tokens);
+        step.spans.clear();
+        step.spans.extend_from_slice(batch.spans);
+        step.block_tables.clear();
+        step.block_tables.extend_from_slice(batch.block_tables);
+        step.logits_rows.clear();
+        step.logits_rows.extend_from_slice(batch.logits_rows);
+        step.rows = batch.tokens.len();
+    }
+}
+
+impl Activation {
+    fn new(width: usize, kind: BufferKind, rows_max: usize, precision: Precision) -> Self {
+        let group = if kind == BufferKind::Values { 1 } else { precision.group() };
+        let stride = width.next_multiple_of(group.max(16));
+        let elements = rows_max * stride;
+        let rows = match (kind, precision) {
+            (BufferKind::Values, _) | (_, Precision::F32) => Rows::F32(Aligned::zeroed(elements)),
+            (_, Precision::Bf16) => Rows::Bf16(Aligned::zeroed(elements)),
+            (_, Precision::Int8) => {
+                Rows::Int8 { codes: Aligned::zeroed(elements), scales: Aligned::zeroed(rows_max) }
+            }
+        };
+        Self { width, stride, rows }
+    }
+
+    /// The rows as f32.
+    ///
+    /// # Panics
+    /// When the buffer holds operands of another form.
+    pub fn values(&self) -> &[f32] {
+        match &self.rows {
+            Rows::F32(rows) => rows,
+            _ => panic!("the buffer holds operands where values are needed"),
+        }
+    }
+
+    /// As [`Activation::values`], to write.
+    pub fn values_mut(&mut self) -> &mut [f32] {
+        match &mut self.rows {
+            Rows::F32(rows) => rows,
+            _ => panic!("the buffer holds operands where values are needed"),
+        }
+    }
+}
+
+fn rope_table(plan: &ArenaPlan) -> Aligned<f32> {
+    let frequencies = &plan.rope.inverse_frequencies;
+    let mut table = Aligned::zeroed(plan.positions_max * frequencies.len() * 2);
+    if frequencies.is_empty() {
+        return table;
+    }
+    for (position, row) in table.chunks_exact_mut(frequencies.len() * 2).enumerate() {
+        let (cosines, sines) = row.split_at_mut(frequencies.len());
+        for (index, &frequency) in frequencies.iter().enumerate() {
+            // Single precision on purpose: the model was trained with angles rounded like this.
+            let angle = position as f32 * frequency;
+            cosines[index] = angle.cos() * plan.rope.amplitude;
+            sines[index] = angle.sin() * plan.rope.amplitude;
+        }
+    }
+    table
+}

@@ -1,0 +1,331 @@
+//! The ops that a decoder's step consists of, and the shape of a step.
+//!
+//! A step is one ragged [`Batch`]: rows (tokens) of several sequences, each sequence's rows contiguous, prefill
+//! chunks and decodes mixed. Model code calls the ops in order on numbered buffers of an arena that
+//! [`Ops::allocate`] takes once; nothing allocates after it. Ops do not return values to the host before
+//! [`Ops::sample`], so that an implementation may queue, capture and replay a whole step.
+//!
+//! Invariant of every implementation: a row's results depend, byte for byte, on its own sequence only. Broken
+//! preconditions between engine and kernels are bugs and panic; a row whose logits are not numbers is reported
+//! as [`Poisoned`](crate::sampling::Poisoned) and harms no other row.
+
+use crate::sampling::{SampleRow, Sampled};
+use crate::tensor::{HostTensor, LoadError};
+
+/// Tokens in one KV block. Fixed: the memory layout of a block is that of a matrix operand of 16 columns.
+pub const BLOCK_TOKENS: usize = 16;
+
+/// An activation buffer: its index in [`ArenaPlan::buffers`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Buffer(pub usize);
+
+/// What a buffer holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BufferKind {
+    /// Single-precision rows: the residual stream and what matrix products write.
+    Values,
+    /// Rows in the form that matrix products read (f32, bf16, or int8 with scales, as the backend computes).
+    Operand,
+}
+
+/// One activation buffer of `rows_max` rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BufferPlan {
+    /// Elements in a row.
+    pub width: usize,
+    /// What it holds.
+    pub kind: BufferKind,
+}
+
+/// The paged key-value cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvPlan {
+    /// Layers of the model.
+    pub layers: usize,
+    /// Key-value heads per layer.
+    pub kv_heads: usize,
+    /// Elements in a head; even.
+    pub head_dim: usize,
+    /// Blocks of [`BLOCK_TOKENS`] tokens in the pool.
+    pub blocks: usize,
+}
+
+/// Rotary position embedding by a table of inverse frequencies (the rotate-half convention of Hugging Face:
+/// element `i` turns with element `i + len`). Any scaling rule is already in the table.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RopePlan {
+    /// One frequency per pair; twice as many elements of each head are turned, the rest stay.
+    pub inverse_frequencies: Vec<f32>,
+    /// Factor on sine and cosine; 1 except for scaling rules that ask for one.
+    pub amplitude: f32,
+}
+
+/// Everything that is allocated, once.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ArenaPlan {
+    /// Most rows in a step.
+    pub rows_max: usize,
+    /// Most rows of a step that get logits.
+    pub logits_rows_max: usize,
+    /// Positions a sequence can have; RoPE tables and score scratch reach this far.
+    pub positions_max: usize,
+    /// Tokens in the vocabulary (rows of the head).
+    pub vocabulary: usize,
+    /// Activation buffers; [`Buffer`] is an index into these.
+    pub buffers: Vec<BufferPlan>,
+    /// The cache.
+    pub kv: KvPlan,
+    /// The position embedding.
+    pub rope: RopePlan,
+}
+
+/// Why an arena cannot be allocated.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    /// A size is zero or above what the implementation can do.
+    #[error("{field} is {value}; it must be from {least} to {most}")]
+    Size {
+        /// Which size.
+        field: &'static str,
+        /// Its value.
+        value: usize,
+        /// The least value.
+        least: usize,
+        /// The greatest value.
+        most: usize,
+    },
+    /// The RoPE table turns more elements than a head has.
+    #[error("rope turns {turned} elements; a head has {head_dim}")]
+    Rope {
+        /// Elements that the table turns.
+        turned: usize,
+        /// Elements of a head.
+        head_dim: usize,
+    },
+}
+
+/// The rows of one sequence in a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Span {
+    /// First row.
+    pub first_row: u32,
+    /// Number of rows, at least one. Their positions are the last `rows` ones below `context`.
+    pub rows: u32,
+    /// Positions of the sequence that are in the cache once this step has written its own.
+    pub context: u32,
+    /// Where the sequence's block table starts in [`Batch::block_tables`]; it has
+    /// `context.div_ceil(BLOCK_TOKENS)` entries.
+    pub table: u32,
+}
+
+impl Span {
+    /// Position of the span's first row.
+    pub fn first_position(&self) -> u32 {
+        self.context - self.rows
+    }
+}
+
+/// One step: every row of every sequence that takes part.
+#[derive(Debug, Clone, Copy)]
+pub struct Batch<'a> {
+    /// Token of each row.
+    pub tokens: &'a [u32],
+    /// The sequences; together they cover all rows, in order.
+    pub spans: &'a [Span],
+    /// Block tables of all spans, one after the other.
+    pub block_tables: &'a [u32],
+    /// Rows whose next token is wanted, ascending.
+    pub logits_rows: &'a [u32],
+}
+
+/// Why a step cannot run. The engine that made the batch, or the device, is broken.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum StepError {
+    /// The batch does not fit the arena or contradicts itself.
+    #[error("batch: {field} is {value}; the limit is {limit}")]
+    Batch {
+        /// Which part of the batch.
+        field: &'static str,
+        /// Its value.
+        value: usize,
+        /// What was allowed.
+        limit: usize,
+    },
+    /// The device failed.
+    #[error("device: {0}")]
+    Device(String),
+}
+
+impl Batch<'_> {
+    /// Checks the batch against the arena and itself, so that no op has to.
+    ///
+    /// # Errors
+    /// When an index or size is out of its bounds; the error names it.
+    pub fn check(&self, plan: &ArenaPlan) -> Result<(), StepError> {
+        let bound = |field, value: usize, limit: usize| {
+            if value <= limit { Ok(()) } else { Err(StepError::Batch { field, value, limit }) }
+        };
+        bound("rows", self.tokens.len(), plan.rows_max)?;
+        bound("logits rows", self.logits_rows.len(), plan.logits_rows_max)?;
+        for &token in self.tokens {
+            bound("token id", token as usize, plan.vocabulary - 1)?;
+        }
+        let mut row = 0;
+        for span in self.spans {
+            let (rows, context, table) = (span.rows as usize, span.context as usize, span.table as usize);
+            if span.first_row as usize != row || rows == 0 {
+                return Err(StepError::Batch { field: "first row of a span", value: row, limit: row });
+            }
+            bound("rows of a span", rows, context)?;
+            bound("context", context, plan.positions_max)?;
+            let blocks = context.div_ceil(BLOCK_TOKENS);
+            bound("end of a block table", table + blocks, self.block_tables.len())?;
+            for &block in &self.block_tables[table..table + blocks] {
+                bound("block", block as usize, plan.kv.blocks - 1)?;
+            }
+            row += rows;
+        }
+        if row != self.tokens.len() {
+            return Err(StepError::Batch { field: "rows of all spans", value: row, limit: self.tokens.len() });
+        }
+        if !self.logits_rows.is_sorted_by(|a, b| a < b) {
+            return Err(StepError::Batch { field: "order of logits rows", value: 0, limit: 0 });
+        }
+        if let Some(&last) = self.logits_rows.last() {
+            bound("logits row", last as usize, row.saturating_sub(1))?;
+        }
+        Ok(())
+    }
+}
+
+/// Shape of a layer's attention. A row of the QKV buffer holds `heads` queries, then `kv_heads` keys, then
+/// `kv_heads` values, each of `head_dim` elements.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AttentionShape {
+    /// Query heads, a multiple of `kv_heads`.
+    pub heads: usize,
+    /// Key-value heads.
+    pub kv_heads: usize,
+    /// Elements in a head.
+    pub head_dim: usize,
+    /// Factor on the scores, usually `head_dim^-0.5`.
+    pub scale: f32,
+    /// A row sees only this many positions up to its own; none is unlimited.
+    pub sliding_window: Option<u32>,
+}
+
+/// RMS norms of each query and key head before RoPE (Qwen3).
+#[derive(Debug)]
+pub struct QkNorm<'a, V> {
+    /// Weight for queries, `head_dim` elements.
+    pub q: &'a V,
+    /// Weight for keys, `head_dim` elements.
+    pub k: &'a V,
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
+impl<V> Clone for QkNorm<'_, V> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<V> Copy for QkNorm<'_, V> {}
+
+/// The ops of a decoder on one device.
+pub trait Ops {
+    /// A weight matrix as the device multiplies with it.
+    type Matrix: Send + Sync;
+    /// A weight vector on the device.
+    type Vector: Send + Sync;
+
+    /// Loads a matrix of `[output features, input features]`, the parts stacked by rows (for example Q, K, V).
+    ///
+    /// # Errors
+    /// When a part is no matrix or the columns differ.
+    fn matrix(&mut self, parts: &[HostTensor<'_>]) -> Result<Self::Matrix, LoadError>;
+
+    /// Loads a gate and an up projection for [`Ops::linear_silu_mul`].
+    ///
+    /// # Errors
+    /// When their shapes differ or they are no matrices.
+    fn gated_matrix(
+        &mut self,
+        gate: &HostTensor<'_>,
+        up: &HostTensor<'_>,
+    ) -> Result<Self::Matrix, LoadError>;
+
+    /// Loads a vector, the parts one after the other (for example the biases of Q, K, V).
+    ///
+    /// # Errors
+    /// When a part is no vector.
+    fn vector(&mut self, parts: &[HostTensor<'_>]) -> Result<Self::Vector, LoadError>;
+
+    /// Bytes of the cache that one block takes, over all layers. Does not read `kv.blocks`.
+    fn kv_block_bytes(&self, kv: &KvPlan) -> usize;
+
+    /// Takes all memory that steps need.
+    ///
+    /// # Errors
+    /// When a size is out of bounds.
+    fn allocate(&mut self, plan: ArenaPlan) -> Result<(), PlanError>;
+
+    /// Starts a step; the ops that follow work on all its rows.
+    ///
+    /// # Errors
+    /// When the batch does not fit the arena.
+    fn begin(&mut self, batch: &Batch<'_>) -> Result<(), StepError>;
+
+    /// `out[row] = table[token of row]`. `out` holds values.
+    fn embed(&mut self, table: &Self::Matrix, out: Buffer);
+
+    /// `out = x / sqrt(mean(x^2) + eps) * weight`, row by row; values to operand.
+    fn rms_norm(&mut self, x: Buffer, weight: &Self::Vector, eps: f32, out: Buffer);
+
+    /// `out = x * matrix^T + bias`; operand to values.
+    fn linear(&mut self, matrix: &Self::Matrix, bias: Option<&Self::Vector>, x: Buffer, out: Buffer);
+
+    /// `residual += x * matrix^T + bias`; operand to values.
+    fn linear_add(&mut self, matrix: &Self::Matrix, bias: Option<&Self::Vector>, x: Buffer, residual: Buffer);
+
+    /// `out = silu(x * gate^T) * (x * up^T)`; operand to operand. The matrix is a [`Ops::gated_matrix`].
+    fn linear_silu_mul(&mut self, gate_up: &Self::Matrix, x: Buffer, out: Buffer);
+
+    /// Norms (if asked) and turns queries and keys, leaves the queries in the QKV buffer, and writes keys and
+    /// values of this step's rows into the cache of `layer`.
+    fn rope_cache(
+        &mut self,
+        layer: usize,
+        qkv: Buffer,
+        shape: &AttentionShape,
+        norms: Option<QkNorm<'_, Self::Vector>>,
+    );
+
+    /// Causal attention of the buffer's queries over the cache of `layer`; values to operand.
+    fn attention(&mut self, layer: usize, qkv: Buffer, shape: &AttentionShape, out: Buffer);
+
+    /// Keeps only the rows that want logits in the given buffers; the ops that follow work on those rows
+    /// alone. Once per step, after the last attention.
+    fn narrow(&mut self, buffers: &[Buffer]);
+
+    /// Logits of the narrowed rows: `out[row * vocabulary + token]`. For tests and scoring; waits for the
+    /// device.
+    ///
+    /// # Errors
+    /// When the device failed.
+    fn logits(&mut self, head: &Self::Matrix, x: Buffer, out: &mut [f32]) -> Result<(), StepError>;
+
+    /// Logits of the narrowed rows and from them the next token of each; `rows` are in the order of the
+    /// batch's `logits_rows`. Clears `out` and writes one entry per row.
+    ///
+    /// # Errors
+    /// When the device failed. A row whose logits are not numbers is an entry of `out`, not an error.
+    fn sample(
+        &mut self,
+        head: &Self::Matrix,
+        x: Buffer,
+        rows: &[SampleRow<'_>],
+        out: &mut Vec<Sampled>,
+    ) -> Result<(), StepError>;
+}
