@@ -186,7 +186,11 @@ impl Batch<'_> {
             row += rows;
         }
         if row != self.tokens.len() {
-            return Err(StepError::Batch { field: "rows of all spans", value: row, limit: self.tokens.len() });
+            return Err(StepError::Batch {
+                field: "rows of all spans",
+                value: row,
+                limit: self.tokens.len(),
+            });
         }
         if !self.logits_rows.is_sorted_by(|a, b| a < b) {
             return Err(StepError::Batch { field: "order of logits rows", value: 0, limit: 0 });
@@ -250,11 +254,8 @@ pub trait Ops {
     ///
     /// # Errors
     /// When their shapes differ or they are no matrices.
-    fn gated_matrix(
-        &mut self,
-        gate: &HostTensor<'_>,
-        up: &HostTensor<'_>,
-    ) -> Result<Self::Matrix, LoadError>;
+    fn gated_matrix(&mut self, gate: &HostTensor<'_>, up: &HostTensor<'_>)
+    -> Result<Self::Matrix, LoadError>;
 
     /// Loads a vector, the parts one after the other (for example the biases of Q, K, V).
     ///

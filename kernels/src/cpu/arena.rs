@@ -148,7 +148,8 @@ impl Arena {
             .iter()
             .map(|buffer| Activation::new(buffer.width, buffer.kind, plan.rows_max, precision))
             .collect();
-        let elements = plan.kv.layers * plan.kv.blocks * plan.kv.kv_heads * 2 * BLOCK_TOKENS * plan.kv.head_dim;
+        let elements =
+            plan.kv.layers * plan.kv.blocks * plan.kv.kv_heads * 2 * BLOCK_TOKENS * plan.kv.head_dim;
         let blocks = match precision {
             Precision::F32 => CacheBlocks::F32(Aligned::zeroed(elements)),
             Precision::Bf16 | Precision::Int8 => CacheBlocks::Bf16(Aligned::zeroed(elements)),

@@ -240,7 +240,8 @@ pub fn attention(
         for index in 0..span.rows as usize {
             let row = span.first_row as usize + index;
             let position = span.first_position() as usize + index;
-            let first = shape.sliding_window.map_or(0, |window| (position + 1).saturating_sub(window as usize));
+            let first =
+                shape.sliding_window.map_or(0, |window| (position + 1).saturating_sub(window as usize));
             let table = &step.block_tables[span.table as usize..];
             for head in 0..heads {
                 let query = &qkv.values()[row * qkv.stride + head * dim..][..dim];
