@@ -2,5 +2,8 @@
 //!
 //! It reads no clock, no file and no network: time and randomness come in as arguments.
 
+pub mod blocks;
 pub mod handle;
 pub mod request;
+pub mod scheduler;
+pub mod sequence;

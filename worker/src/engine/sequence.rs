@@ -1,0 +1,154 @@
+//! A sequence: one request's tokens, how many of them have their keys and values in the cache, and where.
+//!
+//! Prompt and output are one list of tokens, so that a step only ever asks for the next rows after those
+//! computed: a prefill chunk is several of them, a decode is one, and recomputing after a preemption is a
+//! prefill like any other. Pure.
+
+use super::blocks::{BlockId, Chain, PREFIX_ROOT, PrefixHash, extend_hash};
+use super::request::{Finish, Request, Sampling, Usage};
+
+/// One request on its way.
+#[derive(Debug)]
+pub struct Sequence {
+    tokens: Vec<u32>,
+    prompt_len: usize,
+    max_tokens: usize,
+    stop_tokens: Vec<u32>,
+    /// How its tokens are chosen.
+    pub sampling: Sampling,
+    /// Seed of its random numbers.
+    pub seed: u64,
+    /// Tokens whose keys and values are in the cache.
+    pub(super) computed: usize,
+    /// Blocks that hold them, in order.
+    pub(super) table: Vec<BlockId>,
+    /// Prefix hash at the end of each full block of known tokens.
+    pub(super) hashes: Vec<PrefixHash>,
+    /// Blocks of `table` that have been offered to the prefix cache.
+    pub(super) registered: usize,
+    /// The chain that the last of those ends; `None` once one could not be registered.
+    pub(super) chain: Option<Chain>,
+    /// Prompt tokens counted as computed or found.
+    pub(super) prompt_counted: usize,
+    /// Prompt tokens found in the prefix cache when it was first admitted.
+    pub(super) cached: usize,
+    /// Whether it has been admitted before.
+    pub(super) admitted: bool,
+    /// Steps for which it let others compute a prefix that it shares.
+    pub(super) deferred: u32,
+    /// Later sequences that were admitted before it.
+    pub(super) bypassed: u32,
+}
+
+impl Sequence {
+    /// Takes a request in, for blocks of `block_tokens`. All room it will need on the host is taken here.
+    pub fn new(request: Request, block_tokens: usize) -> Self {
+        let Request { prompt, max_tokens, stop_tokens, sampling, seed } = request;
+        let total = prompt.len() + max_tokens as usize;
+        let prompt_len = prompt.len();
+        let mut tokens = prompt;
+        tokens.reserve_exact(max_tokens as usize);
+        let mut sequence = Self {
+            tokens,
+            prompt_len,
+            max_tokens: max_tokens as usize,
+            stop_tokens,
+            sampling,
+            seed,
+            computed: 0,
+            table: Vec::with_capacity(total.div_ceil(block_tokens)),
+            hashes: Vec::with_capacity(total.div_ceil(block_tokens)),
+            registered: 0,
+            chain: Some(Chain::ROOT),
+            prompt_counted: 0,
+            cached: 0,
+            admitted: false,
+            deferred: 0,
+            bypassed: 0,
+        };
+        sequence.hash_full_blocks(block_tokens);
+        sequence
+    }
+
+    /// Prompt and output.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// Tokens in the prompt.
+    pub fn prompt_len(&self) -> usize {
+        self.prompt_len
+    }
+
+    /// The tokens generated so far.
+    pub fn output(&self) -> &[u32] {
+        &self.tokens[self.prompt_len..]
+    }
+
+    /// Most tokens that it may still generate.
+    pub fn remaining(&self) -> usize {
+        self.max_tokens - self.output().len()
+    }
+
+    /// Tokens whose keys and values are not in the cache. A decode has exactly one.
+    pub fn pending(&self) -> usize {
+        self.tokens.len() - self.computed
+    }
+
+    /// The blocks that hold its keys and values, in order.
+    pub fn table(&self) -> &[BlockId] {
+        &self.table
+    }
+
+    /// KV blocks that it holds at its end, if it generates `share` (0 to 1) of the tokens it may. One token
+    /// more than there are now is always counted: a sequence that is let in can make progress.
+    pub(super) fn blocks_promised(&self, block_tokens: usize, share: f32) -> usize {
+        let growth = ((self.remaining() as f32 * share).ceil() as usize).clamp(1, self.remaining().max(1));
+        (self.tokens.len() + growth).div_ceil(block_tokens)
+    }
+
+    /// KV blocks that it holds at its end if it generates all the tokens it may.
+    pub fn blocks_max(&self, block_tokens: usize) -> usize {
+        (self.prompt_len + self.max_tokens).div_ceil(block_tokens)
+    }
+
+    /// Adds a generated token; says whether the sequence ends with it.
+    pub(super) fn append(&mut self, token: u32, block_tokens: usize) -> Option<Finish> {
+        assert!(self.remaining() > 0, "a sequence that has its tokens is not run again");
+        self.tokens.push(token);
+        self.hash_full_blocks(block_tokens);
+        if self.stop_tokens.contains(&token) {
+            Some(Finish::Stop)
+        } else {
+            (self.remaining() == 0).then_some(Finish::Length)
+        }
+    }
+
+    /// What it cost so far.
+    pub fn usage(&self) -> Usage {
+        Usage {
+            prompt_tokens: self.prompt_len as u32,
+            cached_tokens: self.cached as u32,
+            output_tokens: self.output().len() as u32,
+        }
+    }
+
+    /// Full blocks that may come from the prefix cache: the last token is always computed, since its logits
+    /// are wanted.
+    pub(super) fn blocks_matchable(&self, block_tokens: usize) -> usize {
+        (self.tokens.len() - 1) / block_tokens
+    }
+
+    /// Tokens of the block with this index in the table.
+    pub(super) fn block(&self, index: usize, block_tokens: usize) -> &[u32] {
+        &self.tokens[index * block_tokens..(index + 1) * block_tokens]
+    }
+
+    fn hash_full_blocks(&mut self, block_tokens: usize) {
+        while (self.hashes.len() + 1) * block_tokens <= self.tokens.len() {
+            let parent = self.hashes.last().copied().unwrap_or(PREFIX_ROOT);
+            let hash = extend_hash(parent, self.block(self.hashes.len(), block_tokens));
+            self.hashes.push(hash);
+        }
+    }
+}
