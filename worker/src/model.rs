@@ -2,4 +2,6 @@
 //!
 //! It knows neither a backend nor the scheduler: layers are calls of `millrace_kernels` ops.
 
+pub mod config;
+pub mod rope;
 pub mod source;

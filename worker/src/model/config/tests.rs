@@ -1,0 +1,160 @@
+//! Real configurations, both spellings of RoPE, and a table of refusals.
+
+use serde_json::{Value, json};
+
+use super::*;
+use crate::model::rope::RopeScaling;
+
+/// SmolLM2-135M-Instruct, as published.
+fn smollm2() -> Value {
+    json!({
+        "architectures": ["LlamaForCausalLM"], "attention_bias": false, "bos_token_id": 1, "eos_token_id": 2,
+        "hidden_act": "silu", "hidden_size": 576, "intermediate_size": 1536, "is_llama_config": true,
+        "max_position_embeddings": 8192, "mlp_bias": false, "num_attention_heads": 9, "num_hidden_layers": 30,
+        "num_key_value_heads": 3, "rms_norm_eps": 1e-5, "rope_interleaved": false, "rope_scaling": null,
+        "rope_theta": 100000, "tie_word_embeddings": true, "torch_dtype": "bfloat16", "vocab_size": 49152
+    })
+}
+
+fn with(changes: Value) -> Value {
+    let mut config = smollm2();
+    for (field, value) in changes.as_object().expect("an object") {
+        config[field] = value.clone();
+    }
+    config
+}
+
+fn parse(config: &Value) -> Result<DecoderConfig, ConfigError> {
+    DecoderConfig::parse(&config.to_string(), None)
+}
+
+#[test]
+fn smollm2_is_read() {
+    let config = parse(&smollm2()).expect("valid");
+    assert_eq!(config.parameters(), 134_515_008, "as published");
+    assert_eq!((config.heads, config.kv_heads, config.head_dim, config.layers()), (9, 3, 64, 30));
+    assert_eq!(config.rope, Rope { theta: 100_000.0, scaling: RopeScaling::None });
+    assert_eq!((config.eos.as_slice(), config.stored), ([2].as_slice(), Some(StoredDtype::Bf16)));
+    assert!(config.tied && !config.qkv_bias && !config.output_bias && !config.qk_norm);
+    assert!(config.windows.iter().all(Option::is_none));
+}
+
+#[test]
+fn both_files_name_ends_of_sequence() {
+    let config = with(json!({"eos_token_id": [5, 2]})).to_string();
+    let parsed = DecoderConfig::parse(&config, Some(r#"{"eos_token_id": 7}"#)).expect("valid");
+    assert_eq!(parsed.eos, [2, 5, 7]);
+    let error = DecoderConfig::parse(&config, Some("[")).expect_err("no JSON");
+    assert!(error.to_string().starts_with("generation_config.json:"), "{error}");
+}
+
+#[test]
+fn llama3_scaling_in_both_spellings() {
+    let scaling = json!({"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192});
+    let old = parse(&with(json!({"rope_scaling": scaling, "rope_theta": 500000.0}))).expect("valid");
+    let mut parameters = scaling;
+    parameters["rope_theta"] = json!(500000.0);
+    let new = parse(&with(json!({"rope_parameters": parameters, "rope_theta": null}))).expect("valid");
+    assert_eq!(old.rope, new.rope);
+    let plain = Rope { scaling: RopeScaling::None, ..old.rope };
+    let (scaled, plain) = (old.rope.inverse_frequencies(64), plain.inverse_frequencies(64));
+    assert_eq!(scaled[0], plain[0], "the shortest wavelength is kept");
+    assert_eq!(scaled[31], plain[31] / 32.0, "the longest is divided");
+    assert!(scaled.windows(2).all(|pair| pair[0] > pair[1]));
+}
+
+#[test]
+fn linear_scaling_divides_every_frequency() {
+    let config = parse(&with(json!({"rope_scaling": {"type": "linear", "factor": 4.0}}))).expect("valid");
+    let plain = parse(&smollm2()).expect("valid");
+    let divided: Vec<f32> = plain.rope.inverse_frequencies(64).iter().map(|f| f / 4.0).collect();
+    assert_eq!(config.rope.inverse_frequencies(64), divided);
+}
+
+#[test]
+fn families_differ_where_they_should() {
+    let qwen2 = parse(&with(json!({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 32,
+        "use_sliding_window": false}))).expect("valid");
+    assert!(qwen2.qkv_bias && !qwen2.output_bias && qwen2.windows[0].is_none());
+    let windowed = parse(&with(json!({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 32,
+        "use_sliding_window": true, "max_window_layers": 28}))).expect("valid");
+    assert_eq!((windowed.windows[27], windowed.windows[28]), (None, Some(32)));
+    let qwen3 = parse(&with(json!({"architectures": ["Qwen3ForCausalLM"], "head_dim": 128}))).expect("valid");
+    assert!(qwen3.qk_norm && !qwen3.qkv_bias);
+    assert_eq!(qwen3.qkv_width(), 15 * 128);
+    let mistral = parse(&with(json!({"architectures": ["MistralForCausalLM"], "sliding_window": 4096})))
+        .expect("valid");
+    assert_eq!(mistral.windows, vec![Some(4096); 30]);
+    let biased = parse(&with(json!({"attention_bias": true}))).expect("valid");
+    assert!(biased.qkv_bias && biased.output_bias);
+}
+
+#[test]
+fn refusals_name_field_value_and_what_it_may_be() {
+    let llama3 = |changes: Value| {
+        let mut scaling = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192});
+        for (field, value) in changes.as_object().expect("an object") {
+            scaling[field] = value.clone();
+        }
+        json!({"rope_scaling": scaling})
+    };
+    let cases = [
+        (json!({"architectures": ["GPT2LMHeadModel"]}), "architectures is [\"GPT2LMHeadModel\"]", "Qwen3"),
+        (json!({"architectures": null}), "architectures is []", "LlamaForCausalLM"),
+        (json!({"hidden_size": 0}), "hidden_size is 0", "from 1 to 4194304"),
+        (json!({"hidden_size": 577}), "hidden_size is 577", "a multiple of num_attention_heads, 9"),
+        (json!({"intermediate_size": 5_000_000}), "intermediate_size is 5000000", "from 1 to 4194304"),
+        (json!({"num_hidden_layers": 100_000}), "num_hidden_layers is 100000", "from 1 to 1024"),
+        (json!({"num_key_value_heads": 2}), "num_key_value_heads is 2", "a divisor of num_attention_heads, 9"),
+        (json!({"num_key_value_heads": 18}), "num_key_value_heads is 18", "from 1 to 9"),
+        (json!({"head_dim": 63}), "head_dim is 63", "even"),
+        (json!({"vocab_size": 0}), "vocab_size is 0", "from 1 to 4194304"),
+        (json!({"max_position_embeddings": 0}), "max_position_embeddings is 0", "from 1"),
+        (json!({"rms_norm_eps": -1e-5}), "rms_norm_eps is -0.00001", "above 0 and below 1"),
+        (json!({"rope_theta": 0}), "rope_theta is 0", "from 1 to 1e12"),
+        (json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}), "rope_type is yarn", "llama3"),
+        (json!({"rope_scaling": {"type": "linear"}}), "rope_scaling.factor is absent", "a number"),
+        (json!({"rope_scaling": {"type": "linear", "factor": 0.5}}), "rope_scaling.factor is 0.5", "at least 1"),
+        (llama3(json!({"high_freq_factor": 1.0})), "high_freq_factor is 1", "above low_freq_factor, 1"),
+        (llama3(json!({"original_max_position_embeddings": null})), "position_embeddings is absent", "a number"),
+        (json!({"hidden_act": "gelu"}), "hidden_act is \"gelu\"", "\"silu\""),
+        (json!({"mlp_bias": true}), "mlp_bias is true", "false"),
+        (json!({"quantization_config": {"quant_method": "gptq"}}), "quantization_config is gptq", "absent"),
+        (json!({"eos_token_id": 49152}), "eos_token_id is 49152", "below vocab_size, 49152"),
+        (json!({"torch_dtype": "int8"}), "torch_dtype is int8", "bfloat16"),
+        (json!({"rope_parameters": {"partial_rotary_factor": 0.5}}), "partial_rotary_factor is 0.5", "1"),
+        (
+            json!({"architectures": ["MistralForCausalLM"], "sliding_window": 0}),
+            "sliding_window is 0",
+            "at least 1",
+        ),
+        (
+            json!({"architectures": ["Qwen3ForCausalLM"], "sliding_window": 8, "use_sliding_window": true,
+                "layer_types": ["full_attention"]}),
+            "layer_types is 1 entries",
+            "30 entries",
+        ),
+    ];
+    for (changes, value, expected) in cases {
+        let error = parse(&with(changes.clone())).expect_err(&changes.to_string()).to_string();
+        assert!(error.starts_with("config.json: "), "{error}");
+        assert!(error.contains(value) && error.contains(expected), "{changes}: {error}");
+    }
+    for broken in ["", "[]", "{}", r#"{"hidden_size": -1}"#, r#"{"hidden_size": 1e99}"#] {
+        let error = DecoderConfig::parse(broken, None).expect_err(broken).to_string();
+        assert!(error.starts_with("config.json: "), "{error}");
+    }
+}
+
+#[test]
+fn missing_and_oversized_files_are_named() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let error = DecoderConfig::read(folder.path()).expect_err("missing").to_string();
+    assert!(error.contains("config.json"), "{error}");
+    let file = std::fs::File::create(folder.path().join("config.json")).expect("created");
+    file.set_len(FILE_BYTES_MAX + 1).expect("sized");
+    let error = DecoderConfig::read(folder.path()).expect_err("too large").to_string();
+    assert!(error.contains("1048577 bytes; the limit is 1048576"), "{error}");
+}
