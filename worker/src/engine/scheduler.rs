@@ -181,8 +181,7 @@ impl Scheduler {
             {
                 let index = sequence.registered;
                 let (id, hash) = (sequence.table[index], sequence.hashes[index]);
-                sequence.chain =
-                    self.blocks.register(id, hash, parent, sequence.block(index, block_tokens));
+                sequence.chain = self.blocks.register(id, hash, parent, sequence.block(index, block_tokens));
                 sequence.registered += 1;
             }
         }

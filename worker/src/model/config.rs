@@ -210,8 +210,11 @@ impl DecoderConfig {
             kv_heads: heads.1,
             head_dim: heads.2,
             vocabulary: bounded("vocab_size", raw.vocab_size, WIDTH_MAX)?,
-            positions_max: bounded("max_position_embeddings", raw.max_position_embeddings as usize, WIDTH_MAX)?
-                as u32,
+            positions_max: bounded(
+                "max_position_embeddings",
+                raw.max_position_embeddings as usize,
+                WIDTH_MAX,
+            )? as u32,
             rms_norm_eps: raw.eps()?,
             rope: rope::parse(raw.rope_theta, raw.rope_scaling.as_ref(), raw.rope_parameters.as_ref())?,
             qkv_bias: match architecture {
@@ -351,7 +354,9 @@ impl Raw {
         let window = match architecture {
             Architecture::Llama => None,
             Architecture::Mistral => self.sliding_window,
-            Architecture::Qwen2 | Architecture::Qwen3 => self.sliding_window.filter(|_| self.use_sliding_window),
+            Architecture::Qwen2 | Architecture::Qwen3 => {
+                self.sliding_window.filter(|_| self.use_sliding_window)
+            }
         };
         let Some(window) = window else { return Ok(vec![None; layers]) };
         if window == 0 {

@@ -61,8 +61,7 @@ impl World {
         let fork = self.random.below(prompt_len + 1);
         let tail = self.random.below(3) as u32;
         let prompt = (0..prompt_len).map(|at| if at < fork { family } else { tail }).collect();
-        let slot =
-            self.scheduler.submit(Sequence::new(request(prompt, max_tokens as u32), BLOCK_TOKENS));
+        let slot = self.scheduler.submit(Sequence::new(request(prompt, max_tokens as u32), BLOCK_TOKENS));
         self.live.push(slot);
         self.ages.push(0);
     }
@@ -85,7 +84,11 @@ impl World {
             if position < chunk.start {
                 assert_eq!(*cell, Some(hash), "position {position} holds what this sequence computed");
             } else {
-                assert_eq!(self.scheduler.blocks().references(block as u32), 1, "shared blocks are not written");
+                assert_eq!(
+                    self.scheduler.blocks().references(block as u32),
+                    1,
+                    "shared blocks are not written"
+                );
                 *cell = Some(hash);
             }
         }

@@ -75,10 +75,12 @@ fn linear_scaling_divides_every_frequency() {
 #[test]
 fn families_differ_where_they_should() {
     let qwen2 = parse(&with(json!({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 32,
-        "use_sliding_window": false}))).expect("valid");
+        "use_sliding_window": false})))
+    .expect("valid");
     assert!(qwen2.qkv_bias && !qwen2.output_bias && qwen2.windows[0].is_none());
     let windowed = parse(&with(json!({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 32,
-        "use_sliding_window": true, "max_window_layers": 28}))).expect("valid");
+        "use_sliding_window": true, "max_window_layers": 28})))
+    .expect("valid");
     assert_eq!((windowed.windows[27], windowed.windows[28]), (None, Some(32)));
     let qwen3 = parse(&with(json!({"architectures": ["Qwen3ForCausalLM"], "head_dim": 128}))).expect("valid");
     assert!(qwen3.qk_norm && !qwen3.qkv_bias);
@@ -107,7 +109,11 @@ fn refusals_name_field_value_and_what_it_may_be() {
         (json!({"hidden_size": 577}), "hidden_size is 577", "a multiple of num_attention_heads, 9"),
         (json!({"intermediate_size": 5_000_000}), "intermediate_size is 5000000", "from 1 to 4194304"),
         (json!({"num_hidden_layers": 100_000}), "num_hidden_layers is 100000", "from 1 to 1024"),
-        (json!({"num_key_value_heads": 2}), "num_key_value_heads is 2", "a divisor of num_attention_heads, 9"),
+        (
+            json!({"num_key_value_heads": 2}),
+            "num_key_value_heads is 2",
+            "a divisor of num_attention_heads, 9",
+        ),
         (json!({"num_key_value_heads": 18}), "num_key_value_heads is 18", "from 1 to 9"),
         (json!({"head_dim": 63}), "head_dim is 63", "even"),
         (json!({"vocab_size": 0}), "vocab_size is 0", "from 1 to 4194304"),
@@ -116,9 +122,17 @@ fn refusals_name_field_value_and_what_it_may_be() {
         (json!({"rope_theta": 0}), "rope_theta is 0", "from 1 to 1e12"),
         (json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}), "rope_type is yarn", "llama3"),
         (json!({"rope_scaling": {"type": "linear"}}), "rope_scaling.factor is absent", "a number"),
-        (json!({"rope_scaling": {"type": "linear", "factor": 0.5}}), "rope_scaling.factor is 0.5", "at least 1"),
+        (
+            json!({"rope_scaling": {"type": "linear", "factor": 0.5}}),
+            "rope_scaling.factor is 0.5",
+            "at least 1",
+        ),
         (llama3(json!({"high_freq_factor": 1.0})), "high_freq_factor is 1", "above low_freq_factor, 1"),
-        (llama3(json!({"original_max_position_embeddings": null})), "position_embeddings is absent", "a number"),
+        (
+            llama3(json!({"original_max_position_embeddings": null})),
+            "position_embeddings is absent",
+            "a number",
+        ),
         (json!({"hidden_act": "gelu"}), "hidden_act is \"gelu\"", "\"silu\""),
         (json!({"mlp_bias": true}), "mlp_bias is true", "false"),
         (json!({"quantization_config": {"quant_method": "gptq"}}), "quantization_config is gptq", "absent"),
