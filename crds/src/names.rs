@@ -41,24 +41,47 @@ pub enum NameError {
     },
 }
 
-fn check(
+/// What a kind of name looks like.
+struct Form {
     what: &'static str,
-    value: &str,
-    limit: usize,
+    bytes_max: usize,
     pattern: &'static str,
-    inner: fn(u8) -> bool,
+    /// Bytes allowed at both ends and between.
     edge: fn(u8) -> bool,
-) -> Result<(), NameError> {
-    let shown = || value.chars().take(80).collect::<String>();
-    let bytes = value.as_bytes();
-    if bytes.is_empty() || bytes.len() > limit {
-        return Err(NameError::Length { what, value: shown(), length: bytes.len(), limit });
+    /// Bytes allowed between the ends only.
+    separators: &'static [u8],
+}
+
+const TOKEN: Form = Form {
+    what: "name",
+    bytes_max: TOKEN_BYTES_MAX,
+    pattern: "[a-z0-9]([-a-z0-9]*[a-z0-9])?",
+    edge: |b| b.is_ascii_lowercase() || b.is_ascii_digit(),
+    separators: b"-",
+};
+
+const JOB_ID: Form = Form {
+    what: "job id",
+    bytes_max: JOB_ID_BYTES_MAX,
+    pattern: "[A-Za-z0-9]([-_A-Za-z0-9]*[A-Za-z0-9])?",
+    edge: |b| b.is_ascii_alphanumeric(),
+    separators: b"-_",
+};
+
+impl Form {
+    fn check(&self, value: &str) -> Result<(), NameError> {
+        let shown = || value.chars().take(80).collect::<String>();
+        let bytes = value.as_bytes();
+        if bytes.is_empty() || bytes.len() > self.bytes_max {
+            let (what, length, limit) = (self.what, bytes.len(), self.bytes_max);
+            return Err(NameError::Length { what, value: shown(), length, limit });
+        }
+        let edges = (self.edge)(bytes[0]) && (self.edge)(bytes[bytes.len() - 1]);
+        if !edges || !bytes.iter().all(|b| (self.edge)(*b) || self.separators.contains(b)) {
+            return Err(NameError::Pattern { what: self.what, value: shown(), pattern: self.pattern });
+        }
+        Ok(())
     }
-    let edges = edge(bytes[0]) && edge(bytes[bytes.len() - 1]);
-    if !edges || !bytes.iter().all(|&b| inner(b)) {
-        return Err(NameError::Pattern { what, value: shown(), pattern });
-    }
-    Ok(())
 }
 
 /// One subject token: `[a-z0-9]([-a-z0-9]*[a-z0-9])?`, at most [`TOKEN_BYTES_MAX`] bytes.
@@ -69,9 +92,7 @@ pub struct Token(#[schemars(length(max = 63), regex(pattern = r"^[a-z0-9]([-a-z0
 impl FromStr for Token {
     type Err = NameError;
     fn from_str(value: &str) -> Result<Self, NameError> {
-        let edge = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
-        let inner = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
-        check("name", value, TOKEN_BYTES_MAX, "[a-z0-9]([-a-z0-9]*[a-z0-9])?", inner, edge)?;
+        TOKEN.check(value)?;
         Ok(Self(value.to_owned()))
     }
 }
@@ -94,9 +115,7 @@ impl JobId {
 impl FromStr for JobId {
     type Err = NameError;
     fn from_str(value: &str) -> Result<Self, NameError> {
-        let edge = |b: u8| b.is_ascii_alphanumeric();
-        let inner = |b: u8| b.is_ascii_alphanumeric() || b == b'-' || b == b'_';
-        check("job id", value, JOB_ID_BYTES_MAX, "[A-Za-z0-9]([-_A-Za-z0-9]*[A-Za-z0-9])?", inner, edge)?;
+        JOB_ID.check(value)?;
         Ok(Self(value.to_owned()))
     }
 }

@@ -115,7 +115,8 @@ mod tests {
         #[test]
         fn text_round_trips(bytes: u64, seconds in 0u64..4_000_000_000) {
             prop_assert_eq!(Bytes(bytes).to_string().parse::<Bytes>().unwrap(), Bytes(bytes));
-            prop_assert_eq!(Span::seconds(seconds).to_string().parse::<Span>().unwrap(), Span::seconds(seconds));
+            let span = Span::seconds(seconds);
+            prop_assert_eq!(span.to_string().parse::<Span>().unwrap(), span);
         }
     }
 }

@@ -10,4 +10,5 @@ pub mod ports;
 pub mod process;
 pub mod random;
 pub mod s3;
+pub mod source;
 pub mod tools;

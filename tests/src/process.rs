@@ -19,6 +19,9 @@ const POLL: Duration = Duration::from_millis(10);
 /// Lines of the log that an error shows.
 const LOG_LINES_SHOWN: usize = 30;
 
+/// Starts that may wait for the starting thread; a start takes a millisecond, and more callers wait.
+const ORDERS_MAX: usize = 16;
+
 /// A signal that a test sends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Signal {
@@ -195,12 +198,12 @@ fn with_parent_death(command: &Command) -> Command {
     wrapped
 }
 
-type Order = (Command, mpsc::Sender<io::Result<Child>>);
+type Order = (Command, mpsc::SyncSender<io::Result<Child>>);
 
 /// Has the one starting thread start a child.
 fn spawn(command: Command) -> io::Result<Child> {
-    static STARTER: LazyLock<Mutex<mpsc::Sender<Order>>> = LazyLock::new(|| {
-        let (orders, inbox) = mpsc::channel::<Order>();
+    static STARTER: LazyLock<Mutex<mpsc::SyncSender<Order>>> = LazyLock::new(|| {
+        let (orders, inbox) = mpsc::sync_channel::<Order>(ORDERS_MAX);
         let work = move || {
             for (mut command, answer) in inbox {
                 // Whoever asked may have panicked meanwhile; the child then ends as its handle is dropped.
@@ -211,7 +214,7 @@ fn spawn(command: Command) -> io::Result<Child> {
         Mutex::new(orders)
     });
     let gone = |_| io::Error::other("the starting thread has ended");
-    let (answer, child) = mpsc::channel();
+    let (answer, child) = mpsc::sync_channel(1);
     STARTER
         .lock()
         .map_err(|e| io::Error::other(e.to_string()))?
