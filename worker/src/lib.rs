@@ -5,6 +5,8 @@
 pub mod completion;
 pub mod engine;
 pub mod generate;
+pub mod import;
 pub mod job;
 pub mod model;
 pub mod prompt;
+pub mod weights;
