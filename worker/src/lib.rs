@@ -2,11 +2,21 @@
 //!
 //! A job's way is a straight line; the README's map names the files in the order in which it travels.
 
+pub mod broker;
+pub mod cancel;
+pub mod capacity;
+pub mod classes;
 pub mod completion;
 pub mod engine;
+pub mod failpoint;
+pub mod fault;
 pub mod generate;
 pub mod import;
 pub mod job;
 pub mod model;
 pub mod prompt;
 pub mod weights;
+pub mod provision;
+pub mod pull;
+pub mod queue;
+pub mod results;

@@ -1,0 +1,102 @@
+//! How many more jobs the worker may hold: a guess at what the free KV blocks can take. Pure.
+//!
+//! What a job needs is only known once it is pulled and tokenized, so the guess is a running mean of what
+//! recent jobs took, careful at first. The engine corrects it: while sequences wait for room there, nothing
+//! is pulled beyond a small reserve that hides the broker's round trip.
+
+use crate::engine::handle::Limits;
+
+/// Most jobs held at once, whatever the engine's size: bounds tasks and memory.
+pub const JOBS_HELD_MAX: usize = 2048;
+/// Share of the newest job in the running means.
+const NEWEST: f64 = 0.1;
+/// Of the model's length, what a job is taken to need before any was seen.
+const FIRST_SHARE: f64 = 0.25;
+/// Jobs held beyond what runs, as a share of the batch: they replace finished ones without a round trip.
+const RESERVE_SHARE: usize = 8;
+/// At least this many.
+const RESERVE_MIN: usize = 2;
+
+/// What jobs took so far.
+#[derive(Debug, Clone)]
+pub struct Capacity {
+    limits: Limits,
+    blocks_mean: f64,
+    sequences_mean: f64,
+}
+
+/// What a finished job took.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Taken {
+    /// Tokens of prompts and outputs.
+    pub tokens: u64,
+    /// Sequences.
+    pub sequences: u64,
+}
+
+impl Capacity {
+    /// No job was seen yet.
+    pub fn new(limits: Limits) -> Self {
+        let blocks = f64::from(limits.max_model_len) * FIRST_SHARE / f64::from(limits.block_tokens.max(1));
+        Self { limits, blocks_mean: blocks.max(1.0), sequences_mean: 1.0 }
+    }
+
+    /// Learns from a finished job.
+    pub fn learn(&mut self, taken: Taken) {
+        let sequences = taken.sequences.max(1) as f64;
+        // A sequence's last block is half empty on average.
+        let blocks = taken.tokens as f64 / f64::from(self.limits.block_tokens.max(1)) + 0.5 * sequences;
+        self.blocks_mean += NEWEST * (blocks.max(1.0) - self.blocks_mean);
+        self.sequences_mean += NEWEST * (sequences - self.sequences_mean);
+    }
+
+    /// How many more jobs may be pulled, when `held` are held and `waiting` sequences wait in the engine.
+    pub fn free(&self, held: usize, waiting: u64) -> usize {
+        let fits = self.fits();
+        let reserve = (fits / RESERVE_SHARE).max(RESERVE_MIN);
+        if held > 0 && waiting > (reserve as f64 * self.sequences_mean) as u64 {
+            return 0;
+        }
+        (fits + reserve).min(JOBS_HELD_MAX).saturating_sub(held)
+    }
+
+    /// How many jobs of the mean size run at once.
+    fn fits(&self) -> usize {
+        let by_blocks = f64::from(self.limits.kv_blocks) / self.blocks_mean;
+        let by_sequences = f64::from(self.limits.max_sequences) / self.sequences_mean.max(1.0);
+        (by_blocks.min(by_sequences) as usize).max(1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limits() -> Limits {
+        Limits { max_model_len: 4096, max_sequences: 64, block_tokens: 16, kv_blocks: 1024, vocabulary: 9 }
+    }
+
+    #[test]
+    fn careful_first_then_as_learnt() {
+        let mut capacity = Capacity::new(limits());
+        assert_eq!(capacity.free(0, 0), 16 + 2, "a quarter of 4096 tokens is 64 blocks; 16 fit");
+        for _ in 0..100 {
+            capacity.learn(Taken { tokens: 40, sequences: 1 });
+        }
+        assert_eq!(capacity.free(0, 0), 64 + 8, "small jobs: as many as run at once, and the reserve");
+        assert_eq!(capacity.free(70, 0), 2);
+        assert_eq!(capacity.free(80, 0), 0);
+        for _ in 0..100 {
+            capacity.learn(Taken { tokens: 100_000, sequences: 1000 });
+        }
+        assert_eq!(capacity.free(0, 0), 1 + RESERVE_MIN, "jobs larger than the engine: one and the reserve");
+    }
+
+    #[test]
+    fn the_engine_corrects_the_guess() {
+        let capacity = Capacity::new(limits());
+        assert!(capacity.free(3, 0) > 0);
+        assert_eq!(capacity.free(3, 3), 0, "three sequences wait already");
+        assert!(capacity.free(0, 3) > 0, "a worker that holds nothing always pulls");
+    }
+}
