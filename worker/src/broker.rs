@@ -127,8 +127,7 @@ impl Broker {
         if let Some(path) = &config.ca_file {
             options = options.add_root_certificates(path.clone()).require_tls(true);
         }
-        let client =
-            options.connect(addresses).await.map_err(|error| wrong("servers", error.to_string()))?;
+        let client = options.connect(addresses).await.map_err(|error| wrong("servers", error.to_string()))?;
         Ok(Self { client, connections, ack_retries: Arc::default() })
     }
 
@@ -191,14 +190,18 @@ impl Broker {
         last_sequence: u64,
     ) -> Result<Created, BrokerError> {
         const WHAT: &str = "publish";
-        headers
-            .insert(async_nats::header::NATS_EXPECTED_LAST_SUBJECT_SEQUENCE, last_sequence.to_string().as_str());
+        headers.insert(
+            async_nats::header::NATS_EXPECTED_LAST_SUBJECT_SEQUENCE,
+            last_sequence.to_string().as_str(),
+        );
         let limit = self.client.max_payload();
         let mut pause = TRY_PAUSE;
         for last_try in (0..TRIES).map(|n| n + 1 == TRIES) {
             let answer = self.request(WHAT, subject, Some(headers.clone()), body.clone()).await;
             match answer.and_then(|message| puback(&message)) {
-                Err(BrokerError::TooLarge { bytes, .. }) => return Err(BrokerError::TooLarge { bytes, limit }),
+                Err(BrokerError::TooLarge { bytes, .. }) => {
+                    return Err(BrokerError::TooLarge { bytes, limit });
+                }
                 Err(error) if last_try => return Err(error),
                 Err(_) => tokio::time::sleep(pause).await,
                 created => return created,

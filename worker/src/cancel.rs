@@ -38,10 +38,8 @@ impl Cancels {
     pub async fn listen(&self, broker: &Broker, model: &ModelRef) -> Result<(), BrokerError> {
         let subject = model.cancel_wildcard();
         let subscriber = broker.client().subscribe(subject).await;
-        let subscriber = subscriber.map_err(|error| BrokerError::Request {
-            what: "subscribe",
-            message: error.to_string(),
-        })?;
+        let subscriber = subscriber
+            .map_err(|error| BrokerError::Request { what: "subscribe", message: error.to_string() })?;
         tokio::spawn(self.clone().hear(subscriber));
         Ok(())
     }

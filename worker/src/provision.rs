@@ -80,8 +80,11 @@ pub async fn provision(
     mode: Mode,
 ) -> Result<Vec<Item>, ProvisionError> {
     let mut report = Vec::new();
-    let wanted =
-        [streams::jobs(model, queue), streams::results(model, queue, results), streams::dead(model, queue, results)];
+    let wanted = [
+        streams::jobs(model, queue),
+        streams::results(model, queue, results),
+        streams::dead(model, queue, results),
+    ];
     for config in wanted {
         report.push(stream(context, config, mode).await?);
     }
@@ -186,11 +189,7 @@ fn stream_drift(actual: &Config, wanted: &Config) -> Vec<Drift> {
     compare(&mut drift, "storage", (&actual.storage, &wanted.storage));
     compare(&mut drift, "discard", (&actual.discard, &wanted.discard));
     let unlimited = |value: i64| if value <= 0 { -1 } else { value };
-    compare(
-        &mut drift,
-        "max_msgs",
-        (&unlimited(actual.max_messages), &unlimited(wanted.max_messages)),
-    );
+    compare(&mut drift, "max_msgs", (&unlimited(actual.max_messages), &unlimited(wanted.max_messages)));
     compare(&mut drift, "max_bytes", (&unlimited(actual.max_bytes), &unlimited(wanted.max_bytes)));
     compare(
         &mut drift,
@@ -229,9 +228,6 @@ mod tests {
         assert!(stream_drift(&wanted, &wanted).is_empty());
         let other = streams::jobs(&model, &QueueConfig { max_jobs: 5, ..queue });
         let drift = stream_drift(&other, &wanted);
-        assert_eq!(
-            drift,
-            [Drift { setting: "max_msgs", actual: "5".into(), expected: "1000000".into() }]
-        );
+        assert_eq!(drift, [Drift { setting: "max_msgs", actual: "5".into(), expected: "1000000".into() }]);
     }
 }

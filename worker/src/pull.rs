@@ -97,7 +97,8 @@ impl PullPlan {
             return Vec::new();
         }
         let mut requests = Vec::new();
-        let shares = self.turns.share(free.min(PULL_BATCH_MAX as usize), self.phases.map(Phase::may_hold_jobs));
+        let shares =
+            self.turns.share(free.min(PULL_BATCH_MAX as usize), self.phases.map(Phase::may_hold_jobs));
         for class in Class::ALL {
             let batch = shares[class as usize];
             if batch > 0 {

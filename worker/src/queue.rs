@@ -138,10 +138,8 @@ impl Queue {
         for class in Class::ALL {
             let subject = format!("{}.{class}.*", self.inbox);
             let subscriber = self.broker.client().subscribe(subject).await;
-            let subscriber = subscriber.map_err(|error| BrokerError::Request {
-                what: "subscribe",
-                message: error.to_string(),
-            })?;
+            let subscriber = subscriber
+                .map_err(|error| BrokerError::Request { what: "subscribe", message: error.to_string() })?;
             replies.push(Replies { class, subscriber });
         }
         self.replies = replies;

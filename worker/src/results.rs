@@ -105,8 +105,11 @@ impl Results {
     /// When one of them could not be read. That is not "absent": the job must wait.
     pub async fn look_up(&self, job: &JobId) -> Result<Known, BrokerError> {
         let stream = self.model.results_stream();
-        let (result, cancel, attempts) =
-            (self.model.result_subject(job), self.model.cancel_subject(job), self.model.attempts_subject(job));
+        let (result, cancel, attempts) = (
+            self.model.result_subject(job),
+            self.model.cancel_subject(job),
+            self.model.attempts_subject(job),
+        );
         let (outcome, cancel, ledger) = futures::try_join!(
             self.broker.last(&stream, &result),
             self.broker.last(&stream, &cancel),
@@ -221,7 +224,9 @@ fn stored_outcome(message: &Message) -> StoredOutcome {
         _ => OutcomeKind::Completed,
     };
     let error = match kind {
-        OutcomeKind::Dead => serde_json::from_slice::<OutputLine>(&message.payload).ok().and_then(|l| l.error),
+        OutcomeKind::Dead => {
+            serde_json::from_slice::<OutputLine>(&message.payload).ok().and_then(|l| l.error)
+        }
         _ => None,
     };
     StoredOutcome {
