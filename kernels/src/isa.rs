@@ -9,12 +9,46 @@ use std::fmt;
 pub enum Isa {
     /// Portable Rust: the reference that all others are tested against.
     Scalar,
+    /// AVX2 with FMA (Haswell, Zen 1 and up). bf16 is widened to f32.
+    Avx2,
+    /// AVX-512 F, BW, DQ, VL and VNNI (Cascade Lake and up). bf16 is widened to f32.
+    Avx512,
+    /// The same with AVX-512 BF16 (Cooper Lake, Zen 4 and up).
+    Avx512Bf16,
 }
 
 impl Isa {
+    /// All of them, from the plainest to the widest.
+    pub const ALL: [Isa; 4] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16];
+
     /// The widest form that this processor has.
     pub fn detect() -> Isa {
-        Isa::Scalar
+        let mut all = Self::ALL.into_iter().rev();
+        all.find(|isa| isa.is_available()).unwrap_or(Isa::Scalar)
+    }
+
+    /// Whether this processor (and its operating system) has it.
+    #[cfg(target_arch = "x86_64")]
+    pub fn is_available(self) -> bool {
+        match self {
+            Isa::Scalar => true,
+            Isa::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            Isa::Avx512 => {
+                Isa::Avx2.is_available()
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("avx512vnni")
+            }
+            Isa::Avx512Bf16 => Isa::Avx512.is_available() && is_x86_feature_detected!("avx512bf16"),
+        }
+    }
+
+    /// Whether this processor (and its operating system) has it.
+    #[cfg(not(target_arch = "x86_64"))]
+    pub fn is_available(self) -> bool {
+        self == Isa::Scalar
     }
 }
 
@@ -22,6 +56,9 @@ impl fmt::Display for Isa {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Isa::Scalar => "scalar",
+            Isa::Avx2 => "avx2",
+            Isa::Avx512 => "avx512",
+            Isa::Avx512Bf16 => "avx512-bf16",
         })
     }
 }

@@ -8,5 +8,6 @@
 pub mod cpu;
 pub mod isa;
 pub mod ops;
+pub mod pool;
 pub mod sampling;
 pub mod tensor;

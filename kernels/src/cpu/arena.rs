@@ -3,6 +3,9 @@
 //! Everything is taken when the arena is made and nothing grows afterwards.
 
 use super::Precision;
+use super::attention::{HEAD_DIM_MAX, Scratch};
+use super::rows::Run;
+use super::tile::LANES;
 use crate::ops::{ArenaPlan, BLOCK_TOKENS, Batch, BufferKind, KvPlan, PlanError, Span};
 use crate::tensor::Aligned;
 
@@ -33,14 +36,14 @@ pub enum Rows {
     },
 }
 
-/// The paged keys and values. A block of one head holds 16 keys as `[head_dim / 2][16][2]` and 16 values as
-/// `[8][head_dim][2]` in bf16, or `[head_dim][16]` and `[16][head_dim]` in f32: both are right-hand operands
-/// of a product.
+/// The paged keys and values. A block of one head holds 16 keys as `[dim / 2][16][2]` and 16 values as
+/// `[8][dim][2]` in bf16, or `[dim][16]` and `[16][dim]` in f32: both are right-hand operands of a product.
+/// `dim` is the head's size rounded up to whole lanes; what is beyond the head is zero.
 #[derive(Debug)]
 pub struct Cache {
     /// Sizes.
     pub plan: KvPlan,
-    /// `[layers][blocks][kv_heads][2 (keys, values)][16 * head_dim]`
+    /// `[layers][blocks][kv_heads][2 (keys, values)][16 * dim]`
     pub blocks: CacheBlocks,
 }
 
@@ -53,13 +56,30 @@ pub enum CacheBlocks {
     Bf16(Aligned<u16>),
 }
 
-impl Cache {
-    /// Where the keys of a block start; the values follow at `16 * head_dim`.
+/// Where things lie in the cache.
+#[derive(Debug, Clone, Copy)]
+pub struct Places {
+    blocks: usize,
+    kv_heads: usize,
+    /// Elements of a head, rounded up to whole lanes.
+    pub dim: usize,
+}
+
+impl Places {
+    /// Element where the keys of a block start; the values follow at `16 * dim`.
     pub fn offset(&self, layer: usize, block: usize, head: usize) -> usize {
-        ((layer * self.plan.blocks + block) * self.plan.kv_heads + head)
-            * 2
-            * BLOCK_TOKENS
-            * self.plan.head_dim
+        ((layer * self.blocks + block) * self.kv_heads + head) * 2 * BLOCK_TOKENS * self.dim
+    }
+}
+
+impl Cache {
+    /// Where things lie.
+    pub fn places(&self) -> Places {
+        Places {
+            blocks: self.plan.blocks,
+            kv_heads: self.plan.kv_heads,
+            dim: self.plan.head_dim.next_multiple_of(LANES),
+        }
     }
 }
 
@@ -101,12 +121,18 @@ pub struct Arena {
     pub rope: Aligned<f32>,
     /// The batch.
     pub step: Step,
+    /// The batch's rows cut into runs, by the op at hand.
+    pub runs: Vec<Run>,
+    /// Attention's memory, one per thread.
+    pub attention: Vec<Box<Scratch>>,
+    /// `[rows_max][stride of the widest operand]`: rows that are complete before they are quantised.
+    pub unquantised: Aligned<f32>,
 }
 
 /// Bytes of one KV block over all layers.
 pub fn kv_block_bytes(kv: &KvPlan, precision: Precision) -> usize {
     let element = if precision == Precision::F32 { 4 } else { 2 };
-    kv.layers * kv.kv_heads * 2 * BLOCK_TOKENS * kv.head_dim * element
+    kv.layers * kv.kv_heads * 2 * BLOCK_TOKENS * kv.head_dim.next_multiple_of(LANES) * element
 }
 
 fn check(plan: &ArenaPlan) -> Result<(), PlanError> {
@@ -123,7 +149,7 @@ fn check(plan: &ArenaPlan) -> Result<(), PlanError> {
     bound("vocabulary", plan.vocabulary, 1, 1 << 24)?;
     bound("kv.layers", plan.kv.layers, 1, 1 << 12)?;
     bound("kv.kv_heads", plan.kv.kv_heads, 1, 1 << 10)?;
-    bound("kv.head_dim", plan.kv.head_dim, 2, 256)?;
+    bound("kv.head_dim", plan.kv.head_dim, 2, HEAD_DIM_MAX)?;
     bound("kv.head_dim modulo 2", plan.kv.head_dim % 2, 0, 0)?;
     bound("kv.blocks", plan.kv.blocks, 1, 1 << 28)?;
     for buffer in &plan.buffers {
@@ -141,15 +167,14 @@ impl Arena {
     ///
     /// # Errors
     /// When a size is out of bounds.
-    pub fn new(plan: ArenaPlan, precision: Precision) -> Result<Self, PlanError> {
+    pub fn new(plan: ArenaPlan, precision: Precision, threads: usize) -> Result<Self, PlanError> {
         check(&plan)?;
-        let buffers = plan
+        let buffers: Vec<Activation> = plan
             .buffers
             .iter()
             .map(|buffer| Activation::new(buffer.width, buffer.kind, plan.rows_max, precision))
             .collect();
-        let elements =
-            plan.kv.layers * plan.kv.blocks * plan.kv.kv_heads * 2 * BLOCK_TOKENS * plan.kv.head_dim;
+        let elements = kv_block_bytes(&plan.kv, Precision::F32) / 4 * plan.kv.blocks;
         let blocks = match precision {
             Precision::F32 => CacheBlocks::F32(Aligned::zeroed(elements)),
             Precision::Bf16 | Precision::Int8 => CacheBlocks::Bf16(Aligned::zeroed(elements)),
@@ -163,7 +188,18 @@ impl Arena {
             logits_rows: Vec::with_capacity(plan.logits_rows_max),
             rows: 0,
         };
-        Ok(Self { plan, buffers, cache, rope, step })
+        let quantised = buffers.iter().filter(|buffer| matches!(buffer.rows, Rows::Int8 { .. }));
+        let stride = quantised.map(|buffer| buffer.stride).max().unwrap_or(0);
+        Ok(Self {
+            buffers,
+            cache,
+            rope,
+            step,
+            runs: Vec::with_capacity(plan.rows_max),
+            attention: (0..threads).map(|_| Scratch::new()).collect(),
+            unquantised: Aligned::zeroed(plan.rows_max * stride),
+            plan,
+        })
     }
 
     /// Copies a checked batch.
@@ -183,8 +219,7 @@ impl Arena {
 
 impl Activation {
     fn new(width: usize, kind: BufferKind, rows_max: usize, precision: Precision) -> Self {
-        let group = if kind == BufferKind::Values { 1 } else { precision.group() };
-        let stride = width.next_multiple_of(group.max(16));
+        let stride = width.next_multiple_of(LANES);
         let elements = rows_max * stride;
         let rows = match (kind, precision) {
             (BufferKind::Values, _) | (_, Precision::F32) => Rows::F32(Aligned::zeroed(elements)),

@@ -4,18 +4,32 @@
 //! the reference; bf16 weights and operands with f32 sums; int8 weights with a scale per output feature and
 //! activations quantised row by row, with bf16 keys and values. The residual stream is f32 in all of them.
 
-pub mod arena;
-pub mod pack;
-mod scalar;
+mod arena;
+mod attention;
+mod lanes;
+mod linear;
+mod pack;
+mod rows;
+mod tile;
+#[cfg(target_arch = "x86_64")]
+mod tile_avx2;
+#[cfg(target_arch = "x86_64")]
+mod tile_avx512;
 
 use std::num::NonZeroUsize;
 
-use arena::{Arena, kv_block_bytes};
-use pack::{Matrix, Source, pack};
+use arena::{Activation, Arena, Rows, kv_block_bytes};
+use attention::Target;
+use linear::{Finished, Forms, Values};
+pub use pack::Matrix;
+use pack::{PANEL, Source, pack};
+use rows::{HeadNorms, Norm, Store};
+use tile::tile_fn;
 
 use crate::isa::Isa;
 use crate::ops::{ArenaPlan, AttentionShape, Batch, Buffer, KvPlan, Ops, PlanError, QkNorm, StepError};
-use crate::sampling::{SampleRow, Sampled, Scratch, sample_row};
+use crate::pool::{Pool, Scattered};
+use crate::sampling::{Poisoned, SampleRow, Sampled, Scratch, sample_row};
 use crate::tensor::{Aligned, HostTensor, LoadError};
 
 /// What matrix products compute with.
@@ -61,41 +75,100 @@ impl CpuOptions {
 /// The ops on a CPU.
 #[derive(Debug)]
 pub struct Cpu {
-    options: CpuOptions,
+    precision: Precision,
+    forms: Forms,
+    pool: Pool,
     arena: Option<Arena>,
-    logits: Vec<f32>,
-    scores: Vec<f32>,
-    scratch: Option<Scratch>,
+    logits: Aligned<f32>,
+    sampling: Vec<Scratch>,
 }
 
 /// A vector of f32.
 #[derive(Debug)]
 pub struct Vector(Aligned<f32>);
 
+/// The processor lacks the instructions that were asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("this processor has no {wanted}; the widest that it has is {widest}")]
+pub struct Unsupported {
+    /// What was asked for.
+    pub wanted: Isa,
+    /// What there is.
+    pub widest: Isa,
+}
+
 impl Cpu {
-    /// Prepares the processor.
-    pub fn new(options: CpuOptions) -> Self {
-        Self { options, arena: None, logits: Vec::new(), scores: Vec::new(), scratch: None }
+    /// Starts the threads and chooses the instructions.
+    ///
+    /// # Errors
+    /// When instructions were asked for that the processor lacks.
+    pub fn new(options: CpuOptions) -> Result<Self, Unsupported> {
+        let isa = options.isa.unwrap_or_else(Isa::detect);
+        if !isa.is_available() {
+            return Err(Unsupported { wanted: isa, widest: Isa::detect() });
+        }
+        let cache = if options.precision == Precision::F32 { Precision::F32 } else { Precision::Bf16 };
+        let forms =
+            Forms { isa, tile: tile_fn(isa, options.precision), cache_tile: tile_fn(isa, cache) };
+        Ok(Self {
+            precision: options.precision,
+            forms,
+            pool: Pool::new(options.threads),
+            arena: None,
+            logits: Aligned::zeroed(0),
+            sampling: Vec::new(),
+        })
     }
 
-    /// How it was made.
-    pub fn options(&self) -> CpuOptions {
-        self.options
+    /// What matrix products compute with.
+    pub fn precision(&self) -> Precision {
+        self.precision
     }
 
-    fn arena(&mut self) -> &mut Arena {
-        self.arena.as_mut().expect("allocate comes before any step")
+    /// Instructions in use.
+    pub fn isa(&self) -> Isa {
+        self.forms.isa
+    }
+
+    /// Threads that work on a step.
+    pub fn threads(&self) -> usize {
+        self.pool.threads()
+    }
+
+    fn parts(&mut self) -> (&mut Pool, Forms, &mut Arena) {
+        (&mut self.pool, self.forms, self.arena.as_mut().expect("allocate comes before any step"))
+    }
+
+    /// Product of operand rows with a matrix, into values.
+    fn values_product(
+        &mut self,
+        matrix: &Matrix,
+        bias: Option<&Vector>,
+        (x, out): (Buffer, Buffer),
+        add: bool,
+    ) {
+        let (pool, forms, arena) = self.parts();
+        let rows = arena.step.rows;
+        let (x, out) = pair(&mut arena.buffers, x, out);
+        assert_eq!(out.width, matrix.rows, "width of a product");
+        let bias = bias.map(|bias| &bias.0[..]);
+        assert!(bias.is_none_or(|bias| bias.len() == matrix.rows), "length of a bias");
+        let stride = out.stride;
+        let values = Values { out: Scattered::new(out.values_mut()), stride, add, bias };
+        linear::product(pool, forms, matrix, (x, rows), |tile| values.store(forms.isa, matrix.rows, tile));
     }
 }
 
 /// Two different buffers, the first to read and the second to write.
-fn pair(
-    buffers: &mut [arena::Activation],
-    read: Buffer,
-    write: Buffer,
-) -> (&arena::Activation, &mut arena::Activation) {
+fn pair(buffers: &mut [Activation], read: Buffer, write: Buffer) -> (&Activation, &mut Activation) {
     let [read, write] = buffers.get_disjoint_mut([read.0, write.0]).expect("two buffers of the plan");
     (read, write)
+}
+
+/// Writes logits of all rows of `x`.
+fn logits_product(pool: &mut Pool, forms: Forms, head: &Matrix, x: (&Activation, usize), out: &mut [f32]) {
+    let values = Values { out: Scattered::new(out), stride: head.rows, add: false, bias: None };
+    linear::product(pool, forms, head, x, |tile| values.store(forms.isa, head.rows, tile));
 }
 
 impl Ops for Cpu {
@@ -103,11 +176,11 @@ impl Ops for Cpu {
     type Vector = Vector;
 
     fn matrix(&mut self, parts: &[HostTensor<'_>]) -> Result<Matrix, LoadError> {
-        pack(&Source::Stacked(parts), self.options.precision)
+        pack(&mut self.pool, &Source::Stacked(parts), self.precision)
     }
 
     fn gated_matrix(&mut self, gate: &HostTensor<'_>, up: &HostTensor<'_>) -> Result<Matrix, LoadError> {
-        pack(&Source::Gated(gate, up), self.options.precision)
+        pack(&mut self.pool, &Source::Gated(gate, up), self.precision)
     }
 
     fn vector(&mut self, parts: &[HostTensor<'_>]) -> Result<Vector, LoadError> {
@@ -125,70 +198,68 @@ impl Ops for Cpu {
     }
 
     fn kv_block_bytes(&self, kv: &KvPlan) -> usize {
-        kv_block_bytes(kv, self.options.precision)
+        kv_block_bytes(kv, self.precision)
     }
 
     fn allocate(&mut self, plan: ArenaPlan) -> Result<(), PlanError> {
-        let arena = Arena::new(plan, self.options.precision)?;
-        self.logits = vec![0.0; arena.plan.logits_rows_max * arena.plan.vocabulary];
-        self.scores = vec![0.0; arena.plan.positions_max];
-        self.scratch = Some(Scratch::new(arena.plan.vocabulary));
+        let arena = Arena::new(plan, self.precision, self.pool.threads())?;
+        self.logits = Aligned::zeroed(arena.plan.logits_rows_max * arena.plan.vocabulary);
+        self.sampling = (0..self.pool.threads()).map(|_| Scratch::new(arena.plan.vocabulary)).collect();
         self.arena = Some(arena);
         Ok(())
     }
 
     fn begin(&mut self, batch: &Batch<'_>) -> Result<(), StepError> {
-        let arena = self.arena();
+        let (_, _, arena) = self.parts();
         batch.check(&arena.plan)?;
         arena.begin(batch);
         Ok(())
     }
 
     fn embed(&mut self, table: &Matrix, out: Buffer) {
-        let arena = self.arena();
-        let out = &mut arena.buffers[out.0];
-        assert_eq!(out.width, table.columns, "width of the embedding");
-        let (width, stride) = (out.width, out.stride);
-        let values = out.values_mut();
-        for (row, &token) in arena.step.tokens.iter().enumerate() {
-            table.read_row(token as usize, &mut values[row * stride..row * stride + width]);
-        }
+        let (pool, _, arena) = self.parts();
+        rows::embed(pool, table, &arena.step.tokens, &mut arena.buffers[out.0]);
     }
 
     fn rms_norm(&mut self, x: Buffer, weight: &Vector, eps: f32, out: Buffer) {
-        let arena = self.arena();
+        let (pool, forms, arena) = self.parts();
         let rows = arena.step.rows;
         let (x, out) = pair(&mut arena.buffers, x, out);
-        scalar::rms_norm(x, &weight.0, eps, out, rows);
+        let norm = Norm { x, out, scratch: &mut arena.unquantised, rows };
+        rows::rms_norm(pool, forms.isa, norm, (&weight.0, eps));
     }
 
     fn linear(&mut self, matrix: &Matrix, bias: Option<&Vector>, x: Buffer, out: Buffer) {
-        let arena = self.arena();
-        let rows = arena.step.rows;
-        let (x, out) = pair(&mut arena.buffers, x, out);
-        let stride = out.stride;
-        assert_eq!(out.width, matrix.rows, "width of a product");
-        let bias = bias.map(|bias| &bias.0[..]);
-        let sink = scalar::Sink { out: out.values_mut(), stride, add: false };
-        scalar::linear(matrix, bias, x, rows, sink);
+        self.values_product(matrix, bias, (x, out), false);
     }
 
     fn linear_add(&mut self, matrix: &Matrix, bias: Option<&Vector>, x: Buffer, residual: Buffer) {
-        let arena = self.arena();
-        let rows = arena.step.rows;
-        let (x, out) = pair(&mut arena.buffers, x, residual);
-        let stride = out.stride;
-        assert_eq!(out.width, matrix.rows, "width of a product");
-        let bias = bias.map(|bias| &bias.0[..]);
-        let sink = scalar::Sink { out: out.values_mut(), stride, add: true };
-        scalar::linear(matrix, bias, x, rows, sink);
+        self.values_product(matrix, bias, (x, residual), true);
     }
 
     fn linear_silu_mul(&mut self, gate_up: &Matrix, x: Buffer, out: Buffer) {
-        let arena = self.arena();
+        let (pool, forms, arena) = self.parts();
         let rows = arena.step.rows;
         let (x, out) = pair(&mut arena.buffers, x, out);
-        scalar::linear_silu_mul(gate_up, x, rows, out);
+        assert_eq!(out.width.next_multiple_of(PANEL) * 2, gate_up.rows, "width of a gated product");
+        let (width, stride) = (out.width, out.stride);
+        let store = match &out.rows {
+            Rows::Int8 { .. } => Store::F32(Scattered::new(&mut arena.unquantised)),
+            _ => Store::new(out),
+        };
+        linear::product(pool, forms, gate_up, (x, rows), |tile: Finished<'_>| {
+            for (index, sums) in tile.sums.chunks_exact_mut(tile.panels).enumerate() {
+                lanes::gate(forms.isa, sums);
+                let feature = tile.panel / 2 * PANEL;
+                let len = (tile.panels / 2 * PANEL).min(width - feature);
+                let gated = &sums.as_flattened()[..len];
+                // SAFETY: each (row, feature) belongs to one tile of the dispatch.
+                unsafe { store.put(forms.isa, (tile.row + index) * stride + feature, gated) };
+            }
+        });
+        if matches!(out.rows, Rows::Int8 { .. }) {
+            rows::quantise(pool, forms.isa, &arena.unquantised, out, rows);
+        }
     }
 
     fn rope_cache(
@@ -198,28 +269,42 @@ impl Ops for Cpu {
         shape: &AttentionShape,
         norms: Option<QkNorm<'_, Vector>>,
     ) {
-        let norms = norms.map(|norms| scalar::HeadNorms { q: &norms.q.0, k: &norms.k.0, eps: norms.eps });
-        scalar::rope_cache(self.arena(), layer, qkv, shape, norms);
+        let (pool, forms, arena) = self.parts();
+        let norms = norms.map(|norms| HeadNorms { q: &norms.q.0, k: &norms.k.0, eps: norms.eps });
+        rows::rope_cache(pool, forms.isa, arena, (layer, qkv), (shape, norms));
     }
 
     fn attention(&mut self, layer: usize, qkv: Buffer, shape: &AttentionShape, out: Buffer) {
-        let arena = self.arena.as_mut().expect("allocate comes before any step");
-        scalar::attention(arena, layer, (qkv, out), shape, &mut self.scores);
+        let (pool, forms, arena) = self.parts();
+        assert!(qkv != out, "attention reads and writes two buffers");
+        let activation = &mut arena.buffers[out.0];
+        assert_eq!(activation.width, shape.heads * shape.head_dim, "width of attention's result");
+        let quantised = matches!(activation.rows, Rows::Int8 { .. });
+        let stride = activation.stride;
+        let store = if quantised {
+            Store::F32(Scattered::new(&mut arena.unquantised))
+        } else {
+            Store::new(activation)
+        };
+        attention::attention(pool, forms, arena, (layer, qkv, Target { store, stride }), shape);
+        if quantised {
+            let rows = arena.step.rows;
+            rows::quantise(pool, forms.isa, &arena.unquantised, &mut arena.buffers[out.0], rows);
+        }
     }
 
     fn narrow(&mut self, buffers: &[Buffer]) {
-        let Arena { step, buffers: activations, .. } = self.arena();
+        let (_, _, arena) = self.parts();
         for buffer in buffers {
-            scalar::narrow(&mut activations[buffer.0], &step.logits_rows);
+            rows::narrow(&mut arena.buffers[buffer.0], &arena.step.logits_rows);
         }
-        step.rows = step.logits_rows.len();
+        arena.step.rows = arena.step.logits_rows.len();
     }
 
     fn logits(&mut self, head: &Matrix, x: Buffer, out: &mut [f32]) -> Result<(), StepError> {
-        let arena = self.arena();
+        let (pool, forms, arena) = self.parts();
         assert_eq!(out.len(), arena.step.rows * head.rows, "room for the logits");
-        let sink = scalar::Sink { out, stride: head.rows, add: false };
-        scalar::linear(head, None, &arena.buffers[x.0], arena.step.rows, sink);
+        logits_product(pool, forms, head, (&arena.buffers[x.0], arena.step.rows), out);
         Ok(())
     }
 
@@ -230,16 +315,26 @@ impl Ops for Cpu {
         rows: &[SampleRow<'_>],
         out: &mut Vec<Sampled>,
     ) -> Result<(), StepError> {
-        let arena = self.arena.as_ref().expect("allocate comes before any step");
+        let Self { pool, forms, arena, logits, sampling, .. } = self;
+        let arena = arena.as_ref().expect("allocate comes before any step");
         assert_eq!(rows.len(), arena.step.rows, "one sampling row per logits row");
         assert_eq!(head.rows, arena.plan.vocabulary, "rows of the head");
-        let sink = scalar::Sink { out: &mut self.logits, stride: head.rows, add: false };
-        scalar::linear(head, None, &arena.buffers[x.0], rows.len(), sink);
+        let vocabulary = head.rows;
+        logits_product(pool, *forms, head, (&arena.buffers[x.0], rows.len()), logits);
         out.clear();
-        let scratch = self.scratch.as_mut().expect("taken by allocate");
-        for (row, logits) in rows.iter().zip(self.logits.chunks_exact(head.rows)) {
-            out.push(sample_row(logits, row, scratch));
-        }
+        out.resize(rows.len(), Err(Poisoned));
+        let (sampled, scratch) = (Scattered::new(out), Scattered::new(sampling));
+        let logits = &logits[..];
+        pool.run(rows.len(), |thread, row| {
+            let logits = &logits[row * vocabulary..][..vocabulary];
+            // SAFETY: each row belongs to one task, each scratch to one thread.
+            unsafe {
+                sampled.range(row, 1)[0] = sample_row(logits, &rows[row], &mut scratch.range(thread, 1)[0]);
+            }
+        });
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

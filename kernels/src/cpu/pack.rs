@@ -5,9 +5,8 @@
 //! operand that `vdpbf16ps`, `vpdpbusd` and the AMX tile products read. Missing rows and columns are zero.
 //! Int8 weights are symmetric with one scale per output feature.
 
-use half::bf16;
-
-use super::Precision;
+use super::{Precision, lanes};
+use crate::pool::{Pool, Scattered};
 use crate::tensor::{Aligned, HostTensor, LoadError};
 
 /// Output features in a panel: the f32 lanes of one AVX-512 register.
@@ -44,12 +43,6 @@ pub enum Panels {
     },
 }
 
-/// Position of an element in panels with `group` adjacent columns.
-pub fn index(row: usize, column: usize, columns_padded: usize, group: usize) -> usize {
-    let panel = (row / PANEL) * columns_padded * PANEL;
-    panel + (column / group) * PANEL * group + (row % PANEL) * group + column % group
-}
-
 impl Matrix {
     /// Bytes of weights that one use of the whole matrix reads.
     pub fn bytes(&self) -> usize {
@@ -68,16 +61,29 @@ impl Matrix {
     /// Writes the weights of one output feature.
     pub fn read_row(&self, row: usize, out: &mut [f32]) {
         assert!(row < self.rows && out.len() == self.columns, "row {row} of {}", self.rows);
-        for (column, out) in out.iter_mut().enumerate() {
-            *out = match &self.panels {
-                Panels::F32(panels) => panels[index(row, column, self.columns_padded, 1)],
-                Panels::Bf16(panels) => {
-                    bf16::from_bits(panels[index(row, column, self.columns_padded, 2)]).to_f32()
+        let elements = self.columns_padded * PANEL;
+        let (start, lane) = (row / PANEL * elements, row % PANEL);
+        match &self.panels {
+            Panels::F32(panels) => {
+                let panel = &panels[start..start + elements];
+                out.iter_mut().zip(panel.chunks_exact(PANEL)).for_each(|(out, group)| *out = group[lane]);
+            }
+            Panels::Bf16(panels) => {
+                let panel = &panels[start..start + elements];
+                for (out, group) in out.chunks_mut(2).zip(panel.chunks_exact(2 * PANEL)) {
+                    for (out, &bits) in out.iter_mut().zip(&group[2 * lane..]) {
+                        *out = lanes::bf16_value(bits);
+                    }
                 }
-                Panels::Int8 { codes, scales, .. } => {
-                    f32::from(codes[index(row, column, self.columns_padded, 4)]) * scales[row]
+            }
+            Panels::Int8 { codes, scales, .. } => {
+                let panel = &codes[start..start + elements];
+                for (out, group) in out.chunks_mut(4).zip(panel.chunks_exact(4 * PANEL)) {
+                    for (out, &code) in out.iter_mut().zip(&group[4 * lane..]) {
+                        *out = f32::from(code) * scales[row];
+                    }
                 }
-            };
+            }
         }
     }
 }
@@ -147,57 +153,79 @@ impl Source<'_, '_> {
     }
 }
 
-/// Packs a matrix.
+/// Packs a matrix, panel by panel on all threads.
 ///
 /// # Errors
 /// When the parts do not fit together.
-pub fn pack(source: &Source<'_, '_>, precision: Precision) -> Result<Matrix, LoadError> {
+pub fn pack(pool: &mut Pool, source: &Source<'_, '_>, precision: Precision) -> Result<Matrix, LoadError> {
     let (rows, columns) = source.shape()?;
-    let group = precision.group();
-    let columns_padded = columns.next_multiple_of(group);
-    let elements = rows.next_multiple_of(PANEL) * columns_padded;
-    let mut row_values = vec![0.0_f32; columns];
-    let panels = match precision {
-        Precision::F32 => {
-            let mut panels = Aligned::<f32>::zeroed(elements);
-            for row in 0..rows {
-                source.read_row(row, &mut row_values);
-                for (column, &value) in row_values.iter().enumerate() {
-                    panels[index(row, column, columns_padded, group)] = value;
-                }
-            }
-            Panels::F32(panels)
-        }
-        Precision::Bf16 => {
-            let mut panels = Aligned::<u16>::zeroed(elements);
-            for row in 0..rows {
-                source.read_row(row, &mut row_values);
-                for (column, &value) in row_values.iter().enumerate() {
-                    panels[index(row, column, columns_padded, group)] = bf16::from_f32(value).to_bits();
-                }
-            }
-            Panels::Bf16(panels)
-        }
-        Precision::Int8 => {
-            let rows_padded = rows.next_multiple_of(PANEL);
-            let mut codes = Aligned::<i8>::zeroed(elements);
-            let mut scales = Aligned::<f32>::zeroed(rows_padded);
-            let mut offsets = Aligned::<i32>::zeroed(rows_padded);
-            for row in 0..rows {
-                source.read_row(row, &mut row_values);
-                let maximum = row_values.iter().fold(0.0_f32, |a, &b| a.max(b.abs()));
-                let inverse = if maximum > 0.0 { 127.0 / maximum } else { 0.0 };
-                let mut sum = 0_i32;
-                for (column, &value) in row_values.iter().enumerate() {
-                    let code = (value * inverse).round_ties_even() as i8;
-                    codes[index(row, column, columns_padded, group)] = code;
-                    sum += i32::from(code);
-                }
-                scales[row] = maximum / 127.0;
-                offsets[row] = sum * 128;
-            }
-            Panels::Int8 { codes, scales, offsets }
-        }
+    let columns_padded = columns.next_multiple_of(precision.group());
+    let rows_padded = rows.next_multiple_of(PANEL);
+    let elements = rows_padded * columns_padded;
+    let mut panels = match precision {
+        Precision::F32 => Panels::F32(Aligned::zeroed(elements)),
+        Precision::Bf16 => Panels::Bf16(Aligned::zeroed(elements)),
+        Precision::Int8 => Panels::Int8 {
+            codes: Aligned::zeroed(elements),
+            scales: Aligned::zeroed(rows_padded),
+            offsets: Aligned::zeroed(rows_padded),
+        },
     };
+    let size = columns_padded * PANEL;
+    let each = |fill: &(dyn Fn(usize, usize, &[f32]) + Sync), pool: &mut Pool| {
+        pool.run(rows_padded / PANEL, |_, panel| {
+            let mut values = vec![0.0_f32; columns];
+            for row in panel * PANEL..rows.min((panel + 1) * PANEL) {
+                source.read_row(row, &mut values);
+                fill(panel, row, &values);
+            }
+        });
+    };
+    match &mut panels {
+        Panels::F32(panels) => {
+            let panels = Scattered::new(panels);
+            let fill = |panel: usize, row: usize, values: &[f32]| {
+                // SAFETY: each panel belongs to one task.
+                let panel = unsafe { panels.range(panel * size, size) };
+                spread(values, panel, (row % PANEL, 1), |value| value);
+            };
+            each(&fill, pool);
+        }
+        Panels::Bf16(panels) => {
+            let panels = Scattered::new(panels);
+            let fill = |panel: usize, row: usize, values: &[f32]| {
+                // SAFETY: each panel belongs to one task.
+                let panel = unsafe { panels.range(panel * size, size) };
+                spread(values, panel, (row % PANEL, 2), lanes::bf16_bits);
+            };
+            each(&fill, pool);
+        }
+        Panels::Int8 { codes, scales, offsets } => {
+            let (codes, scales, offsets) =
+                (Scattered::new(codes), Scattered::new(scales), Scattered::new(offsets));
+            let fill = |panel: usize, row: usize, values: &[f32]| {
+                let maximum = values.iter().fold(0.0_f32, |a, &b| a.max(b.abs()));
+                let inverse = if maximum > 0.0 { 127.0 / maximum } else { 0.0 };
+                let code = |value: f32| (value * inverse).round_ties_even() as i8;
+                // SAFETY: each panel and each row belongs to one task.
+                unsafe {
+                    spread(values, codes.range(panel * size, size), (row % PANEL, 4), code);
+                    scales.range(row, 1)[0] = maximum / 127.0;
+                    offsets.range(row, 1)[0] =
+                        values.iter().map(|&value| i32::from(code(value))).sum::<i32>() * 128;
+                }
+            };
+            each(&fill, pool);
+        }
+    }
     Ok(Matrix { rows, columns, columns_padded, panels })
+}
+
+/// Writes a row of values into its lane of a panel with `group` adjacent columns.
+fn spread<T>(values: &[f32], panel: &mut [T], (lane, group): (usize, usize), convert: impl Fn(f32) -> T) {
+    for (values, out) in values.chunks(group).zip(panel.chunks_exact_mut(group * PANEL)) {
+        for (&value, out) in values.iter().zip(&mut out[group * lane..]) {
+            *out = convert(value);
+        }
+    }
 }

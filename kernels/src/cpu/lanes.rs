@@ -1,0 +1,345 @@
+//! Row arithmetic in portable Rust over sixteen lanes, compiled once per instruction set.
+//!
+//! Only additions, multiplications and comparisons in a fixed order: no fused multiply-add, no reassociation,
+//! so all forms compute the same bytes. A value that is not a number stays one.
+
+use crate::isa::Isa;
+
+use super::tile::LANES;
+
+/// Compiles a body for each instruction set and makes the function that chooses.
+macro_rules! versions {
+    ($(#[$doc:meta])* pub fn $name:ident($($argument:ident: $type:ty),* $(,)?) = $body:ident;) => {
+        $(#[$doc])*
+        #[allow(clippy::too_many_arguments)]
+        pub fn $name(isa: Isa, $($argument: $type),*) {
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+                #[allow(clippy::too_many_arguments)]
+                fn avx512($($argument: $type),*) {
+                    $body($($argument),*)
+                }
+                #[target_feature(enable = "avx2,fma")]
+                #[allow(clippy::too_many_arguments)]
+                fn avx2($($argument: $type),*) {
+                    $body($($argument),*)
+                }
+                match isa {
+                    Isa::Scalar => {}
+                    // SAFETY: an `Isa` in use is one that the processor has.
+                    Isa::Avx2 => return unsafe { avx2($($argument),*) },
+                    // SAFETY: as above; the wider forms imply these features.
+                    _ => return unsafe { avx512($($argument),*) },
+                }
+            }
+            let _ = isa;
+            $body($($argument),*)
+        }
+    };
+}
+pub(super) use versions;
+
+/// Nearest bf16, ties to even; a value that is not a number stays one.
+#[inline(always)]
+pub fn bf16_bits(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let rounded = bits.wrapping_add(0x7FFF + ((bits >> 16) & 1)) >> 16;
+    let quiet = (bits >> 16) | 0x40;
+    (if value.is_nan() { quiet } else { rounded }) as u16
+}
+
+/// The value of bf16 bits.
+#[inline(always)]
+pub fn bf16_value(bits: u16) -> f32 {
+    f32::from_bits(u32::from(bits) << 16)
+}
+
+/// e^x to 2 units in the last place; 0 below -87.3, infinity above 88.7. Range reduction by ln 2 in two parts
+/// and the degree-6 polynomial of Cephes' expf.
+#[inline(always)]
+pub fn exponential(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer.
+    let clamped = if x < -87.3 { -87.3 } else { x };
+    let clamped = if clamped > 88.7 { 88.7 } else { clamped };
+    let shifted = clamped * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    let r = (clamped - n * 0.693_359_4) - n * -2.121_944_4e-4;
+    let mut p = 1.987_569_1e-4;
+    p = p * r + 1.398_199_9e-3;
+    p = p * r + 8.333_452e-3;
+    p = p * r + 4.166_579_6e-2;
+    p = p * r + 1.666_666_6e-1;
+    p = p * r + 0.5;
+    let value = p * (r * r) + r + 1.0;
+    // 2^n in two factors: 2^128 is no f32, but 2^64 * 2^64 * value may round to one.
+    let n = shifted.to_bits().wrapping_sub(ROUND.to_bits()).cast_signed();
+    let half = n >> 1;
+    let power = |n: i32| f32::from_bits((n.wrapping_add(127) << 23).cast_unsigned());
+    let value = value * power(half) * power(n - half);
+    let value = if x < -87.3 { 0.0 } else { value };
+    if x > 88.7 { f32::INFINITY } else { value }
+}
+
+/// Sum of lanes in a fixed tree.
+#[inline(always)]
+pub fn sum(mut lanes: [f32; LANES]) -> f32 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            lanes[lane] += lanes[lane + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// Greatest of lanes; ignores values that are not numbers.
+#[inline(always)]
+pub fn maximum(lanes: &[f32; LANES]) -> f32 {
+    let mut greatest = *lanes;
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            let (a, b) = (greatest[lane], greatest[lane + width]);
+            greatest[lane] = if b > a { b } else { a };
+        }
+        width /= 2;
+    }
+    greatest[0]
+}
+
+#[inline(always)]
+fn squares(values: &[f32]) -> f32 {
+    let (chunks, rest) = values.as_chunks::<LANES>();
+    let mut sums = [0.0; LANES];
+    for chunk in chunks {
+        for lane in 0..LANES {
+            sums[lane] += chunk[lane] * chunk[lane];
+        }
+    }
+    for (lane, value) in rest.iter().enumerate() {
+        sums[lane] += value * value;
+    }
+    sum(sums)
+}
+
+#[inline(always)]
+fn norm_body(values: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    let factor = 1.0 / (squares(values) / values.len() as f32 + eps).sqrt();
+    for ((out, value), weight) in out.iter_mut().zip(values).zip(weight) {
+        *out = value * factor * weight;
+    }
+}
+
+versions! {
+    /// `out = values / sqrt(mean(values^2) + eps) * weight`.
+    pub fn norm(values: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) = norm_body;
+}
+
+#[inline(always)]
+fn norm_in_place_body(values: &mut [f32], weight: &[f32], eps: f32) {
+    let factor = 1.0 / (squares(values) / values.len() as f32 + eps).sqrt();
+    for (value, weight) in values.iter_mut().zip(weight) {
+        *value = *value * factor * weight;
+    }
+}
+
+versions! {
+    /// [`norm`] over the values themselves.
+    pub fn norm_in_place(values: &mut [f32], weight: &[f32], eps: f32) = norm_in_place_body;
+}
+
+#[inline(always)]
+fn norm_bf16_body(values: &[f32], weight: &[f32], eps: f32, out: &mut [u16]) {
+    let factor = 1.0 / (squares(values) / values.len() as f32 + eps).sqrt();
+    for ((out, value), weight) in out.iter_mut().zip(values).zip(weight) {
+        *out = bf16_bits(value * factor * weight);
+    }
+}
+
+versions! {
+    /// [`norm`], rounded to bf16.
+    pub fn norm_bf16(values: &[f32], weight: &[f32], eps: f32, out: &mut [u16]) = norm_bf16_body;
+}
+
+#[inline(always)]
+fn to_bf16_body(values: &[f32], out: &mut [u16]) {
+    for (out, &value) in out.iter_mut().zip(values) {
+        *out = bf16_bits(value);
+    }
+}
+
+versions! {
+    /// Rounds to bf16.
+    pub fn to_bf16(values: &[f32], out: &mut [u16]) = to_bf16_body;
+}
+
+#[inline(always)]
+fn quantise_body(values: &[f32], out: &mut [u8], scale: &mut f32) {
+    let (chunks, rest) = values.as_chunks::<LANES>();
+    // As integers the bits of absolute values order like the values, with infinity and then everything that
+    // is not a number on top.
+    let mut greatest = [0_u32; LANES];
+    for chunk in chunks {
+        for lane in 0..LANES {
+            greatest[lane] = greatest[lane].max(chunk[lane].to_bits() & 0x7FFF_FFFF);
+        }
+    }
+    for (lane, value) in rest.iter().enumerate() {
+        greatest[lane] = greatest[lane].max(value.to_bits() & 0x7FFF_FFFF);
+    }
+    let greatest = f32::from_bits(greatest.into_iter().max().unwrap_or(0));
+    // A row that is not numbers must stay so: it fails alone, at sampling.
+    *scale = if greatest.is_finite() { greatest / 127.0 } else { f32::NAN };
+    let inverse = 127.0 / greatest;
+    let inverse = if inverse.is_finite() && greatest.is_finite() { inverse } else { 0.0 };
+    for (out, &value) in out.iter_mut().zip(values) {
+        // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits; 128 is the offset.
+        let shifted = value * inverse + 12_582_912.0;
+        *out = shifted.to_bits().wrapping_add(128) as u8;
+    }
+}
+
+versions! {
+    /// Quantises a row to codes around 128 and a scale.
+    pub fn quantise(values: &[f32], out: &mut [u8], scale: &mut f32) = quantise_body;
+}
+
+#[inline(always)]
+fn dequantise_body(
+    sums: &mut [[f32; LANES]],
+    panels: usize,
+    offsets: &[[i32; LANES]],
+    scales: &[[f32; LANES]],
+    row_scales: &[f32],
+) {
+    for (sums, &row_scale) in sums.chunks_exact_mut(panels).zip(row_scales) {
+        for ((sums, offsets), scales) in sums.iter_mut().zip(offsets).zip(scales) {
+            for lane in 0..LANES {
+                let total = sums[lane].to_bits().cast_signed() - offsets[lane];
+                sums[lane] = total as f32 * (scales[lane] * row_scale);
+            }
+        }
+    }
+}
+
+versions! {
+    /// Integer sums of a tile to values: `(sum - offset) * scale of the feature * scale of the row`.
+    pub fn dequantise(
+        sums: &mut [[f32; LANES]],
+        panels: usize,
+        offsets: &[[i32; LANES]],
+        scales: &[[f32; LANES]],
+        row_scales: &[f32],
+    ) = dequantise_body;
+}
+
+#[inline(always)]
+fn gate_body(sums: &mut [[f32; LANES]]) {
+    for pair in 0..sums.len() / 2 {
+        let (gate, up) = (sums[2 * pair], sums[2 * pair + 1]);
+        for lane in 0..LANES {
+            sums[pair][lane] = gate[lane] / (1.0 + exponential(-gate[lane])) * up[lane];
+        }
+    }
+}
+
+versions! {
+    /// `silu(gate) * up` of neighbouring entries, moved to the front: half as many remain.
+    pub fn gate(sums: &mut [[f32; LANES]]) = gate_body;
+}
+
+#[inline(always)]
+fn add_body(values: &[f32], out: &mut [f32]) {
+    for (out, value) in out.iter_mut().zip(values) {
+        *out += value;
+    }
+}
+
+versions! {
+    /// `out += values`.
+    pub fn add(values: &[f32], out: &mut [f32]) = add_body;
+}
+
+#[inline(always)]
+fn turn_body(head: &mut [f32], table: &[f32]) {
+    let half = table.len() / 2;
+    let (cosines, sines) = table.split_at(half);
+    let (first, rest) = head.split_at_mut(half);
+    let second = &mut rest[..half];
+    for index in 0..half {
+        let (a, b) = (first[index], second[index]);
+        first[index] = a * cosines[index] - b * sines[index];
+        second[index] = b * cosines[index] + a * sines[index];
+    }
+}
+
+versions! {
+    /// Rotary embedding of a head by a row of cosines and sines.
+    pub fn turn(head: &mut [f32], table: &[f32]) = turn_body;
+}
+
+#[inline(always)]
+fn scale_body(values: &mut [[f32; LANES]], factor: f32) {
+    for values in values {
+        for value in values {
+            *value *= factor;
+        }
+    }
+}
+
+versions! {
+    /// `values *= factor`.
+    pub fn scale(values: &mut [[f32; LANES]], factor: f32) = scale_body;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exponential_is_close() {
+        let mut x = -88.0_f32;
+        while x < 88.6 {
+            let exact = f64::from(x).exp();
+            let error = (f64::from(exponential(x)) - exact).abs();
+            assert!(error <= 3e-7 * exact || x < -87.2, "e^{x}: error {error}");
+            x += 0.0137;
+        }
+        assert_eq!(exponential(0.0), 1.0);
+        assert_eq!(exponential(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exponential(-100.0), 0.0);
+        assert_eq!(exponential(100.0), f32::INFINITY);
+        assert!(exponential(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn bf16_rounds_to_even() {
+        for value in [0.0_f32, -0.0, 1.0, 1.003_906_3, 1.011_718_8, -3.14159, 3.4e38, 1e-40, f32::INFINITY] {
+            assert_eq!(bf16_bits(value), half::bf16::from_f32(value).to_bits(), "{value}");
+        }
+        assert!(bf16_value(bf16_bits(f32::NAN)).is_nan());
+        assert!(bf16_value(bf16_bits(f32::from_bits(0x7F80_0001))).is_nan());
+    }
+
+    #[test]
+    fn quantised_rows() {
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+            let mut values: Vec<f32> = (0..70).map(|index| (index as f32 * 0.7).sin() * 3.0).collect();
+            let (mut codes, mut scale) = (vec![0; 70], 0.0);
+            quantise(isa, &values, &mut codes, &mut scale);
+            for (code, value) in codes.iter().zip(&values) {
+                let back = (f32::from(*code) - 128.0) * scale;
+                assert!((back - value).abs() <= scale * 0.501, "{back} for {value}");
+            }
+            quantise(isa, &[0.0; 70], &mut codes, &mut scale);
+            assert!(scale == 0.0 && codes.iter().all(|&code| code == 128));
+            for poison in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                values[69] = poison;
+                quantise(isa, &values, &mut codes, &mut scale);
+                assert!(scale.is_nan());
+            }
+        }
+    }
+}

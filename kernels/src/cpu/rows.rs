@@ -1,0 +1,275 @@
+//! Ops on rows: embedding, norms, position embedding with the cache's writes, and the forms of operands.
+//!
+//! Rows are spread over the threads in small runs; a few rows are not worth a dispatch and stay on the caller.
+
+use super::arena::{Activation, Arena, CacheBlocks, Rows, key_index, value_index};
+use super::lanes;
+use super::pack::Matrix;
+use crate::isa::Isa;
+use crate::ops::{AttentionShape, BLOCK_TOKENS, Buffer, Span};
+use crate::pool::{Pool, Scattered};
+
+/// Rows of a task.
+const TASK_ROWS: usize = 8;
+
+/// Operand rows taken apart for a dispatch.
+#[derive(Clone, Copy)]
+pub enum Store {
+    /// f32 operands or values.
+    F32(Scattered<f32>),
+    /// bf16 operands.
+    Bf16(Scattered<u16>),
+    /// Quantised operands.
+    Int8(Scattered<u8>, Scattered<f32>),
+}
+
+impl Store {
+    /// Takes a buffer's rows apart.
+    pub fn new(buffer: &mut Activation) -> Self {
+        match &mut buffer.rows {
+            Rows::F32(rows) => Store::F32(Scattered::new(rows)),
+            Rows::Bf16(rows) => Store::Bf16(Scattered::new(rows)),
+            Rows::Int8 { codes, scales } => Store::Int8(Scattered::new(codes), Scattered::new(scales)),
+        }
+    }
+
+    /// Writes values from element `first` on (counted over all rows); int8 takes whole rows only, elsewhere.
+    ///
+    /// # Safety
+    /// No one else writes or reads these elements in this dispatch.
+    pub unsafe fn put(&self, isa: Isa, first: usize, values: &[f32]) {
+        // SAFETY: passed on.
+        unsafe {
+            match self {
+                Store::F32(rows) => rows.range(first, values.len()).copy_from_slice(values),
+                Store::Bf16(rows) => lanes::to_bf16(isa, values, rows.range(first, values.len())),
+                Store::Int8(..) => panic!("a part of a quantised row cannot be written"),
+            }
+        }
+    }
+}
+
+/// Runs `work(row)` for each row.
+fn each_row(pool: &mut Pool, rows: usize, work: impl Fn(usize) + Sync) {
+    pool.run(rows.div_ceil(TASK_ROWS), |_, task| {
+        (task * TASK_ROWS..rows.min((task + 1) * TASK_ROWS)).for_each(&work);
+    });
+}
+
+/// Looks up the rows of tokens.
+pub fn embed(pool: &mut Pool, table: &Matrix, tokens: &[u32], out: &mut Activation) {
+    assert_eq!(out.width, table.columns, "width of the embedding");
+    let (width, stride) = (out.width, out.stride);
+    let out = Scattered::new(out.values_mut());
+    each_row(pool, tokens.len(), |row| {
+        // SAFETY: each row belongs to one task.
+        table.read_row(tokens[row] as usize, unsafe { out.range(row * stride, width) });
+    });
+}
+
+/// Activations of a norm.
+pub struct Norm<'a> {
+    /// Values.
+    pub x: &'a Activation,
+    /// Operand or values.
+    pub out: &'a mut Activation,
+    /// Room for rows as wide as those of `out`, used when they are quantised.
+    pub scratch: &'a mut [f32],
+    /// Rows to norm.
+    pub rows: usize,
+}
+
+/// RMS norm of rows, into the form of an operand (or values).
+pub fn rms_norm(pool: &mut Pool, isa: Isa, norm: Norm<'_>, (weight, eps): (&[f32], f32)) {
+    let Norm { x, out, scratch, rows } = norm;
+    let scratch = Scattered::new(scratch);
+    assert_eq!((x.width, out.width), (weight.len(), weight.len()), "width of a norm");
+    let (width, stride) = (x.width, out.stride);
+    let values = x.values();
+    let store = Store::new(out);
+    each_row(pool, rows, |row| {
+        let values = &values[row * x.stride..][..width];
+        // SAFETY: each row belongs to one task.
+        unsafe {
+            match store {
+                Store::F32(rows) => lanes::norm(isa, values, weight, eps, rows.range(row * stride, width)),
+                Store::Bf16(rows) => {
+                    lanes::norm_bf16(isa, values, weight, eps, rows.range(row * stride, width));
+                }
+                Store::Int8(codes, scales) => {
+                    let normed = scratch.range(row * stride, width);
+                    lanes::norm(isa, values, weight, eps, normed);
+                    let scale = &mut scales.range(row, 1)[0];
+                    lanes::quantise(isa, normed, codes.range(row * stride, width), scale);
+                }
+            }
+        }
+    });
+}
+
+/// Quantises rows of values.
+pub fn quantise(pool: &mut Pool, isa: Isa, values: &[f32], out: &mut Activation, rows: usize) {
+    let (width, stride) = (out.width, out.stride);
+    let Store::Int8(codes, scales) = Store::new(out) else { panic!("only int8 operands are quantised") };
+    each_row(pool, rows, |row| {
+        let values = &values[row * stride..][..width];
+        // SAFETY: each row belongs to one task.
+        let (codes, scale) = unsafe { (codes.range(row * stride, width), scales.range(row, 1)) };
+        lanes::quantise(isa, values, codes, &mut scale[0]);
+    });
+}
+
+/// Norm weights of query and key heads.
+#[derive(Clone, Copy)]
+pub struct HeadNorms<'a> {
+    /// For queries.
+    pub q: &'a [f32],
+    /// For keys.
+    pub k: &'a [f32],
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
+/// Rows of one sequence inside one aligned run of positions.
+#[derive(Debug, Clone, Copy)]
+pub struct Run {
+    /// Index of the span.
+    pub span: usize,
+    /// First row.
+    pub row: usize,
+    /// Position of that row.
+    pub position: usize,
+    /// Rows.
+    pub rows: usize,
+}
+
+/// Cuts spans at the multiples of `size` positions. Clears `runs` first.
+pub fn cut(spans: &[Span], size: usize, runs: &mut Vec<Run>) {
+    runs.clear();
+    for (index, span) in spans.iter().enumerate() {
+        let (mut row, mut position) = (span.first_row as usize, span.first_position() as usize);
+        let end = span.context as usize;
+        while position < end {
+            let rows = (size - position % size).min(end - position);
+            runs.push(Run { span: index, row, position, rows });
+            row += rows;
+            position += rows;
+        }
+    }
+}
+
+/// Norms and turns heads, and fills the cache.
+///
+/// A block is cleared when its first slot is written: attention multiplies the slots that a row may not see by
+/// zero, and what an earlier owner left there might not be a number.
+pub fn rope_cache(
+    pool: &mut Pool,
+    isa: Isa,
+    arena: &mut Arena,
+    (layer, qkv): (usize, Buffer),
+    (shape, norms): (&AttentionShape, Option<HeadNorms<'_>>),
+) {
+    let Arena { plan, buffers, cache, rope, step, runs, .. } = arena;
+    let qkv = &mut buffers[qkv.0];
+    let (heads, kv_heads, dim) = (shape.heads, shape.kv_heads, shape.head_dim);
+    assert_eq!(qkv.width, (heads + 2 * kv_heads) * dim, "width of QKV");
+    assert_eq!((kv_heads, dim), (cache.plan.kv_heads, cache.plan.head_dim), "shape of the cache");
+    let turned = plan.rope.inverse_frequencies.len() * 2;
+    let (stride, width) = (qkv.stride, qkv.width);
+    let values = Scattered::new(qkv.values_mut());
+    // Runs inside one block: two threads never write the same block.
+    cut(&step.spans, BLOCK_TOKENS, runs);
+    let places = cache.places();
+    let slots = match &mut cache.blocks {
+        CacheBlocks::F32(blocks) => Slots::F32(Scattered::new(blocks)),
+        CacheBlocks::Bf16(blocks) => Slots::Bf16(Scattered::new(blocks)),
+    };
+    let runs = &runs[..];
+    let tasks = runs.len().div_ceil(4);
+    pool.run(tasks, |_, task| {
+        for run in &runs[4 * task..runs.len().min(4 * task + 4)] {
+            let table = step.spans[run.span].table as usize + run.position / BLOCK_TOKENS;
+            let block = step.block_tables[table] as usize;
+            for index in 0..run.rows {
+                let position = run.position + index;
+                // SAFETY: each row belongs to one task.
+                let row = unsafe { values.range((run.row + index) * stride, width) };
+                let angles = &rope[position * turned..][..turned];
+                for (head, values) in row.chunks_exact_mut(dim).take(heads + kv_heads).enumerate() {
+                    if let Some(norms) = norms {
+                        let weight = if head < heads { norms.q } else { norms.k };
+                        lanes::norm_in_place(isa, values, weight, norms.eps);
+                    }
+                    lanes::turn(isa, values, angles);
+                }
+                for head in 0..kv_heads {
+                    let key = &row[(heads + head) * dim..][..dim];
+                    let value = &row[(heads + kv_heads + head) * dim..][..dim];
+                    let start = places.offset(layer, block, head);
+                    // SAFETY: each block belongs to one sequence, and its rows here to one task.
+                    unsafe { slots.write(start, places.dim, position % BLOCK_TOKENS, key, value) };
+                }
+            }
+        }
+    });
+}
+
+/// The cache taken apart for a dispatch.
+#[derive(Clone, Copy)]
+enum Slots {
+    F32(Scattered<f32>),
+    Bf16(Scattered<u16>),
+}
+
+impl Slots {
+    /// Writes key and value of one slot of the block at `start`, whose heads have `dim` elements.
+    ///
+    /// # Safety
+    /// No one else uses the block in this dispatch.
+    unsafe fn write(&self, start: usize, dim: usize, slot: usize, key: &[f32], value: &[f32]) {
+        let half = BLOCK_TOKENS * dim;
+        match self {
+            Slots::F32(blocks) => {
+                // SAFETY: passed on.
+                let block = unsafe { blocks.range(start, 2 * half) };
+                if slot == 0 {
+                    block.fill(0.0);
+                }
+                let (keys, values) = block.split_at_mut(half);
+                for (element, (&key, &value)) in key.iter().zip(value).enumerate() {
+                    keys[key_index(slot, element, 1)] = key;
+                    values[value_index(slot, element, dim, 1)] = value;
+                }
+            }
+            Slots::Bf16(blocks) => {
+                // SAFETY: passed on.
+                let block = unsafe { blocks.range(start, 2 * half) };
+                if slot == 0 {
+                    block.fill(0);
+                }
+                let (keys, values) = block.split_at_mut(half);
+                for (element, (&key, &value)) in key.iter().zip(value).enumerate() {
+                    keys[key_index(slot, element, 2)] = lanes::bf16_bits(key);
+                    values[value_index(slot, element, dim, 2)] = lanes::bf16_bits(value);
+                }
+            }
+        }
+    }
+}
+
+/// Moves the chosen rows to the front. They ascend, so a row is never overwritten before it is moved.
+pub fn narrow(buffer: &mut Activation, chosen: &[u32]) {
+    let stride = buffer.stride;
+    for (to, &from) in chosen.iter().enumerate() {
+        let from = from as usize;
+        let range = from * stride..(from + 1) * stride;
+        match &mut buffer.rows {
+            Rows::F32(rows) => rows.copy_within(range, to * stride),
+            Rows::Bf16(rows) => rows.copy_within(range, to * stride),
+            Rows::Int8 { codes, scales } => {
+                codes.copy_within(range, to * stride);
+                scales[to] = scales[from];
+            }
+        }
+    }
+}

@@ -1,0 +1,410 @@
+//! Every form against plain arithmetic in f64, and batch invariance byte by byte.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::ops::{BufferKind, BufferPlan, RopePlan, Span};
+use crate::sampling::uniform;
+use crate::tensor::DType;
+
+const PRECISIONS: [Precision; 3] = [Precision::F32, Precision::Bf16, Precision::Int8];
+
+fn isas() -> impl Iterator<Item = Isa> {
+    Isa::ALL.into_iter().filter(|isa| isa.is_available())
+}
+
+/// Reproducible numbers in `[-1, 1)` that bf16 holds exactly enough for the tolerances below.
+fn random(seed: u64, len: usize) -> Vec<f32> {
+    (0..len).map(|index| uniform(seed, index as u32) as f32 * 2.0 - 1.0).collect()
+}
+
+fn bytes(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|value| value.to_le_bytes()).collect()
+}
+
+fn cpu(isa: Isa, precision: Precision) -> Cpu {
+    Cpu::new(CpuOptions { precision, threads: NonZeroUsize::new(2), isa: Some(isa) }).unwrap()
+}
+
+fn load(cpu: &mut Cpu, rows: usize, columns: usize, values: &[f32]) -> Matrix {
+    let raw = bytes(values);
+    cpu.matrix(&[HostTensor::new(DType::F32, &[rows, columns], &raw).unwrap()]).unwrap()
+}
+
+fn vector(cpu: &mut Cpu, values: &[f32]) -> Vector {
+    let raw = bytes(values);
+    cpu.vector(&[HostTensor::new(DType::F32, &[values.len()], &raw).unwrap()]).unwrap()
+}
+
+/// Relative error that a precision may have against exact arithmetic, on random operands.
+fn tolerance(precision: Precision) -> f64 {
+    match precision {
+        Precision::F32 => 1e-5,
+        Precision::Bf16 => 1e-2,
+        Precision::Int8 => 3e-2,
+    }
+}
+
+fn plan(widths: &[(usize, BufferKind)], kv: KvPlan) -> ArenaPlan {
+    ArenaPlan {
+        rows_max: 80,
+        logits_rows_max: 80,
+        positions_max: 256,
+        vocabulary: 97,
+        buffers: widths.iter().map(|&(width, kind)| BufferPlan { width, kind }).collect(),
+        kv,
+        rope: RopePlan { inverse_frequencies: vec![1.0, 0.3, 0.05, 0.01], amplitude: 1.0 },
+    }
+}
+
+const NO_KV: KvPlan = KvPlan { layers: 1, kv_heads: 1, head_dim: 8, blocks: 64 };
+
+fn begin(cpu: &mut Cpu, rows: usize) {
+    let tokens: Vec<u32> = (0..rows as u32).map(|row| row % 97).collect();
+    let tables: Vec<u32> = (0..64).collect();
+    let span = Span { first_row: 0, rows: rows as u32, context: rows as u32, table: 0 };
+    let logits_rows: Vec<u32> = (0..rows as u32).collect();
+    cpu.begin(&Batch { tokens: &tokens, spans: &[span], block_tables: &tables, logits_rows: &logits_rows })
+        .unwrap();
+}
+
+fn values<'a>(cpu: &'a mut Cpu, buffer: Buffer, row: usize) -> &'a mut [f32] {
+    let activation = &mut cpu.arena.as_mut().unwrap().buffers[buffer.0];
+    let (width, stride) = (activation.width, activation.stride);
+    &mut activation.values_mut()[row * stride..][..width]
+}
+
+/// Products of all shapes around the edges of tiles, poisoned outputs, bias and addition.
+fn check_linear(isa: Isa, precision: Precision, (rows, columns, features): (usize, usize, usize)) {
+    use BufferKind::{Operand, Values};
+    let mut cpu = cpu(isa, precision);
+    let (x, operand, out) = (Buffer(0), Buffer(1), Buffer(2));
+    cpu.allocate(plan(&[(columns, Values), (columns, Operand), (features, Values)], NO_KV)).unwrap();
+    begin(&mut cpu, rows);
+    let weights = random(1, features * columns);
+    let matrix = load(&mut cpu, features, columns, &weights);
+    let (ones, bias) = (vec![1.0; columns], random(3, features));
+    let (ones, bias_vector) = (vector(&mut cpu, &ones), vector(&mut cpu, &bias));
+    let inputs = random(2, rows * columns);
+    for row in 0..rows {
+        values(&mut cpu, x, row).copy_from_slice(&inputs[row * columns..][..columns]);
+        values(&mut cpu, out, row).fill(f32::NAN);
+    }
+    cpu.rms_norm(x, &ones, 1e-6, operand);
+    cpu.linear(&matrix, Some(&bias_vector), operand, out);
+    cpu.linear_add(&matrix, None, operand, out);
+    for row in 0..rows {
+        let input = &inputs[row * columns..][..columns];
+        let square: f64 = input.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / columns as f64;
+        for feature in 0..features {
+            let weights = &weights[feature * columns..][..columns];
+            let products = input.iter().zip(weights).map(|(&x, &w)| f64::from(x) * f64::from(w));
+            let expected = 2.0 * products.sum::<f64>() / (square + 1e-6).sqrt() + f64::from(bias[feature]);
+            let found = f64::from(values(&mut cpu, out, row)[feature]);
+            let bound = tolerance(precision) * (columns as f64).sqrt() * 2.0;
+            assert!(
+                (found - expected).abs() <= bound,
+                "{isa} {precision:?} {rows}x{columns}x{features} at ({row}, {feature}): {found} for {expected}"
+            );
+        }
+    }
+}
+
+#[test]
+fn products_are_right() {
+    for isa in isas() {
+        for precision in PRECISIONS {
+            for rows in [1, 2, 5, 6, 7, 12, 13, 25, 64] {
+                check_linear(isa, precision, (rows, 50, 49));
+            }
+            for (columns, features) in [(1, 1), (3, 16), (64, 33), (576, 80), (101, 130)] {
+                check_linear(isa, precision, (3, columns, features));
+            }
+        }
+    }
+}
+
+#[test]
+fn embedding_rows_are_those_of_the_table() {
+    for precision in PRECISIONS {
+        let mut cpu = cpu(Isa::Scalar, precision);
+        cpu.allocate(plan(&[(37, BufferKind::Values)], NO_KV)).unwrap();
+        begin(&mut cpu, 40);
+        let weights = random(5, 97 * 37);
+        let table = load(&mut cpu, 97, 37, &weights);
+        cpu.embed(&table, Buffer(0));
+        for row in 0..40 {
+            for (found, expected) in values(&mut cpu, Buffer(0), row).iter().zip(&weights[row * 37..]) {
+                assert!((found - expected).abs() < 1e-2, "{found} for {expected}");
+            }
+        }
+    }
+}
+
+/// A decoder of two layers on random weights.
+struct Model {
+    cpu: Cpu,
+    table: Matrix,
+    norm: Vector,
+    head_norm: Vector,
+    layers: Vec<[Matrix; 4]>,
+    shape: AttentionShape,
+}
+
+const HIDDEN: usize = 48;
+const FFN: usize = 40;
+const KV: KvPlan = KvPlan { layers: 2, kv_heads: 2, head_dim: 8, blocks: 64 };
+
+impl Model {
+    fn new(isa: Isa, precision: Precision, sliding_window: Option<u32>) -> Self {
+        use BufferKind::{Operand, Values};
+        let mut cpu = cpu(isa, precision);
+        let heads = 6;
+        let qkv = (heads + 4) * 8;
+        let widths =
+            [(HIDDEN, Values), (HIDDEN, Operand), (qkv, Values), (heads * 8, Operand), (FFN, Operand)];
+        cpu.allocate(plan(&widths, KV)).unwrap();
+        // What an earlier owner left in the cache must not matter.
+        match &mut cpu.arena.as_mut().unwrap().cache.blocks {
+            arena::CacheBlocks::F32(blocks) => blocks.fill(f32::NAN),
+            arena::CacheBlocks::Bf16(blocks) => blocks.fill(0x7FC0),
+        }
+        let table = load(&mut cpu, 97, HIDDEN, &random(11, 97 * HIDDEN));
+        let norm = vector(&mut cpu, &random(12, HIDDEN));
+        let head_norm = vector(&mut cpu, &random(13, 8));
+        let layers = (0..2)
+            .map(|layer| {
+                let seed = 20 + 10 * layer;
+                let raw = [bytes(&random(seed + 2, FFN * HIDDEN)), bytes(&random(seed + 3, FFN * HIDDEN))];
+                let [gate, up] =
+                    raw.each_ref().map(|raw| HostTensor::new(DType::F32, &[FFN, HIDDEN], raw).unwrap());
+                [
+                    load(&mut cpu, qkv, HIDDEN, &random(seed, qkv * HIDDEN)),
+                    load(&mut cpu, HIDDEN, heads * 8, &random(seed + 1, HIDDEN * heads * 8)),
+                    cpu.gated_matrix(&gate, &up).unwrap(),
+                    load(&mut cpu, HIDDEN, FFN, &random(seed + 4, HIDDEN * FFN)),
+                ]
+            })
+            .collect();
+        let shape = AttentionShape { heads, kv_heads: 2, head_dim: 8, scale: 0.35, sliding_window };
+        Self { cpu, table, norm, head_norm, layers, shape }
+    }
+
+    /// Logits of the batch's logits rows.
+    fn step(&mut self, batch: &Batch<'_>) -> Vec<f32> {
+        let [x, normed, qkv, mixed, gated] = [0, 1, 2, 3, 4].map(Buffer);
+        let cpu = &mut self.cpu;
+        cpu.begin(batch).unwrap();
+        cpu.embed(&self.table, x);
+        for (layer, [qkv_weight, out, gate_up, down]) in self.layers.iter().enumerate() {
+            cpu.rms_norm(x, &self.norm, 1e-5, normed);
+            cpu.linear(qkv_weight, None, normed, qkv);
+            let norms = QkNorm { q: &self.head_norm, k: &self.head_norm, eps: 1e-5 };
+            cpu.rope_cache(layer, qkv, &self.shape, Some(norms));
+            cpu.attention(layer, qkv, &self.shape, mixed);
+            cpu.linear_add(out, None, mixed, x);
+            cpu.rms_norm(x, &self.norm, 1e-5, normed);
+            cpu.linear_silu_mul(gate_up, normed, gated);
+            cpu.linear_add(down, None, gated, x);
+        }
+        cpu.narrow(&[x]);
+        cpu.rms_norm(x, &self.norm, 1e-5, normed);
+        let mut logits = vec![0.0; batch.logits_rows.len() * 97];
+        cpu.logits(&self.table, normed, &mut logits).unwrap();
+        logits
+    }
+}
+
+/// Logits of every position of each sequence; all run together, in chunks of the given sizes.
+fn run(model: &mut Model, sequences: &[Vec<u32>], chunks: &[usize], first_block: u32) -> Vec<Vec<u32>> {
+    let mut done = vec![0; sequences.len()];
+    let mut results = vec![Vec::new(); sequences.len()];
+    let mut turn = 0;
+    while done.iter().zip(sequences).any(|(&done, sequence)| done < sequence.len()) {
+        let (mut tokens, mut spans, mut tables, mut owners) = (vec![], vec![], vec![], vec![]);
+        for (index, sequence) in sequences.iter().enumerate() {
+            let chunk = chunks[(turn + index) % chunks.len()];
+            let rows = chunk.min(sequence.len() - done[index]).min(80 - tokens.len());
+            if rows == 0 {
+                continue;
+            }
+            let context = done[index] + rows;
+            let (first_row, table) = (tokens.len() as u32, tables.len() as u32);
+            spans.push(Span { first_row, rows: rows as u32, context: context as u32, table });
+            tokens.extend_from_slice(&sequence[done[index]..context]);
+            // Blocks of a sequence lie scattered.
+            tables.extend(
+                (0..context.div_ceil(16)).map(|block| (first_block + (index * 8 + block * 3) as u32) % 64),
+            );
+            owners.extend(std::iter::repeat_n(index, rows));
+            done[index] = context;
+        }
+        turn += 1;
+        let logits_rows: Vec<u32> = (0..tokens.len() as u32).collect();
+        let batch =
+            Batch { tokens: &tokens, spans: &spans, block_tables: &tables, logits_rows: &logits_rows };
+        let logits = model.step(&batch);
+        for (owner, logits) in owners.into_iter().zip(logits.chunks_exact(97)) {
+            results[owner].extend(logits.iter().map(|logit| logit.to_bits()));
+        }
+    }
+    results
+}
+
+/// Blocks `first + index * 8 + block * 3` must not meet: at most this many blocks per sequence and sequences.
+const SEQUENCES_MAX: usize = 4;
+const LENGTH_MAX: usize = 36;
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(12))]
+
+    /// Each row's logits are the same bytes alone token by token, and in any batch with any chunks, on every
+    /// instruction set and precision.
+    #[test]
+    fn rows_do_not_depend_on_their_batch(
+        lengths in prop::collection::vec(1..LENGTH_MAX, 1..=SEQUENCES_MAX),
+        chunks in prop::collection::vec(1_usize..20, 1..4),
+        seed in 0_u64..1000,
+        window in prop_oneof![Just(None), (1_u32..30).prop_map(Some)],
+    ) {
+        let sequences: Vec<Vec<u32>> = lengths
+            .iter()
+            .enumerate()
+            .map(|(index, &len)| {
+                (0..len).map(|at| (uniform(seed + index as u64, at as u32) * 97.0) as u32).collect()
+            })
+            .collect();
+        for isa in isas() {
+            for precision in PRECISIONS {
+                let mut model = Model::new(isa, precision, window);
+                let together = run(&mut model, &sequences, &chunks, 1);
+                for (index, sequence) in sequences.iter().enumerate() {
+                    let alone = run(&mut model, std::slice::from_ref(sequence), &[1], 40);
+                    prop_assert!(together[index] == alone[0], "{} {:?} sequence {}", isa, precision, index);
+                    let finite = alone[0].iter().all(|&bits| f32::from_bits(bits).is_finite());
+                    prop_assert!(finite, "stale blocks leaked");
+                }
+            }
+        }
+    }
+}
+
+/// All forms of one precision compute the same function, and bf16 and int8 stay near f32.
+#[test]
+fn forms_and_precisions_agree() {
+    let sequence: Vec<u32> = (0..200).map(|at| (uniform(77, at) * 97.0) as u32).collect();
+    let logits = |isa, precision| {
+        let bits = run(&mut Model::new(isa, precision, None), std::slice::from_ref(&sequence), &[70], 0);
+        bits[0].iter().map(|&bits| f32::from_bits(bits)).collect::<Vec<f32>>()
+    };
+    let distance = |a: &[f32], b: &[f32]| {
+        let difference: f64 = a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum();
+        let size: f64 = b.iter().map(|b| f64::from(*b).powi(2)).sum();
+        (difference / size).sqrt()
+    };
+    let exact = logits(Isa::Scalar, Precision::F32);
+    for precision in PRECISIONS {
+        let scalar = logits(Isa::Scalar, precision);
+        let error = distance(&scalar, &exact);
+        let bound = match precision {
+            Precision::F32 => 0.0,
+            Precision::Bf16 => 0.02,
+            Precision::Int8 => 0.06,
+        };
+        assert!(error <= bound, "{precision:?}: relative distance {error} from f32");
+        for isa in isas() {
+            let error = distance(&logits(isa, precision), &scalar);
+            let bound = if precision == Precision::F32 { 1e-5 } else { 0.02 };
+            assert!(error <= bound, "{isa} {precision:?}: relative distance {error} from scalar");
+        }
+    }
+}
+
+/// Attention of one layer against its definition in f64, with grouped heads, a window and a long context.
+#[test]
+fn attention_is_right() {
+    for isa in isas() {
+        for precision in [Precision::F32, Precision::Bf16] {
+            for (heads, kv_heads, dim) in [(6, 2, 8), (9, 3, 64), (4, 4, 24), (7, 1, 128)] {
+                for window in [None, Some(5), Some(40)] {
+                    check_attention(isa, precision, (heads, kv_heads, dim), window);
+                }
+            }
+        }
+    }
+}
+
+fn check_attention(
+    isa: Isa,
+    precision: Precision,
+    (heads, kv_heads, dim): (usize, usize, usize),
+    window: Option<u32>,
+) {
+    use BufferKind::{Operand, Values};
+    let (rows, width) = (75, (heads + 2 * kv_heads) * dim);
+    let mut cpu = cpu(isa, precision);
+    let kv = KvPlan { layers: 1, kv_heads, head_dim: dim, blocks: 64 };
+    let mut plan = plan(&[(width, Values), (heads * dim, Operand), (heads * dim, Values)], kv);
+    plan.rope.inverse_frequencies.clear();
+    cpu.allocate(plan).unwrap();
+    begin(&mut cpu, rows);
+    let inputs = random(31, rows * width);
+    for row in 0..rows {
+        values(&mut cpu, Buffer(0), row).copy_from_slice(&inputs[row * width..][..width]);
+    }
+    let shape = AttentionShape { heads, kv_heads, head_dim: dim, scale: 0.4, sliding_window: window };
+    cpu.rope_cache(0, Buffer(0), &shape, None);
+    cpu.attention(0, Buffer(0), &shape, Buffer(1));
+    let found = |row: usize, at: usize| match &cpu.arena.as_ref().unwrap().buffers[1] {
+        Activation { stride, rows: Rows::F32(rows), .. } => rows[row * stride + at],
+        Activation { stride, rows: Rows::Bf16(rows), .. } => lanes::bf16_value(rows[row * stride + at]),
+        _ => unreachable!("no int8 here"),
+    };
+    let part = |row: usize, head: usize| &inputs[row * width + head * dim..][..dim];
+    for row in 0..rows {
+        let first = window.map_or(0, |window| (row + 1).saturating_sub(window as usize));
+        for head in 0..heads {
+            let key_head = heads + head / (heads / kv_heads);
+            let weights: Vec<f64> = (first..=row)
+                .map(|at| {
+                    let pairs = part(row, head).iter().zip(part(at, key_head));
+                    (0.4 * pairs.map(|(&q, &k)| f64::from(q) * f64::from(k)).sum::<f64>()).exp()
+                })
+                .collect();
+            let total: f64 = weights.iter().sum();
+            for element in 0..dim {
+                let value = |at: usize| f64::from(part(first + at, key_head + kv_heads)[element]);
+                let sum: f64 = weights.iter().enumerate().map(|(at, weight)| weight * value(at)).sum();
+                let error = (f64::from(found(row, head * dim + element)) - sum / total).abs();
+                let bound = if precision == Precision::F32 { 2e-6 } else { 3e-2 };
+                assert!(error <= bound, "{isa} {precision:?} row {row} head {head}: error {error}");
+            }
+        }
+    }
+}
+
+/// A sequence whose values are not numbers is reported, and its batch mates come out as if it were not there.
+#[test]
+fn poison_stays_in_its_row() {
+    for precision in PRECISIONS {
+        let mut cpu = cpu(Isa::detect(), precision);
+        cpu.allocate(plan(&[(32, BufferKind::Values), (32, BufferKind::Operand)], NO_KV)).unwrap();
+        begin(&mut cpu, 30);
+        let head = load(&mut cpu, 97, 32, &random(3, 97 * 32));
+        let ones = vector(&mut cpu, &[1.0; 32]);
+        cpu.embed(&head, Buffer(0));
+        let mut clean = Vec::new();
+        cpu.rms_norm(Buffer(0), &ones, 1e-5, Buffer(1));
+        cpu.sample(&head, Buffer(1), &[SampleRow::GREEDY; 30], &mut clean).unwrap();
+        for (row, value) in [(0, f32::NAN), (13, f32::INFINITY), (29, f32::NEG_INFINITY)] {
+            values(&mut cpu, Buffer(0), row)[7] = value;
+        }
+        cpu.rms_norm(Buffer(0), &ones, 1e-5, Buffer(1));
+        let mut poisoned = Vec::new();
+        cpu.sample(&head, Buffer(1), &[SampleRow::GREEDY; 30], &mut poisoned).unwrap();
+        for row in 0..30 {
+            let expected = if [0, 13, 29].contains(&row) { &Err(Poisoned) } else { &clean[row] };
+            assert_eq!(&poisoned[row], expected, "{precision:?} row {row}");
+        }
+    }
+}

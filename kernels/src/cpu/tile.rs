@@ -1,0 +1,130 @@
+//! The one product that everything is made of: a few rows times a few panels.
+//!
+//! `sums[row][panel][lane] (+)= sum over groups of a[row][group] * b[panel][group][lane]`. The matrix products,
+//! the scores and the weighted values of attention are all calls of it. Every form adds the groups of a (row,
+//! lane) one after the other into a single sum, whatever `rows` and `panels` are: that is what makes a row's
+//! bytes independent of its neighbours.
+
+use super::Precision;
+use crate::isa::Isa;
+
+/// Most rows of a tile.
+pub const TILE_ROWS: usize = 12;
+/// Most panels of a tile.
+pub const TILE_PANELS: usize = 4;
+/// Most rows that a tile of more than two panels may have: sums, right operands and one left operand have to
+/// fit into 32 registers.
+pub const WIDE_TILE_ROWS: usize = 6;
+/// Lanes of a panel.
+pub const LANES: usize = 16;
+
+/// Sums of a tile: `[rows][panels]` of lanes, densely from the start. Int8 sums are integers as bits.
+#[repr(C, align(64))]
+#[derive(Clone, Copy)]
+pub struct Sums(pub [[f32; LANES]; TILE_ROWS * 2]);
+
+impl Sums {
+    /// All zero.
+    pub const ZERO: Sums = Sums([[0.0; LANES]; TILE_ROWS * 2]);
+}
+
+/// Operands of a tile.
+#[derive(Clone, Copy)]
+pub struct Tile {
+    /// First row of the left operand; each group is 32 bits.
+    pub a: *const u32,
+    /// Groups from row to row.
+    pub a_stride: usize,
+    /// Rows, 1 to [`TILE_ROWS`] (or [`WIDE_TILE_ROWS`] with more than two panels).
+    pub rows: usize,
+    /// First group of each panel; the first `panels` entries are used.
+    pub b: [*const u32; TILE_PANELS],
+    /// From group to group of a panel, in elements of 32 bits.
+    pub b_stride: usize,
+    /// 1, 2 or 4.
+    pub panels: usize,
+    /// Groups to add up.
+    pub groups: usize,
+    /// Start from the sums that are there instead of zero.
+    pub accumulate: bool,
+}
+
+/// A form of the tile product.
+///
+/// # Safety
+/// The processor has the form's instructions; every address that the tile spans may be read; `sums` has
+/// `rows * panels` entries, aligned to 64 bytes.
+pub type TileFn = unsafe fn(&Tile, sums: *mut [f32; LANES]);
+
+/// The form for an instruction set and a precision of the operands.
+pub fn tile_fn(isa: Isa, precision: Precision) -> TileFn {
+    #[cfg(target_arch = "x86_64")]
+    match (isa, precision) {
+        (Isa::Avx512 | Isa::Avx512Bf16, Precision::F32) => return super::tile_avx512::f32,
+        (Isa::Avx512 | Isa::Avx512Bf16, Precision::Int8) => return super::tile_avx512::int8,
+        (Isa::Avx512, Precision::Bf16) => return super::tile_avx512::bf16_widened,
+        (Isa::Avx512Bf16, Precision::Bf16) => return super::tile_avx512::bf16,
+        (Isa::Avx2, Precision::F32) => return super::tile_avx2::f32,
+        (Isa::Avx2, Precision::Bf16) => return super::tile_avx2::bf16,
+        (Isa::Avx2, Precision::Int8) => return super::tile_avx2::int8,
+        (Isa::Scalar, _) => {}
+    }
+    let _ = isa;
+    match precision {
+        Precision::F32 => f32,
+        Precision::Bf16 => bf16,
+        Precision::Int8 => int8,
+    }
+}
+
+/// Adds up one row of one panel with `step`, which takes a group of the left operand and one of a lane.
+///
+/// # Safety
+/// As [`TileFn`].
+unsafe fn portable<T: Copy>(tile: &Tile, sums: *mut [T; LANES], zero: T, step: impl Fn(T, u32, u32) -> T) {
+    for row in 0..tile.rows {
+        for panel in 0..tile.panels {
+            // SAFETY: the caller vouches for `rows * panels` entries.
+            let out = unsafe { &mut *sums.add(row * tile.panels + panel) };
+            let mut lanes = if tile.accumulate { *out } else { [zero; LANES] };
+            for group in 0..tile.groups {
+                // SAFETY: the caller vouches for every address that the tile spans.
+                let (a, b) = unsafe {
+                    let b = tile.b[panel].add(group * tile.b_stride);
+                    (*tile.a.add(row * tile.a_stride + group), &*b.cast::<[u32; LANES]>())
+                };
+                for lane in 0..LANES {
+                    lanes[lane] = step(lanes[lane], a, b[lane]);
+                }
+            }
+            *out = lanes;
+        }
+    }
+}
+
+/// # Safety
+/// As [`TileFn`].
+unsafe fn f32(tile: &Tile, sums: *mut [f32; LANES]) {
+    // SAFETY: passed on.
+    unsafe { portable(tile, sums, 0.0, |sum, a, b| sum + f32::from_bits(a) * f32::from_bits(b)) }
+}
+
+/// # Safety
+/// As [`TileFn`].
+unsafe fn bf16(tile: &Tile, sums: *mut [f32; LANES]) {
+    let low = |pair: u32| f32::from_bits(pair << 16);
+    let high = |pair: u32| f32::from_bits(pair & 0xFFFF_0000);
+    // SAFETY: passed on.
+    unsafe { portable(tile, sums, 0.0, |sum, a, b| (sum + low(a) * low(b)) + high(a) * high(b)) }
+}
+
+/// # Safety
+/// As [`TileFn`].
+unsafe fn int8(tile: &Tile, sums: *mut [f32; LANES]) {
+    let dot = |sum: i32, a: u32, b: u32| {
+        let products = a.to_le_bytes().into_iter().zip(b.to_le_bytes());
+        sum + products.map(|(a, b)| i32::from(a) * i32::from(b.cast_signed())).sum::<i32>()
+    };
+    // SAFETY: passed on; integers have the size and alignment of the floats.
+    unsafe { portable(tile, sums.cast::<[i32; LANES]>(), 0, dot) }
+}

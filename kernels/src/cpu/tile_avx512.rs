@@ -1,0 +1,160 @@
+//! The tile product with AVX-512: one register per (row, panel), the left operand broadcast.
+//!
+//! Twelve rows of two panels keep 24 sums in flight, four times what the latency of `vdpbf16ps` needs; one row
+//! takes four panels at a time, so that a single sequence streams weights on four chains.
+
+use std::arch::x86_64::*;
+
+use super::tile::{LANES, Tile};
+
+/// Makes a form of the tile product from its types and its step.
+macro_rules! tile_form {
+    ($(#[$doc:meta])* $name:ident, $features:literal, $sum:ty, $zero:ident, $broadcast:ident, $load:ident,
+     $store:ident, |$acc:ident, $a:ident, $b:ident| $step:expr) => {
+        $(#[$doc])*
+        ///
+        /// # Safety
+        /// As [`TileFn`](super::tile::TileFn).
+        #[target_feature(enable = $features)]
+        pub unsafe fn $name(tile: &Tile, sums: *mut [f32; LANES]) {
+            #[target_feature(enable = $features)]
+            unsafe fn fixed<const ROWS: usize, const PANELS: usize>(tile: &Tile, sums: *mut [f32; LANES]) {
+                // SAFETY: the caller of the tile vouches for every address that it spans.
+                unsafe {
+                    let mut totals: [[$sum; PANELS]; ROWS] = [[$zero(); PANELS]; ROWS];
+                    if tile.accumulate {
+                        for row in 0..ROWS {
+                            for panel in 0..PANELS {
+                                totals[row][panel] = $load(sums.add(row * PANELS + panel).cast());
+                            }
+                        }
+                    }
+                    let mut a = tile.a;
+                    let mut offset = 0;
+                    for _ in 0..tile.groups {
+                        let mut right: [$sum; PANELS] = [$zero(); PANELS];
+                        for panel in 0..PANELS {
+                            right[panel] = $load(tile.b[panel].add(offset).cast());
+                        }
+                        for row in 0..ROWS {
+                            let $a = $broadcast(a.add(row * tile.a_stride).cast::<i32>().read());
+                            for panel in 0..PANELS {
+                                let ($acc, $b) = (totals[row][panel], right[panel]);
+                                totals[row][panel] = $step;
+                            }
+                        }
+                        a = a.add(1);
+                        offset += tile.b_stride;
+                    }
+                    for row in 0..ROWS {
+                        for panel in 0..PANELS {
+                            $store(sums.add(row * PANELS + panel).cast(), totals[row][panel]);
+                        }
+                    }
+                }
+            }
+            // SAFETY: passed on; the match covers the shapes that `Tile` allows.
+            unsafe {
+                match (tile.rows, tile.panels) {
+                    (1, 1) => fixed::<1, 1>(tile, sums),
+                    (2, 1) => fixed::<2, 1>(tile, sums),
+                    (3, 1) => fixed::<3, 1>(tile, sums),
+                    (4, 1) => fixed::<4, 1>(tile, sums),
+                    (5, 1) => fixed::<5, 1>(tile, sums),
+                    (6, 1) => fixed::<6, 1>(tile, sums),
+                    (7, 1) => fixed::<7, 1>(tile, sums),
+                    (8, 1) => fixed::<8, 1>(tile, sums),
+                    (9, 1) => fixed::<9, 1>(tile, sums),
+                    (10, 1) => fixed::<10, 1>(tile, sums),
+                    (11, 1) => fixed::<11, 1>(tile, sums),
+                    (12, 1) => fixed::<12, 1>(tile, sums),
+                    (1, 2) => fixed::<1, 2>(tile, sums),
+                    (2, 2) => fixed::<2, 2>(tile, sums),
+                    (3, 2) => fixed::<3, 2>(tile, sums),
+                    (4, 2) => fixed::<4, 2>(tile, sums),
+                    (5, 2) => fixed::<5, 2>(tile, sums),
+                    (6, 2) => fixed::<6, 2>(tile, sums),
+                    (7, 2) => fixed::<7, 2>(tile, sums),
+                    (8, 2) => fixed::<8, 2>(tile, sums),
+                    (9, 2) => fixed::<9, 2>(tile, sums),
+                    (10, 2) => fixed::<10, 2>(tile, sums),
+                    (11, 2) => fixed::<11, 2>(tile, sums),
+                    (12, 2) => fixed::<12, 2>(tile, sums),
+                    (1, 4) => fixed::<1, 4>(tile, sums),
+                    (2, 4) => fixed::<2, 4>(tile, sums),
+                    (3, 4) => fixed::<3, 4>(tile, sums),
+                    (4, 4) => fixed::<4, 4>(tile, sums),
+                    (5, 4) => fixed::<5, 4>(tile, sums),
+                    (6, 4) => fixed::<6, 4>(tile, sums),
+                    (rows, panels) => unreachable!("a tile of {rows} rows and {panels} panels"),
+                }
+            }
+        }
+    };
+}
+
+#[target_feature(enable = "avx512f")]
+unsafe fn zero_ps() -> __m512 {
+    _mm512_setzero_ps()
+}
+
+#[target_feature(enable = "avx512f")]
+unsafe fn zero_si() -> __m512i {
+    _mm512_setzero_si512()
+}
+
+#[target_feature(enable = "avx512f")]
+unsafe fn broadcast_ps(bits: i32) -> __m512 {
+    _mm512_castsi512_ps(_mm512_set1_epi32(bits))
+}
+
+#[target_feature(enable = "avx512f")]
+unsafe fn load_ps(from: *const f32) -> __m512 {
+    // SAFETY: the caller vouches for the address.
+    unsafe { _mm512_loadu_ps(from) }
+}
+
+#[target_feature(enable = "avx512f")]
+unsafe fn store_ps(to: *mut f32, value: __m512) {
+    // SAFETY: the caller vouches for the address.
+    unsafe { _mm512_storeu_ps(to, value) }
+}
+
+tile_form!(
+    /// f32 operands, fused multiply-add.
+    f32, "avx512f", __m512, zero_ps, broadcast_ps, load_ps, store_ps,
+    |sum, a, b| _mm512_fmadd_ps(a, b, sum)
+);
+
+tile_form!(
+    /// bf16 operands with `vdpbf16ps`.
+    bf16, "avx512f,avx512bf16", __m512, zero_ps, broadcast_ps, load_ps, store_ps,
+    |sum, a, b| _mm512_dpbf16_ps(
+        sum,
+        std::mem::transmute::<__m512, __m512bh>(a),
+        std::mem::transmute::<__m512, __m512bh>(b)
+    )
+);
+
+tile_form!(
+    /// bf16 operands on processors without `vdpbf16ps`: both halves widened to f32.
+    bf16_widened, "avx512f,avx512dq", __m512, zero_ps, broadcast_ps, load_ps, store_ps,
+    |sum, a, b| _mm512_fmadd_ps(high(a), high(b), _mm512_fmadd_ps(low(a), low(b), sum))
+);
+
+tile_form!(
+    /// u8 left and i8 right operands with `vpdpbusd`, which does not saturate.
+    int8, "avx512f,avx512vnni", __m512i, zero_si, _mm512_set1_epi32, _mm512_loadu_si512, _mm512_storeu_si512,
+    |sum, a, b| _mm512_dpbusd_epi32(sum, a, b)
+);
+
+#[target_feature(enable = "avx512f,avx512dq")]
+unsafe fn low(pairs: __m512) -> __m512 {
+    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_castps_si512(pairs)))
+}
+
+#[target_feature(enable = "avx512f,avx512dq")]
+unsafe fn high(pairs: __m512) -> __m512 {
+    let mask = _mm512_set1_epi32(0xFFFF_0000_u32.cast_signed());
+    _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(pairs), mask))
+}
