@@ -108,8 +108,7 @@ impl Cpu {
             return Err(Unsupported { wanted: isa, widest: Isa::detect() });
         }
         let cache = if options.precision == Precision::F32 { Precision::F32 } else { Precision::Bf16 };
-        let forms =
-            Forms { isa, tile: tile_fn(isa, options.precision), cache_tile: tile_fn(isa, cache) };
+        let forms = Forms { isa, tile: tile_fn(isa, options.precision), cache_tile: tile_fn(isa, cache) };
         Ok(Self {
             precision: options.precision,
             forms,

@@ -68,7 +68,7 @@ fn begin(cpu: &mut Cpu, rows: usize) {
         .unwrap();
 }
 
-fn values<'a>(cpu: &'a mut Cpu, buffer: Buffer, row: usize) -> &'a mut [f32] {
+fn values(cpu: &mut Cpu, buffer: Buffer, row: usize) -> &mut [f32] {
     let activation = &mut cpu.arena.as_mut().unwrap().buffers[buffer.0];
     let (width, stride) = (activation.width, activation.stride);
     &mut activation.values_mut()[row * stride..][..width]
