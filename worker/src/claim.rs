@@ -1,0 +1,215 @@
+//! Claim checks: bodies too large for a message, kept in an object store.
+//!
+//! A job's input is read from an address that must lie under the configured prefix, so that a job cannot
+//! make the worker read what its publisher may not. A large outcome is put first, under a name made from its
+//! own bytes, and the record that refers to it is created last: whoever sees the record sees the bytes.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use millrace_crds::job::{INPUT_BYTES_MAX, JobHeaders};
+use millrace_crds::result::OutputReference;
+use sha2::{Digest, Sha256};
+
+use crate::fault::Fault;
+
+/// How long one claim check may take to be read or written: 200 MiB at a few MiB/s.
+const TRANSFER_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// Why an object could not be read or written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ObjectError {
+    /// Asking again would not help: there is no such object, or it is too large.
+    Refused(String),
+    /// It may work later.
+    Unavailable(String),
+}
+
+/// An object store, as claim checks need it.
+pub trait Objects: Send + Sync + std::fmt::Debug {
+    /// The bytes of an object of at most this size.
+    fn get<'a>(&'a self, uri: &'a str, bytes_max: u64) -> BoxFuture<'a, Result<Bytes, ObjectError>>;
+    /// Writes an object.
+    fn put<'a>(&'a self, uri: &'a str, bytes: Bytes) -> BoxFuture<'a, Result<(), ObjectError>>;
+}
+
+/// The claim checks of one model. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Claims {
+    store: Option<(Arc<dyn Objects>, String)>,
+    inline_bytes_max: u64,
+}
+
+impl Claims {
+    /// Without an object store: claim checks are refused, and so are outcomes over `inline_bytes_max`.
+    pub fn without_store(inline_bytes_max: u64) -> Self {
+        Self { store: None, inline_bytes_max }
+    }
+
+    /// With a store; every address must lie under `prefix` (`s3://bucket/folder`).
+    pub fn new(objects: Arc<dyn Objects>, prefix: &str, inline_bytes_max: u64) -> Self {
+        let prefix = format!("{}/", prefix.trim_end_matches('/'));
+        Self { store: Some((objects, prefix)), inline_bytes_max }
+    }
+
+    fn store(&self, header: &str) -> Result<(&dyn Objects, &str), Fault> {
+        let (objects, prefix) = self.store.as_ref().ok_or_else(|| Fault::Invalid {
+            message: format!("header {header}: this model has no results.objectStore"),
+        })?;
+        Ok((objects.as_ref(), prefix))
+    }
+
+    /// The job's body: the message's own, or what its `Millrace-Input` points at.
+    ///
+    /// # Errors
+    /// [`Fault::Invalid`] when the address is not allowed, absent or too large; [`Fault::Store`] when the
+    /// store does not answer.
+    pub async fn redeem(&self, headers: &JobHeaders, body: &Bytes) -> Result<Bytes, Fault> {
+        let Some(uri) = &headers.input else { return Ok(body.clone()) };
+        if !body.is_empty() {
+            let message =
+                format!("header Millrace-Input: the message has a body of {} bytes beside it", body.len());
+            return Err(Fault::Invalid { message });
+        }
+        let (objects, prefix) = self.store("Millrace-Input")?;
+        allowed("Millrace-Input", uri, prefix)?;
+        within(objects.get(uri, INPUT_BYTES_MAX)).await.map_err(|error| fault("Millrace-Input", uri, error))
+    }
+
+    /// Refuses an outcome address that could not be written later, before any work is done.
+    ///
+    /// # Errors
+    /// [`Fault::Invalid`] when the address is not allowed.
+    pub fn check_output(&self, headers: &JobHeaders) -> Result<(), Fault> {
+        match &headers.output {
+            None => Ok(()),
+            Some(uri) => allowed("Millrace-Output", uri, self.store("Millrace-Output")?.1),
+        }
+    }
+
+    /// The bytes that the outcome's record shall hold: the answer, or a reference to where it was put.
+    ///
+    /// # Errors
+    /// [`Fault::Invalid`] when it is too large and there is no store; [`Fault::Store`] when the store does
+    /// not answer.
+    pub async fn deposit(&self, headers: &JobHeaders, answer: Bytes) -> Result<Bytes, Fault> {
+        if headers.output.is_none() && answer.len() as u64 <= self.inline_bytes_max {
+            return Ok(answer);
+        }
+        let Some((objects, prefix)) = &self.store else {
+            let message = format!(
+                "the outcome has {} bytes; results.inlineBytesMax is {} and there is no results.objectStore",
+                answer.len(),
+                self.inline_bytes_max
+            );
+            return Err(Fault::Invalid { message });
+        };
+        let sha256 = hex::encode(Sha256::digest(&answer));
+        let output = match &headers.output {
+            Some(uri) if !uri.ends_with('/') => uri.clone(),
+            Some(folder) => format!("{folder}{sha256}"),
+            None => format!("{prefix}{}/{sha256}", headers.id),
+        };
+        let bytes = answer.len() as u64;
+        within(objects.put(&output, answer))
+            .await
+            .map_err(|error| fault("Millrace-Output", &output, error))?;
+        let reference = OutputReference { output, bytes, sha256 };
+        Ok(serde_json::to_vec(&reference).expect("strings and numbers serialise").into())
+    }
+}
+
+async fn within<T>(transfer: BoxFuture<'_, Result<T, ObjectError>>) -> Result<T, ObjectError> {
+    match tokio::time::timeout(TRANSFER_TIMEOUT, transfer).await {
+        Ok(result) => result,
+        Err(_) => Err(ObjectError::Unavailable(format!("no end after {} s", TRANSFER_TIMEOUT.as_secs()))),
+    }
+}
+
+fn allowed(header: &str, uri: &str, prefix: &str) -> Result<(), Fault> {
+    let inside = uri
+        .strip_prefix(prefix)
+        .is_some_and(|rest| !rest.is_empty() && rest.split('/').all(|part| part != ".." && part != "."));
+    if inside {
+        return Ok(());
+    }
+    Err(Fault::Invalid { message: format!("header {header}: {uri:?} does not lie under {prefix:?}") })
+}
+
+fn fault(header: &str, uri: &str, error: ObjectError) -> Fault {
+    match error {
+        ObjectError::Refused(message) => Fault::Invalid { message: format!("header {header}: {message}") },
+        ObjectError::Unavailable(message) => Fault::Store { message: format!("{uri}: {message}") },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+    use std::sync::Mutex;
+
+    use super::*;
+
+    #[derive(Debug, Default)]
+    struct Memory(Mutex<HashMap<String, Bytes>>);
+
+    impl Objects for Memory {
+        fn get<'a>(&'a self, uri: &'a str, bytes_max: u64) -> BoxFuture<'a, Result<Bytes, ObjectError>> {
+            let found = self.0.lock().unwrap().get(uri).cloned();
+            Box::pin(async move {
+                match found {
+                    Some(bytes) if bytes.len() as u64 <= bytes_max => Ok(bytes),
+                    Some(_) => Err(ObjectError::Refused("too large".into())),
+                    None => Err(ObjectError::Refused(format!("{uri} does not exist"))),
+                }
+            })
+        }
+        fn put<'a>(&'a self, uri: &'a str, bytes: Bytes) -> BoxFuture<'a, Result<(), ObjectError>> {
+            self.0.lock().unwrap().insert(uri.to_owned(), bytes);
+            Box::pin(async { Ok(()) })
+        }
+    }
+
+    fn headers(pairs: &[(&str, &str)]) -> JobHeaders {
+        JobHeaders::parse(pairs.iter().copied(), 1).unwrap()
+    }
+
+    #[tokio::test]
+    async fn addresses_outside_the_prefix_are_refused() {
+        let claims = Claims::new(Arc::new(Memory::default()), "s3://b/claims", 10);
+        for uri in
+            ["s3://b/other/x", "s3://b/claims", "s3://b/claims/", "s3://b/claims/../x", "s3://b/claimsx/y"]
+        {
+            let error = claims.redeem(&headers(&[("Millrace-Input", uri)]), &Bytes::new()).await.unwrap_err();
+            assert!(error.to_string().contains(uri), "{error}");
+            assert_eq!(error.category(), "invalid");
+        }
+        assert!(claims.check_output(&headers(&[("Millrace-Output", "s3://x/y")])).is_err());
+        let none = Claims::without_store(10);
+        let error =
+            none.redeem(&headers(&[("Millrace-Input", "s3://b/x")]), &Bytes::new()).await.unwrap_err();
+        assert!(error.to_string().contains("objectStore"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn large_answers_become_references() {
+        let memory = Arc::new(Memory::default());
+        let claims = Claims::new(memory.clone(), "s3://b/claims/", 10);
+        let plain = headers(&[("Nats-Msg-Id", "j1")]);
+        assert_eq!(claims.deposit(&plain, "0123456789".into()).await.unwrap(), "0123456789");
+        let record = claims.deposit(&plain, "0123456789a".into()).await.unwrap();
+        let reference: OutputReference = serde_json::from_slice(&record).unwrap();
+        assert!(reference.output.starts_with("s3://b/claims/j1/") && reference.bytes == 11);
+        assert!(reference.output.ends_with(&reference.sha256));
+        let asked = headers(&[("Millrace-Output", "s3://b/claims/out.jsonl")]);
+        let record = claims.deposit(&asked, "x".into()).await.unwrap();
+        let reference: OutputReference = serde_json::from_slice(&record).unwrap();
+        assert_eq!(reference.output, "s3://b/claims/out.jsonl");
+        let input = headers(&[("Millrace-Input", "s3://b/claims/out.jsonl")]);
+        assert_eq!(claims.redeem(&input, &Bytes::new()).await.unwrap(), "x");
+        assert!(claims.redeem(&input, &Bytes::from_static(b"y")).await.is_err(), "a body beside it");
+        assert!(Claims::without_store(10).deposit(&plain, "0123456789a".into()).await.is_err());
+    }
+}

@@ -1,0 +1,460 @@
+//! One job's way from its delivery to its end, in eight steps, and the loop that holds many of them.
+//!
+//! (1) read its headers; (2) look whether it has an outcome: then it is only finished; (3) count the attempt;
+//! (4) get its body; (5, 6) run it while progress keeps the delivery alive; (7) create the outcome;
+//! (8) acknowledge. Steps 1 to 6 write nothing but the ledger of attempts; a crash anywhere leads to a
+//! redelivery that finds what was stored and does only the rest.
+//!
+//! Kept: no ack before the outcome is stored; a job with an outcome never runs again; a keep-alive is only
+//! sent if the engine stepped since the last one; a job's last attempt runs alone, so that a job which kills
+//! its process is given up without the jobs that ran beside it.
+
+mod attempt;
+mod pulse;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use millrace_crds::config::{ClassWeights, QueueConfig, ResultsConfig};
+use millrace_crds::job::JobHeaders;
+use millrace_crds::names::{JobId, ModelRef};
+use millrace_crds::result::{ErrorCode, OutcomeKind};
+use time::OffsetDateTime;
+use tokio::sync::{Notify, RwLock};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::broker::{Broker, BrokerError, Created};
+use crate::cancel::Cancels;
+use crate::capacity::Capacity;
+use crate::claim::Claims;
+use crate::failpoint::reach;
+use crate::fault::{Disposition, Fault};
+use crate::metrics::Metrics;
+use crate::queue::{Delivery, Queue};
+use crate::results::{Envelope, Known, Outcome, Results, StoredOutcome, reason};
+use crate::run::Run;
+use crate::tokens::Tokens;
+use crate::watchdog::Watch;
+use pulse::{Phase, Pulse, keep_alive};
+
+/// Deliveries after which a job is given up whatever its ledger says, in multiples of its attempts. Below
+/// the broker's own fuse, behind which a job would lie without an outcome.
+const DELIVERIES_PER_ATTEMPT_MAX: u32 = 10;
+/// After the drain's end, how long handing back may take.
+const HAND_BACK_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Everything that a job passes on its way. One a worker.
+#[derive(Debug)]
+pub struct Line<R> {
+    /// The engine's side.
+    pub run: R,
+    /// The connection.
+    pub broker: Broker,
+    /// The model that is served.
+    pub model: ModelRef,
+    /// Outcomes.
+    pub results: Results,
+    /// Token deltas.
+    pub tokens: Tokens,
+    /// Cancellations.
+    pub cancels: Cancels,
+    /// Claim checks.
+    pub claims: Claims,
+    /// Counters.
+    pub metrics: Arc<Metrics>,
+    /// What the watchdog sees.
+    pub watch: Watch,
+    /// The queue's settings.
+    pub queue: QueueConfig,
+    /// Jobs that ended here since the start.
+    pub finished: AtomicU64,
+    alone: RwLock<()>,
+    capacity: std::sync::Mutex<Capacity>,
+    freed: Notify,
+    drain_over: CancellationToken,
+    broken: CancellationToken,
+}
+
+/// What a line is made from.
+#[derive(Debug)]
+pub struct LineParts<R> {
+    /// The engine's side.
+    pub run: R,
+    /// The connection.
+    pub broker: Broker,
+    /// The model that is served.
+    pub model: ModelRef,
+    /// This worker.
+    pub worker: millrace_crds::names::Token,
+    /// Digest of the model's files.
+    pub digest: String,
+    /// The queue's settings.
+    pub queue: QueueConfig,
+    /// Claim checks.
+    pub claims: Claims,
+    /// Counters.
+    pub metrics: Arc<Metrics>,
+    /// What the watchdog sees.
+    pub watch: Watch,
+}
+
+/// Why serving ended other than by a drain.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The engine or the device is broken: the process must end.
+    #[error("the engine has stopped")]
+    EngineStopped,
+    /// The connection is closed for good.
+    #[error(transparent)]
+    Broker(#[from] BrokerError),
+}
+
+/// What became of a delivery that did not fault.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ended {
+    /// Its outcome was stored, now by this worker, and it was acknowledged.
+    Finished(OutcomeKind),
+    /// Its outcome was there already.
+    AlreadyDone(OutcomeKind),
+    /// Its outcome is stored and the ack was not confirmed: it comes again and is finished then.
+    Unconfirmed(OutcomeKind),
+}
+
+impl<R: Run> Line<R> {
+    /// A line that holds no job yet.
+    pub fn new(parts: LineParts<R>) -> Arc<Self> {
+        let LineParts { run, broker, model, worker, digest, queue, claims, metrics, watch } = parts;
+        let capacity = Capacity::new(run.limits()).into();
+        Arc::new(Self {
+            results: Results::new(broker.clone(), model.clone(), worker, digest),
+            tokens: Tokens::new(broker.clone(), model.clone()),
+            cancels: Cancels::default(),
+            finished: AtomicU64::new(0),
+            alone: RwLock::new(()),
+            freed: Notify::new(),
+            drain_over: CancellationToken::new(),
+            broken: CancellationToken::new(),
+            capacity,
+            run,
+            broker,
+            model,
+            claims,
+            metrics,
+            watch,
+            queue,
+        })
+    }
+
+    fn free_slots(&self) -> usize {
+        let held = usize::try_from(self.metrics.held.get()).unwrap_or(0);
+        let waiting = self.run.load().waiting.load(Ordering::Relaxed);
+        self.capacity.lock().unwrap_or_else(std::sync::PoisonError::into_inner).free(held, waiting)
+    }
+}
+
+/// Pulls and runs jobs until `drain` is cancelled; then finishes what it holds within `drain_timeout` and
+/// hands the rest back.
+///
+/// # Errors
+/// When the engine or the connection is gone for good. Nothing is lost then; the process must end.
+pub async fn serve<R: Run>(
+    line: &Arc<Line<R>>,
+    drain: &CancellationToken,
+    drain_timeout: Duration,
+) -> Result<(), ServeError> {
+    let weights: &ClassWeights = &line.queue.weights;
+    let mut queue = Queue::open(line.broker.clone(), line.model.clone(), weights).await?;
+    line.cancels.listen(&line.broker, &line.model).await?;
+    let jobs = TaskTracker::new();
+    while !drain.is_cancelled() {
+        queue.ask(line.free_slots()).await?;
+        line.metrics.pulls.inc_by(std::mem::take(&mut queue.pulls));
+        line.metrics.pull_errors.inc_by(std::mem::take(&mut queue.pull_errors));
+        tokio::select! {
+            biased;
+            () = line.broken.cancelled() => return Err(ServeError::EngineStopped),
+            () = drain.cancelled() => break,
+            delivery = queue.next() => {
+                if let Some(delivery) = delivery {
+                    hold(line, &jobs, delivery);
+                }
+            }
+            () = line.freed.notified() => {}
+        }
+    }
+    finish_held(line, queue, jobs, drain_timeout).await
+}
+
+/// A delivery is held from here until its task ends.
+fn hold<R: Run>(line: &Arc<Line<R>>, jobs: &TaskTracker, delivery: Delivery) {
+    reach("after_pull");
+    line.metrics.held.inc();
+    line.metrics.deliveries.with_label_values(&[delivery.class.as_str()]).inc();
+    if delivery.delivered > 1 {
+        line.metrics.redeliveries.inc();
+    }
+    let line = line.clone();
+    jobs.spawn(async move {
+        serve_one(&line, &delivery).await;
+        line.metrics.held.dec();
+        line.freed.notify_one();
+    });
+}
+
+/// The drain: what arrives on requests still in flight is handed back, what runs may finish in time.
+async fn finish_held<R: Run>(
+    line: &Arc<Line<R>>,
+    mut queue: Queue,
+    jobs: TaskTracker,
+    drain_timeout: Duration,
+) -> Result<(), ServeError> {
+    tracing::info!(held = line.metrics.held.get(), timeout_s = drain_timeout.as_secs_f64(), "draining");
+    jobs.close();
+    let timeout = tokio::time::sleep(drain_timeout);
+    tokio::pin!(timeout);
+    loop {
+        tokio::select! {
+            () = jobs.wait() => break,
+            () = &mut timeout => break,
+            () = line.broken.cancelled() => return Err(ServeError::EngineStopped),
+            delivery = queue.next() => {
+                if let Some(delivery) = delivery {
+                    let _ = delivery.retry(Duration::from_millis(1)).await;
+                }
+            }
+        }
+    }
+    line.drain_over.cancel();
+    if tokio::time::timeout(HAND_BACK_TIMEOUT, jobs.wait()).await.is_err() {
+        tracing::warn!(
+            held = line.metrics.held.get(),
+            "not all jobs could be handed back; they will time out"
+        );
+    }
+    let _ = tokio::time::timeout(HAND_BACK_TIMEOUT, line.broker.client().flush()).await;
+    Ok(())
+}
+
+/// Takes one delivery to its end, whatever happens.
+async fn serve_one<R: Run>(line: &Line<R>, delivery: &Delivery) {
+    let read = JobHeaders::parse(delivery.header_pairs(), delivery.stream_sequence);
+    // A job whose headers cannot be read still has an id, and gets its refusal under it.
+    let (headers, malformed) = match read {
+        Ok(headers) => (headers, None),
+        Err(error) => (bare_headers(delivery), Some(Fault::Invalid { message: error.to_string() })),
+    };
+    let mut job = Held {
+        line,
+        delivery,
+        cancel: line.cancels.hold(&headers.id),
+        headers,
+        pulse: Pulse::default(),
+        attempt: 1,
+        start: None,
+    };
+    let pulse = job.pulse.clone();
+    let (id, cancel) = (job.headers.id.clone(), line.cancels.hold(&job.headers.id));
+    let ended = tokio::select! {
+        ended = job.eight_steps(malformed) => ended,
+        () = keep_alive(line, delivery, (&id, &cancel), &pulse) => unreachable!("it beats until dropped"),
+    };
+    match ended {
+        Ok(ended) => {
+            line.finished.fetch_add(1, Ordering::Relaxed);
+            tracing::info!(job = %id, attempt = job.attempt, delivered = delivery.delivered, ended = ?ended, "done");
+        }
+        Err(fault) => job.hand_back(&fault).await,
+    }
+}
+
+/// The headers of a job whose own could not be read: its id if that is sound, and nothing else.
+fn bare_headers(delivery: &Delivery) -> JobHeaders {
+    let id = delivery
+        .header_pairs()
+        .find(|(name, _)| name.eq_ignore_ascii_case(millrace_crds::job::header::JOB_ID))
+        .filter(|(_, value)| value.parse::<JobId>().is_ok());
+    JobHeaders::parse(id, delivery.stream_sequence).expect("an id that was checked, or none")
+}
+
+/// One held job: what the steps hand to each other.
+struct Held<'a, R> {
+    line: &'a Line<R>,
+    delivery: &'a Delivery,
+    headers: JobHeaders,
+    cancel: crate::cancel::Cancel,
+    pulse: Pulse,
+    attempt: u32,
+    start: Option<attempt::Start>,
+}
+
+impl<R: Run> Held<'_, R> {
+    async fn eight_steps(&mut self, malformed: Option<Fault>) -> Result<Ended, Fault> {
+        let known = self.line.results.look_up(&self.headers.id).await?;
+        reach("after_lookup");
+        if let Some(stored) = &known.outcome {
+            self.line.metrics.already_done.inc();
+            return self.finish(stored, Ended::AlreadyDone(stored.kind)).await;
+        }
+        let began = Instant::now();
+        let queue_wait = (OffsetDateTime::now_utc() - self.delivery.published).max(time::Duration::ZERO);
+        let outcome = match self.settle(malformed, &known).await {
+            Ok(outcome) => outcome,
+            Err(fault) => self.outcome_of(fault)?,
+        };
+        let envelope = Envelope {
+            headers: &self.headers,
+            attempt: self.attempt,
+            queue_wait_ms: queue_wait.as_seconds_f64() * 1000.0,
+            run_ms: began.elapsed().as_secs_f64() * 1000.0,
+        };
+        self.pulse.set(Phase::Settling);
+        let answered = Instant::now();
+        reach("before_publish");
+        let created = self.line.results.create(&outcome, envelope).await?;
+        reach("after_publish");
+        let stored = match created {
+            Created::Stored(_) => {
+                self.line.metrics.stored(outcome.kind);
+                self.line.metrics.queue_wait.observe(queue_wait.as_seconds_f64());
+                self.line.results.copy(&outcome, envelope).await;
+                let reason = outcome.error.as_ref().map(reason).unwrap_or_default();
+                StoredOutcome { kind: outcome.kind, attempt: self.attempt, reason }
+            }
+            // Somebody else's outcome counts, and it may be of another kind.
+            Created::Lost => {
+                self.line.metrics.create_races_lost.inc();
+                let known = self.line.results.look_up(&self.headers.id).await?;
+                known.outcome.ok_or(Fault::Contended)?
+            }
+        };
+        let ended = self.finish(&stored, Ended::Finished(stored.kind)).await;
+        self.line.metrics.settle.observe(answered.elapsed().as_secs_f64());
+        let total = OffsetDateTime::now_utc() - self.delivery.published;
+        self.line.metrics.end_to_end.observe(total.as_seconds_f64());
+        ended
+    }
+
+    /// Steps 3 to 6: the job's outcome, or why it has none yet.
+    async fn settle(&mut self, malformed: Option<Fault>, known: &Known) -> Result<Outcome, Fault> {
+        if let Some(fault) = malformed {
+            return Err(fault);
+        }
+        if known.cancelled {
+            return Err(Fault::Cancelled);
+        }
+        self.check_deadline()?;
+        self.line.claims.check_output(&self.headers)?;
+        let limit = self.line.queue.max_deliver;
+        let starts = self.starts_before(known).await?;
+        if starts >= limit || self.delivery.delivered > limit.saturating_mul(DELIVERIES_PER_ATTEMPT_MAX) {
+            self.attempt = starts.max(1);
+            let worker = known.ledger.as_ref().map_or("unknown", |(record, _)| record.worker.as_str());
+            let message = format!(
+                "{starts} attempts of {limit} were begun and none ended; the last one on worker {worker}"
+            );
+            let job = &self.headers.id;
+            return Ok(Outcome::failed(OutcomeKind::Dead, job, ErrorCode::WorkerLost, &message));
+        }
+        self.attempt = starts + 1;
+        self.pulse.set(Phase::Engine);
+        // With one attempt in all there is nothing to tell a killer from its neighbours by.
+        if self.attempt == limit && limit > 1 {
+            let _alone = self.unless_over(self.line.alone.write()).await?;
+            self.attempt_once(known).await
+        } else {
+            let _company = self.unless_over(self.line.alone.read()).await?;
+            self.attempt_once(known).await
+        }
+    }
+
+    /// What a fault of this attempt amounts to: an outcome, or the fault itself.
+    fn outcome_of(&self, fault: Fault) -> Result<Outcome, Fault> {
+        let job = &self.headers.id;
+        match fault.disposition() {
+            Disposition::Reject(code) => {
+                self.line.metrics.fault(&fault);
+                Ok(Outcome::failed(OutcomeKind::Rejected, job, code, &fault.to_string()))
+            }
+            Disposition::Retry { counts: true, .. } if self.attempt >= self.line.queue.max_deliver => {
+                self.line.metrics.fault(&fault);
+                let message = format!("attempt {} was the last one: {fault}", self.attempt);
+                Ok(Outcome::failed(OutcomeKind::Dead, job, ErrorCode::InferenceError, &message))
+            }
+            Disposition::Retry { .. } | Disposition::Exit => Err(fault),
+        }
+    }
+
+    /// The outcome is stored: what is left is the copy of a dead job, and the ack.
+    async fn finish(&self, stored: &StoredOutcome, ended: Ended) -> Result<Ended, Fault> {
+        self.pulse.set(Phase::Settling);
+        if stored.kind == OutcomeKind::Dead {
+            self.line.results.bury(self.delivery, &self.headers.id, stored).await?;
+            reach("after_dead_copy");
+        }
+        reach("before_ack");
+        if let Err(error) = self.delivery.finish().await {
+            self.line.metrics.ack_failures.inc();
+            tracing::warn!(job = %self.headers.id, %error, "the ack was not confirmed");
+            return Ok(Ended::Unconfirmed(stored.kind));
+        }
+        reach("after_ack");
+        Ok(ended)
+    }
+
+    async fn hand_back(&self, fault: &Fault) {
+        let line = self.line;
+        line.metrics.fault(fault);
+        let Disposition::Retry { after, counts } = fault.disposition() else {
+            tracing::error!(job = %self.headers.id, category = fault.category(), %fault, "ending the process");
+            line.broken.cancel();
+            return;
+        };
+        if !counts {
+            self.take_back_start().await;
+        }
+        let pause = after.unwrap_or_else(|| backoff(&line.queue, self.attempt));
+        let handed = self.delivery.retry(pause).await;
+        tracing::warn!(
+            job = %self.headers.id, attempt = self.attempt, category = fault.category(), %fault,
+            pause_ms = pause.as_millis() as u64, confirmed = handed.is_ok(), "handed back"
+        );
+    }
+}
+
+/// Pause before the attempt after this one.
+fn backoff(queue: &QueueConfig, attempt: u32) -> Duration {
+    let last = queue.backoff.len().saturating_sub(1);
+    let index = (attempt.max(1) as usize - 1).min(last);
+    queue.backoff.get(index).map_or(Duration::from_secs(1), |span| span.0)
+}
+
+impl From<BrokerError> for Fault {
+    fn from(error: BrokerError) -> Self {
+        match error {
+            // Asking again would not help.
+            BrokerError::TooLarge { .. } => Fault::Invalid { message: error.to_string() },
+            other => Fault::Broker { message: other.to_string() },
+        }
+    }
+}
+
+/// Claim checks as a configuration without an object store allows them.
+pub fn claims_without_store(results: &ResultsConfig) -> Claims {
+    Claims::without_store(results.inline_bytes_max.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_backoffs_last_step_repeats() {
+        let queue = QueueConfig::default();
+        let seconds: Vec<u64> = (1..6).map(|attempt| backoff(&queue, attempt).as_secs()).collect();
+        assert_eq!(seconds, [1, 5, 30, 30, 30]);
+        let none = QueueConfig { backoff: Vec::new(), ..queue };
+        assert_eq!(backoff(&none, 1).as_secs(), 1);
+    }
+}
