@@ -5,6 +5,7 @@
 //! hand. The invariant of every implementation: the bytes computed for a row depend on that row's own
 //! sequence alone, never on the other rows of a step, their number, or how a prompt was cut into chunks.
 
+pub mod bounds;
 pub mod cpu;
 pub mod isa;
 pub mod ops;

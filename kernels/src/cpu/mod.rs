@@ -8,6 +8,7 @@ mod arena;
 mod attention;
 mod lanes;
 mod linear;
+mod measure;
 mod pack;
 mod rows;
 mod tile;
