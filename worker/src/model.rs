@@ -2,6 +2,9 @@
 //!
 //! It knows neither a backend nor the scheduler: layers are calls of `millrace_kernels` ops.
 
+pub mod binding;
 pub mod config;
+pub mod decoder;
+pub mod random;
 pub mod rope;
 pub mod source;
