@@ -110,7 +110,8 @@ pub(super) struct Binding<'a, O: Ops> {
 impl<'a, O: Ops> Binding<'a, O> {
     fn tensor(&self, name: &str) -> Result<HostTensor<'a>, BindError> {
         let stored = self.source.tensor(name)?;
-        let expected = shape_of(self.config, name).expect("the decoder asks for tensors of its configuration");
+        let expected =
+            shape_of(self.config, name).expect("the decoder asks for tensors of its configuration");
         if stored.shape != expected {
             return Err(BindError::Shape { name: name.to_owned(), found: stored.shape, expected });
         }

@@ -67,11 +67,7 @@ impl<O: Ops> Decoder<O> {
     ///
     /// # Errors
     /// When a tensor is missing or has another shape than the configuration implies.
-    pub fn load(
-        config: &DecoderConfig,
-        source: &dyn TensorSource,
-        ops: &mut O,
-    ) -> Result<Self, BindError> {
+    pub fn load(config: &DecoderConfig, source: &dyn TensorSource, ops: &mut O) -> Result<Self, BindError> {
         let mut binding = Binding { config, source, ops };
         let layers = (0..config.layers())
             .map(|layer| load_layer(&mut binding, layer))
