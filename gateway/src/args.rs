@@ -1,0 +1,443 @@
+//! The command line as it is typed: types only. Each command turns its own part into a plan before it acts.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use millrace_crds::config::StoreConfig;
+use millrace_crds::names::{Class, ModelRef};
+use millrace_crds::units::{Bytes, Span};
+
+use crate::failure::{EXIT_CODES, Failure};
+
+/// Job-queue inference: publish prompts to a durable queue, collect exactly one result for each.
+#[derive(Debug, Parser)]
+#[command(name = "millrace", version, after_help = EXIT_CODES, max_term_width = 100)]
+pub struct Cli {
+    /// Options of every command.
+    #[command(flatten)]
+    pub global: Global,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Options of every command.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Connection and output")]
+pub struct Global {
+    /// Broker address; several are separated by commas
+    #[arg(
+        long,
+        env = "NATS_URL",
+        hide_env_values = true,
+        default_value = "nats://127.0.0.1:4222",
+        global = true,
+        value_name = "URL"
+    )]
+    pub server: String,
+    /// File with the JWT and nkey seed of a NATS user
+    #[arg(long, env = "NATS_CREDS", global = true, value_name = "FILE")]
+    pub creds: Option<PathBuf>,
+    /// File with the broker's certificate authority; demands TLS
+    #[arg(long, env = "NATS_CA", global = true, value_name = "FILE")]
+    pub ca: Option<PathBuf>,
+    /// First token of the subjects on which replies arrive, where the broker gives each user its own
+    #[arg(
+        long,
+        env = "MILLRACE_INBOX_PREFIX",
+        default_value = "_INBOX",
+        global = true,
+        value_name = "SUBJECT"
+    )]
+    pub inbox_prefix: String,
+    /// How long the first connection may take
+    #[arg(long, default_value = "5s", global = true, value_name = "SPAN")]
+    pub connect_timeout: Span,
+    /// Namespace of the model
+    #[arg(long, short, env = "MILLRACE_NAMESPACE", default_value = "default", global = true)]
+    pub namespace: String,
+    /// Name of the model
+    #[arg(long, short, env = "MILLRACE_MODEL", global = true)]
+    pub model: Option<String>,
+    /// Print JSON alone on standard output: one object, or one a line
+    #[arg(long, global = true)]
+    pub json: bool,
+}
+
+impl Global {
+    /// The model that the command is about.
+    ///
+    /// # Errors
+    /// [`Failure::Usage`] when it is missing or no name.
+    pub fn model(&self) -> Result<ModelRef, Failure> {
+        let Some(name) = &self.model else {
+            let fix = "--model is missing: name the model, as in `-m smollm2`, or set MILLRACE_MODEL";
+            return Err(Failure::Usage(fix.to_owned()));
+        };
+        let namespace = self
+            .namespace
+            .parse()
+            .map_err(|e| Failure::Usage(format!("--namespace {:?}: {e}", self.namespace)))?;
+        let name = name.parse().map_err(|e| Failure::Usage(format!("--model {name:?}: {e}")))?;
+        Ok(ModelRef { namespace, name })
+    }
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Publish jobs, once each: what has an outcome already is not published again
+    Submit(SubmitArgs),
+    /// Collect outcomes into JSON lines
+    Results(ResultsArgs),
+    /// Cancel jobs that have no outcome yet
+    Cancel(CancelArgs),
+    /// Look at jobs that were given up, and publish them again
+    Dead(DeadArgs),
+    /// Show depth, age and redeliveries of each class, and the workers
+    Queue(QueueArgs),
+    /// Make the model's streams and consumers, or compare them with what they should be
+    Provision(ProvisionArgs),
+    /// Turn a GGUF file into a model folder, and upload it if asked
+    Import(ImportArgs),
+    /// Check broker, streams, object store, model folder, clock and workers, and print each fix
+    Doctor(DoctorArgs),
+}
+
+/// What an input file holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum Format {
+    /// By the file's ending; standard input by its first character
+    #[default]
+    Auto,
+    /// OpenAI batch lines, or a request body a line
+    Jsonl,
+    /// One request body
+    Json,
+    /// One prompt
+    Text,
+    /// One prompt a line
+    Prompts,
+}
+
+/// How a job's id follows from its request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum IdFrom {
+    /// From custom_id and content: equal requests are one job, a changed one is a new job
+    #[default]
+    Content,
+    /// The custom_id itself: it must be unique over all that is ever submitted to the model
+    CustomId,
+}
+
+/// Which requests, and which ids they have.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Input")]
+pub struct InputArgs {
+    /// Files: .jsonl (OpenAI batch lines), .json (one request body), .txt (one prompt); - is standard input
+    #[arg(value_name = "FILE")]
+    pub files: Vec<PathBuf>,
+    /// What the files hold
+    #[arg(long, value_enum, default_value_t)]
+    pub format: Format,
+    /// Put before each job id
+    #[arg(long, default_value = "", value_name = "TEXT", hide_default_value = true)]
+    pub id_prefix: String,
+    /// How a job's id follows from its request
+    #[arg(long, value_enum, default_value_t)]
+    pub id_from: IdFrom,
+    /// Send up to N lines of a .jsonl file as one job
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=50_000))]
+    pub pack: Option<u32>,
+    /// Prompts, beside or instead of files
+    #[arg(long, value_name = "TEXT")]
+    pub prompt: Vec<String>,
+    /// Parameters of text prompts
+    #[command(flatten)]
+    pub parameters: PromptArgs,
+}
+
+/// Parameters of prompts that come as text; JSON inputs carry their own.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Parameters of text prompts")]
+pub struct PromptArgs {
+    /// Send the prompt as a user's chat message
+    #[arg(long)]
+    pub chat: bool,
+    /// System message; implies --chat
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// Most tokens to generate
+    #[arg(long, value_name = "N")]
+    pub max_tokens: Option<u32>,
+    /// 0 always takes the most probable token
+    #[arg(long, value_name = "T")]
+    pub temperature: Option<f64>,
+    /// Take from the smallest set of tokens with this much probability
+    #[arg(long, value_name = "P")]
+    pub top_p: Option<f64>,
+    /// Equal seeds give equal answers
+    #[arg(long, value_name = "N")]
+    pub seed: Option<i64>,
+    /// Text that ends the answer; may be repeated
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+}
+
+/// How to reach the object store, where one is needed.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Object store")]
+pub struct StoreArgs {
+    /// Address of an S3-compatible service; AWS without it
+    #[arg(long, env = "AWS_ENDPOINT_URL", value_name = "URL")]
+    pub s3_endpoint: Option<String>,
+    /// Region
+    #[arg(long, env = "AWS_REGION", value_name = "NAME")]
+    pub s3_region: Option<String>,
+    /// Put the bucket into the path instead of the host name; always so with --s3-endpoint
+    #[arg(long)]
+    pub s3_path_style: bool,
+    /// Folder with the files AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; the usual AWS chain without it
+    #[arg(long, value_name = "FOLDER")]
+    pub s3_credentials_dir: Option<PathBuf>,
+}
+
+impl StoreArgs {
+    /// As the worker's configuration says it.
+    pub fn config(&self) -> StoreConfig {
+        StoreConfig {
+            endpoint: self.s3_endpoint.clone(),
+            region: self.s3_region.clone(),
+            path_style: self.s3_path_style || self.s3_endpoint.is_some(),
+            credentials_dir: self.s3_credentials_dir.clone(),
+        }
+    }
+}
+
+/// `millrace submit`
+#[derive(Debug, Args)]
+pub struct SubmitArgs {
+    /// Which requests
+    #[command(flatten)]
+    pub input: InputArgs,
+    /// Class of service
+    #[arg(long, default_value_t)]
+    pub class: Class,
+    /// Give the jobs up after this: a span such as 10m, or an RFC 3339 time
+    #[arg(long, value_name = "WHEN")]
+    pub deadline: Option<String>,
+    /// Print the answer while it is made; for a single request
+    #[arg(long)]
+    pub stream: bool,
+    /// Wait for all outcomes
+    #[arg(long)]
+    pub wait: bool,
+    /// Collect the outcomes here, in input order; implies --wait. An existing file is completed
+    #[arg(long, short, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Give up when nothing has progressed for this long: no job accepted, no outcome
+    #[arg(long, default_value = "30m", value_name = "SPAN")]
+    pub timeout: Span,
+    /// s3://bucket/prefix for inputs that are too large for a message
+    #[arg(long, value_name = "URI")]
+    pub object_store: Option<String>,
+    /// How to reach it
+    #[command(flatten)]
+    pub store: StoreArgs,
+    /// Check the input and print the job ids; publish nothing
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// `millrace results`
+#[derive(Debug, Args)]
+pub struct ResultsArgs {
+    /// Which requests; without any, all outcomes of the model, as they were stored
+    #[command(flatten)]
+    pub input: InputArgs,
+    /// Job ids; may be repeated
+    #[arg(long = "job", value_name = "JOB")]
+    pub jobs: Vec<String>,
+    /// File with a job id a line; - is standard input
+    #[arg(long, value_name = "FILE")]
+    pub ids: Option<PathBuf>,
+    /// Collect here, in input order, instead of printing. An existing file is completed
+    #[arg(long, short, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Print outcomes as they arrive, without end; for named jobs, until all have arrived
+    #[arg(long)]
+    pub follow: bool,
+    /// Wait until all named jobs have an outcome
+    #[arg(long)]
+    pub wait_all: bool,
+    /// Give up waiting when no outcome has arrived for this long
+    #[arg(long, default_value = "30m", value_name = "SPAN")]
+    pub timeout: Span,
+    /// How to fetch outcomes that are too large for a message
+    #[command(flatten)]
+    pub store: StoreArgs,
+}
+
+/// `millrace cancel`
+#[derive(Debug, Args)]
+pub struct CancelArgs {
+    /// Job ids
+    #[arg(value_name = "JOB")]
+    pub jobs: Vec<String>,
+    /// File with a job id a line; - is standard input
+    #[arg(long, value_name = "FILE")]
+    pub ids: Option<PathBuf>,
+    /// All jobs in the queue, running ones included
+    #[arg(long, conflicts_with_all = ["jobs", "ids"])]
+    pub all_pending: bool,
+}
+
+/// `millrace dead`
+#[derive(Debug, Args)]
+pub struct DeadArgs {
+    /// What to do with dead letters
+    #[command(subcommand)]
+    pub command: DeadCommand,
+}
+
+/// What to do with dead letters.
+#[derive(Debug, Subcommand)]
+pub enum DeadCommand {
+    /// List them
+    List,
+    /// Print one, headers and body
+    Show {
+        /// Job id
+        job: String,
+    },
+    /// Publish again under the id <JOB>-r<N>, since a job's outcome never changes; then remove the letter
+    Requeue {
+        /// Job ids
+        jobs: Vec<String>,
+        /// All of them
+        #[arg(long, conflicts_with = "jobs")]
+        all: bool,
+    },
+}
+
+/// `millrace queue`
+#[derive(Debug, Args)]
+pub struct QueueArgs {
+    /// Show again and again
+    #[arg(long)]
+    pub watch: bool,
+    /// Pause between two looks
+    #[arg(long, default_value = "2s", value_name = "SPAN")]
+    pub interval: Span,
+}
+
+/// Settings of the streams and consumers.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Queue settings")]
+pub struct QueueSettingArgs {
+    /// Take queue and results from a worker's configuration file
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Most jobs in the queue
+    #[arg(long, value_name = "N")]
+    pub max_jobs: Option<u64>,
+    /// Most bytes in the queue, such as 10Gi
+    #[arg(long, value_name = "SIZE")]
+    pub max_bytes: Option<Bytes>,
+    /// Attempts before a job is dead
+    #[arg(long, value_name = "N")]
+    pub max_deliver: Option<u32>,
+    /// How long a silent worker keeps a job
+    #[arg(long, value_name = "SPAN")]
+    pub ack_wait: Option<Span>,
+    /// How long outcomes are kept
+    #[arg(long, value_name = "SPAN")]
+    pub results_ttl: Option<Span>,
+    /// Copies of each stream
+    #[arg(long, value_name = "N")]
+    pub replicas: Option<u32>,
+}
+
+/// `millrace provision`
+#[derive(Debug, Args)]
+pub struct ProvisionArgs {
+    /// Settings
+    #[command(flatten)]
+    pub settings: QueueSettingArgs,
+    /// Only compare; exit code 1 when something is missing or differs
+    #[arg(long, conflicts_with = "apply")]
+    pub check: bool,
+    /// Also change what differs; without it, what exists is left as it is and reported
+    #[arg(long)]
+    pub apply: bool,
+}
+
+/// Numeric type of an imported model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum ImportDtype {
+    /// 16-bit brain floats
+    #[default]
+    Bf16,
+    /// 16-bit IEEE floats
+    F16,
+    /// 32-bit IEEE floats
+    F32,
+}
+
+/// `millrace import`
+#[derive(Debug, Args)]
+pub struct ImportArgs {
+    /// The GGUF file
+    #[arg(value_name = "GGUF")]
+    pub gguf: PathBuf,
+    /// The folder to write, in Hugging Face layout
+    #[arg(long, short, value_name = "FOLDER")]
+    pub out: PathBuf,
+    /// Numeric type of the weights
+    #[arg(long, value_enum, default_value_t)]
+    pub dtype: ImportDtype,
+    /// Then upload the folder to s3://bucket/prefix
+    #[arg(long, value_name = "URI")]
+    pub to: Option<String>,
+    /// How to reach the object store
+    #[command(flatten)]
+    pub store: StoreArgs,
+}
+
+/// `millrace doctor`
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Settings that the streams should have
+    #[command(flatten)]
+    pub settings: QueueSettingArgs,
+    /// The broker's monitoring address, such as http://127.0.0.1:8222; the fsync policy is read there
+    #[arg(long, value_name = "URL")]
+    pub monitor: Option<String>,
+    /// The model's folder: s3://bucket/prefix or file:///path
+    #[arg(long, value_name = "URI")]
+    pub model_uri: Option<String>,
+    /// How to reach the object store
+    #[command(flatten)]
+    pub store: StoreArgs,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_model_is_needed_and_must_be_a_name() {
+        let parse = |words: &[&str]| Cli::try_parse_from(words).unwrap().global;
+        let error = parse(&["millrace", "queue", "-m", "a.b"]).model().unwrap_err().to_string();
+        assert!(error.starts_with("--model \"a.b\""), "{error}");
+        let model = parse(&["millrace", "-n", "team", "queue", "--model", "m"]).model().unwrap();
+        assert_eq!(model.to_string(), "team/m");
+    }
+}

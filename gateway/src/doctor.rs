@@ -1,0 +1,224 @@
+//! `millrace doctor`: what must hold for jobs to flow, checked one by one, each with its fix.
+//!
+//! It only looks; nothing is changed. What it could not look at is a warning, never a silent pass.
+
+use std::time::{Duration, Instant};
+
+use async_nats::Client;
+use millrace_crds::job::JOB_BYTES_MAX;
+use millrace_crds::load::Phase;
+use millrace_worker::provision::{Mode, provision};
+use serde::Serialize;
+use serde_json::Value;
+use time::OffsetDateTime;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use crate::args::{DoctorArgs, Global};
+use crate::connect::{self, Broker};
+use crate::failure::{Failure, Verdict};
+use crate::output::Printer;
+use crate::provision as provisioned;
+use crate::queue;
+
+/// Oldest broker with everything that is used here.
+const BROKER_VERSION_MIN: (u32, u32) = (2, 11);
+/// A clock that is further off makes deadlines start or end jobs at the wrong time.
+const SKEW_MAX_S: f64 = 2.0;
+/// Largest answer of the monitoring port that is read.
+const MONITOR_BYTES_MAX: u64 = 4 << 20;
+/// How long the monitoring port may take.
+const MONITOR_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How a check came out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Grade {
+    Ok,
+    Warn,
+    Fail,
+}
+
+/// One check.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+struct Check {
+    check: &'static str,
+    grade: Grade,
+    found: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    fix: Option<String>,
+}
+
+impl Check {
+    fn ok(check: &'static str, found: impl Into<String>) -> Self {
+        Self { check, grade: Grade::Ok, found: found.into(), fix: None }
+    }
+    fn warn(check: &'static str, found: impl Into<String>, fix: impl Into<String>) -> Self {
+        Self { check, grade: Grade::Warn, found: found.into(), fix: Some(fix.into()) }
+    }
+    fn fail(check: &'static str, found: impl Into<String>, fix: impl Into<String>) -> Self {
+        Self { grade: Grade::Fail, ..Self::warn(check, found, fix) }
+    }
+}
+
+/// Runs the command. Unwell when a check fails; warnings do not count.
+///
+/// # Errors
+/// [`Failure::Usage`] for a wrong option. An unreachable broker is a failed check and the failure's exit code.
+pub async fn run(global: &Global, args: &DoctorArgs) -> Result<Verdict, Failure> {
+    let printer = Printer { json: global.json };
+    let (queue, results) = provisioned::settings(&args.settings)?;
+    let mut well = true;
+    let mut show = |check: Check| {
+        well &= check.grade != Grade::Fail;
+        printer.object(&check);
+        let mark = match check.grade {
+            Grade::Ok => "ok  ",
+            Grade::Warn => "warn",
+            Grade::Fail => "FAIL",
+        };
+        printer.say(&format!("{mark}  {}: {}", check.check, check.found));
+        check.fix.iter().for_each(|fix| printer.say(&format!("      fix: {fix}")));
+    };
+    let broker = match connect::connect(global).await {
+        Ok(broker) => broker,
+        Err(failure @ Failure::Usage(_)) => return Err(failure),
+        Err(failure) => {
+            let fix = "start the broker, or give its address with --server and its login with --creds";
+            show(Check::fail("broker", failure.to_string(), fix));
+            return Err(failure);
+        }
+    };
+    show(version(&broker.client));
+    show(payload(&broker.client));
+    show(jetstream(&broker).await);
+    show(fsync(args.monitor.as_deref()).await);
+    match provision(&broker.jetstream, &broker.model, &queue, &results, Mode::Check).await {
+        Err(error) => show(Check::fail("streams", error.to_string(), "millrace provision")),
+        Ok(items) => items.iter().for_each(|item| {
+            let text = provisioned::text_of(item);
+            show(match provisioned::is_well(item) {
+                true => Check::ok("streams", text),
+                false => Check::fail("streams", text, "millrace provision --apply, with your settings"),
+            });
+        }),
+    }
+    show(clock(&broker).await);
+    show(workers(&broker).await);
+    Ok(Verdict::of(well))
+}
+
+fn version(client: &Client) -> Check {
+    let version = client.server_info().version;
+    let mut numbers = version.split('.').map(|part| part.parse::<u32>().unwrap_or(0));
+    let found = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    let (major, minor) = BROKER_VERSION_MIN;
+    match found >= BROKER_VERSION_MIN {
+        true => Check::ok("broker version", version),
+        false => {
+            Check::fail("broker version", version, format!("upgrade nats-server to {major}.{minor} or later"))
+        }
+    }
+}
+
+fn payload(client: &Client) -> Check {
+    let limit = client.server_info().max_payload;
+    let found = format!("{limit} bytes");
+    // Headers travel with the body and count too.
+    if limit >= JOB_BYTES_MAX + (16 << 10) {
+        return Check::ok("largest message", found);
+    }
+    let fix =
+        format!("jobs near {JOB_BYTES_MAX} bytes will be refused: set max_payload: 2MB in the broker's file");
+    Check::warn("largest message", found, fix)
+}
+
+async fn jetstream(broker: &Broker) -> Check {
+    let fix = "enable it: `jetstream { store_dir: ..., sync_interval: always }` in the broker's file";
+    match broker.jetstream.query_account().await {
+        Ok(account) => {
+            let found = format!("enabled; {} streams, {} bytes stored", account.streams, account.storage);
+            Check::ok("JetStream", found)
+        }
+        Err(error) => Check::fail("JetStream", error.to_string(), fix),
+    }
+}
+
+async fn fsync(monitor: Option<&str>) -> Check {
+    const NAME: &str = "fsync policy";
+    let fix =
+        "set `sync_interval: always` in the broker's jetstream block, or jobs may be lost with the power";
+    let Some(address) = monitor else {
+        let look = "give --monitor http://HOST:8222 to check for sync_interval: always";
+        return Check::warn(NAME, "unknown", look);
+    };
+    match varz(address).await {
+        Err(error) => {
+            Check::warn(NAME, format!("unknown: --monitor {address}: {error}"), "check the address")
+        }
+        Ok(varz) => match varz.pointer("/jetstream/config/sync_always").and_then(Value::as_bool) {
+            Some(true) => Check::ok(NAME, "always"),
+            _ => {
+                let interval = varz.pointer("/jetstream/config/sync_interval").and_then(Value::as_f64);
+                let every = interval.map_or("late".to_owned(), |ns| format!("every {} s", ns / 1e9));
+                Check::fail(NAME, every, fix)
+            }
+        },
+    }
+}
+
+/// The broker's `/varz`, over plain HTTP: the monitoring port speaks nothing else within a cluster.
+async fn varz(address: &str) -> Result<Value, String> {
+    let host = address.strip_prefix("http://").ok_or("it must look like http://host:8222")?;
+    let host = host.trim_end_matches('/');
+    let read = async {
+        let mut socket = tokio::net::TcpStream::connect(host).await?;
+        let request = format!("GET /varz HTTP/1.0\r\nHost: {host}\r\nConnection: close\r\n\r\n");
+        socket.write_all(request.as_bytes()).await?;
+        let mut answer = Vec::new();
+        socket.take(MONITOR_BYTES_MAX).read_to_end(&mut answer).await?;
+        std::io::Result::Ok(answer)
+    };
+    let answer = tokio::time::timeout(MONITOR_TIMEOUT, read).await.map_err(|_| "no answer")?;
+    let answer = answer.map_err(|error| error.to_string())?;
+    let body = answer.windows(4).position(|window| window == b"\r\n\r\n").map(|at| &answer[at + 4..]);
+    serde_json::from_slice(body.ok_or("no HTTP answer")?).map_err(|error| format!("no JSON: {error}"))
+}
+
+/// The broker's clock, by the time in its answer about a stream, against ours half a round trip ago.
+async fn clock(broker: &Broker) -> Check {
+    const NAME: &str = "clock";
+    let asked = (Instant::now(), OffsetDateTime::now_utc());
+    let info: Result<Value, _> =
+        broker.jetstream.request(format!("STREAM.INFO.{}", broker.model.jobs_stream()), &()).await;
+    let middle = asked.1 + asked.0.elapsed() / 2;
+    let told = info.ok().and_then(|info| {
+        let text = info.get("ts")?.as_str()?.to_owned();
+        OffsetDateTime::parse(&text, &time::format_description::well_known::Rfc3339).ok()
+    });
+    let Some(told) = told else {
+        return Check::warn(NAME, "unknown: the broker tells no time", "make the streams first");
+    };
+    let skew_s = (middle - told).as_seconds_f64();
+    let found =
+        format!("{:.3} s {} the broker's", skew_s.abs(), if skew_s < 0.0 { "behind" } else { "before" });
+    match skew_s.abs() <= SKEW_MAX_S {
+        true => Check::ok(NAME, found),
+        false => {
+            Check::fail(NAME, found, "run NTP on this machine and on the broker's; deadlines depend on it")
+        }
+    }
+}
+
+async fn workers(broker: &Broker) -> Check {
+    const NAME: &str = "workers";
+    match queue::workers(broker).await {
+        Err(failure) => Check::warn(NAME, failure.to_string(), "allow subscribing to millrace.load.>"),
+        Ok(workers) if workers.is_empty() => {
+            Check::warn(NAME, "none reports", "start millrace-worker serve, or let the operator scale up")
+        }
+        Ok(workers) => {
+            let ready = workers.iter().filter(|worker| worker.phase == Phase::Ready).count();
+            Check::ok(NAME, format!("{} report, {ready} ready", workers.len()))
+        }
+    }
+}

@@ -1,0 +1,224 @@
+//! Jobs onto the queue: pipelined, each acknowledged, none dropped.
+//!
+//! A bounded window of publishes is outstanding; each is awaited. A refusal or a silence that may pass is
+//! repeated under the same id, so the broker keeps one copy. A full queue narrows the window and waits for
+//! room. What would fail again ends the command with the job's name.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use async_nats::HeaderMap;
+use async_nats::jetstream::context::{PublishError, PublishErrorKind};
+use async_nats::jetstream::message::PublishMessage;
+use async_nats::jetstream::publish::PublishAck;
+use async_nats::jetstream::{self, ErrorCode};
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+use millrace_crds::job::{JSON, JSONL, header};
+use millrace_crds::names::Class;
+
+use crate::connect::Broker;
+use crate::failure::Failure;
+use crate::follow::Patience;
+use crate::output::note;
+use crate::plan::PlannedJob;
+
+/// Most publishes outstanding: hides the round trip and the broker's sync to disk, which it batches.
+const WINDOW_MAX: usize = 256;
+/// Fewest publishes outstanding while the queue is full.
+const WINDOW_MIN: usize = 4;
+/// Pause after a refusal; it doubles up to [`PAUSE_MAX`].
+const PAUSE_MIN: Duration = Duration::from_millis(50);
+const PAUSE_MAX: Duration = Duration::from_secs(2);
+
+/// What all jobs of one publish have in common.
+#[derive(Debug, Clone)]
+pub struct Envelope {
+    /// Class of service.
+    pub class: Class,
+    /// RFC 3339 time.
+    pub deadline: Option<String>,
+    /// Whether token deltas are wanted.
+    pub stream: bool,
+}
+
+/// One message to publish.
+#[derive(Debug, Clone)]
+pub struct Parcel<'a> {
+    /// The job.
+    pub job: &'a PlannedJob,
+    /// Where the body is, if not in the message.
+    pub input: Option<String>,
+}
+
+impl Parcel<'_> {
+    fn message(&self, envelope: &Envelope, stream: &str) -> PublishMessage {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::JOB_ID, self.job.id.as_str());
+        headers.insert(header::CONTENT_TYPE, if self.job.jsonl { JSONL } else { JSON });
+        headers.insert("Nats-Expected-Stream", stream);
+        if let Some(deadline) = &envelope.deadline {
+            headers.insert(header::DEADLINE, deadline.as_str());
+        }
+        if envelope.stream {
+            headers.insert(header::STREAM, "true");
+        }
+        let payload = match &self.input {
+            Some(uri) => {
+                headers.insert(header::INPUT, uri.as_str());
+                bytes::Bytes::new()
+            }
+            None => self.job.body.clone(),
+        };
+        PublishMessage::build().headers(headers).payload(payload)
+    }
+}
+
+/// What to do after a publish failed.
+#[derive(Debug, PartialEq, Eq)]
+enum Next {
+    /// The queue is full: wait for room.
+    WaitForRoom,
+    /// Repeat.
+    Repeat,
+    /// Give up.
+    GiveUp,
+}
+
+fn next(error: &PublishError) -> Next {
+    match error.kind() {
+        PublishErrorKind::TimedOut
+        | PublishErrorKind::BrokenPipe
+        | PublishErrorKind::MaxAckPending
+        // A restarting broker has no responder for a while; that the stream exists was checked before.
+        | PublishErrorKind::StreamNotFound => Next::Repeat,
+        PublishErrorKind::Other => {
+            match jetstream_error(error).map(|e| (e.code(), e.error_code(), e.to_string())) {
+                Some((_, ErrorCode::STREAM_STORE_FAILED, text)) if text.contains("maximum") => Next::WaitForRoom,
+                Some((503, _, _)) => Next::Repeat,
+                _ => Next::GiveUp,
+            }
+        }
+        _ => Next::GiveUp,
+    }
+}
+
+fn jetstream_error(error: &PublishError) -> Option<&jetstream::Error> {
+    std::error::Error::source(error)?.downcast_ref()
+}
+
+/// Publishes all parcels, and returns when all are acknowledged.
+///
+/// `each` hears every acknowledgement, with the parcel's place. `duplicate` in it means: accepted before.
+///
+/// # Errors
+/// [`Failure::Stalled`] when `timeout` passes without an acknowledgement, [`Failure::Refused`] when the
+/// broker refuses a job for good. Jobs acknowledged before stay published; repeating the command is safe.
+pub async fn publish_all(
+    broker: &Broker,
+    envelope: &Envelope,
+    parcels: &[Parcel<'_>],
+    timeout: Duration,
+    mut each: impl FnMut(usize, &PublishAck),
+) -> Result<(), Failure> {
+    let subject = broker.model.jobs_subject(envelope.class);
+    let stream = broker.model.jobs_stream();
+    let mut waiting: VecDeque<usize> = (0..parcels.len()).collect();
+    let mut outstanding = FuturesUnordered::new();
+    let mut window = WINDOW_MAX;
+    let mut pause = PAUSE_MIN;
+    let mut told = false;
+    let mut backing_off = false;
+    let mut patience = Patience::new(timeout);
+    while !waiting.is_empty() || !outstanding.is_empty() {
+        while !backing_off
+            && outstanding.len() < window
+            && let Some(place) = waiting.pop_front()
+        {
+            let message = parcels[place].message(envelope, &stream);
+            let publish = publish_one(broker, subject.clone(), message);
+            outstanding.push(async move { (place, publish.await) });
+        }
+        let Some((place, result)) = outstanding.next().await else { break };
+        match result {
+            Ok(ack) => {
+                each(place, &ack);
+                patience.renew();
+                window = (window + 1).min(WINDOW_MAX);
+                pause = PAUSE_MIN;
+                continue;
+            }
+            Err(error) => {
+                let job = &parcels[place].job;
+                let next = next(&error);
+                let said = jetstream_error(&error).map_or(error.to_string(), ToString::to_string);
+                if next == Next::GiveUp {
+                    return Err(Failure::Refused(format!(
+                        "{}: job {} was refused: {said}",
+                        job.origin, job.id
+                    )));
+                }
+                waiting.push_front(place);
+                if patience.is_over() {
+                    let left = waiting.len() + outstanding.len();
+                    return Err(Failure::Stalled(format!(
+                        "no job was accepted for --timeout {}: {said}; {left} of {} jobs are not published; \
+                         the same command publishes the rest",
+                        patience.limit(),
+                        parcels.len()
+                    )));
+                }
+                if !std::mem::replace(&mut told, true) {
+                    note(&format!("the broker takes no more jobs at the moment ({said}); waiting"));
+                }
+                backing_off = true;
+                window = if next == Next::WaitForRoom { WINDOW_MIN } else { (window / 2).max(WINDOW_MIN) };
+            }
+        }
+        if outstanding.is_empty() {
+            // Refused publishes may return in any order; the input's order is kept where it can be.
+            waiting.make_contiguous().sort_unstable();
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(PAUSE_MAX);
+            backing_off = false;
+        }
+    }
+    Ok(())
+}
+
+/// Publishes one message and awaits its acknowledgement.
+async fn publish_one(
+    broker: &Broker,
+    subject: String,
+    message: PublishMessage,
+) -> Result<PublishAck, PublishError> {
+    broker.jetstream.send_publish(subject, message).await?.await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(code: u64, description: &str) -> PublishError {
+        let json = serde_json::json!({"code": 503, "err_code": code, "description": description});
+        let error: jetstream::Error = serde_json::from_value(json).unwrap();
+        PublishError::with_source(PublishErrorKind::Other, error)
+    }
+
+    #[test]
+    fn what_happens_after_each_error() {
+        let table = [
+            (refused(10077, "maximum messages exceeded"), Next::WaitForRoom),
+            (refused(10077, "maximum bytes exceeded"), Next::WaitForRoom),
+            (refused(10008, "JetStream system temporarily unavailable"), Next::Repeat),
+            (PublishError::new(PublishErrorKind::TimedOut), Next::Repeat),
+            (PublishError::new(PublishErrorKind::StreamNotFound), Next::Repeat),
+            (PublishError::new(PublishErrorKind::BrokenPipe), Next::Repeat),
+            (PublishError::new(PublishErrorKind::MaxPayloadExceeded), Next::GiveUp),
+            (PublishError::new(PublishErrorKind::WrongLastSequence), Next::GiveUp),
+        ];
+        for (error, expected) in table {
+            assert_eq!(next(&error), expected, "{error}");
+        }
+    }
+}
