@@ -10,5 +10,6 @@ pub mod ports;
 pub mod process;
 pub mod random;
 pub mod s3;
+pub mod scripted;
 pub mod source;
 pub mod tools;
