@@ -97,7 +97,7 @@ pub struct ChatTokenLogprob {
     /// The token's text; bytes that are no text show as U+FFFD.
     pub token: String,
     /// Natural logarithm.
-    pub logprob: f32,
+    pub logprob: f64,
     /// The token's bytes.
     pub bytes: Vec<u8>,
     /// The most probable tokens, most probable first.
@@ -110,7 +110,7 @@ pub struct TopLogprob {
     /// The token's text.
     pub token: String,
     /// Natural logarithm.
-    pub logprob: f32,
+    pub logprob: f64,
     /// The token's bytes.
     pub bytes: Vec<u8>,
 }
@@ -151,7 +151,7 @@ pub struct TextLogprobs {
     /// Where the token's text begins, in characters of the choice's text.
     pub text_offset: Vec<usize>,
     /// Natural logarithms.
-    pub token_logprobs: Vec<f32>,
+    pub token_logprobs: Vec<f64>,
     /// The tokens' texts.
     pub tokens: Vec<String>,
     /// The most probable tokens and their logarithms, most probable first.
