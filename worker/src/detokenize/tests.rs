@@ -1,1 +1,1 @@
-
+//! Tests of `detokenize.rs`.

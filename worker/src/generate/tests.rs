@@ -1,1 +1,1 @@
-
+//! Tests of `generate.rs`.

@@ -1,1 +1,1 @@
-
+//! Tests of `prompt.rs`.

@@ -1,1 +1,1 @@
-
+//! Tests of `template.rs`.
