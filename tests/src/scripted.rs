@@ -45,11 +45,14 @@ pub struct Scripted {
     pub at_once: AtomicU64,
     /// The most that ran at once.
     pub at_once_max: AtomicU64,
+    /// The most neighbours of a job `alone`.
+    pub beside_alone_max: AtomicU64,
     failed_once: AtomicBool,
 }
 
 /// Does what the body's first word says: `echo`, `fail`, `refuse`, `once` (fails the first time), `hang`
-/// (with steps), `stall` (without), `late` (answers after 300 ms), `stream` (three deltas).
+/// (with steps), `stall` (without), `late` (answers after 300 ms), `brief` (after 20 ms), `alone`
+/// (after 100 ms, and looks who runs beside it), `stream` (three deltas).
 #[derive(Debug, Clone, Default)]
 pub struct Runner(pub Arc<Scripted>);
 
@@ -87,6 +90,14 @@ impl Run for Runner {
             "fail" => return Err(failure),
             "refuse" => return Err(Fault::Invalid { message: "scripted".into() }),
             "once" if !self.failed_once.swap(true, Ordering::SeqCst) => return Err(failure),
+            "brief" => tokio::time::sleep(Duration::from_millis(20)).await,
+            "alone" => {
+                for _ in 0..10 {
+                    let beside = self.at_once.load(Ordering::SeqCst) - 1;
+                    self.beside_alone_max.fetch_max(beside, Ordering::SeqCst);
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+            }
             "late" => tokio::time::sleep(Duration::from_millis(300)).await,
             "stall" => std::future::pending().await,
             "hang" => loop {

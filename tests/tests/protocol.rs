@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use async_nats::HeaderMap;
 use async_nats::jetstream::{self, Message};
 use futures::StreamExt;
-use millrace_crds::config::{QueueConfig, ResultsConfig};
+use millrace_crds::config::{ClassWeights, QueueConfig, ResultsConfig};
 use millrace_crds::job::header;
 use millrace_crds::names::{Class, JobId, ModelRef};
 use millrace_crds::result::ErrorCode;
@@ -282,4 +282,61 @@ async fn a_job_whose_processes_die_is_given_up_and_held_neighbours_are_not() -> 
     assert_eq!(text(&neighbour, header::ATTEMPT), "2");
     assert_eq!(worker.runner.runs.load(Ordering::SeqCst), 1, "the poison did not run again");
     bench.until_empty().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_jobs_last_attempt_runs_alone() -> Result<()> {
+    let Some(bench) = Bench::start().await? else { return Ok(()) };
+    let subject = bench.model.attempts_subject(&"last".parse()?);
+    bench.context.publish(subject, r#"{"starts":2,"worker":"w-dead"}"#.into()).await?.await?;
+    for n in 0..4 {
+        bench.publish(&format!("before-{n}"), "late", &[]).await?;
+    }
+    bench.publish("last", "alone", &[]).await?;
+    for n in 0..4 {
+        bench.publish(&format!("after-{n}"), "late", &[]).await?;
+    }
+    let worker = bench.worker("w").await?;
+    bench.until_empty().await?;
+    assert_eq!(text(&bench.outcome("last").await?, header::ATTEMPT), "3");
+    assert_eq!(worker.runner.beside_alone_max.load(Ordering::SeqCst), 0, "a neighbour could have died of it");
+    assert!(worker.runner.at_once_max.load(Ordering::SeqCst) >= 4, "the others run together");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn classes_are_served_by_weight_and_none_starves() -> Result<()> {
+    let Some(mut bench) = Bench::start().await? else { return Ok(()) };
+    bench.queue.weights = ClassWeights { high: 4, normal: 2, low: 1 };
+    for n in 0..70 {
+        for class in Class::ALL {
+            bench.publish_as(class, &format!("{class}-{n}"), "brief", &[]).await?;
+        }
+    }
+    let worker = bench.worker("w").await?;
+    let pulled = |class: Class| worker.metrics.deliveries.with_label_values(&[class.as_str()]).get();
+    // While all three classes have jobs left, their shares are those of their weights.
+    until("the high ones are nearly through", || pulled(Class::High) >= 60).await;
+    let (high, normal, low) = (pulled(Class::High), pulled(Class::Normal), pulled(Class::Low));
+    assert!(
+        (24..=44).contains(&normal) && (10..=28).contains(&low),
+        "high {high}, normal {normal}, low {low}"
+    );
+    bench.until_empty().await?;
+    assert_eq!(worker.metrics.stored_total(), 210);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_more_is_held_than_the_engine_can_run() -> Result<()> {
+    let Some(bench) = Bench::start().await? else { return Ok(()) };
+    for n in 0..300 {
+        bench.publish(&format!("j{n}"), "brief", &[]).await?;
+    }
+    let worker = bench.worker("w").await?;
+    bench.until_empty().await?;
+    // 64 sequences, an eighth in reserve, and one job of each class that was watched.
+    let most = worker.runner.at_once_max.load(Ordering::SeqCst);
+    assert!((30..=75).contains(&most), "{most} at once");
+    Ok(())
 }

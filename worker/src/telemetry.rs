@@ -44,7 +44,11 @@ pub fn start() -> Result<(), String> {
     Ok(())
 }
 
-fn filter(text: &str) -> Result<EnvFilter, String> {
+/// The log filter, with the caps that nothing lifts.
+///
+/// # Errors
+/// When the text is no filter.
+pub fn filter(text: &str) -> Result<EnvFilter, String> {
     let mut filter = EnvFilter::try_new(text).map_err(|error| error.to_string())?;
     for cap in CAPPED {
         filter = filter.add_directive(Directive::from_str(cap).map_err(|error| error.to_string())?);
