@@ -5,6 +5,7 @@
 pub mod binding;
 pub mod config;
 pub mod decoder;
+pub mod files;
 pub mod random;
 pub mod rope;
 pub mod source;

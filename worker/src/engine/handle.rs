@@ -55,9 +55,10 @@ impl Limits {
         if needed > self.kv_blocks as usize {
             return Err(Refusal::TooManyBlocks { needed, total: self.kv_blocks as usize });
         }
-        match request.prompt.iter().find(|&&token| token >= self.vocabulary) {
+        let biased = request.sampling.logit_bias.iter().map(|(token, _)| token);
+        match request.prompt.iter().chain(biased).find(|&&token| token >= self.vocabulary) {
             Some(&token) => Err(Refusal::UnknownToken { token, vocabulary: self.vocabulary }),
-            None => Ok(()),
+            None => request.sampling.check(),
         }
     }
 }
@@ -134,6 +135,19 @@ impl EngineHandle {
     /// Counters and gauges.
     pub fn load(&self) -> &Load {
         &self.load
+    }
+
+    /// Submits one sequence, for callers without an async runtime; blocks while the queue to the engine is
+    /// full.
+    ///
+    /// # Errors
+    /// When the request can never run, or the engine has ended.
+    pub fn submit_blocking(&self, request: Request) -> Result<Generation, Refusal> {
+        self.limits.admit(&request)?;
+        let (events, receiver) = mpsc::channel(request.max_tokens as usize + 1);
+        let submission = Submission { request, events };
+        self.submissions.blocking_send(submission).map_err(|_| Refusal::Stopped)?;
+        Ok(Generation { events: receiver })
     }
 
     /// Submits one sequence; waits while the queue to the engine is full.

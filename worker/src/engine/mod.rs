@@ -1,9 +1,228 @@
 //! The engine: tokens in, tokens out, for many sequences at once.
 //!
-//! It reads no clock, no file and no network: time and randomness come in as arguments.
+//! [`Core`] is the loop of the engine's thread: take requests in, schedule, run, sample, advance, report. It
+//! reads no clock, no file and no network: time is the [`Observer`]'s, randomness is the seeds'. A sequence
+//! whose logits are not numbers fails alone; a device that fails, or a broken invariant, panics, and the
+//! process must end with it.
 
 pub mod blocks;
 pub mod handle;
 pub mod request;
+pub mod runner;
+pub mod sampler;
 pub mod scheduler;
 pub mod sequence;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use millrace_kernels::ops::Ops;
+use millrace_kernels::sampling::Sampled;
+use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TryRecvError;
+
+use handle::{EngineInbox, Load, Submission};
+use request::{Event, Usage};
+use runner::Runner;
+use scheduler::{Chunk, Scheduler, Slot};
+use sequence::Sequence;
+
+/// Sequences that the scheduler holds beyond the running ones; more wait in the channel, and then their
+/// submitters wait. Enough for prefixes to be found and for the longest-first window.
+const WAITING_MAX: usize = 1024;
+
+/// What a step consists of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct StepShape {
+    /// Rows of sequences that had one token to compute.
+    pub decode_rows: usize,
+    /// Rows of prompts (and of sequences that are computed again).
+    pub prefill_rows: usize,
+    /// Rows that were sampled.
+    pub sampled_rows: usize,
+    /// Positions that the rows look back on, summed.
+    pub context_positions: usize,
+}
+
+/// Moments of the engine's loop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Moment {
+    /// A turn of the loop begins, with work to do.
+    Begun,
+    /// The next step is decided.
+    Scheduled(StepShape),
+    /// The device has computed it.
+    Computed,
+    /// Its tokens are sent and its numbers reported.
+    Reported,
+}
+
+/// Watches the engine's loop from its thread; whoever wants times brings the clock. Must be quick.
+pub trait Observer: Send {
+    /// One of the moments has come.
+    fn observe(&mut self, moment: Moment);
+}
+
+impl Observer for () {
+    fn observe(&mut self, _: Moment) {}
+}
+
+/// The engine's loop and all of its state.
+pub struct Core<O: Ops> {
+    scheduler: Scheduler,
+    runner: Runner<O>,
+    inbox: EngineInbox,
+    /// Where each slot's events go.
+    listeners: Vec<Option<mpsc::Sender<Event>>>,
+    step: Vec<Chunk>,
+    gone: Vec<Slot>,
+    output_tokens: u64,
+    observer: Box<dyn Observer>,
+}
+
+impl<O: Ops> Core<O> {
+    /// Puts the parts together.
+    pub fn new(
+        scheduler: Scheduler,
+        runner: Runner<O>,
+        inbox: EngineInbox,
+        observer: Box<dyn Observer>,
+    ) -> Self {
+        Self {
+            scheduler,
+            runner,
+            inbox,
+            listeners: Vec::new(),
+            step: Vec::new(),
+            gone: Vec::new(),
+            output_tokens: 0,
+            observer,
+        }
+    }
+
+    /// Runs until every handle is dropped and every sequence has ended.
+    pub fn run(mut self) {
+        while self.take_in() {
+            self.observer.observe(Moment::Begun);
+            self.drop_cancelled();
+            self.turn();
+            self.observer.observe(Moment::Reported);
+        }
+    }
+
+    fn is_idle(&self) -> bool {
+        self.scheduler.running().is_empty() && self.scheduler.waiting().len() == 0
+    }
+
+    /// Takes new requests in; sleeps while there is nothing to do. False when all is over.
+    fn take_in(&mut self) -> bool {
+        if self.is_idle() {
+            self.report();
+            match self.inbox.submissions.blocking_recv() {
+                Some(submission) => self.submit(submission),
+                None => return false,
+            }
+        }
+        while self.scheduler.waiting().len() < WAITING_MAX {
+            match self.inbox.submissions.try_recv() {
+                Ok(submission) => self.submit(submission),
+                Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
+            }
+        }
+        true
+    }
+
+    fn submit(&mut self, Submission { request, events }: Submission) {
+        let block_tokens = self.scheduler.blocks().block_tokens();
+        let slot = self.scheduler.submit(Sequence::new(request, block_tokens)) as usize;
+        if slot >= self.listeners.len() {
+            self.listeners.resize(slot + 1, None);
+        }
+        self.listeners[slot] = Some(events);
+    }
+
+    fn drop_cancelled(&mut self) {
+        for (slot, listener) in self.listeners.iter().enumerate() {
+            if listener.as_ref().is_some_and(mpsc::Sender::is_closed) {
+                self.gone.push(slot as Slot);
+            }
+        }
+        while let Some(slot) = self.gone.pop() {
+            self.remove(slot);
+        }
+    }
+
+    fn remove(&mut self, slot: Slot) -> (mpsc::Sender<Event>, Usage) {
+        let usage = self.scheduler.remove(slot).usage();
+        (self.listeners[slot as usize].take().expect("a live sequence has a listener"), usage)
+    }
+
+    /// One step, from the decision who runs to the events.
+    fn turn(&mut self) {
+        let mut step = std::mem::take(&mut self.step);
+        self.scheduler.schedule(&mut step);
+        if !step.is_empty() {
+            self.observer.observe(Moment::Scheduled(shape(&step)));
+            let sampled = match self.runner.run(&self.scheduler, &step) {
+                Ok(sampled) => std::mem::take(sampled),
+                Err(error) => panic!("the engine cannot go on: {error}"),
+            };
+            self.observer.observe(Moment::Computed);
+            self.scheduler.advance(&step);
+            self.emit(&step, sampled);
+            self.inbox.load.steps.fetch_add(1, Ordering::Relaxed);
+        }
+        self.step = step;
+        self.report();
+    }
+
+    /// Adds the new tokens to their sequences and tells the listeners.
+    fn emit(&mut self, step: &[Chunk], mut sampled: Vec<Sampled>) {
+        let slots = step.iter().filter(|chunk| chunk.samples).map(|chunk| chunk.slot);
+        for (slot, outcome) in slots.zip(sampled.drain(..)) {
+            let choice = match outcome {
+                Ok(choice) => choice,
+                Err(poisoned) => {
+                    let (events, _) = self.remove(slot);
+                    let _ = events.try_send(Event::Failed(poisoned.to_string()));
+                    continue;
+                }
+            };
+            self.output_tokens += 1;
+            let finish = self.scheduler.append(slot, choice.token);
+            let events = self.listeners[slot as usize].as_ref().expect("a live sequence has a listener");
+            // The channel has room for all events; a closed one is found at the next turn.
+            let _ = events.try_send(Event::Token(sampler::token(choice)));
+            if let Some(finish) = finish {
+                let (events, usage) = self.remove(slot);
+                let _ = events.try_send(Event::Finished(finish, usage));
+            }
+        }
+        self.runner.give_back(sampled);
+    }
+
+    fn report(&self) {
+        let set = |value: &AtomicU64, to: u64| value.store(to, Ordering::Relaxed);
+        let Load { kv_blocks_used, kv_blocks_reserved, running, waiting, .. } = &*self.inbox.load;
+        let (blocks, counters) = (self.scheduler.blocks(), self.scheduler.counters());
+        set(kv_blocks_used, (blocks.total() - blocks.free()) as u64);
+        set(kv_blocks_reserved, self.scheduler.blocks_reserved() as u64);
+        set(running, self.scheduler.running().len() as u64);
+        set(waiting, self.scheduler.waiting().len() as u64);
+        let Load { prompt_tokens, cached_tokens, output_tokens, preemptions, .. } = &*self.inbox.load;
+        set(prompt_tokens, counters.prompt_tokens);
+        set(cached_tokens, counters.cached_tokens);
+        set(output_tokens, self.output_tokens);
+        set(preemptions, counters.preemptions);
+    }
+}
+
+fn shape(step: &[Chunk]) -> StepShape {
+    let mut shape = StepShape::default();
+    for chunk in step {
+        let decode = chunk.rows == 1 && chunk.samples && chunk.start > 0;
+        *(if decode { &mut shape.decode_rows } else { &mut shape.prefill_rows }) += chunk.rows;
+        shape.sampled_rows += usize::from(chunk.samples);
+        shape.context_positions += chunk.rows * chunk.start + chunk.rows * (chunk.rows + 1) / 2;
+    }
+    shape
+}

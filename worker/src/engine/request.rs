@@ -1,5 +1,7 @@
 //! What the engine is asked and what it answers: tokens only, no text.
 
+use millrace_kernels::sampling::TOP_LOGPROBS_MAX;
+
 /// One sequence to generate.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Request {
@@ -51,6 +53,40 @@ impl Default for Sampling {
             frequency_penalty: 0.0,
             logit_bias: Vec::new(),
             logprobs: None,
+        }
+    }
+}
+
+impl Sampling {
+    /// Whether the numbers make sense. Front ends have limits of their own; these are what the kernels need.
+    ///
+    /// # Errors
+    /// When a value is outside of its range; the refusal names it.
+    pub fn check(&self) -> Result<(), Refusal> {
+        let ranges = [
+            ("temperature", self.temperature, 0.0..=f32::MAX, "at least 0"),
+            ("top_p", self.top_p, f32::MIN_POSITIVE..=1.0, "above 0 and at most 1"),
+            ("min_p", self.min_p, 0.0..=1.0, "from 0 to 1"),
+            ("repetition_penalty", self.repetition_penalty, f32::MIN_POSITIVE..=f32::MAX, "above 0"),
+            ("presence_penalty", self.presence_penalty, f32::MIN..=f32::MAX, "a finite number"),
+            ("frequency_penalty", self.frequency_penalty, f32::MIN..=f32::MAX, "a finite number"),
+        ];
+        for (field, value, range, expected) in ranges {
+            if !range.contains(&value) {
+                return Err(Refusal::Sampling { field, value: value.to_string(), expected });
+            }
+        }
+        if let Some((_, bias)) = self.logit_bias.iter().find(|(_, bias)| !bias.is_finite()) {
+            let expected = "a finite number";
+            return Err(Refusal::Sampling { field: "logit_bias", value: bias.to_string(), expected });
+        }
+        match self.logprobs {
+            Some(count) if count > TOP_LOGPROBS_MAX => Err(Refusal::Sampling {
+                field: "logprobs",
+                value: count.to_string(),
+                expected: "at most 20",
+            }),
+            _ => Ok(()),
         }
     }
 }
@@ -137,6 +173,16 @@ pub enum Refusal {
         token: u32,
         /// The vocabulary's size.
         vocabulary: u32,
+    },
+    /// A sampling option is outside of its range.
+    #[error("{field} is {value}; it must be {expected}")]
+    Sampling {
+        /// The option.
+        field: &'static str,
+        /// Its value.
+        value: String,
+        /// What it may be.
+        expected: &'static str,
     },
     /// The engine has ended; the process must end too.
     #[error("the engine has stopped")]
