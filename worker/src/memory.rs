@@ -26,10 +26,7 @@ fn mem_available(meminfo: &str) -> Option<u64> {
 fn group_room() -> Option<u64> {
     let files = [
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        (
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        ),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
     ];
     files.iter().find_map(|(limit, used)| {
         let limit = group_limit(&fs::read_to_string(limit).ok()?)?;

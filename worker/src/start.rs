@@ -326,7 +326,9 @@ fn sizes(model: &DecoderConfig, config: &EngineConfig, block_bytes: usize) -> Re
         Some(bytes) => bytes.0,
         None => match available_bytes() {
             Some(bytes) => (bytes as f64 * f64::from(config.kv_cache_fraction)) as u64,
-            None => return refuse("kvCacheBytes", "absent", "given, for this system's free memory is unknown"),
+            None => {
+                return refuse("kvCacheBytes", "absent", "given, for this system's free memory is unknown");
+            }
         },
     };
     let kv_blocks = usize::try_from(bytes / block_bytes as u64).unwrap_or(usize::MAX).min(useful);

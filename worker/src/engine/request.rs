@@ -81,11 +81,9 @@ impl Sampling {
             return Err(Refusal::Sampling { field: "logit_bias", value: bias.to_string(), expected });
         }
         match self.logprobs {
-            Some(count) if count > TOP_LOGPROBS_MAX => Err(Refusal::Sampling {
-                field: "logprobs",
-                value: count.to_string(),
-                expected: "at most 20",
-            }),
+            Some(count) if count > TOP_LOGPROBS_MAX => {
+                Err(Refusal::Sampling { field: "logprobs", value: count.to_string(), expected: "at most 20" })
+            }
             _ => Ok(()),
         }
     }
