@@ -3,8 +3,8 @@
 //! The protocol is tested with it against a real broker: what the engine would do (fail, stall, be slow) is
 //! said by each job's body.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -47,6 +47,8 @@ pub struct Scripted {
     pub at_once_max: AtomicU64,
     /// The most neighbours of a job `alone`.
     pub beside_alone_max: AtomicU64,
+    /// The ids of the jobs, in the order in which their attempts began.
+    pub order: Mutex<Vec<String>>,
     failed_once: AtomicBool,
 }
 
@@ -84,6 +86,7 @@ impl Drop for Running<'_> {
 impl Run for Runner {
     async fn run(&self, work: Work, deltas: Option<mpsc::Sender<TokenDelta>>) -> Result<Answer, Fault> {
         let _running = Running::begin(self);
+        self.order.lock().expect("no writer panics").push(work.headers.id.to_string());
         let word = String::from_utf8_lossy(&work.body).split(' ').next().unwrap_or_default().to_owned();
         let failure = Fault::Inference { message: "scripted".into() };
         match word.as_str() {
