@@ -31,6 +31,7 @@ pub mod run;
 pub mod serve;
 pub mod start;
 pub mod stop;
+pub mod store;
 pub mod telemetry;
 pub mod template;
 pub mod tokens;
