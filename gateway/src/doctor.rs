@@ -63,7 +63,8 @@ impl Check {
 /// Runs the command. Unwell when a check fails; warnings do not count.
 ///
 /// # Errors
-/// [`Failure::Usage`] for a wrong option. An unreachable broker is a failed check and the failure's exit code.
+/// [`Failure::Usage`] for a wrong option. An unreachable broker is a failed check, and its exit code is
+/// the failure's.
 pub async fn run(global: &Global, args: &DoctorArgs) -> Result<Verdict, Failure> {
     let printer = Printer { json: global.json };
     let (queue, results) = provisioned::settings(&args.settings)?;

@@ -57,7 +57,8 @@ pub enum Failure {
     },
     /// A stream or consumer of the model is missing.
     #[error(
-        "stream {stream} does not exist: `millrace provision --namespace {namespace} --model {model}` makes it"
+        "stream {stream} does not exist; \
+         `millrace provision --namespace {namespace} --model {model}` makes it"
     )]
     NotProvisioned {
         /// Its name.

@@ -129,9 +129,8 @@ mod tests {
     }
 
     fn ok(id: &str, custom_id: &str) -> String {
-        format!(
-            r#"{{"id":"{id}","custom_id":"{custom_id}","response":{{"status_code":200,"request_id":"{id}","body":{{}}}},"error":null}}"#
-        )
+        let response = format!(r#"{{"status_code":200,"request_id":"{id}","body":{{}}}}"#);
+        format!(r#"{{"id":"{id}","custom_id":"{custom_id}","response":{response},"error":null}}"#)
     }
 
     const REFUSED: &str =

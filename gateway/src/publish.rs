@@ -94,7 +94,9 @@ fn next(error: &PublishError) -> Next {
         | PublishErrorKind::StreamNotFound => Next::Repeat,
         PublishErrorKind::Other => {
             match jetstream_error(error).map(|e| (e.code(), e.error_code(), e.to_string())) {
-                Some((_, ErrorCode::STREAM_STORE_FAILED, text)) if text.contains("maximum") => Next::WaitForRoom,
+                Some((_, ErrorCode::STREAM_STORE_FAILED, text)) if text.contains("maximum") => {
+                    Next::WaitForRoom
+                }
                 Some((503, _, _)) => Next::Repeat,
                 _ => Next::GiveUp,
             }
@@ -125,40 +127,25 @@ pub async fn publish_all(
     let stream = broker.model.jobs_stream();
     let mut waiting: VecDeque<usize> = (0..parcels.len()).collect();
     let mut outstanding = FuturesUnordered::new();
-    let mut window = WINDOW_MAX;
-    let mut pause = PAUSE_MIN;
-    let mut told = false;
-    let mut backing_off = false;
+    let mut pace = Pace::default();
     let mut patience = Patience::new(timeout);
     while !waiting.is_empty() || !outstanding.is_empty() {
-        while !backing_off
-            && outstanding.len() < window
+        while outstanding.len() < pace.room()
             && let Some(place) = waiting.pop_front()
         {
             let message = parcels[place].message(envelope, &stream);
             let publish = publish_one(broker, subject.clone(), message);
             outstanding.push(async move { (place, publish.await) });
         }
-        let Some((place, result)) = outstanding.next().await else { break };
-        match result {
-            Ok(ack) => {
+        match outstanding.next().await {
+            Some((place, Ok(ack))) => {
                 each(place, &ack);
                 patience.renew();
-                window = (window + 1).min(WINDOW_MAX);
-                pause = PAUSE_MIN;
-                continue;
+                pace.accepted();
             }
-            Err(error) => {
-                let job = &parcels[place].job;
-                let next = next(&error);
-                let said = jetstream_error(&error).map_or(error.to_string(), ToString::to_string);
-                if next == Next::GiveUp {
-                    return Err(Failure::Refused(format!(
-                        "{}: job {} was refused: {said}",
-                        job.origin, job.id
-                    )));
-                }
+            Some((place, Err(error))) => {
                 waiting.push_front(place);
+                let said = jetstream_error(&error).map_or(error.to_string(), ToString::to_string);
                 if patience.is_over() {
                     let left = waiting.len() + outstanding.len();
                     return Err(Failure::Stalled(format!(
@@ -168,22 +155,65 @@ pub async fn publish_all(
                         parcels.len()
                     )));
                 }
-                if !std::mem::replace(&mut told, true) {
-                    note(&format!("the broker takes no more jobs at the moment ({said}); waiting"));
-                }
-                backing_off = true;
-                window = if next == Next::WaitForRoom { WINDOW_MIN } else { (window / 2).max(WINDOW_MIN) };
+                pace.refused(next(&error), parcels[place].job, &said)?;
             }
+            None => {}
         }
-        if outstanding.is_empty() {
+        if outstanding.is_empty() && pace.backing_off {
             // Refused publishes may return in any order; the input's order is kept where it can be.
             waiting.make_contiguous().sort_unstable();
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(PAUSE_MAX);
-            backing_off = false;
+            pace.rest().await;
         }
     }
     Ok(())
+}
+
+/// How many publishes may be outstanding: all of the window, or none more after a refusal until the
+/// outstanding ones are through and a pause is over.
+#[derive(Debug)]
+struct Pace {
+    window: usize,
+    pause: Duration,
+    backing_off: bool,
+    told: bool,
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        Self { window: WINDOW_MAX, pause: PAUSE_MIN, backing_off: false, told: false }
+    }
+}
+
+impl Pace {
+    fn room(&self) -> usize {
+        if self.backing_off { 0 } else { self.window }
+    }
+
+    fn accepted(&mut self) {
+        self.window = (self.window + 1).min(WINDOW_MAX);
+        self.pause = PAUSE_MIN;
+    }
+
+    fn refused(&mut self, next: Next, job: &PlannedJob, said: &str) -> Result<(), Failure> {
+        self.window = match next {
+            Next::GiveUp => {
+                return Err(Failure::Refused(format!("{}: job {} was refused: {said}", job.origin, job.id)));
+            }
+            Next::WaitForRoom => WINDOW_MIN,
+            Next::Repeat => (self.window / 2).max(WINDOW_MIN),
+        };
+        self.backing_off = true;
+        if !std::mem::replace(&mut self.told, true) {
+            note(&format!("the broker takes no more jobs at the moment ({said}); waiting"));
+        }
+        Ok(())
+    }
+
+    async fn rest(&mut self) {
+        tokio::time::sleep(self.pause).await;
+        self.pause = (self.pause * 2).min(PAUSE_MAX);
+        self.backing_off = false;
+    }
 }
 
 /// Publishes one message and awaits its acknowledgement.

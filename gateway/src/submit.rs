@@ -1,7 +1,7 @@
 //! `millrace submit`: requests onto the queue, once each, and their outcomes back if asked for.
 //!
 //! Nothing is published before all of the input is checked. A job that has an outcome is not published
-//! again: the broker's own memory of ids ends with its window and with a restart, the stored outcome does not.
+//! again: the broker's own memory of ids ends with its window and with a restart, the outcome does not.
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};

@@ -1,3 +1,5 @@
+//! Lines in input order, and a file that is completed over several runs.
+
 use proptest::prelude::*;
 
 use super::*;
@@ -38,7 +40,9 @@ fn the_second_outcome_of_a_job_is_noticed() {
 
 proptest! {
     #[test]
-    fn any_order_of_arrival_gives_input_order(order in Just((0..12usize).collect::<Vec<_>>()).prop_shuffle()) {
+    fn any_order_of_arrival_gives_input_order(
+        order in Just((0..12usize).collect::<Vec<_>>()).prop_shuffle(),
+    ) {
         let ids = ids(12);
         let mut collector = Collector::new(&ids);
         let mut lines = Vec::new();

@@ -1,3 +1,5 @@
+//! Input forms, and each malformed line with its place.
+
 use super::*;
 
 fn source(name: &str, text: &str) -> Source {
@@ -118,6 +120,9 @@ fn parameters_of_prompts() {
     assert_eq!(entries.len(), 2);
     assert_eq!(
         entries[1].body,
-        r#"{"messages":[{"role":"system","content":"be short"},{"role":"user","content":"two"}],"max_tokens":5,"temperature":0.5,"stop":["\n"]}"#
+        concat!(
+            r#"{"messages":[{"role":"system","content":"be short"},{"role":"user","content":"two"}],"#,
+            r#""max_tokens":5,"temperature":0.5,"stop":["\n"]}"#
+        )
     );
 }

@@ -1,3 +1,5 @@
+//! Ids, packs and deadlines.
+
 use proptest::prelude::*;
 
 use super::*;
@@ -90,7 +92,10 @@ fn lists_of_ids() {
 
 proptest! {
     #[test]
-    fn any_custom_id_gives_a_valid_id(custom_id in "\\PC{1,200}", prefix in "[A-Za-z0-9][-_A-Za-z0-9]{0,100}") {
+    fn any_custom_id_gives_a_valid_id(
+        custom_id in "\\PC{1,200}",
+        prefix in "[A-Za-z0-9][-_A-Za-z0-9]{0,100}",
+    ) {
         let with_prefix = PlanOptions { id_prefix: prefix.clone(), ..options() };
         let job = only(entry(1, &custom_id, "{}"), &with_prefix).unwrap();
         prop_assert!(job.id.as_str().starts_with(&prefix));
