@@ -3,8 +3,12 @@
 //! Every child dies with the process that started it, keeps its state in a temporary folder of its own and
 //! listens on 127.0.0.1 only. The harness refuses to start a child whose program is missing and says how to
 //! get it; it never looks for a program outside the tools' cache and the build folder.
+//!
+//! Starting, killing and waiting for a child block the thread, so async tests run on several threads.
 
+pub mod cluster;
 pub mod http;
+pub mod jobs;
 pub mod nats;
 pub mod ports;
 pub mod process;
@@ -12,4 +16,6 @@ pub mod random;
 pub mod s3;
 pub mod scripted;
 pub mod source;
+pub mod tiny;
 pub mod tools;
+pub mod worker;
