@@ -1,5 +1,5 @@
-//! The pipeline's side of a test: publishes jobs until the broker has acknowledged each, and keeps a record of
-//! every outcome ever stored.
+//! The pipeline's side of a test: publishes jobs until the broker has acknowledged each, and keeps a record
+//! of every outcome ever stored.
 //!
 //! It goes through broker crashes: a publish is repeated under its job id until its acknowledgement came, a
 //! failed read is repeated later. What it never does is to forget an outcome that it has seen, so that one

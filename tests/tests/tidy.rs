@@ -14,7 +14,8 @@ use millrace_tests::source::{code, functions, test_lines};
 const FUNCTION_LINES_MAX: usize = 70;
 const FILE_LINES_MAX: usize = 500;
 const ARGUMENTS_MAX: usize = 5;
-const COLUMNS_MAX: usize = 110;
+/// rustfmt keeps code within 110 columns; what it leaves alone, comments and texts, may be a little longer.
+const COLUMNS_MAX: usize = 120;
 
 /// `(rule, file, reason)`.
 const EXCEPTIONS: &[(&str, &str, &str)] = &[
@@ -23,11 +24,6 @@ const EXCEPTIONS: &[(&str, &str, &str)] = &[
         "kernels/src/sampling/tests.rs",
         "a table's row is spread over the arguments; to be a struct",
     ),
-    ("columns", "kernels/src/cpu/pack.rs", "comments to be wrapped"),
-    ("columns", "kernels/src/ops.rs", "comments to be wrapped"),
-    ("columns", "kernels/src/sampling/philox.rs", "comments to be wrapped"),
-    ("columns", "kernels/src/tensor.rs", "comments to be wrapped"),
-    ("columns", "worker/src/model/config.rs", "comments to be wrapped"),
 ];
 
 /// Files with `unsafe` outside of `kernels`: the mapping of weight files.
@@ -320,7 +316,7 @@ fn every_rule_can_fail() {
         ("worker/src/a.rs", &long, "file-length"),
         ("worker/src/a.rs", &long, "function-length"),
         ("worker/src/a.rs", &long, "arguments"),
-        ("worker/src/a.rs", &format!("//! {}\n", "x".repeat(120)), "columns"),
+        ("worker/src/a.rs", &format!("//! {}\n", "x".repeat(COLUMNS_MAX)), "columns"),
         ("worker/src/a.rs", "//! D.\npub use serde::Serialize;\n", "foreign-reexport"),
         ("worker/src/a.rs", "//! D.\nstruct JobManager;\n", "names"),
         ("worker/src/a.rs", "//! D.\nmod utils;\n", "names"),
