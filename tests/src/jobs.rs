@@ -237,6 +237,29 @@ impl Queue {
         }
     }
 
+    /// Waits until `count` outcomes are stored, without reading them.
+    ///
+    /// # Errors
+    /// When there are fewer after `limit`.
+    pub async fn wait_stored(&self, count: usize, limit: Duration) -> Result<()> {
+        let start = Instant::now();
+        loop {
+            let mut subjects =
+                self.results().await?.info_with_subjects(self.model.results_wildcard()).await?;
+            let mut stored = 0;
+            while let Some((_, messages)) = subjects.try_next().await? {
+                stored += messages;
+            }
+            if stored >= count {
+                return Ok(());
+            }
+            if start.elapsed() > limit {
+                bail!("{stored} of {count} outcomes after {limit:?}");
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
     /// The dead letter of a job.
     ///
     /// # Errors

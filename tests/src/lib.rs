@@ -9,7 +9,9 @@
 pub mod cluster;
 pub mod http;
 pub mod jobs;
+pub mod model;
 pub mod nats;
+pub mod overhead;
 pub mod ports;
 pub mod process;
 pub mod random;
