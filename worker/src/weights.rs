@@ -1,6 +1,215 @@
-//! Model files: from `s3://` or `file://` to verified local files and mapped tensors.
+//! Model files: from `s3://` or `file://` to verified local files.
 //!
 //! A model is a folder in Hugging Face layout with a [`manifest`] that names every file with its size and
-//! SHA-256. Nothing is mapped before its bytes were compared with the manifest.
+//! SHA-256. No file is used before its bytes were compared with the manifest. A folder in the cache was
+//! compared when it was pulled and is read-only since; later starts compare sizes only. A `file://` folder is
+//! compared at every start.
 
+mod download;
 pub mod manifest;
+mod pull;
+
+use std::path::{Path, PathBuf};
+
+use millrace_crds::config::ModelConfig;
+
+use crate::store::{Store, StoreError};
+use manifest::{FileEntry, MANIFEST_NAME, Manifest, ManifestError, ModelDigest};
+
+/// A verified model folder on this machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Folder {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Digest of its manifest.
+    pub digest: ModelDigest,
+    /// Size of all files.
+    pub bytes: u64,
+    /// Bytes that came over the network; 0 when the cache had all of them.
+    pub pulled_bytes: u64,
+}
+
+/// Why a model's files cannot be had. The messages name field or file, value and limit.
+#[derive(Debug, thiserror::Error)]
+pub enum PullError {
+    /// The address is of no known kind.
+    #[error("model.uri is {0:?}; it must begin with s3:// or file:///")]
+    Scheme(String),
+    /// The manifest is not valid.
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
+    /// The object store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The folder has none of the files of a model.
+    #[error("{0} holds no config.json; it is not a model folder in Hugging Face layout")]
+    NoModel(String),
+    /// The files are larger than allowed.
+    #[error("the model has {bytes} bytes; model.bytesMax is {limit}")]
+    TooLarge {
+        /// Size of all files.
+        bytes: u64,
+        /// The limit.
+        limit: u64,
+    },
+    /// The cache's disk is too small.
+    #[error("the model needs {needed} bytes in {folder}; {free} are free")]
+    Disk {
+        /// Bytes still to come.
+        needed: u64,
+        /// Bytes free.
+        free: u64,
+        /// The cache folder.
+        folder: String,
+    },
+    /// The files are not those that the configuration wants.
+    #[error("model.digest is {wanted}; the files have {found}")]
+    Digest {
+        /// The digest wanted.
+        wanted: ModelDigest,
+        /// The digest found.
+        found: ModelDigest,
+    },
+    /// A file is not what the manifest says.
+    #[error("{file}: {what} is {found}; the manifest says {wanted}")]
+    Content {
+        /// The file.
+        file: String,
+        /// Size or SHA-256.
+        what: &'static str,
+        /// As found.
+        found: String,
+        /// As the manifest has it.
+        wanted: String,
+    },
+    /// A local file or folder.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file or folder.
+        path: String,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+/// Names an I/O error's path.
+fn io(path: &Path) -> impl FnOnce(std::io::Error) -> PullError {
+    let path = path.display().to_string();
+    move |source| PullError::Io { path, source }
+}
+
+/// Brings the model's files to this machine and compares them with their manifest and the configured digest.
+///
+/// # Errors
+/// When the files cannot be had or are not what they should be.
+pub async fn pull(config: &ModelConfig) -> Result<Folder, PullError> {
+    let wanted = config.digest.as_deref().map(ModelDigest::parse).transpose()?;
+    let folder = match config.uri.strip_prefix("file://") {
+        Some(path) if path.starts_with('/') => {
+            let path = PathBuf::from(path);
+            let limit = config.bytes_max.0;
+            tokio::task::spawn_blocking(move || verify(path, limit))
+                .await
+                .expect("verifying does not panic")?
+        }
+        None if config.uri.starts_with("s3://") => {
+            let store = Store::connect(&config.store).await?;
+            pull::Pull { store: &store, config, wanted: wanted.as_ref() }.run().await?
+        }
+        _ => return Err(PullError::Scheme(config.uri.chars().take(200).collect())),
+    };
+    match wanted {
+        Some(wanted) if wanted != folder.digest => Err(PullError::Digest { wanted, found: folder.digest }),
+        _ => Ok(folder),
+    }
+}
+
+/// Uploads a model folder, the manifest last, so that a reader that sees it sees all.
+///
+/// # Errors
+/// When the folder is not what its manifest says, or the store refuses.
+pub async fn upload(path: &Path, uri: &str, store: &Store) -> Result<Folder, PullError> {
+    let target: crate::store::S3Uri = uri.parse()?;
+    let owned = path.to_owned();
+    let folder = tokio::task::spawn_blocking(move || verify(owned, u64::MAX))
+        .await
+        .expect("verifying does not panic")?;
+    for file in local_files(path)? {
+        store.put_file(&target.join(&file), &path.join(&file)).await?;
+    }
+    let manifest = read_manifest(path)?.map_or_else(|| hash_all(path), Ok)?;
+    store.put(&target.join(MANIFEST_NAME), manifest.canonical().into()).await?;
+    Ok(folder)
+}
+
+/// Whether a file of this name belongs to a model: tensors, configuration, tokenizer. The rest of a folder
+/// (readme files, other formats) is never pulled.
+fn belongs(name: &str) -> bool {
+    const NAMES: [&str; 6] = [
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+    ];
+    NAMES.contains(&name) || name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json")
+}
+
+fn local_files(path: &Path) -> Result<Vec<String>, PullError> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(path).map_err(io(path))? {
+        let entry = entry.map_err(io(path))?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if belongs(&name) && entry.path().is_file() {
+            names.push(name);
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+fn read_manifest(path: &Path) -> Result<Option<Manifest>, PullError> {
+    let file = path.join(MANIFEST_NAME);
+    match std::fs::metadata(&file) {
+        Ok(data) if data.len() > manifest::MANIFEST_BYTES_MAX => {
+            Err(ManifestError::TooLarge { bytes: data.len() }.into())
+        }
+        Ok(_) => Ok(Some(Manifest::parse(&std::fs::read(&file).map_err(io(&file))?)?)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(io(&file)(source)),
+    }
+}
+
+fn hash_all(path: &Path) -> Result<Manifest, PullError> {
+    let entries = local_files(path)?
+        .into_iter()
+        .map(|name| {
+            let (bytes, sha256) = download::hash_file(&path.join(&name))?;
+            Ok(FileEntry { name, bytes, sha256 })
+        })
+        .collect::<Result<Vec<_>, PullError>>()?;
+    if !entries.iter().any(|entry| entry.name == "config.json") {
+        return Err(PullError::NoModel(path.display().to_string()));
+    }
+    Ok(Manifest::new(entries)?)
+}
+
+/// Compares a local folder with its manifest; without one, the files as they are make it.
+fn verify(path: PathBuf, limit: u64) -> Result<Folder, PullError> {
+    let found = hash_all(&path)?;
+    let manifest = read_manifest(&path)?.unwrap_or_else(|| found.clone());
+    for wanted in manifest.files() {
+        let file = path.join(&wanted.name).display().to_string();
+        let Some(entry) = found.file(&wanted.name) else {
+            let source = std::io::ErrorKind::NotFound.into();
+            return Err(PullError::Io { path: file, source });
+        };
+        download::compare(&file, entry, wanted)?;
+    }
+    let bytes = manifest.total_bytes();
+    if bytes > limit {
+        return Err(PullError::TooLarge { bytes, limit });
+    }
+    Ok(Folder { path, digest: manifest.digest(), bytes, pulled_bytes: 0 })
+}

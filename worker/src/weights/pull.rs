@@ -1,0 +1,174 @@
+//! A model from the object store into the cache folder.
+//!
+//! `<cache>/<key>` holds a whole, verified model and appears by renaming; `<cache>/<key>.partial` is one in
+//! the making, which a later start continues. The key is the manifest's digest, or a hash of the listing
+//! where the store has no manifest. Workers that share the cache take turns by a lock on `<cache>/<key>.lock`:
+//! the second one finds the work done.
+
+use std::fs::{self, File, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use futures::{StreamExt, TryStreamExt};
+use millrace_crds::config::ModelConfig;
+use sha2::{Digest, Sha256};
+use tokio::sync::Semaphore;
+
+use super::download::{Download, PARTS_AT_ONCE, compare};
+use super::manifest::{FileEntry, MANIFEST_BYTES_MAX, MANIFEST_NAME, Manifest, ModelDigest};
+use super::{Folder, PullError, belongs, io, read_manifest};
+use crate::store::{S3Uri, Store, StoreError};
+
+/// Files that are pulled at once; their parts share the permits.
+const FILES_AT_ONCE: usize = 4;
+
+/// One pull.
+pub struct Pull<'a> {
+    /// Where the files are.
+    pub store: &'a Store,
+    /// What to pull, and into which cache.
+    pub config: &'a ModelConfig,
+    /// The digest that the manifest must have.
+    pub wanted: Option<&'a ModelDigest>,
+}
+
+impl Pull<'_> {
+    /// Pulls what the cache does not have.
+    pub async fn run(&self) -> Result<Folder, PullError> {
+        let uri: S3Uri = self.config.uri.parse()?;
+        let (key, files) = self.files(&uri).await?;
+        let bytes = files.iter().map(|file| file.bytes).fold(0, u64::saturating_add);
+        if bytes > self.config.bytes_max.0 {
+            return Err(PullError::TooLarge { bytes, limit: self.config.bytes_max.0 });
+        }
+        let cache = &self.config.cache_dir;
+        fs::create_dir_all(cache).map_err(io(cache))?;
+        let _lock = lock(cache.join(format!("{key}.lock"))).await?;
+        let ready = cache.join(&key);
+        if let Some(folder) = cached(&ready)? {
+            return Ok(folder);
+        }
+        let partial = cache.join(format!("{key}.partial"));
+        fs::create_dir_all(&partial).map_err(io(&partial))?;
+        check_disk(cache, &partial, bytes)?;
+        let (manifest, pulled_bytes) = self.download(&uri, &partial, &files).await?;
+        finish(&partial, &ready, &manifest)?;
+        Ok(Folder { path: ready, digest: manifest.digest(), bytes, pulled_bytes })
+    }
+
+    /// The cache's key, and the files to pull. Without a manifest their hashes are empty.
+    async fn files(&self, uri: &S3Uri) -> Result<(String, Vec<FileEntry>), PullError> {
+        match self.store.get(&uri.join(MANIFEST_NAME), MANIFEST_BYTES_MAX).await {
+            Ok(bytes) => {
+                let manifest = Manifest::parse(&bytes)?;
+                let found = manifest.digest();
+                match self.wanted {
+                    Some(wanted) if *wanted != found => {
+                        Err(PullError::Digest { wanted: wanted.clone(), found })
+                    }
+                    _ => Ok((found.hex().to_owned(), manifest.files().to_vec())),
+                }
+            }
+            Err(StoreError::Missing(_)) => {
+                let listed = self.store.list(uri).await?;
+                let files: Vec<FileEntry> = listed
+                    .into_iter()
+                    .filter(|(name, _)| belongs(name))
+                    .map(|(name, bytes)| FileEntry { name, bytes, sha256: String::new() })
+                    .collect();
+                if !files.iter().any(|file| file.name == "config.json") {
+                    return Err(PullError::NoModel(uri.to_string()));
+                }
+                let listing: Vec<_> = files.iter().map(|file| (&file.name, file.bytes)).collect();
+                let hash = Sha256::digest(format!("{uri} {listing:?}"));
+                Ok((format!("unlisted-{}", hex::encode(hash)), files))
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    async fn download(
+        &self,
+        uri: &S3Uri,
+        partial: &Path,
+        files: &[FileEntry],
+    ) -> Result<(Manifest, u64), PullError> {
+        let permits = &Semaphore::new(PARTS_AT_ONCE);
+        let found: Vec<(FileEntry, u64)> = futures::stream::iter(files)
+            .map(|wanted| async move {
+                let uri = uri.join(&wanted.name);
+                Download { store: self.store, uri, folder: partial, wanted, permits }.run().await
+            })
+            .buffer_unordered(FILES_AT_ONCE)
+            .try_collect()
+            .await?;
+        let pulled = found.iter().map(|(_, pulled)| pulled).sum();
+        let manifest = Manifest::new(found.into_iter().map(|(entry, _)| entry).collect())?;
+        Ok((manifest, pulled))
+    }
+}
+
+/// Takes the lock of one model in the cache; waits while another worker pulls it.
+async fn lock(path: PathBuf) -> Result<File, PullError> {
+    let locked = tokio::task::spawn_blocking(move || {
+        let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(io(&path))?;
+        file.lock().map_err(io(&path))?;
+        Ok(file)
+    });
+    locked.await.expect("locking does not panic")
+}
+
+/// A model that is in the cache already; its files still have their sizes.
+fn cached(ready: &Path) -> Result<Option<Folder>, PullError> {
+    if !ready.exists() {
+        return Ok(None);
+    }
+    let Some(manifest) = read_manifest(ready)? else { return Ok(None) };
+    for wanted in manifest.files() {
+        let path = ready.join(&wanted.name);
+        let bytes = fs::metadata(&path).map_err(io(&path))?.len();
+        compare(&path.display().to_string(), &FileEntry { bytes, ..wanted.clone() }, wanted)?;
+    }
+    let bytes = manifest.total_bytes();
+    Ok(Some(Folder { path: ready.to_owned(), digest: manifest.digest(), bytes, pulled_bytes: 0 }))
+}
+
+/// Refuses a pull for which the disk has no room, less what an earlier try has written.
+fn check_disk(cache: &Path, partial: &Path, bytes: u64) -> Result<(), PullError> {
+    let mut present = 0;
+    for entry in fs::read_dir(partial).map_err(io(partial))? {
+        let entry = entry.map_err(io(partial))?;
+        present += std::os::unix::fs::MetadataExt::blocks(&entry.metadata().map_err(io(partial))?) * 512;
+    }
+    let needed = bytes.saturating_sub(present);
+    match free_bytes(cache) {
+        Some(free) if free < needed => {
+            Err(PullError::Disk { needed, free, folder: cache.display().to_string() })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Free bytes of a folder's file system, as `df` sees them; none where it cannot tell.
+fn free_bytes(folder: &Path) -> Option<u64> {
+    let output =
+        std::process::Command::new("df").args(["-B1", "--output=avail"]).arg(folder).output().ok()?;
+    String::from_utf8(output.stdout).ok()?.lines().nth(1)?.trim().parse().ok()
+}
+
+/// Makes the pulled files read-only and durable, and the folder visible.
+fn finish(partial: &Path, ready: &Path, manifest: &Manifest) -> Result<(), PullError> {
+    for file in manifest.files() {
+        let path = partial.join(&file.name);
+        fs::set_permissions(&path, Permissions::from_mode(0o444)).map_err(io(&path))?;
+        let journal = partial.join(format!(".{}.parts", file.name));
+        fs::remove_file(&journal).map_err(io(&journal))?;
+    }
+    let path = partial.join(MANIFEST_NAME);
+    fs::write(&path, manifest.canonical()).map_err(io(&path))?;
+    File::open(&path).and_then(|file| file.sync_all()).map_err(io(&path))?;
+    File::open(partial).and_then(|folder| folder.sync_all()).map_err(io(partial))?;
+    fs::rename(partial, ready).map_err(io(ready))?;
+    let parent = ready.parent().unwrap_or(ready);
+    File::open(parent).and_then(|folder| folder.sync_all()).map_err(io(parent))
+}
