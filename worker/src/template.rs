@@ -102,7 +102,7 @@ impl Template {
         variables.push(("documents".into(), Value::from(())));
         let template = self.environment.get_template(NAME).map_err(|error| refuse(&error))?;
         let mut output = Bounded { bytes: Vec::new() };
-        let context: Value = variables.into_iter().collect();
+        let context = Value::from_pairs(variables);
         template.render_captured_to(context, &mut output).map_err(|error| refuse(&error))?;
         let mut rendered =
             String::from_utf8(output.bytes).map_err(|error| Reject::Template(error.to_string()))?;
