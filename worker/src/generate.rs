@@ -66,7 +66,7 @@ impl Fault {
 /// In a job of lines, a line's own fault becomes its error line; only [`Fault::Stopped`] and an answer that
 /// is too long end the job.
 pub async fn generate(
-    job: &Job,
+    job: Job,
     text: &Text,
     engine: &EngineHandle,
     deltas: Option<mpsc::Sender<TokenDelta>>,
@@ -75,7 +75,7 @@ pub async fn generate(
     let mut body = Vec::new();
     let mut totals = Totals::default();
     if job.headers.jsonl {
-        let mut answers = requests.answer_in_order(stream::iter(&job.lines), job.created);
+        let mut answers = requests.answer_in_order(stream::iter(job.lines), job.created);
         while let Some(answered) = answers.try_next().await? {
             totals.add(&answered);
             body.extend_from_slice(&to_json(&answered.line));

@@ -1,2 +1,33 @@
-//! Placeholder.
-fn main() {}
+//! `millrace-worker`: serve a queue, run a file of requests, or measure the engine.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use millrace_worker::worker::{self, ServeArgs};
+
+/// Runs prompt jobs through a paged-attention engine.
+#[derive(Debug, Parser)]
+#[command(name = "millrace-worker", version)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Take jobs from the queue, and publish one durable result for each.
+    Serve(ServeArgs),
+}
+
+fn main() -> ExitCode {
+    let ended = match Args::parse().command {
+        Command::Serve(args) => worker::run(&args),
+    };
+    match ended {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("millrace-worker: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

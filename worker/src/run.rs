@@ -1,7 +1,7 @@
 //! What the queue's side needs from the engine's side: one job in, its answer or a fault out.
 //!
 //! The line from queue to outcome is written against [`Run`], so that its protocol is tested with a runner
-//! that fails on purpose.
+//! that fails on purpose; [`EngineRun`] is the real one: decode, tokenize, generate.
 
 use std::future::Future;
 
@@ -11,8 +11,11 @@ use millrace_crds::tokens::TokenDelta;
 use time::OffsetDateTime;
 use tokio::sync::mpsc;
 
-use crate::engine::handle::{Limits, Load};
+use crate::engine::handle::{EngineHandle, Limits, Load};
 use crate::fault::Fault;
+use crate::generate;
+use crate::job::{Job, JobLimits};
+use crate::prompt::Text;
 
 /// One attempt's input.
 #[derive(Debug, Clone)]
@@ -54,4 +57,68 @@ pub trait Run: Send + Sync + 'static {
 
     /// The engine's counters; among them the steps, which are its only sign of life.
     fn load(&self) -> &Load;
+}
+
+/// The real engine with the text side of its model.
+#[derive(Debug, Clone)]
+pub struct EngineRun {
+    text: Text,
+    engine: EngineHandle,
+}
+
+impl EngineRun {
+    /// `text` and `engine` are of the same model folder.
+    pub fn new(text: Text, engine: EngineHandle) -> Self {
+        Self { text, engine }
+    }
+}
+
+impl Run for EngineRun {
+    async fn run(&self, work: Work, deltas: Option<mpsc::Sender<TokenDelta>>) -> Result<Answer, Fault> {
+        let limits = JobLimits::from(self.engine.limits());
+        let job = decode(work, limits).await?;
+        let sequences = job.sequences() as u64;
+        let completion = generate::generate(job, &self.text, &self.engine, deltas).await?;
+        Ok(Answer {
+            body: completion.body,
+            prompt_tokens: completion.prompt_tokens,
+            output_tokens: completion.output_tokens,
+            sequences,
+            first_token_ms: completion.first_token_ms,
+        })
+    }
+
+    fn limits(&self) -> Limits {
+        self.engine.limits()
+    }
+
+    fn load(&self) -> &Load {
+        self.engine.load()
+    }
+}
+
+/// Bodies up to this size are decoded in place: shorter than the way to another thread and back.
+const DECODE_INLINE_BYTES_MAX: usize = 64 << 10;
+
+async fn decode(work: Work, limits: JobLimits) -> Result<Job, Fault> {
+    let Work { headers, published, body } = work;
+    let created = published.unix_timestamp();
+    let decoded = if body.len() <= DECODE_INLINE_BYTES_MAX {
+        Job::decode(headers, created, &body, &limits)
+    } else {
+        let decoding = tokio::task::spawn_blocking(move || Job::decode(headers, created, &body, &limits));
+        // A panic aborts the process before it could arrive here; a shutdown cancels.
+        decoding.await.map_err(|_| Fault::Draining)?
+    };
+    decoded.map_err(|reject| Fault::from(generate::Fault::Reject(reject)))
+}
+
+impl From<generate::Fault> for Fault {
+    fn from(fault: generate::Fault) -> Self {
+        match fault {
+            generate::Fault::Reject(reject) => Fault::Invalid { message: reject.to_string() },
+            generate::Fault::Sequence(message) => Fault::Inference { message },
+            generate::Fault::Stopped => Fault::EngineStopped,
+        }
+    }
 }
