@@ -3,7 +3,7 @@
 //! Here are the names on the wire ([`names`]), the streams and consumers behind them ([`streams`]),
 //! a job's headers ([`job`]), the OpenAI forms inside of it ([`request`]), the ledger of its attempts
 //! ([`attempts`]), its one outcome ([`result`]), its token deltas ([`tokens`]), the worker's load report
-//! ([`load`]) and the worker's configuration ([`config`]).
+//! ([`load`]), the bounds and targets of scaling ([`scaling`]) and the worker's configuration ([`config`]).
 //! Nothing in this crate does input or output.
 
 pub mod attempts;
@@ -13,6 +13,7 @@ pub mod load;
 pub mod names;
 pub mod request;
 pub mod result;
+pub mod scaling;
 pub mod streams;
 pub mod tokens;
 pub mod units;

@@ -1,0 +1,2 @@
+//! Replays traffic.
+fn main() {}
