@@ -83,7 +83,8 @@ fn want(spec: &ScalingSpec, memory: &Memory, reading: &Reading) -> (Terms, Term,
     let queue_wait_s = spec.targets.queue_wait.0.as_secs_f64();
     let Some(demand) = Demand::new(reading, queue, memory, queue_wait_s * PLANNED_SHARE) else {
         // No worker was ever busy: one is woken to learn from, and none is stopped before it has taught.
-        let keep = if queue.left() > 0 || idle_for_ms(memory, reading) < idle_after_ms(spec) { now } else { 0 };
+        let keep =
+            if queue.left() > 0 || idle_for_ms(memory, reading) < idle_after_ms(spec) { now } else { 0 };
         let terms = Terms { queue_wait: 0, kv, held, keep };
         return (terms, winner(terms), queue.left() == 0 && keep > 0);
     };
@@ -96,8 +97,12 @@ fn want(spec: &ScalingSpec, memory: &Memory, reading: &Reading) -> (Terms, Term,
 }
 
 fn winner(terms: Terms) -> Term {
-    let candidates =
-        [(terms.queue_wait, Term::QueueWait), (terms.kv, Term::Kv), (terms.held, Term::Held), (terms.keep, Term::Keep)];
+    let candidates = [
+        (terms.queue_wait, Term::QueueWait),
+        (terms.kv, Term::Kv),
+        (terms.held, Term::Held),
+        (terms.keep, Term::Keep),
+    ];
     let most = candidates.iter().map(|&(replicas, _)| replicas).max().unwrap_or(0);
     match candidates.iter().find(|&&(replicas, _)| replicas == most) {
         Some(&(replicas, term)) if replicas > 0 => term,

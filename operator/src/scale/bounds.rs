@@ -14,7 +14,13 @@ pub const STEP_WINDOW_MS: u64 = 10_000;
 const WANTED_MAX: usize = 64;
 
 /// Applies all of them and keeps the history that they need.
-pub(super) fn apply(spec: &ScalingSpec, memory: &mut Memory, at_ms: u64, now: u32, wanted: u32) -> (u32, Vec<Limit>) {
+pub(super) fn apply(
+    spec: &ScalingSpec,
+    memory: &mut Memory,
+    at_ms: u64,
+    now: u32,
+    wanted: u32,
+) -> (u32, Vec<Limit>) {
     let mut limits = Vec::new();
     let mut replicas = stabilise(spec, memory, at_ms, now, wanted);
     if replicas != wanted {
@@ -58,7 +64,8 @@ fn stabilise(spec: &ScalingSpec, memory: &mut Memory, at_ms: u64, now: u32, want
     memory.wanted.drain(..up_from.min(down_from));
     while memory.wanted.len() > WANTED_MAX {
         let oldest = memory.wanted.remove(0);
-        memory.wanted[0] = Wanted { at_ms: oldest.at_ms, replicas: memory.wanted[0].replicas.max(oldest.replicas) };
+        memory.wanted[0] =
+            Wanted { at_ms: oldest.at_ms, replicas: memory.wanted[0].replicas.max(oldest.replicas) };
     }
     if wanted > now { least.clamp(now, wanted) } else { most.clamp(wanted, now) }
 }
@@ -69,7 +76,8 @@ fn step(spec: &ScalingSpec, memory: &mut Memory, at_ms: u64, now: u32, replicas:
     let up = replicas > now;
     let made: u64 = memory.changes.iter().filter(|c| (c.by > 0) == up).map(|c| c.by.unsigned_abs()).sum();
     let left = u64::from(spec.max_step).saturating_sub(made) as u32;
-    let stepped = if up { replicas.min(now.saturating_add(left)) } else { replicas.max(now.saturating_sub(left)) };
+    let stepped =
+        if up { replicas.min(now.saturating_add(left)) } else { replicas.max(now.saturating_sub(left)) };
     if stepped != now {
         memory.changes.push(Change { at_ms, by: i64::from(stepped) - i64::from(now) });
     }

@@ -152,7 +152,7 @@ pub(super) fn sentence(decision: &Decision, reading: &Reading, memory: &Memory) 
         }
     }
     text += &match memory.rate() {
-        Some(rate) => format!("; {rate:.2} jobs/s a worker", ),
+        Some(rate) => format!("; {rate:.2} jobs/s a worker",),
         None => "; the rate of a worker is not known yet".into(),
     };
     text += &format!(", {:.2} jobs/s arrive", memory.arrival_rate);
