@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use millrace_worker::bench::{self, BenchArgs};
 use millrace_worker::worker::{self, ServeArgs};
 
 /// Runs prompt jobs through a paged-attention engine.
@@ -17,11 +18,14 @@ struct Args {
 enum Command {
     /// Take jobs from the queue, and publish one durable result for each.
     Serve(ServeArgs),
+    /// Measure the engine's speed on this machine, beside the machine's limits.
+    Bench(BenchArgs),
 }
 
 fn main() -> ExitCode {
     let ended = match Args::parse().command {
         Command::Serve(args) => worker::run(&args),
+        Command::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
     };
     match ended {
         Ok(code) => code,

@@ -39,8 +39,10 @@ pub struct StepShape {
     pub prefill_rows: usize,
     /// Rows that were sampled.
     pub sampled_rows: usize,
-    /// Positions that the rows look back on, summed.
-    pub context_positions: usize,
+    /// Positions that each row looks back on, its own included, summed over rows.
+    pub attended: usize,
+    /// Positions in the cache that are read, summed over sequences.
+    pub cached: usize,
 }
 
 /// Moments of the engine's loop.
@@ -222,7 +224,8 @@ fn shape(step: &[Chunk]) -> StepShape {
         let decode = chunk.rows == 1 && chunk.samples && chunk.start > 0;
         *(if decode { &mut shape.decode_rows } else { &mut shape.prefill_rows }) += chunk.rows;
         shape.sampled_rows += usize::from(chunk.samples);
-        shape.context_positions += chunk.rows * chunk.start + chunk.rows * (chunk.rows + 1) / 2;
+        shape.attended += chunk.rows * chunk.start + chunk.rows * (chunk.rows + 1) / 2;
+        shape.cached += chunk.start + chunk.rows;
     }
     shape
 }
