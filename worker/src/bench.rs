@@ -130,8 +130,13 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     runs.sort_by(|a, b| a.output_tokens_per_s().total_cmp(&b.output_tokens_per_s()));
     let all: Vec<f64> = runs.iter().map(Run::output_tokens_per_s).collect();
     let median = runs.swap_remove((runs.len() - 1) / 2);
-    let report = report(&median, &info, bounds, json!({"load_s": load_s, "runs": all, "requests": items.len()}));
-    if args.json { println!("{report}") } else { print_text(&report) }
+    let report =
+        report(&median, &info, bounds, json!({"load_s": load_s, "runs": all, "requests": items.len()}));
+    if args.json {
+        println!("{report}")
+    } else {
+        print_text(&report)
+    }
     Ok(())
 }
 

@@ -83,10 +83,7 @@ impl Synthetic {
             ((state >> 33) as usize % vocabulary) as u32
         };
         (0..self.requests)
-            .map(|_| Item {
-                prompt: (0..self.prompt).map(|_| token()).collect(),
-                max_tokens: self.output,
-            })
+            .map(|_| Item { prompt: (0..self.prompt).map(|_| token()).collect(), max_tokens: self.output })
             .collect()
     }
 }
