@@ -1,8 +1,9 @@
 //! Times the ops of SmolLM2-135M on random weights: `cargo run --release -p millrace-kernels --example decoder
-//! -- bf16 64 [context]` runs decode steps of 64 sequences, and prefill steps of as many rows, and prints the
-//! share of the limit that is measured in the same run.
+//! -- bf16 64 [context [threads]]` runs decode steps of 64 sequences and a prefill step, and prints the best of
+//! several beside the limit that is measured in the same run. With one thread the clock is the thread's
+//! processor time, which other load on the machine disturbs least.
 
-use std::time::Instant;
+use std::num::NonZeroUsize;
 
 use millrace_kernels::bounds::{ModelShape, Work};
 use millrace_kernels::cpu::{Cpu, CpuOptions, Matrix, Precision, Vector};
@@ -16,6 +17,15 @@ const SHAPE: ModelShape =
     ModelShape { layers: 30, hidden: 576, heads: 9, kv_heads: 3, head_dim: 64, ffn: 1536, vocabulary: 49152 };
 const OPS: [&str; 10] =
     ["embed", "norm", "qkv", "rope", "attention", "out", "gate-up", "down", "sample", "total"];
+
+/// Seconds of processor time of this thread if it works alone, else of the wall clock.
+fn now(alone: bool) -> f64 {
+    let clock = if alone { libc::CLOCK_THREAD_CPUTIME_ID } else { libc::CLOCK_MONOTONIC };
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the pointer is to a live timespec.
+    unsafe { libc::clock_gettime(clock, &mut time) };
+    time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9
+}
 
 struct Model {
     cpu: Cpu,
@@ -41,8 +51,8 @@ fn matrix(cpu: &mut Cpu, rows: usize, columns: usize) -> Matrix {
 }
 
 impl Model {
-    fn new(precision: Precision, rows_max: usize, blocks: usize) -> Self {
-        let mut cpu = Cpu::new(CpuOptions::new(precision)).expect("widest instructions");
+    fn new(options: CpuOptions, rows_max: usize, blocks: usize) -> Self {
+        let mut cpu = Cpu::new(options).expect("widest instructions");
         let (hidden, ffn) = (SHAPE.hidden, SHAPE.ffn);
         let qkv = (SHAPE.heads + 2 * SHAPE.kv_heads) * SHAPE.head_dim;
         let buffers = [
@@ -89,11 +99,12 @@ impl Model {
             AttentionShape { heads: 9, kv_heads: 3, head_dim: 64, scale: 0.125, sliding_window: None };
         let Self { cpu, seconds, .. } = self;
         cpu.begin(batch).expect("batch in bounds");
-        let start = Instant::now();
+        let alone = cpu.threads() == 1;
+        let start = now(alone);
         let mut last = start;
         let mut lap = |op: usize, seconds: &mut [f64]| {
-            let now = Instant::now();
-            seconds[op] += (now - last).as_secs_f64();
+            let now = now(alone);
+            seconds[op] += now - last;
             last = now;
         };
         cpu.embed(&self.table, x);
@@ -123,7 +134,7 @@ impl Model {
             cpu.sample(&self.table, normed, &rows, out).expect("the CPU does not fail");
             lap(8, seconds);
         }
-        seconds[9] += start.elapsed().as_secs_f64();
+        seconds[9] += now(alone) - start;
     }
 }
 
@@ -178,7 +189,9 @@ fn main() {
     let rows: u32 = arguments.get(2).and_then(|rows| rows.parse().ok()).unwrap_or(64);
     let context: u32 = arguments.get(3).and_then(|context| context.parse().ok()).unwrap_or(166);
     let blocks = (rows * context.div_ceil(16)).max(64) as usize;
-    let mut model = Model::new(precision, rows.max(512) as usize, blocks);
+    let threads = arguments.get(4).and_then(|threads| threads.parse().ok()).and_then(NonZeroUsize::new);
+    let options = CpuOptions { threads, ..CpuOptions::new(precision) };
+    let mut model = Model::new(options, rows.max(512) as usize, blocks);
     let mut table = 0;
     let decodes: Vec<Span> = (0..rows)
         .map(|row| {

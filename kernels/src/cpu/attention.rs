@@ -10,7 +10,7 @@ use super::arena::{Arena, Cache, CacheBlocks, Places};
 use super::lanes::{self, versions};
 use super::linear::Forms;
 use super::rows::{Run, Store, cut};
-use super::tile::{LANES, Sums, TILE_PANELS, TILE_ROWS, Tile, WIDE_TILE_ROWS};
+use super::tile::{LANES, Sums, TILE_PANELS, TILE_ROWS, TILE_SEGMENTS, Tile, WIDE_TILE_ROWS};
 use crate::isa::Isa;
 use crate::ops::{AttentionShape, BLOCK_TOKENS, Buffer};
 use crate::pool::{Pool, Scattered};
@@ -23,6 +23,8 @@ const TILE_BLOCKS: usize = TILE_TOKENS / BLOCK_TOKENS;
 pub const HEAD_DIM_MAX: usize = 256;
 /// Most query heads that may share a key-value head.
 pub const GROUP_MAX: usize = TILE_ROWS;
+/// Runs per thread from which on tasks are whole runs: enough to even out their different lengths.
+const RUNS_PER_THREAD: usize = 8;
 const HEAD_PANELS: usize = HEAD_DIM_MAX / LANES;
 
 /// A thread's memory for attention.
@@ -109,15 +111,20 @@ pub fn attention(
     let scratch = Scattered::new(scratch);
     let runs = &runs[..];
     let cache = &*cache;
-    pool.run(runs.len() * shape.kv_heads, |thread, index| {
+    // The heads of a block lie next to each other, so a task takes all heads of a run if there are enough runs.
+    let heads = if runs.len() >= RUNS_PER_THREAD * pool.threads() { shape.kv_heads } else { 1 };
+    let tasks = runs.len() * shape.kv_heads / heads;
+    pool.run(tasks, |thread, index| {
         // SAFETY: each thread has a scratch of its own.
         let scratch = unsafe { &mut *scratch.range(thread, 1)[0] };
-        let run = runs[index / shape.kv_heads];
-        let table = &step.block_tables[step.spans[run.span].table as usize..];
-        let task = Task { forms, shape, run, table, layer, head: index % shape.kv_heads, cache };
-        task.load_queries(qkv.values(), qkv.stride, scratch);
-        task.stream(scratch);
-        task.finish(target, scratch);
+        for unit in index * heads..(index + 1) * heads {
+            let run = runs[unit / shape.kv_heads];
+            let table = &step.block_tables[step.spans[run.span].table as usize..];
+            let task = Task { forms, shape, run, table, layer, head: unit % shape.kv_heads, cache };
+            task.load_queries(qkv.values(), qkv.stride, scratch);
+            task.stream(scratch);
+            task.finish(target, scratch);
+        }
     });
 }
 
@@ -144,7 +151,7 @@ impl Task<'_> {
             let head = self.head * group + row % group;
             let query = &qkv[(self.run.row + row / group) * stride + head * dim..][..dim];
             let out = &mut scratch.queries[row];
-            out.fill(0);
+            out[..self.cache.places().dim / self.pack()].fill(0);
             if self.pack() == 1 {
                 out.iter_mut().zip(query).for_each(|(out, query)| *out = query.to_bits());
             } else {
@@ -167,8 +174,29 @@ impl Task<'_> {
         while block < end_block {
             // Tiles end at multiples of their size, wherever the first one starts.
             let end = end_block.min((block / TILE_BLOCKS + 1) * TILE_BLOCKS);
+            self.prefetch(places, end, end_block);
             self.tile(places, (block, end), window, scratch);
             block = end;
+        }
+    }
+
+    /// Asks for the blocks of the next tile, or of the next head's first one: blocks lie scattered, so the
+    /// processor cannot foresee them.
+    fn prefetch(&self, places: Places, block: usize, end_block: usize) {
+        let (head, first, end) = if block < end_block {
+            (self.head, block, end_block.min(block + TILE_BLOCKS))
+        } else if self.head + 1 < self.shape.kv_heads {
+            (self.head + 1, 0, end_block.min(TILE_BLOCKS))
+        } else {
+            return;
+        };
+        for &block in &self.table[first..end] {
+            let start = places.offset(self.layer, block as usize, head);
+            let len = 2 * BLOCK_TOKENS * places.dim;
+            match &self.cache.blocks {
+                CacheBlocks::F32(blocks) => prefetch(&blocks[start..start + len]),
+                CacheBlocks::Bf16(blocks) => prefetch(&blocks[start..start + len]),
+            }
         }
     }
 
@@ -201,11 +229,13 @@ impl Task<'_> {
                 a: scratch.queries.as_ptr().cast(),
                 a_stride: HEAD_DIM_MAX,
                 rows,
-                b,
+                b: [b; TILE_SEGMENTS],
+                segments: 1,
                 b_stride: LANES,
                 panels,
                 groups: places.dim / self.pack(),
                 accumulate: false,
+                ahead: 0,
             };
             // SAFETY: the queries have `rows` rows, each block `dim` elements for 16 tokens.
             unsafe { (self.forms.cache_tile)(&tile, scratch.sums.0.as_mut_ptr()) };
@@ -263,29 +293,28 @@ impl Task<'_> {
         let mut panel = 0;
         while panel < panels {
             let chunk = panels_of(rows, panels - panel);
-            for (index, &keys) in keys.iter().enumerate() {
-                // SAFETY: the values of a block follow its keys.
-                let values = unsafe { keys.add(BLOCK_TOKENS * places.dim / pack + panel * LANES) };
-                let mut b = [values; TILE_PANELS];
+            let mut b = [[keys[0]; TILE_PANELS]; TILE_SEGMENTS];
+            for (b, &keys) in b.iter_mut().zip(keys) {
                 for (index, b) in b.iter_mut().enumerate().take(chunk) {
-                    // SAFETY: `chunk` panels are left in a row of values.
-                    *b = unsafe { values.add(index * LANES) };
+                    // SAFETY: the values of a block follow its keys, and `chunk` panels of them are left.
+                    *b = unsafe { keys.add(BLOCK_TOKENS * places.dim / pack + (panel + index) * LANES) };
                 }
-                let tile = Tile {
-                    // SAFETY: a tile has that many blocks.
-                    a: unsafe { scratch.weights.as_ptr().cast::<u32>().add(index * BLOCK_TOKENS / pack) },
-                    a_stride: TILE_TOKENS,
-                    rows,
-                    b,
-                    b_stride: places.dim,
-                    panels: chunk,
-                    groups: BLOCK_TOKENS / pack,
-                    accumulate: true,
-                };
-                let results = &mut scratch.results[panel * rows..][..rows * chunk];
-                // SAFETY: the weights have `rows` rows, the block 16 values of `dim` elements.
-                unsafe { (self.forms.cache_tile)(&tile, results.as_mut_ptr()) };
             }
+            let tile = Tile {
+                a: scratch.weights.as_ptr().cast(),
+                a_stride: TILE_TOKENS,
+                rows,
+                b,
+                segments: keys.len(),
+                b_stride: places.dim,
+                panels: chunk,
+                groups: BLOCK_TOKENS / pack,
+                accumulate: true,
+                ahead: 0,
+            };
+            let results = &mut scratch.results[panel * rows..][..rows * chunk];
+            // SAFETY: the weights have `rows` rows, each block 16 values of `dim` elements.
+            unsafe { (self.forms.cache_tile)(&tile, results.as_mut_ptr()) };
             panel += chunk;
         }
     }
@@ -308,6 +337,18 @@ impl Task<'_> {
             }
         }
     }
+}
+
+/// Asks for memory to be brought into the caches.
+fn prefetch<T>(memory: &[T]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in 0..size_of_val(memory) / 64 {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch has no effect but on speed; the address is inside of the slice.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(memory.as_ptr().cast::<i8>().add(line * 64)) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = memory;
 }
 
 /// Panels that a tile of these rows takes at once.

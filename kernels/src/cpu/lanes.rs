@@ -236,33 +236,6 @@ versions! {
 }
 
 #[inline(always)]
-fn gate_body(sums: &mut [[f32; LANES]]) {
-    for pair in 0..sums.len() / 2 {
-        let (gate, up) = (sums[2 * pair], sums[2 * pair + 1]);
-        for lane in 0..LANES {
-            sums[pair][lane] = gate[lane] / (1.0 + exponential(-gate[lane])) * up[lane];
-        }
-    }
-}
-
-versions! {
-    /// `silu(gate) * up` of neighbouring entries, moved to the front: half as many remain.
-    pub fn gate(sums: &mut [[f32; LANES]]) = gate_body;
-}
-
-#[inline(always)]
-fn add_body(values: &[f32], out: &mut [f32]) {
-    for (out, value) in out.iter_mut().zip(values) {
-        *out += value;
-    }
-}
-
-versions! {
-    /// `out += values`.
-    pub fn add(values: &[f32], out: &mut [f32]) = add_body;
-}
-
-#[inline(always)]
 fn turn_body(head: &mut [f32], table: &[f32]) {
     let half = table.len() / 2;
     let (cosines, sines) = table.split_at(half);

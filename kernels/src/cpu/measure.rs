@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::tile::{LANES, Sums, TILE_PANELS, TILE_ROWS, Tile};
+use super::tile::{LANES, Sums, TILE_PANELS, TILE_ROWS, TILE_SEGMENTS, Tile};
 use super::{Cpu, lanes};
 use crate::bounds::Bounds;
 use crate::isa::Isa;
@@ -59,11 +59,13 @@ impl Cpu {
                     a: a.as_ptr(),
                     a_stride: GROUPS,
                     rows: TILE_ROWS,
-                    b: [panels[0], panels[1], panels[0], panels[0]],
+                    b: [[panels[0], panels[1], panels[0], panels[0]]; TILE_SEGMENTS],
+                    segments: 1,
                     b_stride: LANES,
                     panels: 2,
                     groups: GROUPS,
                     accumulate: false,
+                    ahead: 0,
                 };
                 const { assert!(TILE_PANELS == 4) };
                 for _ in 0..TILES {

@@ -21,7 +21,7 @@ use std::num::NonZeroUsize;
 
 use arena::{Activation, Arena, Rows, kv_block_bytes};
 use attention::Target;
-use linear::{Finished, Forms, Values};
+use linear::{Forms, Gated, Values};
 pub use pack::Matrix;
 use pack::{PANEL, Source, pack};
 use rows::{HeadNorms, Norm, Store};
@@ -242,21 +242,12 @@ impl Ops for Cpu {
         let rows = arena.step.rows;
         let (x, out) = pair(&mut arena.buffers, x, out);
         assert_eq!(out.width.next_multiple_of(PANEL) * 2, gate_up.rows, "width of a gated product");
-        let (width, stride) = (out.width, out.stride);
         let store = match &out.rows {
             Rows::Int8 { .. } => Store::F32(Scattered::new(&mut arena.unquantised)),
             _ => Store::new(out),
         };
-        linear::product(pool, forms, gate_up, (x, rows), |tile: Finished<'_>| {
-            for (index, sums) in tile.sums.chunks_exact_mut(tile.panels).enumerate() {
-                lanes::gate(forms.isa, sums);
-                let feature = tile.panel / 2 * PANEL;
-                let len = (tile.panels / 2 * PANEL).min(width - feature);
-                let gated = &sums.as_flattened()[..len];
-                // SAFETY: each (row, feature) belongs to one tile of the dispatch.
-                unsafe { store.put(forms.isa, (tile.row + index) * stride + feature, gated) };
-            }
-        });
+        let gated = Gated { store, stride: out.stride };
+        linear::product(pool, forms, gate_up, (x, rows), |tile| gated.store(forms.isa, tile));
         if matches!(out.rows, Rows::Int8 { .. }) {
             rows::quantise(pool, forms.isa, &arena.unquantised, out, rows);
         }

@@ -206,7 +206,8 @@ pub fn pack(pool: &mut Pool, source: &Source<'_, '_>, precision: Precision) -> R
             let fill = |panel: usize, row: usize, values: &[f32]| {
                 let maximum = values.iter().fold(0.0_f32, |a, &b| a.max(b.abs()));
                 let inverse = if maximum > 0.0 { 127.0 / maximum } else { 0.0 };
-                let code = |value: f32| (value * inverse).round_ties_even() as i8;
+                // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
+                let code = |value: f32| (value * inverse + 12_582_912.0).to_bits() as i8;
                 // SAFETY: each panel and each row belongs to one task.
                 unsafe {
                     spread(values, codes.range(panel * size, size), (row % PANEL, 4), code);

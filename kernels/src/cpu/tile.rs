@@ -1,7 +1,8 @@
 //! The one product that everything is made of: a few rows times a few panels.
 //!
-//! `sums[row][panel][lane] (+)= sum over groups of a[row][group] * b[panel][group][lane]`. The matrix products,
-//! the scores and the weighted values of attention are all calls of it. Every form adds the groups of a (row,
+//! `sums[row][panel][lane] (+)= sum over groups of a[row][group] * b[panel][group][lane]`, the groups in one or
+//! several segments that lie apart. The matrix products, the scores and the weighted values of attention are
+//! all calls of it. Every form adds the groups of a (row,
 //! lane) one after the other into a single sum, whatever `rows` and `panels` are: that is what makes a row's
 //! bytes independent of its neighbours.
 
@@ -12,6 +13,8 @@ use crate::isa::Isa;
 pub const TILE_ROWS: usize = 12;
 /// Most panels of a tile.
 pub const TILE_PANELS: usize = 4;
+/// Most segments of a tile.
+pub const TILE_SEGMENTS: usize = 4;
 /// Most rows that a tile of more than two panels may have: sums, right operands and one left operand have to
 /// fit into 32 registers.
 pub const WIDE_TILE_ROWS: usize = 6;
@@ -37,16 +40,21 @@ pub struct Tile {
     pub a_stride: usize,
     /// Rows, 1 to [`TILE_ROWS`] (or [`WIDE_TILE_ROWS`] with more than two panels).
     pub rows: usize,
-    /// First group of each panel; the first `panels` entries are used.
-    pub b: [*const u32; TILE_PANELS],
+    /// First group of each panel in each segment; the first `segments` and `panels` entries are used.
+    pub b: [[*const u32; TILE_PANELS]; TILE_SEGMENTS],
+    /// 1 to [`TILE_SEGMENTS`]; the left operand goes on without a gap.
+    pub segments: usize,
     /// From group to group of a panel, in elements of 32 bits.
     pub b_stride: usize,
     /// 1, 2 or 4.
     pub panels: usize,
-    /// Groups to add up.
+    /// Groups of a segment.
     pub groups: usize,
     /// Start from the sums that are there instead of zero.
     pub accumulate: bool,
+    /// Distance (in elements of 32 bits, from each group of a right operand) of memory that is needed soon; 0 if
+    /// none.
+    pub ahead: usize,
 }
 
 /// A form of the tile product.
@@ -87,11 +95,12 @@ unsafe fn portable<T: Copy>(tile: &Tile, sums: *mut [T; LANES], zero: T, step: i
             // SAFETY: the caller vouches for `rows * panels` entries.
             let out = unsafe { &mut *sums.add(row * tile.panels + panel) };
             let mut lanes = if tile.accumulate { *out } else { [zero; LANES] };
-            for group in 0..tile.groups {
+            for index in 0..tile.segments * tile.groups {
+                let (segment, group) = (index / tile.groups, index % tile.groups);
                 // SAFETY: the caller vouches for every address that the tile spans.
                 let (a, b) = unsafe {
-                    let b = tile.b[panel].add(group * tile.b_stride);
-                    (*tile.a.add(row * tile.a_stride + group), &*b.cast::<[u32; LANES]>())
+                    let b = tile.b[segment][panel].add(group * tile.b_stride);
+                    (*tile.a.add(row * tile.a_stride + index), &*b.cast::<[u32; LANES]>())
                 };
                 for lane in 0..LANES {
                     lanes[lane] = step(lanes[lane], a, b[lane]);

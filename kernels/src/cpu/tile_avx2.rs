@@ -38,11 +38,12 @@ pub unsafe fn f32(tile: &Tile, sums: *mut [f32; LANES]) {
         // SAFETY: the caller of the tile vouches for every address that it spans.
         unsafe {
             let mut totals = load_totals::<N>(tile, sums, row, panel);
-            for group in 0..tile.groups {
-                let b = tile.b[panel].add(group * tile.b_stride).cast::<f32>();
+            for index in 0..tile.segments * tile.groups {
+                let (segment, group) = (index / tile.groups, index % tile.groups);
+                let b = tile.b[segment][panel].add(group * tile.b_stride).cast::<f32>();
                 let (b0, b1) = (_mm256_loadu_ps(b), _mm256_loadu_ps(b.add(8)));
-                for (index, total) in totals.iter_mut().enumerate() {
-                    let a = tile.a.add((row + index) * tile.a_stride + group);
+                for (part, total) in totals.iter_mut().enumerate() {
+                    let a = tile.a.add((row + part) * tile.a_stride + index);
                     let a = _mm256_set1_ps(f32::from_bits(a.read()));
                     total[0] = _mm256_fmadd_ps(a, b0, total[0]);
                     total[1] = _mm256_fmadd_ps(a, b1, total[1]);
@@ -69,11 +70,12 @@ pub unsafe fn bf16(tile: &Tile, sums: *mut [f32; LANES]) {
         // SAFETY: the caller of the tile vouches for every address that it spans.
         unsafe {
             let mut totals = load_totals::<N>(tile, sums, row, panel);
-            for group in 0..tile.groups {
-                let b = tile.b[panel].add(group * tile.b_stride);
+            for index in 0..tile.segments * tile.groups {
+                let (segment, group) = (index / tile.groups, index % tile.groups);
+                let b = tile.b[segment][panel].add(group * tile.b_stride);
                 let (b0, b1) = (_mm256_loadu_si256(b.cast()), _mm256_loadu_si256(b.add(8).cast()));
-                for (index, total) in totals.iter_mut().enumerate() {
-                    let a = tile.a.add((row + index) * tile.a_stride + group).read();
+                for (part, total) in totals.iter_mut().enumerate() {
+                    let a = tile.a.add((row + part) * tile.a_stride + index).read();
                     let a = _mm256_set1_epi32(a.cast_signed());
                     total[0] = _mm256_fmadd_ps(low(a), low(b0), total[0]);
                     total[0] = _mm256_fmadd_ps(high(a), high(b0), total[0]);
@@ -100,10 +102,11 @@ pub unsafe fn int8(tile: &Tile, sums: *mut [f32; LANES]) {
             for panel in 0..tile.panels {
                 // Each sum of four lanes holds the two halves of a lane's products next to each other.
                 let mut totals = [_mm256_setzero_si256(); 4];
-                for group in 0..tile.groups {
-                    let a = tile.a.add(row * tile.a_stride + group).read();
+                for index in 0..tile.segments * tile.groups {
+                    let (segment, group) = (index / tile.groups, index % tile.groups);
+                    let a = tile.a.add(row * tile.a_stride + index).read();
                     let a = _mm256_cvtepu8_epi16(_mm_set1_epi32(a.cast_signed()));
-                    let b = tile.b[panel].add(group * tile.b_stride);
+                    let b = tile.b[segment][panel].add(group * tile.b_stride);
                     for (quarter, total) in totals.iter_mut().enumerate() {
                         let b = _mm256_cvtepi8_epi16(_mm_loadu_si128(b.add(4 * quarter).cast()));
                         *total = _mm256_add_epi32(*total, _mm256_madd_epi16(a, b));

@@ -30,21 +30,28 @@ macro_rules! tile_form {
                         }
                     }
                     let mut a = tile.a;
-                    let mut offset = 0;
-                    for _ in 0..tile.groups {
-                        let mut right: [$sum; PANELS] = [$zero(); PANELS];
-                        for panel in 0..PANELS {
-                            right[panel] = $load(tile.b[panel].add(offset).cast());
-                        }
-                        for row in 0..ROWS {
-                            let $a = $broadcast(a.add(row * tile.a_stride).cast::<i32>().read());
+                    for b in &tile.b[..tile.segments] {
+                        let mut offset = 0;
+                        for _ in 0..tile.groups {
+                            let mut right: [$sum; PANELS] = [$zero(); PANELS];
                             for panel in 0..PANELS {
-                                let ($acc, $b) = (totals[row][panel], right[panel]);
-                                totals[row][panel] = $step;
+                                right[panel] = $load(b[panel].add(offset).cast());
+                                if PANELS > 1 {
+                                    // A prefetch never faults, wherever it points.
+                                    let next = b[panel].wrapping_add(offset + tile.ahead);
+                                    _mm_prefetch::<_MM_HINT_T0>(next.cast());
+                                }
                             }
+                            for row in 0..ROWS {
+                                let $a = $broadcast(a.add(row * tile.a_stride).cast::<i32>().read());
+                                for panel in 0..PANELS {
+                                    let ($acc, $b) = (totals[row][panel], right[panel]);
+                                    totals[row][panel] = $step;
+                                }
+                            }
+                            a = a.add(1);
+                            offset += tile.b_stride;
                         }
-                        a = a.add(1);
-                        offset += tile.b_stride;
                     }
                     for row in 0..ROWS {
                         for panel in 0..PANELS {
