@@ -8,7 +8,6 @@ use std::path::Path;
 use std::str::FromStr;
 
 use aws_config::BehaviorVersion;
-use aws_config::meta::region::RegionProviderChain;
 use aws_config::retry::RetryConfig;
 use aws_credential_types::Credentials;
 use aws_sdk_s3::Client;
@@ -32,7 +31,7 @@ const LISTED_MAX: usize = 10_000;
 const UPLOAD_PART_BYTES: u64 = 16 << 20;
 /// Parts of one file that are uploaded at once: bounds the memory to 64 MiB.
 const UPLOADS_AT_ONCE: usize = 4;
-/// Used where neither configuration nor environment names a region.
+/// Used with a service of one's own, and where neither configuration nor environment names a region.
 const REGION_DEFAULT: &str = "us-east-1";
 
 /// Why the store did not do what was asked.
@@ -146,21 +145,25 @@ impl Store {
     /// When the credentials files cannot be read.
     pub async fn connect(config: &StoreConfig) -> Result<Self, StoreError> {
         let provider = tls::Provider::Rustls(tls::rustls_provider::CryptoMode::Ring);
-        let region = RegionProviderChain::first_try(config.region.clone().map(Region::new))
-            .or_default_provider()
-            .or_else(Region::new(REGION_DEFAULT));
         let mut shared = aws_config::defaults(BehaviorVersion::latest())
             .http_client(Builder::new().tls_provider(provider).build_https())
-            .retry_config(RetryConfig::standard().with_max_attempts(ATTEMPTS_MAX))
-            .region(region);
+            .retry_config(RetryConfig::standard().with_max_attempts(ATTEMPTS_MAX));
         if let Some(folder) = &config.credentials_dir {
             shared = shared.credentials_provider(credentials(folder)?);
         }
         if let Some(endpoint) = &config.endpoint {
             shared = shared.endpoint_url(endpoint);
         }
+        // A service of one's own has no regions; asking the chain for one would wait for AWS's metadata.
+        let own = config.endpoint.is_some().then(|| REGION_DEFAULT.to_owned());
+        if let Some(region) = config.region.clone().or(own) {
+            shared = shared.region(Region::new(region));
+        }
+        let shared = shared.load().await;
+        let region = shared.region().cloned().unwrap_or(Region::from_static(REGION_DEFAULT));
         // Not every compatible service knows the SDK's own checksums; our manifests have SHA-256.
-        let s3 = aws_sdk_s3::config::Builder::from(&shared.load().await)
+        let s3 = aws_sdk_s3::config::Builder::from(&shared)
+            .region(region)
             .force_path_style(config.path_style)
             .request_checksum_calculation(RequestChecksumCalculation::WhenRequired)
             .response_checksum_validation(ResponseChecksumValidation::WhenRequired)

@@ -1,0 +1,164 @@
+//! Models from a real S3 server: what is pulled is what was put, whatever is in the cache already.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::Result;
+use millrace_crds::config::ModelConfig;
+use millrace_crds::units::Bytes;
+use millrace_tests::s3::S3;
+use millrace_worker::store::Store;
+use millrace_worker::weights::{self, Folder, PullError};
+use tempfile::TempDir;
+
+/// Several parts, the last one partial.
+const TENSORS_BYTES: usize = (40 << 20) + 12_345;
+
+/// A folder of files as large as a small model's. Their content does not matter here.
+fn model() -> Result<TempDir> {
+    let folder = TempDir::new()?;
+    fs::write(folder.path().join("config.json"), "{}")?;
+    fs::write(folder.path().join("tokenizer.json"), "{\"model\":null}")?;
+    let mut state = 1u64;
+    let mut random = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (state >> 33) as u8
+    };
+    let tensors: Vec<u8> = (0..TENSORS_BYTES).map(|_| random()).collect();
+    fs::write(folder.path().join("model.safetensors"), tensors)?;
+    fs::write(folder.path().join("README.md"), "not a part of the model")?;
+    Ok(folder)
+}
+
+struct Setup {
+    s3: S3,
+    store: Store,
+    model: TempDir,
+}
+
+impl Setup {
+    async fn new() -> Result<Self> {
+        let s3 = S3::start()?;
+        s3.create_bucket("models").await?;
+        let store = Store::connect(&s3.store_config()).await?;
+        Ok(Self { s3, store, model: model()? })
+    }
+
+    fn config(&self, prefix: &str, cache: &Path) -> ModelConfig {
+        ModelConfig {
+            namespace: "default".parse().expect("a name"),
+            name: "m".parse().expect("a name"),
+            uri: format!("s3://models/{prefix}"),
+            digest: None,
+            store: self.s3.store_config(),
+            cache_dir: cache.to_owned(),
+            bytes_max: Bytes(1 << 30),
+        }
+    }
+
+    fn assert_equal(&self, folder: &Folder) -> Result<()> {
+        for name in ["config.json", "tokenizer.json", "model.safetensors"] {
+            let pulled = fs::read(folder.path.join(name))?;
+            assert!(pulled == fs::read(self.model.path().join(name))?, "{name} is what was put");
+        }
+        assert!(!folder.path.join("README.md").exists());
+        Ok(())
+    }
+}
+
+fn refused(result: Result<Folder, PullError>, fragments: &[&str]) {
+    let error = result.expect_err("refused").to_string();
+    for fragment in fragments {
+        assert!(error.contains(fragment), "{error:?} names {fragment:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn models_are_pulled_once_verified_and_resumed() -> Result<()> {
+    let setup = Setup::new().await?;
+    let put = weights::upload(setup.model.path(), "s3://models/whole", &setup.store).await?;
+
+    // Two workers that share a cache: one pulls, the other finds the work done.
+    let cache = TempDir::new()?;
+    let config = setup.config("whole", cache.path());
+    let (first, second) = tokio::join!(weights::pull(&config), weights::pull(&config));
+    let (first, second) = (first?, second?);
+    assert_eq!(first.digest, put.digest);
+    assert_eq!(first.path, second.path);
+    let mut pulled = [first.pulled_bytes, second.pulled_bytes];
+    pulled.sort_unstable();
+    assert_eq!(pulled, [0, put.bytes]);
+    setup.assert_equal(&first)?;
+
+    resumes(&setup, &put).await?;
+    refuses(&setup, &put).await?;
+    without_manifest(&setup).await
+}
+
+/// A pull that was killed goes on; one whose leftovers are wrong starts again.
+async fn resumes(setup: &Setup, put: &Folder) -> Result<()> {
+    let done = TempDir::new()?;
+    let whole = weights::pull(&setup.config("whole", done.path())).await?;
+    let head = setup.store.head(&"s3://models/whole/model.safetensors".parse()?).await?;
+    let journal = format!("{} {}\n0\n2\n3", head.bytes, head.etag);
+    for (damage, pulled) in [(false, put.bytes - (3 << 23)), (true, put.bytes - (3 << 23) + head.bytes)] {
+        let cache = TempDir::new()?;
+        let partial = cache.path().join(format!("{}.partial", put.digest.hex()));
+        fs::create_dir_all(&partial)?;
+        let mut bytes = fs::read(whole.path.join("model.safetensors"))?;
+        bytes[1 << 23..2 << 23].fill(0);
+        if damage {
+            bytes[5] ^= 1;
+        }
+        fs::write(partial.join("model.safetensors"), bytes)?;
+        fs::write(partial.join(".model.safetensors.parts"), &journal)?;
+        let folder = weights::pull(&setup.config("whole", cache.path())).await?;
+        setup.assert_equal(&folder)?;
+        assert_eq!(folder.pulled_bytes, pulled, "damaged: {damage}");
+    }
+    Ok(())
+}
+
+async fn refuses(setup: &Setup, put: &Folder) -> Result<()> {
+    let cache = TempDir::new()?;
+    let config = setup.config("whole", cache.path());
+    let wrong = format!("sha256:{}", "0".repeat(64));
+    let pinned = ModelConfig { digest: Some(wrong.clone()), ..config.clone() };
+    refused(weights::pull(&pinned).await, &["model.digest", &wrong, put.digest.hex()]);
+    let malformed = ModelConfig { digest: Some("md5:1".into()), ..config.clone() };
+    refused(weights::pull(&malformed).await, &["md5:1", "64"]);
+    let small = ModelConfig { bytes_max: Bytes(1000), ..config.clone() };
+    refused(weights::pull(&small).await, &["model.bytesMax", "1000", &put.bytes.to_string()]);
+    let absent = setup.config("absent", cache.path());
+    refused(weights::pull(&absent).await, &["s3://models/absent", "config.json"]);
+    let http = ModelConfig { uri: "http://a/b".into(), ..config.clone() };
+    refused(weights::pull(&http).await, &["http://a/b", "s3://", "file:///"]);
+
+    // An object that is not what the manifest says, by size and by content.
+    let tokenizer = "s3://models/whole/tokenizer.json".parse()?;
+    for (content, fragment) in [("{\"model\":1234}", "SHA-256"), ("{}", "size is 2")] {
+        setup.store.put(&tokenizer, content.into()).await?;
+        refused(weights::pull(&config).await, &["tokenizer.json", fragment]);
+    }
+    Ok(())
+}
+
+async fn without_manifest(setup: &Setup) -> Result<()> {
+    setup.s3.put_folder(setup.model.path(), "models", "bare").await?;
+    let cache = TempDir::new()?;
+    let config = setup.config("bare", cache.path());
+    let folder = weights::pull(&config).await?;
+    setup.assert_equal(&folder)?;
+    let again = weights::pull(&config).await?;
+    assert_eq!((again.pulled_bytes, &again.digest), (0, &folder.digest));
+
+    let local = ModelConfig { uri: format!("file://{}", folder.path.display()), ..config };
+    let verified = weights::pull(&local).await?;
+    assert_eq!((&verified.digest, verified.pulled_bytes), (&folder.digest, 0));
+    let copy = model()?;
+    fs::write(copy.path().join("manifest.json"), fs::read(folder.path.join("manifest.json"))?)?;
+    fs::write(copy.path().join("config.json"), "[]")?;
+    let damaged = ModelConfig { uri: format!("file://{}", copy.path().display()), ..local };
+    refused(weights::pull(&damaged).await, &["config.json", "SHA-256"]);
+    Ok(())
+}
