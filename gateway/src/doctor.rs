@@ -2,16 +2,18 @@
 //!
 //! It only looks; nothing is changed. What it could not look at is a warning, never a silent pass.
 
-use std::time::{Duration, Instant};
+mod model;
+
+use std::time::Instant;
 
 use async_nats::Client;
 use millrace_crds::job::JOB_BYTES_MAX;
 use millrace_crds::load::Phase;
+use millrace_worker::monitor::{self, Fsync};
 use millrace_worker::provision::{Mode, provision};
 use serde::Serialize;
 use serde_json::Value;
 use time::OffsetDateTime;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::args::{DoctorArgs, Global};
 use crate::connect::{self, Broker};
@@ -24,10 +26,6 @@ use crate::queue;
 const BROKER_VERSION_MIN: (u32, u32) = (2, 11);
 /// A clock that is further off makes deadlines start or end jobs at the wrong time.
 const SKEW_MAX_S: f64 = 2.0;
-/// Largest answer of the monitoring port that is read.
-const MONITOR_BYTES_MAX: u64 = 4 << 20;
-/// How long the monitoring port may take.
-const MONITOR_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How a check came out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -103,6 +101,7 @@ pub async fn run(global: &Global, args: &DoctorArgs) -> Result<Verdict, Failure>
             });
         }),
     }
+    model::check(args.model_uri.as_deref(), &args.store.config()).await.into_iter().for_each(&mut show);
     show(clock(&broker).await);
     show(workers(&broker).await);
     Ok(Verdict::of(well))
@@ -144,45 +143,19 @@ async fn jetstream(broker: &Broker) -> Check {
     }
 }
 
-async fn fsync(monitor: Option<&str>) -> Check {
+async fn fsync(address: Option<&str>) -> Check {
     const NAME: &str = "fsync policy";
     let fix =
         "set `sync_interval: always` in the broker's jetstream block, or jobs may be lost with the power";
-    let Some(address) = monitor else {
+    let Some(address) = address else {
         let look = "give --monitor http://HOST:8222 to check for sync_interval: always";
         return Check::warn(NAME, "unknown", look);
     };
-    match varz(address).await {
-        Err(error) => {
-            Check::warn(NAME, format!("unknown: --monitor {address}: {error}"), "check the address")
-        }
-        Ok(varz) => match varz.pointer("/jetstream/config/sync_always").and_then(Value::as_bool) {
-            Some(true) => Check::ok(NAME, "always"),
-            _ => {
-                let interval = varz.pointer("/jetstream/config/sync_interval").and_then(Value::as_f64);
-                let every = interval.map_or("late".to_owned(), |ns| format!("every {} s", ns / 1e9));
-                Check::fail(NAME, every, fix)
-            }
-        },
+    match monitor::fsync(address).await {
+        Ok(Fsync::Always) => Check::ok(NAME, "always"),
+        Ok(Fsync::Every(time)) => Check::fail(NAME, format!("every {time}"), fix),
+        Err(error) => Check::warn(NAME, format!("unknown: {error}"), "check --monitor"),
     }
-}
-
-/// The broker's `/varz`, over plain HTTP: the monitoring port speaks nothing else within a cluster.
-async fn varz(address: &str) -> Result<Value, String> {
-    let host = address.strip_prefix("http://").ok_or("it must look like http://host:8222")?;
-    let host = host.trim_end_matches('/');
-    let read = async {
-        let mut socket = tokio::net::TcpStream::connect(host).await?;
-        let request = format!("GET /varz HTTP/1.0\r\nHost: {host}\r\nConnection: close\r\n\r\n");
-        socket.write_all(request.as_bytes()).await?;
-        let mut answer = Vec::new();
-        socket.take(MONITOR_BYTES_MAX).read_to_end(&mut answer).await?;
-        std::io::Result::Ok(answer)
-    };
-    let answer = tokio::time::timeout(MONITOR_TIMEOUT, read).await.map_err(|_| "no answer")?;
-    let answer = answer.map_err(|error| error.to_string())?;
-    let body = answer.windows(4).position(|window| window == b"\r\n\r\n").map(|at| &answer[at + 4..]);
-    serde_json::from_slice(body.ok_or("no HTTP answer")?).map_err(|error| format!("no JSON: {error}"))
 }
 
 /// The broker's clock, by the time in its answer about a stream, against ours half a round trip ago.

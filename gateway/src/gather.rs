@@ -57,6 +57,11 @@ impl<'a> Gatherer<'a> {
         Ok(Self { jobs, collector, sink, bodies, summary, last: Vec::new() })
     }
 
+    /// Where large bodies are.
+    pub fn bodies(&self) -> &Bodies {
+        &self.bodies
+    }
+
     /// Jobs without an outcome, in order.
     pub fn missing(&self) -> Vec<JobId> {
         self.collector.missing(self.jobs.len()).into_iter().cloned().collect()

@@ -18,6 +18,9 @@ use time::format_description::well_known::Rfc3339;
 use crate::args::{IdFrom, InputArgs};
 use crate::entries::{Entry, Origin, Problem};
 
+/// Largest body that goes into a message: headers count in the broker's limit too, which is 1 MiB unless
+/// it is configured.
+pub const MESSAGE_BODY_BYTES_MAX: usize = JOB_BYTES_MAX - (8 << 10);
 /// Most jobs in one command: what is held in memory at once.
 pub const JOBS_MAX: usize = 1_000_000;
 /// Hex digits of the content's SHA-256 in an id: 64 bits tell a billion requests of one custom_id apart.
@@ -62,7 +65,7 @@ impl PlanOptions {
             id_prefix: input.id_prefix.clone(),
             id_from: input.id_from,
             pack: input.pack.map(|lines| lines as usize),
-            body_bytes_max: JOB_BYTES_MAX,
+            body_bytes_max: MESSAGE_BODY_BYTES_MAX,
             claim_checks,
         }
     }

@@ -43,7 +43,7 @@ pub async fn run(global: &Global, args: &ResultsArgs) -> Result<Verdict, Failure
     let file = args.output.as_deref().map(OutputFile::open).transpose()?;
     let broker = connect::connect(global).await?;
     broker.stream(broker.model.results_stream()).await?;
-    let bodies = Bodies { config: args.store.config() };
+    let bodies = Bodies::new(args.store.config());
     let started = Instant::now();
     let printed_only = file.is_none();
     let summary = if jobs.is_empty() {

@@ -33,12 +33,10 @@ struct Plan {
     envelope: Envelope,
     wait: bool,
     timeout: Duration,
+    object_store: Option<String>,
 }
 
 fn ready(args: &SubmitArgs, now: OffsetDateTime) -> Result<Plan, Failure> {
-    if let Some(uri) = &args.object_store {
-        return Err(Failure::Usage(format!("--object-store {uri}: claim checks cannot be written yet")));
-    }
     let jobs = input::plan(&args.input, args.object_store.is_some())?;
     let deadline = args.deadline.as_deref().map(|text| plan::deadline(text, now)).transpose();
     let envelope =
@@ -48,7 +46,7 @@ fn ready(args: &SubmitArgs, now: OffsetDateTime) -> Result<Plan, Failure> {
         return Err(Failure::Usage(message));
     }
     let wait = args.wait || args.stream || args.output.is_some();
-    Ok(Plan { jobs, envelope, wait, timeout: args.timeout.0 })
+    Ok(Plan { jobs, envelope, wait, timeout: args.timeout.0, object_store: args.object_store.clone() })
 }
 
 /// Runs the command.
@@ -67,7 +65,7 @@ pub async fn run(global: &Global, args: &SubmitArgs) -> Result<Verdict, Failure>
         None if plan.wait && !global.json && !args.stream && !is_one_prompt(args) => Sink::Print,
         None => Sink::Count,
     };
-    let bodies = Bodies { config: args.store.config() };
+    let bodies = Bodies::new(args.store.config());
     let mut gatherer = Gatherer::new(&plan.jobs, sink, bodies)?;
     let broker = connect::connect(global).await?;
     let started = Instant::now();
@@ -192,8 +190,16 @@ async fn list_done(broker: &Broker, jobs: &[JobId]) -> Result<HashSet<JobId>, Fa
 }
 
 async fn publish(broker: &Broker, plan: &Plan, gatherer: &mut Gatherer<'_>) -> Result<(), Failure> {
-    let missing = plan.jobs.iter().filter(|job| gatherer.misses(&job.id));
-    let parcels: Vec<Parcel<'_>> = missing.map(|job| Parcel { job, input: None }).collect();
+    let mut parcels = Vec::new();
+    for job in plan.jobs.iter().filter(|job| gatherer.misses(&job.id)) {
+        let input = match &plan.object_store {
+            Some(prefix) if job.body.len() > plan::MESSAGE_BODY_BYTES_MAX => {
+                Some(gatherer.bodies().put(prefix, job.body.clone()).await?)
+            }
+            _ => None,
+        };
+        parcels.push(Parcel { job, input });
+    }
     let mut progress = Progress::start("published", parcels.len() as u64);
     let summary = &mut gatherer.summary;
     let mut count = 0;

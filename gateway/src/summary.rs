@@ -193,8 +193,8 @@ mod tests {
         assert_eq!(
             names.join(" "),
             "jobs accepted published duplicate done_before collected_before completed rejected dead missing \
-             failed_lines malformed prompt_tokens output_tokens output_tokens_per_s queue_wait_p50_ms queue_wait_p99_ms \
-             elapsed_s"
+             failed_lines malformed prompt_tokens output_tokens output_tokens_per_s queue_wait_p50_ms \
+             queue_wait_p99_ms elapsed_s"
         );
     }
 }

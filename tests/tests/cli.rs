@@ -15,10 +15,14 @@ use async_nats::{Client, HeaderMap};
 use futures::StreamExt;
 use millrace_crds::job::header;
 use millrace_crds::names::{Class, JobId, ModelRef, Token};
+use millrace_crds::result::OutputReference;
 use millrace_crds::tokens::TokenDelta;
 use millrace_tests::nats::{self, NatsServer};
+use millrace_tests::s3::S3;
 use millrace_tests::tools;
+use millrace_worker::store::{S3Uri, Store};
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
 /// A broker, a folder and the program.
@@ -78,7 +82,16 @@ impl Scene {
     }
 
     async fn worker(&self, reversed: bool) -> Result<tokio::task::JoinHandle<()>> {
-        let script = Script { client: self.server.connect().await?, model: self.model.clone(), reversed };
+        self.worker_with(reversed, None).await
+    }
+
+    async fn worker_with(&self, reversed: bool, s3: Option<&S3>) -> Result<tokio::task::JoinHandle<()>> {
+        let client = self.server.connect().await?;
+        let store = match s3 {
+            Some(s3) => Some(Store::connect(&s3.store_config()).await?),
+            None => None,
+        };
+        let script = Script { client, model: self.model.clone(), reversed, store };
         Ok(tokio::spawn(async move { script.run().await.expect("the script runs") }))
     }
 
@@ -94,6 +107,7 @@ struct Script {
     client: Client,
     model: ModelRef,
     reversed: bool,
+    store: Option<Store>,
 }
 
 impl Script {
@@ -124,8 +138,12 @@ impl Script {
         let text = |name: &str| job.headers.as_ref()?.get(name).map(|value| value.as_str().to_owned());
         let id: JobId = text(header::JOB_ID).context("a job without an id")?.parse()?;
         let jsonl = text(header::CONTENT_TYPE).as_deref() == Some("application/jsonl");
-        let lines: Vec<Value> = job
-            .payload
+        let input: Option<S3Uri> = text(header::INPUT).map(|uri| uri.parse()).transpose()?;
+        let payload = match (&self.store, &input) {
+            (Some(store), Some(uri)) => store.get(uri, 16 << 20).await?,
+            _ => job.payload.clone(),
+        };
+        let lines: Vec<Value> = payload
             .split(|&b| b == b'\n')
             .filter(|line| !line.is_empty())
             .map(serde_json::from_slice)
@@ -155,7 +173,15 @@ impl Script {
             };
             json!({"id": line_id, "custom_id": custom_id, "response": response, "error": error}).to_string()
         });
-        let body = answered.collect::<Vec<_>>().join("\n");
+        let mut body = answered.collect::<Vec<_>>().join("\n");
+        if let (Some(store), Some(uri)) = (&self.store, &input) {
+            // What came by reference is answered by reference.
+            let output = uri.join("out");
+            let sha256 = hex::encode(Sha256::digest(&body));
+            let reference = OutputReference { output: output.to_string(), bytes: body.len() as u64, sha256 };
+            store.put(&output, body.into()).await?;
+            body = serde_json::to_string(&reference)?;
+        }
         // A lost race is another copy of the same answer.
         let ack = context.publish_with_headers(self.model.result_subject(&id), headers, body.into()).await?;
         let _ = ack.await;
