@@ -29,8 +29,9 @@ use crate::provision::{Mode, State, provision};
 use crate::report::{CurrentPhase, Reporter};
 use crate::run::EngineRun;
 use crate::serve::{Line, LineParts, serve};
+use crate::store::Store;
 use crate::watchdog::{self, Watch};
-use crate::{config, failpoint, telemetry};
+use crate::{config, failpoint, telemetry, weights};
 
 /// Threads of the async side. The engine has its own; the queue's work is small beside it.
 const ASYNC_THREADS: usize = 2;
@@ -136,7 +137,8 @@ impl Start {
         };
         let pulling = async {
             let began = Instant::now();
-            let folder = load::pull(&self.config).await?;
+            let folder = weights::pull(&self.config.model).await?;
+            tracing::info!(bytes = folder.bytes, pulled_bytes = folder.pulled_bytes, "weights are here");
             anyhow::Ok((folder, began.elapsed()))
         };
         let (connected, (folder, pulled)) = tokio::try_join!(connecting, pulling)?;
@@ -155,10 +157,10 @@ impl Start {
             warm_up_ms: ms(began.elapsed()),
             total_ms: ms(self.started.elapsed()),
         };
-        self.begin(broker, model, cold_start)
+        self.begin(broker, model, cold_start).await
     }
 
-    fn begin(
+    async fn begin(
         &self,
         broker: Broker,
         model: Model,
@@ -174,7 +176,7 @@ impl Start {
             worker: self.name.clone(),
             digest: model.digest,
             queue: self.config.queue.clone(),
-            claims: self.claims()?,
+            claims: self.claims().await?,
             metrics: self.metrics.clone(),
             watch: self.watch.clone(),
         });
@@ -191,13 +193,14 @@ impl Start {
         Ok(line)
     }
 
-    fn claims(&self) -> anyhow::Result<Claims> {
+    async fn claims(&self) -> anyhow::Result<Claims> {
         let results = &self.config.results;
         let inline = results.inline_bytes_max.0;
         match &results.object_store {
             None => Ok(Claims::without_store(inline)),
             Some(place) => {
-                bail!("results.objectStore.uri: {:?} cannot be reached by this build", place.uri)
+                let store = Store::connect(&place.store).await.context("results.objectStore.store")?;
+                Ok(Claims::new(Arc::new(store), &place.uri, inline))
             }
         }
     }
