@@ -1,0 +1,171 @@
+//! A worker among its neighbours: poison, cancellation, token streams, draining, bad configuration.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use futures::StreamExt;
+use millrace_crds::job::header;
+use millrace_crds::result::{ErrorCode, OutcomeKind};
+use millrace_tests::cluster::Cluster;
+use millrace_tests::jobs::{Job, Record};
+use millrace_tests::process::Signal;
+use millrace_tests::worker::Worker;
+use millrace_tests::{nats, tools};
+use millrace_worker::failpoint;
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sigterm_loses_nothing_and_hands_back_at_once() -> Result<()> {
+    if !tools::have(&[nats::PROGRAM]) {
+        return Ok(());
+    }
+    let mut cluster = Cluster::tiny()?;
+    // Far longer than the test: a job that is not handed back would not come again.
+    cluster.config.queue.ack_wait = "5m".parse().map_err(anyhow::Error::msg)?;
+    cluster.config.drain.timeout = "300ms".parse().map_err(anyhow::Error::msg)?;
+    cluster.config.engine.max_sequences = 4;
+    let mut first = cluster.worker()?;
+    let queue = cluster.queue().await?;
+    let jobs: Vec<Job> =
+        (0..120).map(|i| Job::completion(&format!("drain-{i}"), "A long way to go", 1500)).collect();
+    queue.publish_all(&jobs).await?;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    first.signal(Signal::Terminate)?;
+    let status = first.wait(LIMIT)?;
+    assert!(status.success(), "{status}\n{}", first.log_tail());
+    assert!(queue.jobs_left().await? > 0, "everything was done before the signal: the test shows nothing");
+    let second = cluster.worker()?;
+    let mut record = Record::default();
+    record.wait(&queue, jobs.len(), LIMIT).await.with_context(|| second.log_tail())?;
+    record.check(&queue, &jobs).await?;
+    assert_eq!(record.kinds(), [jobs.len(), 0, 0]);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancelled_job_ends_soon_and_alone() -> Result<()> {
+    if !tools::have(&[nats::PROGRAM]) {
+        return Ok(());
+    }
+    let mut cluster = Cluster::tiny()?;
+    cluster.config.engine.max_sequences = 2;
+    let worker = cluster.worker()?;
+    let queue = cluster.queue().await?;
+    let long = |id: &str| Job::completion(id, "On and on", 1900);
+    let jobs: Vec<Job> = (0..8).map(|i| long(&format!("job-{i}"))).collect();
+    queue.publish_all(&jobs).await?;
+    let jetstream = async_nats::jetstream::new(queue.client.clone());
+    for index in [1, 6] {
+        let subject = cluster.model().cancel_subject(&jobs[index].id);
+        jetstream.publish(subject, "".into()).await?.await?;
+    }
+    let mut record = Record::default();
+    record.wait(&queue, jobs.len(), LIMIT).await.with_context(|| worker.log_tail())?;
+    record.check(&queue, &jobs).await?;
+    let mut cancelled = Vec::new();
+    for (id, outcome) in &record.outcomes {
+        if outcome.kind == OutcomeKind::Rejected {
+            assert_eq!(outcome.lines()?[0].error.as_ref().map(|e| e.code), Some(ErrorCode::Cancelled));
+            cancelled.push(id.to_string());
+        }
+    }
+    // The first of the two may have ended before its marker came; the last cannot.
+    assert!(cancelled.contains(&"job-6".to_owned()), "{cancelled:?}");
+    assert!(cancelled.iter().all(|id| id == "job-1" || id == "job-6"), "{cancelled:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn streamed_tokens_are_numbered_and_spell_the_answer() -> Result<()> {
+    if !tools::have(&[nats::PROGRAM]) {
+        return Ok(());
+    }
+    let cluster = Cluster::tiny()?;
+    let worker = cluster.worker()?;
+    let queue = cluster.queue().await?;
+    let job = Job::completion("streamed", "Tell me", 40).with(header::STREAM, "true");
+    let mut deltas = queue.client.subscribe(cluster.model().tokens_subject(&job.id)).await?;
+    queue.client.flush().await?;
+    queue.publish(&job).await?;
+    let mut record = Record::default();
+    record.wait(&queue, 1, LIMIT).await.with_context(|| worker.log_tail())?;
+    let answer = record.of("streamed")?.answer()?;
+    let text = answer["choices"][0]["text"].as_str().context("no text")?;
+    let mut spelled = String::new();
+    let mut expected = 0;
+    while spelled != text {
+        let next = tokio::time::timeout(Duration::from_secs(5), deltas.next()).await;
+        let message = next.with_context(|| format!("the deltas end at {spelled:?} of {text:?}"))?;
+        let message = message.context("the subscription ended")?;
+        let delta: serde_json::Value = serde_json::from_slice(&message.payload)?;
+        let number = delta["number"].as_u64().with_context(|| delta.to_string())?;
+        assert_eq!(number, expected, "{delta}");
+        expected += 1;
+        spelled += delta["text"].as_str().unwrap_or_default();
+        assert!(text.starts_with(&spelled), "{spelled:?} is not the beginning of {text:?}");
+    }
+    Ok(())
+}
+
+/// Every worker of this test aborts on the job that it begins first; the poisoned job alone is given up.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_kills_its_workers_is_given_up_and_its_neighbours_complete() -> Result<()> {
+    if !tools::have(&[nats::PROGRAM]) {
+        return Ok(());
+    }
+    let mut cluster = Cluster::tiny()?;
+    cluster.config.queue.max_deliver = 3;
+    cluster.config.queue.ack_wait = "1s".parse().map_err(anyhow::Error::msg)?;
+    drop(cluster.worker()?);
+    let queue = cluster.queue().await?;
+    let poison = Job::completion("poison", "Kill", 20);
+    queue.publish(&poison).await?;
+    let mut deaths = 0;
+    let mut record = Record::default();
+    let start = Instant::now();
+    while record.outcomes.is_empty() {
+        anyhow::ensure!(start.elapsed() < LIMIT, "the poison is still at work after {deaths} deaths");
+        let mut worker = Worker::start(&cluster.config, &[(failpoint::VARIABLE, "while_running")])?;
+        while worker.ended()?.is_none() && record.outcomes.is_empty() {
+            record.follow(&queue).await?;
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            anyhow::ensure!(start.elapsed() < LIMIT, "after {deaths} deaths\n{}", worker.log_tail());
+        }
+        deaths += usize::from(worker.ended()?.is_some());
+    }
+    let outcome = record.of("poison")?;
+    assert_eq!(outcome.kind, OutcomeKind::Dead);
+    assert_eq!(outcome.lines()?[0].error.as_ref().map(|e| e.code), Some(ErrorCode::WorkerLost));
+    assert!((1..=4).contains(&deaths), "{deaths} deaths; 3 attempts are allowed");
+    let letter = queue.dead_letter(&poison.id).await?;
+    assert_eq!(letter.payload, poison.body);
+    assert!(letter.headers.get(header::REASON).is_some_and(|reason| !reason.as_str().is_empty()));
+
+    let neighbours: Vec<Job> = (0..10).map(|i| Job::completion(&format!("well-{i}"), "Live", 10)).collect();
+    queue.publish_all(&neighbours).await?;
+    let worker = cluster.worker()?;
+    record.wait(&queue, 11, LIMIT).await.with_context(|| worker.log_tail())?;
+    assert_eq!(record.kinds(), [10, 0, 1]);
+    Ok(())
+}
+
+#[test]
+fn a_bad_configuration_is_refused_with_field_and_value() -> Result<()> {
+    if !tools::have(&[nats::PROGRAM]) {
+        return Ok(());
+    }
+    let cluster = Cluster::tiny()?;
+    let mut config = cluster.config.clone();
+    config.model.uri = "ftp://models/tiny".into();
+    let mut worker = Worker::start(&config, &[])?;
+    let status = worker.wait(LIMIT)?;
+    assert!(!status.success());
+    assert!(worker.log().contains("ftp://models/tiny"), "{}", worker.log_tail());
+    let mut config = cluster.config.clone();
+    config.model.digest = Some(format!("sha256:{}", "0".repeat(64)));
+    let mut worker = Worker::start(&config, &[])?;
+    assert!(!worker.wait(LIMIT)?.success());
+    assert!(worker.log().contains("sha256:0000"), "{}", worker.log_tail());
+    Ok(())
+}
