@@ -15,11 +15,14 @@ pub enum Isa {
     Avx512,
     /// The same with AVX-512 BF16 (Cooper Lake, Zen 4 and up).
     Avx512Bf16,
+    /// The same with AMX tiles for weights in bf16 and int8 (Sapphire Rapids and up); used only if a self-test
+    /// against the portable form passes on this processor.
+    Amx,
 }
 
 impl Isa {
     /// All of them, from the plainest to the widest.
-    pub const ALL: [Isa; 4] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16];
+    pub const ALL: [Isa; 5] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16, Isa::Amx];
 
     /// The widest form that this processor has.
     pub fn detect() -> Isa {
@@ -42,7 +45,16 @@ impl Isa {
                     && is_x86_feature_detected!("avx512vnni")
             }
             Isa::Avx512Bf16 => Isa::Avx512.is_available() && is_x86_feature_detected!("avx512bf16"),
+            Isa::Amx => crate::cpu::tile_amx::permit().is_ok(),
         }
+    }
+
+    /// Why AMX is not used here; `None` where it is. For the log at start.
+    pub fn amx_refusal() -> Option<&'static str> {
+        #[cfg(target_arch = "x86_64")]
+        return crate::cpu::tile_amx::permit().err();
+        #[cfg(not(target_arch = "x86_64"))]
+        Some("the processor is no x86-64")
     }
 
     /// Whether this processor (and its operating system) has it.
@@ -59,6 +71,7 @@ impl fmt::Display for Isa {
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
             Isa::Avx512Bf16 => "avx512-bf16",
+            Isa::Amx => "amx",
         })
     }
 }

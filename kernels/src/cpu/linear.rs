@@ -8,7 +8,7 @@ use super::arena::{Activation, Rows};
 use super::lanes::{self, versions};
 use super::pack::{Matrix, PANEL, Panels};
 use super::rows::Store;
-use super::tile::{LANES, Sums, TILE_PANELS, TILE_ROWS, TILE_SEGMENTS, Tile, TileFn, WIDE_TILE_ROWS};
+use super::tile::{LANES, Sums, TILE_PANELS, TILE_SEGMENTS, Tile, TileFn, WIDE_TILE_ROWS};
 use crate::isa::Isa;
 use crate::pool::{Pool, Scattered};
 
@@ -29,6 +29,8 @@ pub struct Forms {
     pub isa: Isa,
     /// The tile product for the precision of weights.
     pub tile: TileFn,
+    /// Most rows of that tile.
+    pub tile_rows: usize,
     /// The tile product for the precision of the cache.
     pub cache_tile: TileFn,
 }
@@ -115,10 +117,11 @@ fn multiply(
             *pointer = unsafe { b.add((panel + index) * groups * LANES) };
         }
         // Blocks of nearly equal size: a last one of one or two rows would leave the multipliers idle.
-        let count = (end - start).div_ceil(TILE_ROWS);
+        let count = (end - start).div_ceil(forms.tile_rows);
+        let (size, larger) = ((end - start) / count, (end - start) % count);
+        let mut row = start;
         for index in 0..count {
-            let row = start + (end - start) * index / count;
-            let rows = start + (end - start) * (index + 1) / count - row;
+            let rows = size + usize::from(index < larger);
             let tile = Tile {
                 // SAFETY: the row is one of the operand's rows.
                 a: unsafe { a.add(row * a_stride) },
@@ -138,6 +141,7 @@ fn multiply(
             let sums = &mut sums.0[..rows * panels];
             dequantise(forms.isa, matrix, x, (row, panel, panels), sums);
             sink(Finished { row, panel, panels, sums });
+            row += rows;
         }
         panel += panels;
     }

@@ -13,6 +13,8 @@ mod pack;
 mod rows;
 mod tile;
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod tile_amx;
+#[cfg(target_arch = "x86_64")]
 mod tile_avx2;
 #[cfg(target_arch = "x86_64")]
 mod tile_avx512;
@@ -25,7 +27,7 @@ use linear::{Forms, Gated, Values};
 pub use pack::Matrix;
 use pack::{PANEL, Source, pack};
 use rows::{HeadNorms, Norm, Store};
-use tile::tile_fn;
+use tile::{cache_tile_fn, tile_fn, tile_rows};
 
 use crate::isa::Isa;
 use crate::ops::{ArenaPlan, AttentionShape, Batch, Buffer, KvPlan, Ops, PlanError, QkNorm, StepError};
@@ -109,7 +111,12 @@ impl Cpu {
             return Err(Unsupported { wanted: isa, widest: Isa::detect() });
         }
         let cache = if options.precision == Precision::F32 { Precision::F32 } else { Precision::Bf16 };
-        let forms = Forms { isa, tile: tile_fn(isa, options.precision), cache_tile: tile_fn(isa, cache) };
+        let forms = Forms {
+            isa,
+            tile: tile_fn(isa, options.precision),
+            tile_rows: tile_rows(isa, options.precision),
+            cache_tile: cache_tile_fn(isa, cache),
+        };
         Ok(Self {
             precision: options.precision,
             forms,

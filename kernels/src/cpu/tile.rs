@@ -9,8 +9,10 @@
 use super::Precision;
 use crate::isa::Isa;
 
-/// Most rows of a tile.
+/// Most rows of a tile, but for AMX ([`tile_rows`]).
 pub const TILE_ROWS: usize = 12;
+/// Most rows of a tile in any form.
+pub const TILE_ROWS_MAX: usize = 16;
 /// Most panels of a tile.
 pub const TILE_PANELS: usize = 4;
 /// Most segments of a tile.
@@ -24,11 +26,11 @@ pub const LANES: usize = 16;
 /// Sums of a tile: `[rows][panels]` of lanes, densely from the start. Int8 sums are integers as bits.
 #[repr(C, align(64))]
 #[derive(Clone, Copy)]
-pub struct Sums(pub [[f32; LANES]; TILE_ROWS * 2]);
+pub struct Sums(pub [[f32; LANES]; TILE_ROWS_MAX * 2]);
 
 impl Sums {
     /// All zero.
-    pub const ZERO: Sums = Sums([[0.0; LANES]; TILE_ROWS * 2]);
+    pub const ZERO: Sums = Sums([[0.0; LANES]; TILE_ROWS_MAX * 2]);
 }
 
 /// Operands of a tile.
@@ -38,7 +40,7 @@ pub struct Tile {
     pub a: *const u32,
     /// Groups from row to row.
     pub a_stride: usize,
-    /// Rows, 1 to [`TILE_ROWS`] (or [`WIDE_TILE_ROWS`] with more than two panels).
+    /// Rows, 1 to [`tile_rows`] (or [`WIDE_TILE_ROWS`] with more than two panels).
     pub rows: usize,
     /// First group of each panel in each segment; the first `segments` and `panels` entries are used.
     pub b: [[*const u32; TILE_PANELS]; TILE_SEGMENTS],
@@ -64,11 +66,23 @@ pub struct Tile {
 /// `rows * panels` entries, aligned to 64 bytes.
 pub type TileFn = unsafe fn(&Tile, sums: *mut [f32; LANES]);
 
+/// Most rows of a tile for weights of a precision. The other forms, attention's among them, have [`TILE_ROWS`].
+pub fn tile_rows(isa: Isa, precision: Precision) -> usize {
+    if isa == Isa::Amx && precision != Precision::F32 { TILE_ROWS_MAX } else { TILE_ROWS }
+}
+
+/// The form for operands of a step (attention's), which are never multiplied by AMX.
+pub fn cache_tile_fn(isa: Isa, precision: Precision) -> TileFn {
+    tile_fn(if isa == Isa::Amx { Isa::Avx512Bf16 } else { isa }, precision)
+}
+
 /// The form for an instruction set and a precision of the operands.
 pub fn tile_fn(isa: Isa, precision: Precision) -> TileFn {
     #[cfg(target_arch = "x86_64")]
     match (isa, precision) {
-        (Isa::Avx512 | Isa::Avx512Bf16, Precision::F32) => return super::tile_avx512::f32,
+        (Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx, Precision::F32) => return super::tile_avx512::f32,
+        (Isa::Amx, Precision::Bf16) => return super::tile_amx::bf16,
+        (Isa::Amx, Precision::Int8) => return super::tile_amx::int8,
         (Isa::Avx512 | Isa::Avx512Bf16, Precision::Int8) => return super::tile_avx512::int8,
         (Isa::Avx512, Precision::Bf16) => return super::tile_avx512::bf16_widened,
         (Isa::Avx512Bf16, Precision::Bf16) => return super::tile_avx512::bf16,
