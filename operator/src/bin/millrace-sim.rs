@@ -1,2 +1,117 @@
-//! Replays traffic.
-fn main() {}
+//! Replays traffic through the autoscaler and its rivals in virtual time, and prints and draws the figures.
+//!
+//! The last lines of standard output are one JSON object a load and policy. Nothing here decides or
+//! simulates; that is the library's.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use clap::Parser;
+use millrace_operator::sim::compare::{Comparison, compare};
+use millrace_operator::sim::load::{Load, SPEED, Speed};
+use millrace_operator::sim::report::{HEAD, line};
+use millrace_operator::sim::{plot, report::Row};
+
+/// Replays traffic through the autoscaler, KEDA's rule, the HPA's rule and the clairvoyant optimum.
+#[derive(Debug, Parser)]
+struct Args {
+    /// Loads to replay; all when absent.
+    #[arg(long, value_delimiter = ',')]
+    loads: Vec<String>,
+    /// Wait target in seconds, instead of each load's own.
+    #[arg(long)]
+    queue_wait: Option<u64>,
+    /// Seconds from the creation of a pod until it takes jobs.
+    #[arg(long, default_value_t = SPEED.cold_start_s)]
+    cold_start: f64,
+    /// Prompt tokens a second of one worker.
+    #[arg(long, default_value_t = SPEED.prompt_tokens_per_s)]
+    prompt_rate: f64,
+    /// Output tokens a second of one worker.
+    #[arg(long, default_value_t = SPEED.output_tokens_per_s)]
+    output_rate: f64,
+    /// Jobs that one worker runs at once.
+    #[arg(long, default_value_t = SPEED.slots)]
+    slots: u32,
+    /// Folder for the plots; none are written when absent.
+    #[arg(long)]
+    plots: Option<PathBuf>,
+}
+
+fn main() -> anyhow::Result<()> {
+    let args = Args::parse();
+    let speed = Speed {
+        prompt_tokens_per_s: args.prompt_rate,
+        output_tokens_per_s: args.output_rate,
+        slots: args.slots,
+        cold_start_s: args.cold_start,
+    };
+    let mut out = std::io::stdout().lock();
+    writeln!(
+        out,
+        "A worker: {} prompt and {} output tokens/s, {} jobs at once, {} s to start.",
+        args.prompt_rate, args.output_rate, args.slots, args.cold_start
+    )?;
+    let mut rows: Vec<Row> = Vec::new();
+    for mut load in loads(&args.loads)? {
+        load.queue_wait_s = args.queue_wait.unwrap_or(load.queue_wait_s);
+        let comparison = compare(&load, &speed)?;
+        print(&mut out, &load, &comparison)?;
+        if let Some(folder) = &args.plots {
+            draw(folder, &load, &comparison)?;
+        }
+        rows.extend(comparison.rows);
+    }
+    writeln!(out)?;
+    for row in &rows {
+        writeln!(out, "{}", serde_json::to_string(row)?)?;
+    }
+    Ok(())
+}
+
+fn loads(names: &[String]) -> anyhow::Result<Vec<Load>> {
+    let all = [
+        Load::azure_code()?,
+        Load::azure_conv()?,
+        Load::steps(),
+        Load::spikes(),
+        Load::on_off(),
+        Load::nightly(),
+    ];
+    for name in names {
+        let known: Vec<&str> = all.iter().map(|load| load.name.as_str()).collect();
+        anyhow::ensure!(known.contains(&name.as_str()), "no load {name:?}; there are {}", known.join(", "));
+    }
+    Ok(all.into_iter().filter(|load| names.is_empty() || names.contains(&load.name)).collect())
+}
+
+fn print(out: &mut impl Write, load: &Load, comparison: &Comparison) -> anyhow::Result<()> {
+    writeln!(out, "\n{}: {} jobs, target {} s", load.name, load.jobs.len(), load.queue_wait_s)?;
+    writeln!(out, "{HEAD}")?;
+    for row in &comparison.rows {
+        writeln!(out, "{}", line(row))?;
+    }
+    for (name, pick) in [("equal", &comparison.keda_equal), ("target", &comparison.keda_target)] {
+        match pick {
+            Some(pick) => writeln!(out, "keda-{name}: {:?}", pick.settings)?,
+            None => writeln!(out, "keda-{name}: no setting of the grid keeps that wait")?,
+        }
+    }
+    for policy in ["keda-equal", "keda-target", "clairvoyant"] {
+        if let Some(ratio) = comparison.ratio(policy) {
+            writeln!(out, "GPU time of millrace / {policy}: {ratio:.3}")?;
+        }
+    }
+    Ok(())
+}
+
+fn draw(folder: &PathBuf, load: &Load, comparison: &Comparison) -> anyhow::Result<()> {
+    std::fs::create_dir_all(folder)?;
+    let arrivals_ms: Vec<u64> = load.jobs.iter().map(|job| job.at_ms).collect();
+    let title = format!("{}: arrivals, and workers asked for by each policy", load.name);
+    let svg = plot::replicas(&title, &arrivals_ms, load.length_ms, &comparison.series);
+    std::fs::write(folder.join(format!("{}-replicas.svg", load.name)), svg)?;
+    let svg = plot::bars(&format!("{}: figures of each policy", load.name), &comparison.rows);
+    std::fs::write(folder.join(format!("{}-figures.svg", load.name)), svg)?;
+    Ok(())
+}

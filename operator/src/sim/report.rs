@@ -1,0 +1,95 @@
+//! Figures of a run: one [`Row`] a load and policy.
+
+use serde::Serialize;
+
+use super::cluster::Outcome;
+use super::load::Load;
+use super::optimum::Optimum;
+
+/// The figures of one policy on one load.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Row {
+    /// The load.
+    pub trace: String,
+    /// The policy.
+    pub policy: String,
+    /// GPU time from the creation of each worker's pod until it is gone.
+    pub gpu_seconds: f64,
+    /// Median wait from publication to start.
+    pub wait_p50_s: f64,
+    /// 95th percentile.
+    pub wait_p95_s: f64,
+    /// 99th percentile.
+    pub wait_p99_s: f64,
+    /// Jobs that waited longer than the target.
+    pub missed_targets: u64,
+    /// Changes of the number of workers.
+    pub scale_events: u64,
+    /// Workers started.
+    pub starts: u64,
+    /// Most workers at once.
+    pub replicas_max: u32,
+}
+
+impl Row {
+    /// The figures of a run.
+    pub fn new(load: &Load, policy: &str, outcome: &Outcome) -> Self {
+        let gpu_seconds = outcome.gpu_ms as f64 / 1e3;
+        Self::of(load, policy, gpu_seconds, &outcome.waits_ms, &outcome.replicas)
+    }
+
+    /// The figures of the optimum's plan; its GPU time is the bound.
+    pub fn of_optimum(load: &Load, optimum: &Optimum) -> Self {
+        Self::of(load, "clairvoyant", optimum.gpu_s, &optimum.waits_ms, &optimum.replicas)
+    }
+
+    fn of(load: &Load, policy: &str, gpu_seconds: f64, waits_ms: &[u64], replicas: &[(u64, u32)]) -> Self {
+        let mut sorted = waits_ms.to_vec();
+        sorted.sort_unstable();
+        let limit_ms = load.queue_wait_s * 1000;
+        // The last entry ends the run; it is no decision.
+        let decided = &replicas[..replicas.len().saturating_sub(1)];
+        let up = |pair: &[(u64, u32)]| u64::from(pair[1].1.saturating_sub(pair[0].1));
+        let first = decided.first().map_or(0, |&(_, n)| n);
+        Self {
+            trace: load.name.clone(),
+            policy: policy.into(),
+            gpu_seconds,
+            wait_p50_s: percentile_s(&sorted, 0.50),
+            wait_p95_s: percentile_s(&sorted, 0.95),
+            wait_p99_s: percentile_s(&sorted, 0.99),
+            missed_targets: sorted.iter().filter(|&&wait_ms| wait_ms > limit_ms).count() as u64,
+            scale_events: decided.windows(2).filter(|pair| pair[0].1 != pair[1].1).count() as u64
+                + u64::from(first > 0),
+            starts: u64::from(first) + decided.windows(2).map(up).sum::<u64>(),
+            replicas_max: decided.iter().map(|&(_, n)| n).max().unwrap_or(0),
+        }
+    }
+}
+
+/// The nearest-rank percentile, in seconds.
+fn percentile_s(sorted_ms: &[u64], share: f64) -> f64 {
+    let rank = (share * sorted_ms.len() as f64).ceil() as usize;
+    sorted_ms.get(rank.saturating_sub(1)).map_or(0.0, |&ms| ms as f64 / 1e3)
+}
+
+/// The head of the table.
+pub const HEAD: &str =
+    "load          policy        GPU-s  p50 s   p95 s   p99 s  missed  events  starts  most";
+
+/// One line of the table.
+pub fn line(row: &Row) -> String {
+    format!(
+        "{:<13} {:<12} {:>7.0} {:>6.1} {:>7.1} {:>7.1} {:>7} {:>7} {:>7} {:>5}",
+        row.trace,
+        row.policy,
+        row.gpu_seconds,
+        row.wait_p50_s,
+        row.wait_p95_s,
+        row.wait_p99_s,
+        row.missed_targets,
+        row.scale_events,
+        row.starts,
+        row.replicas_max
+    )
+}
