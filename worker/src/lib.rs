@@ -2,6 +2,7 @@
 //!
 //! A job's way is a straight line; the README's map names the files in the order in which it travels.
 
+pub mod batch;
 pub mod bench;
 pub mod broker;
 pub mod cancel;

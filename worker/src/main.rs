@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use millrace_worker::batch::{self, BatchArgs};
 use millrace_worker::bench::{self, BenchArgs};
 use millrace_worker::worker::{self, ServeArgs};
 
@@ -18,6 +19,8 @@ struct Args {
 enum Command {
     /// Take jobs from the queue, and publish one durable result for each.
     Serve(ServeArgs),
+    /// Answer a file of requests, without any service; an interrupted run goes on where it stopped.
+    Batch(BatchArgs),
     /// Measure the engine's speed on this machine, beside the machine's limits.
     Bench(BenchArgs),
 }
@@ -25,6 +28,7 @@ enum Command {
 fn main() -> ExitCode {
     let ended = match Args::parse().command {
         Command::Serve(args) => worker::run(&args),
+        Command::Batch(args) => batch::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
     };
     match ended {
