@@ -109,7 +109,9 @@ pub fn bars(title: &str, rows: &[Row]) -> String {
 
 fn open(title: &str, height: f64) -> String {
     format!(
-        r##"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0}" font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/><text x="10" y="24" font-size="15">{title}</text>"##
+        r##"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0}" font-family="sans-serif"
+ font-size="12"><rect width="100%" height="100%" fill="white"/>
+<text x="10" y="24" font-size="15">{title}</text>"##
     )
 }
 

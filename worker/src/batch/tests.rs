@@ -186,7 +186,10 @@ proptest! {
     #[test]
     fn interrupted_runs_end_with_the_same_bytes(
         requests in 1usize..60,
-        interruptions in prop::collection::vec((0usize..40, 0usize..200, prop::collection::vec(any::<u8>(), 0..80)), 0..6),
+        interruptions in prop::collection::vec(
+            (0usize..40, 0usize..200, prop::collection::vec(any::<u8>(), 0..80)),
+            0..6,
+        ),
     ) {
         let files = Files::new(&input(requests));
         files.run("undisturbed.jsonl").unwrap();

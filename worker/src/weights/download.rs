@@ -78,7 +78,8 @@ impl Download<'_> {
         let (file, journal, done) = open(&path, &self.journal_path(), head)?;
         let (file, journal) = (Arc::new(file), &std::sync::Mutex::new(journal));
         let parts = head.bytes.div_ceil(PART_BYTES);
-        let (written, to_hash) = mpsc::channel();
+        // One message for each part at most, so that a sender never waits.
+        let (written, to_hash) = mpsc::sync_channel(parts as usize + 1);
         for &part in &done {
             written.send(part).expect("the receiver is here");
         }
