@@ -7,6 +7,7 @@
 
 mod download;
 pub mod manifest;
+pub mod map;
 mod pull;
 
 use std::path::{Path, PathBuf};

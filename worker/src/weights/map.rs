@@ -1,0 +1,74 @@
+//! Weight files as read-only memory maps: pages come from the file as they are read and can be dropped again,
+//! so that loading a model takes no memory beside what the engine keeps.
+//!
+//! The one place outside of the kernels with `unsafe`. It refuses what is no plain file. Files are mapped after
+//! their digests were checked, and the cache's are read-only from then on.
+
+use std::fs::File;
+use std::io;
+use std::ops::Deref;
+use std::path::Path;
+
+use memmap2::Mmap;
+
+/// A file's bytes.
+#[derive(Debug)]
+pub struct MappedFile(Option<Mmap>);
+
+impl MappedFile {
+    /// Maps a file. It must not be changed or cut while it is mapped.
+    ///
+    /// # Errors
+    /// When it is no plain file, or the system refuses.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let file = File::open(path)?;
+        let metadata = file.metadata()?;
+        if !metadata.is_file() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no plain file"));
+        }
+        if metadata.len() == 0 {
+            // An empty range cannot be mapped.
+            return Ok(Self(None));
+        }
+        // SAFETY: the map is private and read-only. A model's files do not change under a running worker: those
+        // of the cache are made read-only before they appear, and replacing one by renaming leaves the mapped
+        // file as it is. Whoever cuts a file in place ends the process with SIGBUS, as a bad disk would.
+        let map = unsafe { Mmap::map(&file)? };
+        Ok(Self(Some(map)))
+    }
+}
+
+impl Deref for MappedFile {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        self.0.as_deref().unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_are_the_files_and_stay_when_the_name_is_given_to_another() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a");
+        std::fs::write(&path, b"first").unwrap();
+        let map = MappedFile::open(&path).unwrap();
+        std::fs::write(folder.path().join("b"), b"other").unwrap();
+        std::fs::rename(folder.path().join("b"), &path).unwrap();
+        assert_eq!(&*map, b"first");
+        assert_eq!(&*MappedFile::open(&path).unwrap(), b"other");
+    }
+
+    #[test]
+    fn an_empty_file_has_no_bytes_and_a_folder_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("empty"), b"").unwrap();
+        assert!(MappedFile::open(&folder.path().join("empty")).unwrap().is_empty());
+        assert!(MappedFile::open(folder.path()).is_err());
+        let missing = MappedFile::open(&folder.path().join("missing")).unwrap_err();
+        assert_eq!(missing.kind(), io::ErrorKind::NotFound);
+    }
+}
