@@ -187,12 +187,12 @@ impl Gguf {
         }
     }
 
-    /// The float at `key`; finite.
+    /// The float at `key`; finite as f32.
     pub fn float(&self, key: &str) -> Result<Option<f32>, GgufError> {
         match self.get(key) {
             None => Ok(None),
-            Some(Value::Float(number)) if number.is_finite() => Ok(Some(*number as f32)),
-            Some(Value::Float(number)) => Err(invalid(key, number, "it must be finite")),
+            Some(Value::Float(number)) if (*number as f32).is_finite() => Ok(Some(*number as f32)),
+            Some(Value::Float(number)) => Err(invalid(key, number, "it must be finite in 32 bits")),
             Some(other) => Err(wrong_kind(key, other, "a float")),
         }
     }
