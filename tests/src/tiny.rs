@@ -10,7 +10,7 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::{Map, Value, json};
 
-use crate::random::Random;
+use crate::checkpoint;
 
 const HIDDEN: usize = 64;
 const INTERMEDIATE: usize = 128;
@@ -34,7 +34,7 @@ const CHAT_TEMPLATE: &str = "{% for message in messages %}<|im_start|>{{ message
 /// When a file cannot be written.
 pub fn write(folder: &Path, seed: u64) -> Result<()> {
     let file = |name: &str, value: &Value| fs::write(folder.join(name), serde_json::to_vec_pretty(value)?);
-    file("config.json", &config())?;
+    checkpoint::write(folder, &config(), seed)?;
     file("generation_config.json", &json!({"eos_token_id": 2}))?;
     file("tokenizer.json", &tokenizer())?;
     let tokenizer_config = json!({
@@ -47,7 +47,6 @@ pub fn write(folder: &Path, seed: u64) -> Result<()> {
         "chat_template": CHAT_TEMPLATE,
     });
     file("tokenizer_config.json", &tokenizer_config)?;
-    fs::write(folder.join("model.safetensors"), safetensors(&tensors(seed))?)?;
     Ok(())
 }
 
@@ -118,65 +117,6 @@ fn tokenizer() -> Value {
             "vocab": vocabulary, "merges": [],
         },
     })
-}
-
-struct Tensor {
-    name: String,
-    shape: Vec<usize>,
-    values: Vec<f32>,
-}
-
-fn tensors(seed: u64) -> Vec<Tensor> {
-    let mut random = Random::new(seed);
-    let mut found = Vec::new();
-    // Gains that keep the residual stream of order one, so that greedy answers vary with the prompt.
-    let mut matrix = |name: String, rows: usize, columns: usize| {
-        let scale = 1.0 / (columns as f32).sqrt();
-        let values = (0..rows * columns).map(|_| random.normal() * scale).collect();
-        found.push(Tensor { name, shape: vec![rows, columns], values });
-    };
-    matrix("model.embed_tokens.weight".into(), VOCABULARY, HIDDEN);
-    matrix("lm_head.weight".into(), VOCABULARY, HIDDEN);
-    for layer in 0..LAYERS {
-        let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
-        matrix(name("self_attn.q_proj"), HEADS * HEAD_DIM, HIDDEN);
-        matrix(name("self_attn.k_proj"), KV_HEADS * HEAD_DIM, HIDDEN);
-        matrix(name("self_attn.v_proj"), KV_HEADS * HEAD_DIM, HIDDEN);
-        matrix(name("self_attn.o_proj"), HIDDEN, HEADS * HEAD_DIM);
-        matrix(name("mlp.gate_proj"), INTERMEDIATE, HIDDEN);
-        matrix(name("mlp.up_proj"), INTERMEDIATE, HIDDEN);
-        matrix(name("mlp.down_proj"), HIDDEN, INTERMEDIATE);
-    }
-    let norms = (0..LAYERS).flat_map(|layer| {
-        ["input_layernorm", "post_attention_layernorm"].map(|n| format!("layers.{layer}.{n}"))
-    });
-    for name in norms.chain(["norm".to_owned()]) {
-        found.push(Tensor {
-            name: format!("model.{name}.weight"),
-            shape: vec![HIDDEN],
-            values: vec![1.0; HIDDEN],
-        });
-    }
-    found
-}
-
-/// The safetensors form: length of the header, header as JSON, data.
-fn safetensors(tensors: &[Tensor]) -> Result<Vec<u8>> {
-    let mut header = Map::new();
-    let mut data = Vec::new();
-    for tensor in tensors {
-        let start = data.len();
-        data.extend(tensor.values.iter().flat_map(|value| value.to_le_bytes()));
-        let entry = json!({"dtype": "F32", "shape": tensor.shape, "data_offsets": [start, data.len()]});
-        header.insert(tensor.name.clone(), entry);
-    }
-    let mut text = serde_json::to_vec(&header)?;
-    // Data begins at a multiple of eight, as the format asks.
-    text.resize(text.len().next_multiple_of(8), b' ');
-    let mut bytes = (text.len() as u64).to_le_bytes().to_vec();
-    bytes.extend(text);
-    bytes.extend(data);
-    Ok(bytes)
 }
 
 #[cfg(test)]

@@ -143,6 +143,14 @@ impl Text {
         Detokenizer::new(&self.0.pieces, skip_special)
     }
 
+    /// The text of a whole sequence, without its special tokens. Bytes that are no text show as U+FFFD.
+    pub fn decode(&self, tokens: impl IntoIterator<Item = u32>) -> String {
+        let (mut detokenizer, mut text) = (self.detokenizer(true), String::new());
+        tokens.into_iter().for_each(|token| detokenizer.push(token, &mut text));
+        detokenizer.finish(&mut text);
+        text
+    }
+
     /// Tokenizes text. With `special` the tokenizer adds its own tokens, such as the beginning of sequence.
     ///
     /// # Errors

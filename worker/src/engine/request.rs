@@ -18,6 +18,13 @@ pub struct Request {
     pub seed: u64,
 }
 
+impl Request {
+    /// The most probable continuation of a prompt, of exactly `max_tokens` tokens: no token ends it.
+    pub fn greedy(prompt: Vec<u32>, max_tokens: u32) -> Self {
+        Self { prompt, max_tokens, stop_tokens: Vec::new(), sampling: Sampling::default(), seed: 0 }
+    }
+}
+
 /// How the next token is chosen from the logits. The default is greedy.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sampling {
