@@ -23,7 +23,6 @@ const EXCEPTIONS: &[(&str, &str, &str)] = &[
     ("columns", "worker/src/import/tokenizer.rs", "texts to be wrapped"),
     ("columns", "worker/src/weights/manifest.rs", "texts to be wrapped"),
     ("file-length", "worker/src/import/gguf.rs", "to be split"),
-    ("function-length", "worker/src/job/tests.rs", "a table of malformed jobs, to be split"),
     ("function-length", "worker/src/metrics.rs", "a table of metrics, to be split"),
     (
         "arguments",

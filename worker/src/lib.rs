@@ -32,6 +32,7 @@ pub mod classes;
 pub mod completion;
 pub mod config;
 pub mod detokenize;
+pub mod ending;
 pub mod engine;
 pub mod failpoint;
 pub mod fault;

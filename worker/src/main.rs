@@ -5,11 +5,12 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use millrace_worker::batch::{self, BatchArgs};
 use millrace_worker::bench::{self, BenchArgs};
+use millrace_worker::ending::{EXIT_CODES, Ending};
 use millrace_worker::worker::{self, ServeArgs};
 
 /// Runs prompt jobs through a paged-attention engine.
 #[derive(Debug, Parser)]
-#[command(name = "millrace-worker", version)]
+#[command(name = "millrace-worker", version, after_help = EXIT_CODES)]
 struct Args {
     #[command(subcommand)]
     command: Command,
@@ -34,8 +35,9 @@ fn main() -> ExitCode {
     match ended {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("millrace-worker: {error:#}");
-            ExitCode::FAILURE
+            let ending = Ending::of(&error);
+            eprintln!("millrace-worker: {ending}: {error:#}");
+            ending.into()
         }
     }
 }

@@ -3,6 +3,7 @@
 use millrace_crds::job::{JOB_BYTES_MAX, JobHeaders, REQUESTS_MAX, header};
 use millrace_crds::result::ErrorCode;
 use proptest::prelude::*;
+use serde::Deserialize;
 
 use super::*;
 
@@ -113,120 +114,42 @@ fn log_probabilities_of_chats_need_both_fields() {
     assert_eq!(chat(r#","logprobs":false,"top_logprobs":0"#).unwrap(), None);
 }
 
-const USER: &str = r#""messages":[{"role":"user","content":"a"}]"#;
+/// A malformed body, and what its refusal must name: field, value, limit.
+#[derive(Deserialize)]
+struct Malformed {
+    body: String,
+    names: Vec<String>,
+}
 
-/// Body, and what its refusal must name: field, value, limit.
-fn malformed() -> Vec<(String, Vec<&'static str>)> {
-    let prompt = |rest: &str| format!(r#"{{"prompt":"a",{rest}}}"#);
-    let chat = |rest: &str| format!(r#"{{{USER},{rest}}}"#);
-    let message = |message: &str| format!(r#"{{"messages":[{message}]}}"#);
+/// The table of the golden file, which the test through the engine reads too, and the bodies that are long.
+fn malformed() -> Vec<Malformed> {
+    let table = include_str!("../../tests/golden/malformed-requests.json");
+    let mut all: Vec<Malformed> = serde_json::from_str(table).unwrap();
     let many = |count: usize, one: &str| vec![one; count].join(",");
-    vec![
-        ("".into(), vec!["body", "not JSON"]),
-        ("{".into(), vec!["body", "not JSON", "line 1"]),
-        ("\u{FEFF}{}".into(), vec!["body", "not JSON"]),
-        ("[]".into(), vec!["body", "an array of 0", "an object"]),
-        ("\"prompt\"".into(), vec!["body", "a string", "an object"]),
-        ("{}".into(), vec!["messages", "missing", "prompt"]),
-        (format!("{}1{}", "[".repeat(200), "]".repeat(200)), vec!["body", "recursion limit"]),
-        (format!(r#"{{{USER},"prompt":"a"}}"#), vec!["prompt", "messages is there too"]),
-        (r#"{"messages":[]}"#.into(), vec!["messages", "at least 1"]),
-        (r#"{"messages":"hi"}"#.into(), vec!["messages", "a string", "an array"]),
-        (r#"{"messages":["hi"]}"#.into(), vec!["messages[0]", "a string", "an object"]),
-        (message(r#"{"content":"a"}"#), vec!["messages[0].role", "missing"]),
-        (message(r#"{"role":"robot","content":"a"}"#), vec!["messages[0].role", "robot", "user"]),
-        (message(r#"{"role":"tool","content":"a"}"#), vec!["messages[0].role", "tool"]),
-        (message(r#"{"role":"user"}"#), vec!["messages[0].content", "missing"]),
-        (message(r#"{"role":"user","content":7}"#), vec!["messages[0].content", "7", "a string"]),
-        (
-            message(r#"{"role":"user","content":[{"type":"image_url","image_url":{"url":"x"}}]}"#),
-            vec!["messages[0].content[0].type", "image_url", "text"],
-        ),
-        (
-            message(r#"{"role":"user","content":[{"type":"text"}]}"#),
-            vec!["messages[0].content[0].text", "missing"],
-        ),
-        (message(r#"{"role":"user","content":"a","mood":"x"}"#), vec!["messages[0].mood", "unknown"]),
-        (
-            message(r#"{"role":"assistant","content":"a","tool_calls":[{"id":"1"}]}"#),
-            vec!["messages[0].tool_calls", "not supported"],
-        ),
-        (r#"{"prompt":7}"#.into(), vec!["prompt", "7", "a string or an array"]),
-        (r#"{"prompt":[]}"#.into(), vec!["prompt", "at least 1"]),
-        (r#"{"prompt":[[]]}"#.into(), vec!["prompt[0]", "at least 1 token"]),
-        (r#"{"prompt":[1000]}"#.into(), vec!["prompt[0]", "1000", "below 1000"]),
-        (r#"{"prompt":[-1]}"#.into(), vec!["prompt[0]", "-1", "below 1000"]),
-        (r#"{"prompt":[1,"a"]}"#.into(), vec!["prompt[1]", "a", "token id"]),
-        (r#"{"prompt":["a",{}]}"#.into(), vec!["prompt[1]", "object", "a string"]),
-        (format!(r#"{{"prompt":[{}]}}"#, many(513, "1")), vec!["prompt", "512"]),
-        (format!(r#"{{"prompt":[{}]}}"#, many(2049, "\"a\"")), vec!["prompt", "2048", "prompts"]),
-        (format!(r#"{{"prompt":[{}],"n":128}}"#, many(33, "\"a\"")), vec!["n", "4096", "sequences"]),
-        (prompt(r#""temperature":-0.1"#), vec!["temperature", "-0.1", "from 0 to 100"]),
-        (prompt(r#""temperature":"hot""#), vec!["temperature", "hot", "a number"]),
-        (prompt(r#""top_p":0"#), vec!["top_p", "0", "above 0"]),
-        (prompt(r#""top_p":1.01"#), vec!["top_p", "1.01", "1"]),
-        (prompt(r#""top_k":-2"#), vec!["top_k", "-2", "-1"]),
-        (prompt(r#""top_k":1.5"#), vec!["top_k", "1.5", "whole number"]),
-        (prompt(r#""min_p":2"#), vec!["min_p", "2", "0 to 1"]),
-        (prompt(r#""repetition_penalty":0"#), vec!["repetition_penalty", "0", "0.01 to 10"]),
-        (prompt(r#""presence_penalty":2.5"#), vec!["presence_penalty", "2.5", "-2 to 2"]),
-        (prompt(r#""frequency_penalty":-3"#), vec!["frequency_penalty", "-3", "-2 to 2"]),
-        (prompt(r#""logit_bias":[]"#), vec!["logit_bias", "an array of 0", "an object"]),
-        (prompt(r#""logit_bias":{"1000":1}"#), vec!["logit_bias", "1000", "below 1000"]),
-        (prompt(r#""logit_bias":{"the":1}"#), vec!["logit_bias", "the", "token id"]),
-        (prompt(r#""logit_bias":{"7":101}"#), vec!["logit_bias.7", "101", "-100 to 100"]),
-        (prompt(r#""logit_bias":{"7":1,"07":2}"#), vec!["logit_bias", "7", "once"]),
-        (prompt(r#""stop":"""#), vec!["stop[0]", "\"\"", "1 to 256"]),
-        (prompt(r#""stop":7"#), vec!["stop", "7", "a string"]),
-        (prompt(r#""stop":[7]"#), vec!["stop[0]", "7", "a string"]),
-        (prompt(&format!(r#""stop":[{}]"#, many(17, "\"a\""))), vec!["stop", "16"]),
-        (prompt(&format!(r#""stop":"{}""#, "x".repeat(257))), vec!["stop[0]", "257", "256"]),
-        (prompt(r#""stop_token_ids":[1000]"#), vec!["stop_token_ids[0]", "1000", "below 1000"]),
-        (prompt(r#""stop_token_ids":5"#), vec!["stop_token_ids", "5", "array"]),
-        (prompt(r#""seed":1.5"#), vec!["seed", "1.5", "whole number"]),
-        (prompt(r#""max_tokens":0"#), vec!["max_tokens", "0", "1 to 512"]),
-        (prompt(r#""max_tokens":513"#), vec!["max_tokens", "513", "1 to 512"]),
-        (prompt(r#""max_tokens":5,"max_completion_tokens":6"#), vec!["max_tokens", "5", "6"]),
-        (prompt(r#""n":0"#), vec!["n", "0", "1 to 128"]),
-        (prompt(r#""n":129"#), vec!["n", "129", "1 to 128"]),
-        (prompt(r#""logprobs":21"#), vec!["logprobs", "21", "0 to 20"]),
-        (prompt(r#""logprobs":true"#), vec!["logprobs", "true", "whole number"]),
-        (chat(r#""logprobs":5"#), vec!["logprobs", "5", "true or false"]),
-        (chat(r#""top_logprobs":3"#), vec!["top_logprobs", "3", "logprobs: true"]),
-        (chat(r#""logprobs":true,"top_logprobs":21"#), vec!["top_logprobs", "21", "0 to 20"]),
-        (prompt(r#""echo":true"#), vec!["echo", "not supported"]),
-        (prompt(r#""suffix":"x""#), vec!["suffix", "not supported"]),
-        (prompt(r#""best_of":2"#), vec!["best_of", "not supported", "use n"]),
-        (prompt(r#""ignore_eos":1"#), vec!["ignore_eos", "1", "true or false"]),
-        (prompt(r#""stream":"yes""#), vec!["stream", "yes", "true or false"]),
-        (prompt(r#""model":5"#), vec!["model", "5", "a string"]),
-        (prompt(&format!(r#""model":"{}""#, "m".repeat(257))), vec!["model", "257", "256"]),
-        (prompt(r#""maxTokens":5"#), vec!["maxTokens", "unknown field"]),
-        (chat(r#""tools":[{"type":"function"}]"#), vec!["tools", "not supported"]),
-        (chat(r#""tool_choice":"required""#), vec!["tool_choice", "not supported"]),
-        (chat(r#""response_format":{"type":"json_object"}"#), vec!["response_format", "text"]),
-        (
-            chat(r#""add_generation_prompt":true,"continue_final_message":true"#),
-            vec!["add_generation_prompt"],
-        ),
-        (chat(r#""chat_template_kwargs":{"messages":"x"}"#), vec!["chat_template_kwargs.messages"]),
-        (chat(r#""chat_template_kwargs":{"x":[1]}"#), vec!["chat_template_kwargs", "an array of 1"]),
-        (chat(r#""add_special_tokens":true"#), vec!["add_special_tokens", "unknown field"]),
-    ]
+    let prompt = |rest: &str| format!(r#"{{"prompt":"a",{rest}}}"#);
+    let mut add = |body: String, names: &[&str]| {
+        all.push(Malformed { body, names: names.iter().map(|&name| name.to_owned()).collect() });
+    };
+    add(format!("{}1{}", "[".repeat(200), "]".repeat(200)), &["body", "recursion limit"]);
+    add(format!(r#"{{"prompt":[{}]}}"#, many(513, "1")), &["prompt", "512"]);
+    add(format!(r#"{{"prompt":[{}]}}"#, many(2049, "\"a\"")), &["prompt", "2048", "prompts"]);
+    add(prompt(&format!(r#""stop":"{}""#, "x".repeat(257))), &["stop[0]", "257", "256"]);
+    add(prompt(&format!(r#""model":"{}""#, "m".repeat(257))), &["model", "257", "256"]);
+    all
 }
 
 #[test]
 fn malformed_jobs_are_refused_by_field_value_and_limit() {
     let table = malformed();
     assert!(table.len() >= 60, "{} cases", table.len());
-    for (body, parts) in table {
+    for Malformed { body, names } in table {
         let shown: String = body.chars().take(120).collect();
         let reject = decode(&body).expect_err(&shown);
         assert_eq!(reject.code(), ErrorCode::InvalidRequest);
         let message = reject.to_string();
-        assert!(message.starts_with(parts[0]), "{shown}\n{message}\nmust name {}", parts[0]);
-        for part in parts {
-            assert!(message.contains(part), "{shown}\n{message}\nmust hold {part:?}");
+        assert!(message.starts_with(&names[0]), "{shown}\n{message}\nmust name {}", names[0]);
+        for name in names {
+            assert!(message.contains(&name), "{shown}\n{message}\nmust hold {name:?}");
         }
         assert!(message.len() < 400, "{message}");
     }

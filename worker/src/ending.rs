@@ -1,0 +1,136 @@
+//! How the process ends when it cannot work: a closed set of codes, each with one exit code.
+//!
+//! The codes are a promise to whoever starts the process: an operator tells from them whether to change the
+//! configuration, to replace the model's files, or to wait. What is none of the known refusals is `FAILED`.
+
+use std::fmt;
+use std::process::ExitCode;
+
+use crate::config::ConfigError;
+use crate::prompt::TextError;
+use crate::start::StartError;
+use crate::store::StoreError;
+use crate::weights::PullError;
+
+/// The exit codes, as `--help` prints them.
+pub const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  FAILED: anything else; the message says what
+  2  CONFIG_INVALID: an option or a field of the configuration is wrong
+  3  MODEL_INVALID: the model's files are not those of a model that can be served
+  4  MODEL_UNAVAILABLE: the model's files cannot be had; trying again may help";
+
+/// Why the process cannot work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// An option or a field of the configuration is wrong.
+    ConfigInvalid,
+    /// The model's files are not those of a model that can be served, or not those that are wanted.
+    ModelInvalid,
+    /// The model's files cannot be had.
+    ModelUnavailable,
+    /// Anything else.
+    Failed,
+}
+
+impl Ending {
+    /// All of them.
+    pub const ALL: [Ending; 4] =
+        [Ending::ConfigInvalid, Ending::ModelInvalid, Ending::ModelUnavailable, Ending::Failed];
+
+    /// Finds the refusal behind an error, whatever was said around it.
+    pub fn of(error: &anyhow::Error) -> Self {
+        if error.downcast_ref::<ConfigError>().is_some() {
+            return Ending::ConfigInvalid;
+        }
+        if error.downcast_ref::<TextError>().is_some() {
+            return Ending::ModelInvalid;
+        }
+        if let Some(error) = error.downcast_ref::<StartError>() {
+            return Self::of_start(error);
+        }
+        error.downcast_ref::<PullError>().map_or(Ending::Failed, Self::of_pull)
+    }
+
+    fn of_start(error: &StartError) -> Self {
+        match error {
+            StartError::Config(_) | StartError::Files(_) | StartError::Bind(_) => Ending::ModelInvalid,
+            StartError::Field { .. } | StartError::Cache { .. } | StartError::Plan(_) => {
+                Ending::ConfigInvalid
+            }
+            _ => Ending::Failed,
+        }
+    }
+
+    fn of_pull(error: &PullError) -> Self {
+        match error {
+            PullError::Scheme(_)
+            | PullError::Store(StoreError::Address(_) | StoreError::Credentials { .. }) => {
+                Ending::ConfigInvalid
+            }
+            PullError::Manifest(_)
+            | PullError::NoModel(_)
+            | PullError::TooLarge { .. }
+            | PullError::Digest { .. }
+            | PullError::Content { .. } => Ending::ModelInvalid,
+            PullError::Store(_) | PullError::Disk { .. } | PullError::Io { .. } => Ending::ModelUnavailable,
+        }
+    }
+
+    /// The code as it stands in messages.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Ending::ConfigInvalid => "CONFIG_INVALID",
+            Ending::ModelInvalid => "MODEL_INVALID",
+            Ending::ModelUnavailable => "MODEL_UNAVAILABLE",
+            Ending::Failed => "FAILED",
+        }
+    }
+
+    /// The exit code.
+    pub fn number(self) -> u8 {
+        match self {
+            Ending::Failed => 1,
+            Ending::ConfigInvalid => 2,
+            Ending::ModelInvalid => 3,
+            Ending::ModelUnavailable => 4,
+        }
+    }
+}
+
+impl From<Ending> for ExitCode {
+    fn from(ending: Ending) -> Self {
+        ExitCode::from(ending.number())
+    }
+}
+
+impl fmt::Display for Ending {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Context;
+
+    use super::*;
+
+    #[test]
+    fn the_refusal_is_found_behind_what_was_said_around_it() {
+        let refused: Result<(), _> = Err(PullError::NoModel("/models/a".into()));
+        let error = refused.context("the model").context("the start").unwrap_err();
+        assert_eq!(Ending::of(&error), Ending::ModelInvalid);
+        assert_eq!(Ending::of(&anyhow::anyhow!("a broken pipe")), Ending::Failed);
+        let store = PullError::Store(StoreError::Address("s3:/x".into()));
+        assert_eq!(Ending::of(&store.into()), Ending::ConfigInvalid);
+    }
+
+    #[test]
+    fn the_help_lists_every_code() {
+        for ending in Ending::ALL {
+            assert!(EXIT_CODES.contains(&format!("{}  {ending}: ", ending.number())), "{ending}");
+        }
+    }
+}
