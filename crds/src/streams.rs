@@ -1,8 +1,8 @@
 //! The streams and consumers of one model, as they are created and as they are checked.
 //!
 //! Why each setting: durability needs file storage, explicit acks and refusal instead of silent loss
-//! (discard new). The consumer's own `max_deliver` is only a fuse far above the worker's limit, because a
-//! broker that gives up leaves a job without an outcome; the worker counts attempts and writes one.
+//! (discard new). The consumer's own `max_deliver` is unlimited, because a broker that gives up leaves a job
+//! without an outcome; the worker counts attempts and writes one.
 
 use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, pull};
 use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType};
@@ -10,8 +10,9 @@ use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, Stor
 use crate::config::{QueueConfig, ResultsConfig};
 use crate::names::{Class, ModelRef};
 
-/// The consumer gives up after this many times the worker's own limit of attempts.
-const MAX_DELIVER_FUSE: i64 = 20;
+/// The broker never gives a job up: behind a limit of its own the job would stay in the queue, undelivered
+/// and without an outcome. The worker counts attempts, and bounds deliveries too.
+const MAX_DELIVER_UNLIMITED: i64 = -1;
 /// Most unacknowledged jobs of one class over all workers: far above what a pool of GPUs holds.
 const MAX_ACK_PENDING: i64 = 50_000;
 /// Most jobs that one pull may ask for.
@@ -89,7 +90,7 @@ pub fn consumer(model: &ModelRef, class: Class, queue: &QueueConfig) -> pull::Co
         deliver_policy: DeliverPolicy::All,
         ack_policy: AckPolicy::Explicit,
         ack_wait: queue.ack_wait.0,
-        max_deliver: i64::from(queue.max_deliver) * MAX_DELIVER_FUSE,
+        max_deliver: MAX_DELIVER_UNLIMITED,
         max_ack_pending: MAX_ACK_PENDING,
         max_batch: PULL_BATCH_MAX,
         filter_subject: model.jobs_subject(class),
@@ -118,7 +119,7 @@ mod tests {
         for class in Class::ALL {
             let config = consumer(&model, class, &queue);
             assert_eq!(config.filter_subject, model.jobs_subject(class));
-            assert!(config.max_deliver > i64::from(queue.max_deliver));
+            assert_eq!(config.max_deliver, -1, "the worker gives jobs up, with an outcome");
         }
     }
 }

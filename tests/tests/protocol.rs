@@ -14,6 +14,7 @@ use millrace_crds::job::header;
 use millrace_crds::names::{Class, JobId, ModelRef};
 use millrace_crds::result::ErrorCode;
 use millrace_crds::tokens::TokenDelta;
+use millrace_crds::units::Span;
 use millrace_tests::scripted::{Bench, PATIENCE, text, until};
 use millrace_worker::provision::{Mode, State, provision};
 
@@ -241,7 +242,7 @@ async fn provisioning_is_idempotent_and_names_drift() -> Result<()> {
     let results = ResultsConfig::default();
     let same = provision(&bench.context, &bench.model, &bench.queue, &results, Mode::Check).await?;
     assert!(same.iter().all(|item| item.state == State::Same) && same.len() == 6, "{same:?}");
-    let other = QueueConfig { max_jobs: 5, max_deliver: 4, ..bench.queue.clone() };
+    let other = QueueConfig { max_jobs: 5, ack_wait: Span(Duration::from_secs(4)), ..bench.queue.clone() };
     let drift = provision(&bench.context, &bench.model, &other, &results, Mode::Create).await?;
     let differ = drift.iter().filter(|item| matches!(item.state, State::Differs(_))).count();
     assert_eq!(differ, 4, "the stream and three consumers: {drift:?}");

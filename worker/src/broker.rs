@@ -3,11 +3,12 @@
 //! Each of them says what really happened. A read tells "absent" from "could not be read". A create tells
 //! "stored" from "somebody else was first". An ack is a request that demands an empty success reply,
 //! because a client library's confirmed ack was seen to report success when there was no consumer.
-//! Nothing here retries without a bound.
+//! Nothing here retries without a bound: what stands between a job and its answer is tried for [`PATIENCE`],
+//! so that a restart of the broker or the election of a leader does not throw a computed answer away.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_nats::jetstream::ErrorCode;
 use async_nats::jetstream::publish::PublishAck;
@@ -20,10 +21,13 @@ use tokio::sync::watch;
 
 /// How long one request to the broker may take.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
-/// How often a request is tried before the caller hears of its failure.
-const TRIES: u32 = 4;
-/// Pause before the second try; doubled for each further one.
-const TRY_PAUSE: Duration = Duration::from_millis(100);
+/// How long a look-up or a create is tried while the broker does not answer it. Longer than a broker takes
+/// to restart or to elect a leader, and short beside the time that a job's answer may have cost.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+/// How often an ack is tried. An unconfirmed one costs only a redelivery that finds the outcome.
+const ACK_TRIES: u32 = 4;
+/// Pause before the second try, and the end of its doubling.
+const TRY_PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 /// Pause between attempts to connect, and its growth's end.
 const CONNECT_PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 /// Commands that may wait for the connection; more publishers wait.
@@ -177,8 +181,9 @@ impl Broker {
     }
 
     /// Stores a message if the last one on its subject has this sequence; 0 means that there is none.
-    /// Tried again while the broker does not answer. A try that was stored and whose answer was lost makes
-    /// the next one lose against it, so [`Created::Lost`] means "it is there", not "another one wrote it".
+    /// Tried again for [`PATIENCE`] while the broker does not answer. A try that was stored and whose answer
+    /// was lost makes the next one lose against it, so [`Created::Lost`] means "it is there", not "another
+    /// one wrote it".
     ///
     /// # Errors
     /// When it could not be stored, or nobody knows.
@@ -194,21 +199,14 @@ impl Broker {
             async_nats::header::NATS_EXPECTED_LAST_SUBJECT_SEQUENCE,
             last_sequence.to_string().as_str(),
         );
-        let limit = self.client.max_payload();
-        let mut pause = TRY_PAUSE;
-        for last_try in (0..TRIES).map(|n| n + 1 == TRIES) {
+        let mut patience = Patience::new(PATIENCE);
+        loop {
             let answer = self.request(WHAT, subject, Some(headers.clone()), body.clone()).await;
             match answer.and_then(|message| puback(&message)) {
-                Err(BrokerError::TooLarge { bytes, .. }) => {
-                    return Err(BrokerError::TooLarge { bytes, limit });
-                }
-                Err(error) if last_try => return Err(error),
-                Err(_) => tokio::time::sleep(pause).await,
+                Err(error) => patience.rest(error).await?,
                 created => return created,
             }
-            pause *= 2;
         }
-        unreachable!("the last try returns")
     }
 
     /// Acknowledges by request, and believes nothing but an empty success reply.
@@ -217,8 +215,8 @@ impl Broker {
     /// When there is no such reply: the consumer is gone, or the broker does not answer.
     pub async fn ack(&self, reply: &str) -> Result<(), BrokerError> {
         const WHAT: &str = "ack";
-        let mut pause = TRY_PAUSE;
-        for last_try in (0..TRIES).map(|n| n + 1 == TRIES) {
+        let mut pause = TRY_PAUSE.0;
+        for last_try in (0..ACK_TRIES).map(|n| n + 1 == ACK_TRIES) {
             let answer = self.request(WHAT, reply, None, Bytes::from_static(b"+ACK")).await;
             match answer.and_then(|message| empty_success(WHAT, &message)) {
                 Ok(()) => return Ok(()),
@@ -265,6 +263,33 @@ impl Broker {
     }
 }
 
+/// The pauses between the tries of one request, and their end.
+#[derive(Debug)]
+pub struct Patience {
+    over_at: Instant,
+    pause: Duration,
+}
+
+impl Patience {
+    /// Over after this time.
+    pub fn new(limit: Duration) -> Self {
+        Self { over_at: Instant::now() + limit, pause: TRY_PAUSE.0 }
+    }
+
+    /// Waits before the next try.
+    ///
+    /// # Errors
+    /// The error that came back, when it would come again or the patience is over.
+    pub async fn rest(&mut self, error: BrokerError) -> Result<(), BrokerError> {
+        if !matches!(error, BrokerError::Request { .. }) || Instant::now() >= self.over_at {
+            return Err(error);
+        }
+        tokio::time::sleep(self.pause).await;
+        self.pause = (self.pause * 2).min(TRY_PAUSE.1);
+        Ok(())
+    }
+}
+
 fn on_event(event: &Event, connections: &watch::Sender<u64>) {
     match event {
         Event::Connected => {
@@ -307,3 +332,24 @@ fn puback(message: &Message) -> Result<Created, BrokerError> {
 
 /// The broker's second code for the same refusal, without numbers in its text; since nats-server 2.11.
 const WRONG_LAST_SEQUENCE_CONSTANT: ErrorCode = ErrorCode::STREAM_WRONG_LAST_SEQUENCE_CONSTANT;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn patience_ends() {
+        let limit = Duration::from_millis(250);
+        let (began, mut patience) = (Instant::now(), Patience::new(limit));
+        let silence = failed("publish", "no responders");
+        let mut rests = 0;
+        while patience.rest(silence.clone()).await.is_ok() {
+            rests += 1;
+        }
+        assert!(began.elapsed() >= limit);
+        assert_eq!(rests, 2, "of 100 and 200 ms");
+        // What would fail again is not tried again.
+        let large = BrokerError::TooLarge { bytes: 2, limit: 1 };
+        assert_eq!(Patience::new(limit).rest(large.clone()).await, Err(large));
+    }
+}

@@ -11,7 +11,7 @@ use millrace_crds::job::{JobHeaders, header};
 use millrace_crds::names::{JobId, ModelRef, Token};
 use millrace_crds::result::{ErrorCode, LineError, OutcomeKind, OutputLine};
 
-use crate::broker::{Broker, BrokerError, Created};
+use crate::broker::{Broker, BrokerError, Created, PATIENCE, Patience};
 use crate::queue::Delivery;
 
 /// Longest message of an error that is stored or logged, in characters.
@@ -99,11 +99,21 @@ impl Results {
         Self { broker, model, worker, digest }
     }
 
-    /// Reads the outcome, cancel marker and ledger of a job.
+    /// Reads the outcome, cancel marker and ledger of a job; tried again while the broker does not answer.
     ///
     /// # Errors
     /// When one of them could not be read. That is not "absent": the job must wait.
     pub async fn look_up(&self, job: &JobId) -> Result<Known, BrokerError> {
+        let mut patience = Patience::new(PATIENCE);
+        loop {
+            match self.look_up_once(job).await {
+                Err(error) => patience.rest(error).await?,
+                known => return known,
+            }
+        }
+    }
+
+    async fn look_up_once(&self, job: &JobId) -> Result<Known, BrokerError> {
         let stream = self.model.results_stream();
         let (result, cancel, attempts) = (
             self.model.result_subject(job),

@@ -39,8 +39,8 @@ use crate::tokens::Tokens;
 use crate::watchdog::Watch;
 use pulse::{Phase, Pulse, keep_alive};
 
-/// Deliveries after which a job is given up whatever its ledger says, in multiples of its attempts. Below
-/// the broker's own fuse, behind which a job would lie without an outcome.
+/// Deliveries after which a job is given up whatever its ledger says, in multiples of its attempts: the bound
+/// for a job that comes back again and again without an attempt that counts. The broker itself has none.
 const DELIVERIES_PER_ATTEMPT_MAX: u32 = 10;
 /// After the drain's end, how long handing back may take.
 const HAND_BACK_TIMEOUT: Duration = Duration::from_secs(10);
@@ -414,7 +414,9 @@ impl<R: Run> Held<'_, R> {
         if !counts {
             self.take_back_start().await;
         }
-        let pause = after.unwrap_or_else(|| backoff(&line.queue, self.attempt));
+        // What does not count as an attempt is paced by the deliveries, or an outage would use them all up.
+        let step = if counts { self.attempt } else { self.delivery.delivered };
+        let pause = after.unwrap_or_else(|| backoff(&line.queue, step));
         let handed = self.delivery.retry(pause).await;
         tracing::warn!(
             job = %self.headers.id, attempt = self.attempt, category = fault.category(), %fault,
