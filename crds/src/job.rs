@@ -13,6 +13,8 @@ pub const JOB_BYTES_MAX: usize = 1 << 20;
 pub const INPUT_BYTES_MAX: u64 = 200 << 20;
 /// Most requests in one `application/jsonl` job, as OpenAI's batch limit.
 pub const REQUESTS_MAX: usize = 50_000;
+/// Longest trace header that is passed on: what W3C Trace Context demands of everybody.
+const TRACE_BYTES_MAX: usize = 512;
 /// Content type of a body with one OpenAI batch line per request.
 pub const JSONL: &str = "application/jsonl";
 /// Content type of a body with one request.
@@ -34,6 +36,8 @@ pub mod header {
     pub const OUTPUT: &str = "Millrace-Output";
     /// W3C trace context, passed on to the outcome.
     pub const TRACEPARENT: &str = "traceparent";
+    /// W3C trace context of the tracing systems, passed on beside a sound `traceparent`.
+    pub const TRACESTATE: &str = "tracestate";
     /// [`super::JSON`] (the default) or [`super::JSONL`].
     pub const CONTENT_TYPE: &str = "Content-Type";
     /// On outcomes, dead letters and tokens: the job's id.
@@ -73,6 +77,8 @@ pub struct JobHeaders {
     pub output: Option<String>,
     /// W3C trace context.
     pub traceparent: Option<String>,
+    /// What tracing systems added to it.
+    pub tracestate: Option<String>,
     /// Whether the body holds many requests, one a line.
     pub jsonl: bool,
 }
@@ -151,6 +157,8 @@ impl JobHeaders {
             Some(value) => value.parse::<JobId>()?,
             None => JobId::from_stream_sequence(stream_sequence),
         };
+        let traceparent = get(header::TRACEPARENT).filter(|v| is_traceparent(v)).map(str::to_owned);
+        let tracestate = get(header::TRACESTATE).filter(|v| traceparent.is_some() && is_tracestate(v));
         Ok(Self {
             id,
             deadline,
@@ -158,9 +166,15 @@ impl JobHeaders {
             stream,
             input: uri(header::INPUT)?,
             output: uri(header::OUTPUT)?,
-            traceparent: get(header::TRACEPARENT).filter(|v| is_traceparent(v)).map(str::to_owned),
+            traceparent,
+            tracestate: tracestate.map(str::to_owned),
             jsonl,
         })
+    }
+
+    /// The id of the trace that the job belongs to, for logs; empty if it belongs to none.
+    pub fn trace_id(&self) -> &str {
+        self.traceparent.as_deref().and_then(|text| text.split('-').nth(1)).unwrap_or_default()
     }
 }
 
@@ -173,11 +187,26 @@ fn is_publishable(subject: &str) -> bool {
     !reserved && tokens_ok && subject.len() <= 256
 }
 
-/// `version-traceid-parentid-flags`, as in W3C Trace Context. A malformed one is dropped, not refused.
+/// `version-traceid-parentid-flags` in lower-case hex, as in W3C Trace Context: neither id is all zeros,
+/// version `ff` is invalid, and only a version after `00` may have more parts. A malformed one is dropped,
+/// not refused.
 fn is_traceparent(value: &str) -> bool {
     let parts: Vec<&str> = value.split('-').collect();
-    let lengths: Vec<usize> = parts.iter().map(|p| p.len()).collect();
-    lengths == [2, 32, 16, 2] && parts.iter().all(|p| p.bytes().all(|b| b.is_ascii_hexdigit()))
+    let [version, trace, parent, flags, more @ ..] = parts.as_slice() else { return false };
+    let is_hex = |part: &str| part.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
+    let lengths = [version.len(), trace.len(), parent.len(), flags.len()];
+    lengths == [2, 32, 16, 2]
+        && parts[..4].iter().all(|part| is_hex(part))
+        && *version != "ff"
+        && (more.is_empty() || *version != "00")
+        && [trace, parent].iter().all(|id| id.bytes().any(|b| b != b'0'))
+        && value.len() <= TRACE_BYTES_MAX
+        && value.bytes().all(|b| b.is_ascii_graphic())
+}
+
+/// A list of the tracing systems' own entries; not ours to read, only to bound.
+fn is_tracestate(value: &str) -> bool {
+    !value.is_empty() && value.len() <= TRACE_BYTES_MAX && value.bytes().all(|b| (b' '..=b'~').contains(&b))
 }
 
 #[cfg(test)]
@@ -232,6 +261,30 @@ mod tests {
             assert!(error.contains(name), "{name}={value}: {error}");
             assert!(error.contains(value), "{name}={value}: {error}");
         }
-        assert_eq!(parse(&[("traceparent", "junk")]).unwrap().traceparent, None);
+    }
+
+    #[test]
+    fn a_sound_trace_is_passed_on_and_another_is_dropped() {
+        let trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+        let job = parse(&[("traceparent", trace), ("tracestate", "a=1,b@c=2")]).unwrap();
+        assert_eq!((job.traceparent.as_deref(), job.tracestate.as_deref()), (Some(trace), Some("a=1,b@c=2")));
+        assert_eq!(job.trace_id(), "0af7651916cd43dd8448eb211c80319c");
+        let later = trace.replacen("00-", "01-", 1) + "-more";
+        assert!(parse(&[("traceparent", &later)]).unwrap().traceparent.is_some());
+        let zeros = format!("00-{}-b7ad6b7169203331-01", "0".repeat(32));
+        let unsound = [
+            "junk",
+            &zeros,
+            &trace.to_uppercase(),
+            &trace.replacen("00-", "ff-", 1),
+            &format!("{trace}-more"),
+        ];
+        for text in unsound {
+            let job = parse(&[("traceparent", text), ("tracestate", "a=1")]).unwrap();
+            assert_eq!((job.traceparent.as_deref(), job.tracestate.as_deref()), (None, None), "{text}");
+            assert_eq!(job.trace_id(), "");
+        }
+        let long = "a=".to_owned() + &"x".repeat(TRACE_BYTES_MAX);
+        assert_eq!(parse(&[("traceparent", trace), ("tracestate", &long)]).unwrap().tracestate, None);
     }
 }

@@ -24,13 +24,14 @@ use crate::input;
 use crate::output::{Printer, line, note, table};
 
 /// Headers of the old message that the new one keeps.
-const KEPT: [&str; 7] = [
+const KEPT: [&str; 8] = [
     header::CONTENT_TYPE,
     header::STREAM,
     header::REPLY_SUBJECT,
     header::INPUT,
     header::OUTPUT,
     header::TRACEPARENT,
+    header::TRACESTATE,
     header::DEADLINE,
 ];
 

@@ -22,6 +22,7 @@ use millrace_worker::engine::handle::{Limits, Load};
 use millrace_worker::fault::Fault;
 use millrace_worker::metrics::Metrics;
 use millrace_worker::provision::{Mode, provision};
+use millrace_worker::queue::PullTrouble;
 use millrace_worker::run::{Answer, Run, Work};
 use millrace_worker::serve::{Line, LineParts, serve};
 use millrace_worker::watchdog::Watch;
@@ -117,7 +118,14 @@ impl Run for Runner {
             _ => {}
         }
         self.load.steps.fetch_add(1, Ordering::SeqCst);
-        Ok(Answer { body: work.body, prompt_tokens: 1, output_tokens: 1, sequences: 1, first_token_ms: None })
+        Ok(Answer {
+            body: work.body,
+            prompt_tokens: 1,
+            output_tokens: 1,
+            sequences: 1,
+            stopped: 0,
+            first_token_ms: None,
+        })
     }
 
     fn limits(&self) -> Limits {
@@ -209,6 +217,7 @@ impl Bench {
             claims: Claims::without_store(1 << 20),
             metrics: metrics.clone(),
             watch: Watch::default(),
+            trouble: PullTrouble::default(),
         });
         let drain = CancellationToken::new();
         let task = tokio::spawn({

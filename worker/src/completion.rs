@@ -28,6 +28,8 @@ pub struct Completion {
     pub prompt_tokens: u64,
     /// Tokens generated, as far as they count.
     pub output_tokens: u64,
+    /// Choices that ended by themselves or at a stop; the others reached their length.
+    pub stopped: u64,
     /// From the start of the job to its first token; it is not part of the body.
     pub first_token_ms: Option<f64>,
 }
@@ -102,6 +104,10 @@ pub(crate) struct Answered<'a> {
 impl Answered<'_> {
     pub(crate) fn output_tokens(&self) -> u64 {
         self.choices.iter().map(|choice| choice.tokens).sum()
+    }
+
+    pub(crate) fn stopped(&self) -> u64 {
+        self.choices.iter().filter(|choice| choice.finish == FinishReason::Stop).count() as u64
     }
 
     fn usage(&self) -> Usage {

@@ -95,6 +95,7 @@ pub async fn generate(
         refused: totals.refused,
         prompt_tokens: totals.prompt_tokens,
         output_tokens: totals.output_tokens,
+        stopped: totals.stopped,
         first_token_ms: requests.first_token_ms(),
     })
 }
@@ -106,6 +107,7 @@ pub(crate) struct Totals {
     pub refused: usize,
     pub prompt_tokens: u64,
     pub output_tokens: u64,
+    pub stopped: u64,
 }
 
 impl Totals {
@@ -114,6 +116,7 @@ impl Totals {
         self.refused += usize::from(answer.line.error.is_some());
         self.prompt_tokens += answer.prompt_tokens;
         self.output_tokens += answer.output_tokens;
+        self.stopped += answer.stopped;
     }
 }
 
@@ -123,6 +126,7 @@ pub(crate) struct Answer {
     pub line: OutputLine,
     pub prompt_tokens: u64,
     pub output_tokens: u64,
+    pub stopped: u64,
 }
 
 /// Answers requests of one job or file, with bounded numbers of sequences and lines in flight.
@@ -170,6 +174,7 @@ impl<'a> Requests<'a> {
                     line: refusal(&line.id, &line.custom_id, fault.code(), fault.to_string()),
                     prompt_tokens: 0,
                     output_tokens: 0,
+                    stopped: 0,
                 }),
                 other => other,
             }
@@ -191,6 +196,7 @@ impl<'a> Requests<'a> {
         let answered = Answered { text: self.text, created, logprobs, prompt_tokens, choices };
         Ok(Answer {
             output_tokens: answered.output_tokens(),
+            stopped: answered.stopped(),
             prompt_tokens,
             line: answer(line, request, &answered),
         })

@@ -1,12 +1,11 @@
 //! The worker's own pages: `/metrics`, `/healthz` and `/readyz`.
 //!
 //! Alive means that the engine does not hang. Ready means all of: weights loaded, warm-up done, broker
-//! connected, not draining. The answer to "not ready" says which is missing.
+//! connected, pulls answered, not draining. The answer to "not ready" says what is missing, and why.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use axum::Router;
 use axum::extract::State;
@@ -19,6 +18,7 @@ use millrace_crds::load::ColdStart;
 use crate::broker::Broker;
 use crate::engine::handle::EngineHandle;
 use crate::metrics::Metrics;
+use crate::queue::PullTrouble;
 use crate::watchdog::Watch;
 
 /// What the pages show. Cheap to clone.
@@ -33,6 +33,8 @@ struct Parts {
     engine: OnceLock<EngineHandle>,
     cold_start: OnceLock<ColdStart>,
     draining: AtomicBool,
+    waiting: Mutex<Option<String>>,
+    trouble: PullTrouble,
 }
 
 impl Health {
@@ -45,7 +47,19 @@ impl Health {
             engine: OnceLock::new(),
             cold_start: OnceLock::new(),
             draining: AtomicBool::new(false),
+            waiting: Mutex::default(),
+            trouble: PullTrouble::default(),
         }))
+    }
+
+    /// Where the pulling side says why it cannot pull.
+    pub fn pull_trouble(&self) -> PullTrouble {
+        self.0.trouble.clone()
+    }
+
+    /// What the weights wait for, while they cannot be pulled.
+    pub fn set_waiting(&self, reason: Option<String>) {
+        *self.0.waiting.lock().unwrap_or_else(PoisonError::into_inner) = reason;
     }
 
     /// The connection, from which "connected" is read.
@@ -55,6 +69,7 @@ impl Health {
 
     /// The weights are loaded.
     pub fn set_engine(&self, engine: EngineHandle) {
+        self.0.metrics.loaded(engine.limits());
         let _ = self.0.engine.set(engine);
     }
 
@@ -79,22 +94,29 @@ impl Health {
         self.0.draining.store(true, Ordering::Relaxed);
     }
 
-    /// What is missing until ready.
-    pub fn missing(&self) -> Option<&'static str> {
+    /// All that is missing until ready, each with its reason if it is known.
+    pub fn missing(&self) -> Vec<String> {
         let parts = &self.0;
+        let mut missing = Vec::new();
         if parts.draining.load(Ordering::Relaxed) {
-            return Some("draining");
+            missing.push("draining".to_owned());
         }
         if parts.engine.get().is_none() {
-            return Some("weights are not loaded");
-        }
-        if parts.cold_start.get().is_none() {
-            return Some("the warm-up step is not through");
+            let waiting = parts.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+            let reason = waiting.as_deref().map_or(String::new(), |reason| format!(": {reason}"));
+            missing.push(format!("the weights are not loaded{reason}"));
+        } else if parts.cold_start.get().is_none() {
+            missing.push("the warm-up step is not through".to_owned());
         }
         if !parts.broker.get().is_some_and(Broker::connected) {
-            return Some("the broker is not connected");
+            missing.push("the broker is not connected".to_owned());
+        } else if let Some(reason) = parts.trouble.get() {
+            missing.push(format!("no job can be pulled: {reason}"));
         }
-        parts.watch.hung().then_some("the engine hangs")
+        if parts.watch.hung() {
+            missing.push("the engine hangs".to_owned());
+        }
+        missing
     }
 
     /// Binds the address and answers until the process ends. Returns the address bound.
@@ -128,9 +150,10 @@ async fn healthz(State(health): State<Health>) -> (StatusCode, &'static str) {
 }
 
 async fn readyz(State(health): State<Health>) -> (StatusCode, String) {
-    match health.missing() {
-        None => (StatusCode::OK, "ready\n".to_owned()),
-        Some(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("{reason}\n")),
+    let missing = health.missing();
+    match missing.is_empty() {
+        true => (StatusCode::OK, "ready\n".to_owned()),
+        false => (StatusCode::SERVICE_UNAVAILABLE, missing.join("\n") + "\n"),
     }
 }
 
@@ -144,7 +167,10 @@ mod tests {
     fn not_ready_says_what_is_missing() {
         let metrics = Arc::new(Metrics::new(&ModelRef::new("default", "m").unwrap()));
         let health = Health::new(metrics, Watch::default());
-        assert_eq!(health.missing(), Some("weights are not loaded"));
+        let no_broker = "the broker is not connected";
+        assert_eq!(health.missing(), ["the weights are not loaded", no_broker]);
+        health.set_waiting(Some("s3://a/b: refused".into()));
+        assert_eq!(health.missing(), ["the weights are not loaded: s3://a/b: refused", no_broker]);
         let limits = crate::engine::handle::Limits {
             max_model_len: 8,
             max_sequences: 1,
@@ -154,11 +180,11 @@ mod tests {
         };
         let (engine, _inbox) = crate::engine::handle::channel(limits);
         health.set_engine(engine);
-        assert_eq!(health.missing(), Some("the warm-up step is not through"));
+        assert_eq!(health.missing(), ["the warm-up step is not through", no_broker]);
         let zero = ColdStart { connect_ms: 0.0, pull_ms: 0.0, load_ms: 0.0, warm_up_ms: 0.0, total_ms: 0.0 };
         health.set_warm(zero);
-        assert_eq!(health.missing(), Some("the broker is not connected"));
+        assert_eq!(health.missing(), [no_broker]);
         health.set_draining();
-        assert_eq!(health.missing(), Some("draining"));
+        assert_eq!(health.missing(), ["draining", no_broker]);
     }
 }

@@ -4,18 +4,20 @@
 //! `millrace_...`. Label sets are finite: model, kind, category, class; never an id.
 
 use std::sync::Mutex;
+use std::time::Duration;
 
 use millrace_crds::load::ColdStart;
 use millrace_crds::names::{Class, ModelRef};
 use millrace_crds::result::OutcomeKind;
 use prometheus::core::Collector;
 use prometheus::{
-    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
-    TextEncoder,
+    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
+    Opts, Registry, TextEncoder,
 };
 
 use crate::engine::handle::{Limits, Load};
 use crate::fault::Fault;
+use crate::run::Answer;
 
 /// Seconds, from a millisecond to an hour: vLLM's request buckets, finer below.
 const SECONDS: [f64; 22] = [
@@ -49,8 +51,6 @@ pub struct Metrics {
     pub ack_failures: IntCounter,
     /// Keep-alives not sent, because the engine made no step.
     pub keep_alives_withheld: IntCounter,
-    /// Token deltas dropped, because the connection was slower than the engine.
-    pub deltas_dropped: IntCounter,
     /// Pull requests sent.
     pub pulls: IntCounter,
     /// Pull requests that failed.
@@ -60,19 +60,24 @@ pub struct Metrics {
     /// From a job's stream timestamp to its start.
     pub queue_wait: Histogram,
     /// From a job's start to its first token.
-    pub first_token: Histogram,
+    first_token: Histogram,
     /// Mean time per output token of a job.
-    pub per_token: Histogram,
+    per_token: Histogram,
+    /// The same, once for each token.
+    between_tokens: Histogram,
+    /// Sequences answered, by the reason of their end.
+    success: IntCounterVec,
+    cache_config: IntGaugeVec,
     /// From a job's stream timestamp to its stored outcome.
     pub end_to_end: Histogram,
     /// From a job's start to its outcome, without queue and storing.
-    pub run: Histogram,
+    run: Histogram,
     /// From a job's outcome until it is stored and acknowledged.
     pub settle: Histogram,
     /// Prompt tokens of a job.
-    pub prompt_tokens: Histogram,
+    prompt_tokens: Histogram,
     /// Output tokens of a job.
-    pub output_tokens: Histogram,
+    output_tokens: Histogram,
     /// Deadline minus the end, of jobs that had one and met it.
     pub deadline_margin: Histogram,
 }
@@ -153,7 +158,6 @@ impl Metrics {
                 "millrace_keep_alives_withheld_total",
                 "Keep-alives not sent because the engine made no step.",
             ),
-            deltas_dropped: counter(r, "millrace_deltas_dropped_total", "Token deltas not published."),
             pulls: counter(r, "millrace_pulls_total", "Pull requests sent."),
             pull_errors: counter(r, "millrace_pull_errors_total", "Pull requests that failed."),
             held: gauge(r, "millrace_jobs_held", "Jobs held, running or not."),
@@ -171,8 +175,14 @@ impl Metrics {
             ),
             per_token: histogram(
                 r,
-                "vllm:time_per_output_token_seconds",
+                "vllm:request_time_per_output_token_seconds",
                 "Mean time per output token of a job, after its first.",
+                &TOKEN_SECONDS,
+            ),
+            between_tokens: histogram(
+                r,
+                "vllm:inter_token_latency_seconds",
+                "Time between tokens; each of a job's tokens counts with the job's mean.",
                 &TOKEN_SECONDS,
             ),
             end_to_end: histogram(
@@ -193,6 +203,19 @@ impl Metrics {
                 "From a job's answer until it is stored and acknowledged.",
                 &SECONDS,
             ),
+            success: counters(
+                r,
+                "vllm:request_success_total",
+                "Sequences answered, by the reason of their end.",
+                "finished_reason",
+            ),
+            cache_config: register(
+                r,
+                IntGaugeVec::new(
+                    Opts::new("vllm:cache_config_info", "Sizes of the KV cache, as labels."),
+                    &["block_size", "num_gpu_blocks"],
+                ),
+            ),
             prompt_tokens: histogram(r, "vllm:request_prompt_tokens", "Prompt tokens of a job.", &TOKENS),
             output_tokens: histogram(r, "vllm:request_generation_tokens", "Output tokens of a job.", &TOKENS),
             deadline_margin: histogram(
@@ -212,6 +235,9 @@ impl Metrics {
         for kind in [OutcomeKind::Completed, OutcomeKind::Rejected, OutcomeKind::Dead] {
             self.jobs.with_label_values(&[kind.as_str()]);
         }
+        for reason in ["stop", "length"] {
+            self.success.with_label_values(&[reason]);
+        }
         for class in Class::ALL {
             self.deliveries.with_label_values(&[class.as_str()]);
         }
@@ -228,6 +254,37 @@ impl Metrics {
             .iter()
             .map(|kind| self.jobs.with_label_values(&[kind.as_str()]).get())
             .sum()
+    }
+
+    /// An attempt ended with an answer after `run`.
+    pub fn answered(&self, answer: &Answer, run: Duration) {
+        let (sequences, tokens) = (answer.sequences.max(1), answer.output_tokens);
+        self.run.observe(run.as_secs_f64());
+        self.prompt_tokens.observe(answer.prompt_tokens as f64);
+        self.output_tokens.observe(tokens as f64);
+        let ends = [("stop", answer.stopped), ("length", answer.sequences.saturating_sub(answer.stopped))];
+        for (reason, count) in ends {
+            self.success.with_label_values(&[reason]).inc_by(count);
+        }
+        let Some(first_ms) = answer.first_token_ms else { return };
+        self.first_token.observe(first_ms / 1000.0);
+        if tokens <= sequences {
+            return;
+        }
+        let rest_s = (run.as_secs_f64() - first_ms / 1000.0).max(0.0);
+        let per_token_s = rest_s * sequences as f64 / (tokens - sequences) as f64;
+        self.per_token.observe(per_token_s);
+        let between = self.between_tokens.local();
+        for _ in sequences..tokens {
+            between.observe(per_token_s);
+        }
+        between.flush();
+    }
+
+    /// The engine is loaded: what its KV cache holds does not change any more.
+    pub fn loaded(&self, limits: Limits) {
+        let labels = [limits.block_tokens.to_string(), limits.kv_blocks.to_string()];
+        self.cache_config.with_label_values(&labels).set(1);
     }
 
     /// An attempt ended without an answer.
@@ -272,10 +329,14 @@ impl EngineMetrics {
             prompt_tokens: counter(r, "vllm:prompt_tokens_total", "Prompt tokens."),
             prefix_queries: counter(
                 r,
-                "vllm:prefix_cache_queries",
+                "vllm:prefix_cache_queries_total",
                 "Prompt tokens looked up in the prefix cache.",
             ),
-            prefix_hits: counter(r, "vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache."),
+            prefix_hits: counter(
+                r,
+                "vllm:prefix_cache_hits_total",
+                "Prompt tokens found in the prefix cache.",
+            ),
             generation_tokens: counter(r, "vllm:generation_tokens_total", "Tokens generated."),
             preemptions: counter(r, "vllm:num_preemptions_total", "Sequences preempted."),
             steps: counter(r, "millrace_engine_steps_total", "Steps of the engine."),
@@ -330,5 +391,32 @@ mod tests {
             assert!(text.contains(line), "{line} is missing from:\n{text}");
         }
         assert_eq!(metrics.stored_total(), 1);
+    }
+
+    #[test]
+    fn an_answer_counts_once_a_job_and_once_a_token() {
+        let metrics = Metrics::new(&ModelRef::new("default", "m").unwrap());
+        let answer = Answer {
+            body: bytes::Bytes::new(),
+            prompt_tokens: 7,
+            output_tokens: 12,
+            sequences: 2,
+            stopped: 1,
+            first_token_ms: Some(500.0),
+        };
+        metrics.answered(&answer, Duration::from_secs(3));
+        let text = String::from_utf8(metrics.text(None)).unwrap();
+        // Two sequences side by side made ten tokens after their first ones in 2.5 s.
+        for line in [
+            "vllm:request_time_per_output_token_seconds_sum{model_name=\"m\"} 0.5",
+            "vllm:inter_token_latency_seconds_count{model_name=\"m\"} 10",
+            "vllm:inter_token_latency_seconds_sum{model_name=\"m\"} 5",
+            "vllm:time_to_first_token_seconds_sum{model_name=\"m\"} 0.5",
+            "vllm:request_success_total{finished_reason=\"stop\",model_name=\"m\"} 1",
+            "vllm:request_success_total{finished_reason=\"length\",model_name=\"m\"} 1",
+            "vllm:request_generation_tokens_sum{model_name=\"m\"} 12",
+        ] {
+            assert!(text.contains(line), "{line} is missing from:\n{text}");
+        }
     }
 }

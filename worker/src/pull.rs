@@ -29,6 +29,8 @@ const WATCH_TIMEOUT: Duration = Duration::from_secs(6);
 const REST_MIN: Duration = Duration::from_millis(100);
 /// Longest rest: a broker that is back is used within this time.
 const REST_MAX: Duration = Duration::from_secs(3);
+/// Errors in a row after which a class counts as failing: a change of the broker's leader takes fewer.
+const FAILING_AFTER: u32 = 3;
 /// Errors in a row after which the subscription is made anew.
 pub const REBUILD_AFTER: u32 = 5;
 
@@ -167,6 +169,11 @@ impl PullPlan {
         due
     }
 
+    /// Classes whose requests have failed [`FAILING_AFTER`] times or more in a row.
+    pub fn failing(&self) -> PerClass<bool> {
+        self.errors.map(|errors| errors >= FAILING_AFTER)
+    }
+
     /// When [`PullPlan::plan`] should be asked again even if nothing happens.
     pub fn wake_at(&self) -> Option<Instant> {
         let times = self.phases.iter().filter_map(|phase| match phase {
@@ -261,11 +268,13 @@ mod tests {
         // A minute of failures: a few requests a class, then one each REST_MAX.
         assert!((45..100).contains(&sent), "{sent} requests in a minute");
         assert!(rebuilt > 2, "{rebuilt}");
+        assert_eq!(plan.failing(), [true; 3]);
         now += REST_MAX;
         let requests = plan.plan(4, now);
         assert_eq!(requests.len(), 3, "the broker is back");
         plan.delivered(requests[0].class, now);
         assert_eq!(plan.errors[requests[0].class as usize], 0);
+        assert_eq!(plan.failing(), [false, true, true]);
     }
 
     #[test]

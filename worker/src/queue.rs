@@ -4,6 +4,7 @@
 //! one of three ways: finished (a confirmed ack, only after its outcome is stored), handed back with a
 //! pause, or silently lost with its process, which the broker's ack wait turns into a redelivery.
 
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_nats::{Message, StatusCode, Subscriber};
@@ -16,6 +17,7 @@ use time::OffsetDateTime;
 use tokio::sync::watch;
 
 use crate::broker::{Broker, BrokerError};
+use crate::classes::PerClass;
 use crate::pull::{PullPlan, PullRequest, Status, WATCH_EXPIRES, WATCH_HEARTBEAT};
 
 /// One delivery of one job.
@@ -93,6 +95,21 @@ impl Delivery {
     }
 }
 
+/// Why no job can be pulled at the moment, for whoever asks whether the worker is ready. Cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub struct PullTrouble(Arc<Mutex<Option<String>>>);
+
+impl PullTrouble {
+    /// The reason, if there is trouble.
+    pub fn get(&self) -> Option<String> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set(&self, reason: Option<String>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = reason;
+    }
+}
+
 /// The pulling side. One a worker.
 #[derive(Debug)]
 pub struct Queue {
@@ -102,7 +119,9 @@ pub struct Queue {
     inbox: String,
     replies: SelectAll<Replies>,
     connections: watch::Receiver<u64>,
-    failing: bool,
+    failing: PerClass<bool>,
+    last_refusal: String,
+    trouble: PullTrouble,
     /// Requests sent, for the metrics.
     pub pulls: u64,
     /// Requests that failed, for the metrics.
@@ -114,7 +133,12 @@ impl Queue {
     ///
     /// # Errors
     /// When the connection is closed for good.
-    pub async fn open(broker: Broker, model: ModelRef, weights: &ClassWeights) -> Result<Self, BrokerError> {
+    pub async fn open(
+        broker: Broker,
+        model: ModelRef,
+        weights: &ClassWeights,
+        trouble: PullTrouble,
+    ) -> Result<Self, BrokerError> {
         let mut connections = broker.connections();
         connections.mark_unchanged();
         let mut queue = Self {
@@ -122,7 +146,9 @@ impl Queue {
             inbox: String::new(),
             replies: SelectAll::new(),
             connections,
-            failing: false,
+            failing: PerClass::default(),
+            last_refusal: String::new(),
+            trouble,
             pulls: 0,
             pull_errors: 0,
             broker,
@@ -164,7 +190,31 @@ impl Queue {
         for request in self.plan.plan(free, Instant::now()) {
             self.send(request).await?;
         }
+        self.tell();
         Ok(())
+    }
+
+    /// Says once when pulls begin to fail, and once when all of them work again.
+    fn tell(&mut self) {
+        let failing = self.plan.failing();
+        if failing == self.failing {
+            return;
+        }
+        self.failing = failing;
+        let consumers: Vec<String> = Class::ALL
+            .into_iter()
+            .filter(|&class| failing[class as usize])
+            .map(|class| format!("{}/{}", self.model.jobs_stream(), self.model.consumer(class)))
+            .collect();
+        if consumers.is_empty() {
+            self.trouble.set(None);
+            tracing::info!("pulling again");
+            return;
+        }
+        let said = if self.last_refusal.is_empty() { "no answer" } else { &self.last_refusal };
+        let reason = format!("{}: {said}", consumers.join(", "));
+        tracing::warn!(reason, "pulls fail; asking again and again, at most every few seconds");
+        self.trouble.set(Some(reason));
     }
 
     async fn send(&mut self, request: PullRequest) -> Result<(), BrokerError> {
@@ -211,9 +261,6 @@ impl Queue {
         match message.status {
             None => {
                 self.plan.delivered(class, Instant::now());
-                if std::mem::take(&mut self.failing) {
-                    tracing::info!("pulling again");
-                }
                 Delivery::read(class, &message, &self.broker)
             }
             Some(status) => {
@@ -228,10 +275,14 @@ impl Queue {
         let meaning = meaning_of(status);
         if meaning == Status::Failed {
             self.pull_errors += 1;
-            if !std::mem::replace(&mut self.failing, true) {
-                let reason = message.description.as_deref().unwrap_or_default();
-                tracing::warn!(%class, status = status.as_u16(), reason, "a pull failed; backing off");
-            }
+            let said = message.description.as_deref().unwrap_or_default();
+            // 503 has no words of its own: nobody answers for the consumer.
+            let missing = if status == StatusCode::NO_RESPONDERS {
+                "no such stream or consumer, or no leader"
+            } else {
+                said
+            };
+            self.last_refusal = format!("status {} {missing}", status.as_u16());
         }
         if let Some(number) = number {
             self.plan.status(class, number, meaning, Instant::now());

@@ -174,6 +174,9 @@ impl Results {
         if let Some(trace) = &envelope.headers.traceparent {
             map.insert(header::TRACEPARENT, trace.as_str());
         }
+        if let Some(state) = &envelope.headers.tracestate {
+            map.insert(header::TRACESTATE, state.as_str());
+        }
         map
     }
 

@@ -39,6 +39,8 @@ pub struct Answer {
     pub output_tokens: u64,
     /// Sequences run.
     pub sequences: u64,
+    /// Of them, those that ended by themselves or at a stop; the others reached their length.
+    pub stopped: u64,
     /// From the start of the attempt to its first token, in milliseconds.
     pub first_token_ms: Option<f64>,
 }
@@ -84,6 +86,7 @@ impl Run for EngineRun {
             prompt_tokens: completion.prompt_tokens,
             output_tokens: completion.output_tokens,
             sequences,
+            stopped: completion.stopped,
             first_token_ms: completion.first_token_ms,
         })
     }

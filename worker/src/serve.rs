@@ -32,7 +32,7 @@ use crate::claim::Claims;
 use crate::failpoint::reach;
 use crate::fault::{Disposition, Fault};
 use crate::metrics::Metrics;
-use crate::queue::{Delivery, Queue};
+use crate::queue::{Delivery, PullTrouble, Queue};
 use crate::results::{Envelope, Known, Outcome, Results, StoredOutcome, reason};
 use crate::run::Run;
 use crate::tokens::Tokens;
@@ -66,6 +66,8 @@ pub struct Line<R> {
     pub metrics: Arc<Metrics>,
     /// What the watchdog sees.
     pub watch: Watch,
+    /// Why no job can be pulled, if none can.
+    pub trouble: PullTrouble,
     /// The queue's settings.
     pub queue: QueueConfig,
     /// Jobs that ended here since the start.
@@ -98,6 +100,8 @@ pub struct LineParts<R> {
     pub metrics: Arc<Metrics>,
     /// What the watchdog sees.
     pub watch: Watch,
+    /// Where it is said why no job can be pulled.
+    pub trouble: PullTrouble,
 }
 
 /// Why serving ended other than by a drain.
@@ -125,7 +129,7 @@ enum Ended {
 impl<R: Run> Line<R> {
     /// A line that holds no job yet.
     pub fn new(parts: LineParts<R>) -> Arc<Self> {
-        let LineParts { run, broker, model, worker, digest, queue, claims, metrics, watch } = parts;
+        let LineParts { run, broker, model, worker, digest, queue, claims, metrics, watch, trouble } = parts;
         let capacity = Capacity::new(run.limits()).into();
         Arc::new(Self {
             results: Results::new(broker.clone(), model.clone(), worker, digest),
@@ -143,6 +147,7 @@ impl<R: Run> Line<R> {
             claims,
             metrics,
             watch,
+            trouble,
             queue,
         })
     }
@@ -165,7 +170,8 @@ pub async fn serve<R: Run>(
     drain_timeout: Duration,
 ) -> Result<(), ServeError> {
     let weights: &ClassWeights = &line.queue.weights;
-    let mut queue = Queue::open(line.broker.clone(), line.model.clone(), weights).await?;
+    let mut queue =
+        Queue::open(line.broker.clone(), line.model.clone(), weights, line.trouble.clone()).await?;
     line.cancels.listen(&line.broker, &line.model).await?;
     let jobs = TaskTracker::new();
     while !drain.is_cancelled() {
@@ -263,7 +269,8 @@ async fn serve_one<R: Run>(line: &Line<R>, delivery: &Delivery) {
     match ended {
         Ok(ended) => {
             line.finished.fetch_add(1, Ordering::Relaxed);
-            tracing::info!(job = %id, attempt = job.attempt, delivered = delivery.delivered, ended = ?ended, "done");
+            let trace = job.headers.trace_id();
+            tracing::info!(job = %id, trace, attempt = job.attempt, delivered = delivery.delivered, ?ended, "done");
         }
         Err(fault) => job.hand_back(&fault).await,
     }
@@ -419,8 +426,8 @@ impl<R: Run> Held<'_, R> {
         let pause = after.unwrap_or_else(|| backoff(&line.queue, step));
         let handed = self.delivery.retry(pause).await;
         tracing::warn!(
-            job = %self.headers.id, attempt = self.attempt, category = fault.category(), %fault,
-            pause_ms = pause.as_millis() as u64, confirmed = handed.is_ok(), "handed back"
+            job = %self.headers.id, trace = self.headers.trace_id(), attempt = self.attempt,
+            category = fault.category(), %fault, pause_ms = pause.as_millis() as u64, confirmed = handed.is_ok(), "handed back"
         );
     }
 }

@@ -353,7 +353,7 @@ impl Store {
 impl Objects for Store {
     fn get<'a>(&'a self, uri: &'a str, bytes_max: u64) -> BoxFuture<'a, Result<Bytes, ObjectError>> {
         Box::pin(async move {
-            Ok(Store::get(self, &uri.parse().map_err(object)?, bytes_max).await.map_err(object)?)
+            Store::get(self, &uri.parse().map_err(object)?, bytes_max).await.map_err(object)
         })
     }
 

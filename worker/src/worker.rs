@@ -29,8 +29,9 @@ use crate::provision::{Mode, State, provision};
 use crate::report::{CurrentPhase, Reporter};
 use crate::run::EngineRun;
 use crate::serve::{Line, LineParts, serve};
-use crate::store::Store;
+use crate::store::{Store, StoreError};
 use crate::watchdog::{self, Watch};
+use crate::weights::{Folder, PullError};
 use crate::{config, failpoint, telemetry, weights};
 
 /// Threads of the async side. The engine has its own; the queue's work is small beside it.
@@ -41,6 +42,10 @@ const WARM_UP_PROMPT: u32 = 32;
 const WARM_UP_OUTPUT: u32 = 4;
 /// How long one warm-up run may take.
 const WARM_UP_TIMEOUT: Duration = Duration::from_secs(300);
+/// How long an object store that does not answer is waited for; the process then ends with the reason.
+const PULL_PATIENCE: Duration = Duration::from_secs(600);
+/// Pause before the second pull, and the end of its doubling.
+const PULL_PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 /// Random characters in a worker's name: two of a billion rarely share one.
 const NAME_RANDOM_CHARS: usize = 6;
 
@@ -137,7 +142,7 @@ impl Start {
         };
         let pulling = async {
             let began = Instant::now();
-            let folder = weights::pull(&self.config.model).await?;
+            let folder = self.pull().await?;
             tracing::info!(bytes = folder.bytes, pulled_bytes = folder.pulled_bytes, "weights are here");
             anyhow::Ok((folder, began.elapsed()))
         };
@@ -160,6 +165,29 @@ impl Start {
         self.begin(broker, model, cold_start).await
     }
 
+    /// The weights, as soon as the object store gives them: a store that is away for a while is waited for,
+    /// what is wrong with the model itself ends the start at once.
+    async fn pull(&self) -> Result<Folder, PullError> {
+        let (began, mut pause) = (Instant::now(), PULL_PAUSE.0);
+        loop {
+            match weights::pull(&self.config.model).await {
+                Err(PullError::Store(error @ StoreError::Service { .. }))
+                    if began.elapsed() < PULL_PATIENCE =>
+                {
+                    let pause_s = pause.as_secs_f64();
+                    tracing::warn!(%error, pause_s, "the model cannot be pulled yet");
+                    self.health.set_waiting(Some(error.to_string()));
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(PULL_PAUSE.1);
+                }
+                ended => {
+                    self.health.set_waiting(None);
+                    return ended;
+                }
+            }
+        }
+    }
+
     async fn begin(
         &self,
         broker: Broker,
@@ -179,6 +207,7 @@ impl Start {
             claims: self.claims().await?,
             metrics: self.metrics.clone(),
             watch: self.watch.clone(),
+            trouble: self.health.pull_trouble(),
         });
         self.health.set_warm(cold_start);
         self.phase.set(Phase::Ready);

@@ -128,17 +128,7 @@ impl<R: Run> Held<'_, R> {
 
     fn observe(&self, answer: &Answer, run: Duration) {
         let metrics = &self.line.metrics;
-        metrics.run.observe(run.as_secs_f64());
-        metrics.prompt_tokens.observe(answer.prompt_tokens as f64);
-        metrics.output_tokens.observe(answer.output_tokens as f64);
-        if let Some(first_ms) = answer.first_token_ms {
-            metrics.first_token.observe(first_ms / 1000.0);
-            let (sequences, tokens) = (answer.sequences.max(1), answer.output_tokens);
-            if tokens > sequences {
-                let rest_s = (run.as_secs_f64() - first_ms / 1000.0).max(0.0);
-                metrics.per_token.observe(rest_s * sequences as f64 / (tokens - sequences) as f64);
-            }
-        }
+        metrics.answered(answer, run);
         if let Some(deadline) = self.headers.deadline {
             metrics.deadline_margin.observe((deadline - OffsetDateTime::now_utc()).as_seconds_f64());
         }
