@@ -24,7 +24,8 @@ test: tools ## all tests that take a few minutes, with real processes
 soak: tools build ## the long crash run: 2000 jobs, 3 workers, 200 kills
 	MILLRACE_SOAK=1 cargo test --release --locked -p millrace-tests --test crash -- --nocapture
 
-bench: tools build ## the README's figures, on this machine
+bench: build ## the README's figures, on this machine, in one table and as JSON
+	scripts/tools bench
 	target/release/millrace-figures
 
 fmt: ## format the code

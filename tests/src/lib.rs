@@ -6,6 +6,7 @@
 //!
 //! Starting, killing and waiting for a child block the thread, so async tests run on several threads.
 
+pub mod chaos;
 pub mod checkpoint;
 pub mod cluster;
 pub mod http;
@@ -15,6 +16,7 @@ pub mod nats;
 pub mod overhead;
 pub mod ports;
 pub mod process;
+pub mod pulling;
 pub mod random;
 pub mod s3;
 pub mod scripted;

@@ -8,7 +8,13 @@ use std::sync::{Arc, Mutex};
 
 use anyhow::Result;
 use millrace_crds::job::header;
-use millrace_tests::scripted::Bench;
+use millrace_tests::cluster::Cluster;
+use millrace_tests::jobs::{Job, Record};
+use millrace_tests::scripted::{Bench, PATIENCE};
+use millrace_tests::worker::Worker;
+use millrace_tests::{nats, tools};
+use millrace_worker::telemetry;
+use serde_json::json;
 use tracing_subscriber::fmt::MakeWriter;
 
 const CANARY: &str = "canary-7f3a";
@@ -57,5 +63,35 @@ async fn the_canary_is_never_logged() -> Result<()> {
     assert!(text.contains("\"category\":\"inference\""), "the fault is not in the log:\n{text}");
     let leak = text.lines().find(|line| line.contains(CANARY));
     assert_eq!(leak, None);
+    Ok(())
+}
+
+/// The same from outside: a worker process with its log turned up, over jobs that are answered, refused for a
+/// value and refused for a field.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_workers_own_log_never_holds_it_either() -> Result<()> {
+    if !tools::have(&[nats::PROGRAM]) {
+        return Ok(());
+    }
+    let cluster = Cluster::tiny()?;
+    let mut worker = Worker::start(&cluster.config, &[(telemetry::VARIABLE, "trace")])?;
+    worker.wait_ready()?;
+    let queue = cluster.queue().await?;
+    let jobs = [
+        Job::completion("answered", CANARY, 8).with(header::STREAM, "true").with("X-Private", CANARY),
+        Job::new("value", &json!({"prompt": CANARY, "temperature": CANARY})),
+        Job::new("field", &json!({"prompt": CANARY, CANARY: 1})),
+        Job::new("stop", &json!({"prompt": "x", "stop": [CANARY], "max_tokens": 4})),
+        Job::completion("header", "x", 4).with(header::REPLY_SUBJECT, format!("$SYS.{CANARY}")),
+    ];
+    queue.publish_all(&jobs).await?;
+    let mut record = Record::default();
+    record.wait(&queue, jobs.len(), PATIENCE).await?;
+    queue.wait_empty(PATIENCE).await?;
+    let log = worker.log();
+    for job in &jobs {
+        assert!(log.contains(&format!("\"job\":\"{}\"", job.id)), "job {} is not in the log", job.id);
+    }
+    assert_eq!(log.lines().find(|line| line.contains(CANARY)), None);
     Ok(())
 }

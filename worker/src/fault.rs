@@ -81,6 +81,20 @@ pub enum Disposition {
 const HAND_OVER: Duration = Duration::from_millis(200);
 
 impl Fault {
+    /// Every [`Fault::category`].
+    pub const CATEGORIES: [&str; 10] = [
+        "broker",
+        "cancelled",
+        "contended",
+        "draining",
+        "engine_stopped",
+        "inference",
+        "invalid",
+        "late",
+        "overrun",
+        "store",
+    ];
+
     /// What must happen next. The one place where that is decided.
     pub fn disposition(&self) -> Disposition {
         match self {
@@ -141,5 +155,6 @@ mod tests {
             assert_eq!(fault.disposition(), expected, "{fault:?}");
             assert!(categories.insert(fault.category()), "{fault:?} shares its category");
         }
+        assert!(categories.into_iter().eq(Fault::CATEGORIES));
     }
 }

@@ -235,6 +235,9 @@ impl Metrics {
         for kind in [OutcomeKind::Completed, OutcomeKind::Rejected, OutcomeKind::Dead] {
             self.jobs.with_label_values(&[kind.as_str()]);
         }
+        for category in Fault::CATEGORIES {
+            self.faults.with_label_values(&[category]);
+        }
         for reason in ["stop", "length"] {
             self.success.with_label_values(&[reason]);
         }

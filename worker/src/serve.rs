@@ -427,7 +427,8 @@ impl<R: Run> Held<'_, R> {
         let handed = self.delivery.retry(pause).await;
         tracing::warn!(
             job = %self.headers.id, trace = self.headers.trace_id(), attempt = self.attempt,
-            category = fault.category(), %fault, pause_ms = pause.as_millis() as u64, confirmed = handed.is_ok(), "handed back"
+            category = fault.category(), %fault, pause_ms = pause.as_millis() as u64,
+            confirmed = handed.is_ok(), "handed back"
         );
     }
 }

@@ -352,9 +352,9 @@ impl Store {
 
 impl Objects for Store {
     fn get<'a>(&'a self, uri: &'a str, bytes_max: u64) -> BoxFuture<'a, Result<Bytes, ObjectError>> {
-        Box::pin(async move {
-            Store::get(self, &uri.parse().map_err(object)?, bytes_max).await.map_err(object)
-        })
+        Box::pin(
+            async move { Store::get(self, &uri.parse().map_err(object)?, bytes_max).await.map_err(object) },
+        )
     }
 
     fn put<'a>(&'a self, uri: &'a str, bytes: Bytes) -> BoxFuture<'a, Result<(), ObjectError>> {

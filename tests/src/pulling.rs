@@ -1,0 +1,138 @@
+//! How fast weights come from S3: the worker's own pull beside a plain download of the same object by s5cmd,
+//! the well-known parallel client, in turns over the same server and disk.
+//!
+//! The two are not alike: the pull also hashes every byte, syncs the file and renames it into the cache. Both
+//! write to a fresh folder each time, and what the last one wrote is on the disk before the next begins.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use millrace_crds::config::ModelConfig;
+use millrace_crds::units::Bytes;
+use millrace_worker::store::Store;
+use millrace_worker::weights;
+use tempfile::TempDir;
+
+use crate::random::Random;
+use crate::s3::S3;
+use crate::tools;
+
+/// The client's place in the tools' cache.
+pub const S5CMD: &str = "bin/s5cmd";
+const BUCKET: &str = "models";
+const TENSORS: &str = "model.safetensors";
+/// Rounds; each pulls once and downloads once.
+const ROUNDS: usize = 4;
+/// Bytes written at once when the object is made.
+const CHUNK_BYTES: usize = 1 << 20;
+
+/// The rates, in bytes a second: the median of the rounds.
+#[derive(Debug, Clone, Copy)]
+pub struct Rates {
+    /// The worker's pull.
+    pub pull: f64,
+    /// The plain download.
+    pub plain: f64,
+}
+
+/// Pulls and downloads an object of this size in turns.
+///
+/// # Errors
+/// When the server or the client does not do it, or a copy is not whole.
+pub async fn measure(bytes: u64) -> Result<Rates> {
+    let s3 = tokio::task::spawn_blocking(S3::start).await??;
+    s3.create_bucket(BUCKET).await?;
+    let place = tempfile::Builder::new().prefix("millrace-pulling-").tempdir()?;
+    let model = place.path().join("model");
+    write_model(&model, bytes)?;
+    let store = Store::connect(&s3.store_config()).await?;
+    weights::upload(&model, &format!("s3://{BUCKET}/m"), &store).await?;
+    let (mut pulls, mut plains) = (Vec::new(), Vec::new());
+    for round in 0..ROUNDS {
+        // Whoever goes first in a round may find the server's caches colder.
+        for pulls_now in [round % 2 == 0, round % 2 != 0] {
+            let target = tempfile::Builder::new().prefix("round-").tempdir_in(place.path())?;
+            let took =
+                if pulls_now { pull(&s3, &target).await? } else { download(&s3, &target, bytes).await? };
+            if pulls_now { &mut pulls } else { &mut plains }.push(bytes as f64 / took.as_secs_f64());
+            drop(target);
+            settle(place.path())?;
+        }
+    }
+    Ok(Rates { pull: median(pulls), plain: median(plains) })
+}
+
+async fn pull(s3: &S3, target: &TempDir) -> Result<Duration> {
+    let config = ModelConfig {
+        namespace: "default".parse()?,
+        name: "m".parse()?,
+        uri: format!("s3://{BUCKET}/m"),
+        digest: None,
+        store: s3.store_config(),
+        cache_dir: target.path().to_owned(),
+        bytes_max: Bytes(u64::MAX),
+    };
+    let began = Instant::now();
+    let folder = weights::pull(&config).await?;
+    let took = began.elapsed();
+    ensure!(folder.pulled_bytes == folder.bytes, "{} of {} bytes came", folder.pulled_bytes, folder.bytes);
+    Ok(took)
+}
+
+/// The client's own choice of part size and parts at once, which is what people type.
+async fn download(s3: &S3, target: &TempDir, bytes: u64) -> Result<Duration> {
+    let file = target.path().join(TENSORS);
+    let mut command = Command::new(tools::tool(S5CMD)?);
+    command.args(["--endpoint-url", &s3.endpoint(), "cp", &format!("s3://{BUCKET}/m/{TENSORS}")]);
+    command.arg(&file).envs(s3.credentials_environment()).stdout(Stdio::null()).stdin(Stdio::null());
+    let began = Instant::now();
+    let status = tokio::task::spawn_blocking(move || command.status()).await??;
+    let took = began.elapsed();
+    ensure!(status.success(), "s5cmd cp ended with {status}");
+    let found = file.metadata().context("what s5cmd wrote")?.len();
+    ensure!(found == bytes, "s5cmd wrote {found} of {bytes} bytes");
+    Ok(took)
+}
+
+/// A model folder whose tensors are so many random bytes.
+fn write_model(folder: &Path, bytes: u64) -> Result<()> {
+    std::fs::create_dir(folder)?;
+    std::fs::write(folder.join("config.json"), "{}")?;
+    let mut file = File::create(folder.join(TENSORS))?;
+    let (mut random, mut left) = (Random::new(1), bytes);
+    while left > 0 {
+        let count = left.min(CHUNK_BYTES as u64) as usize;
+        let chunk: Vec<u8> =
+            (0..count.div_ceil(8)).flat_map(|_| random.next_u64().to_le_bytes()).take(count).collect();
+        file.write_all(&chunk)?;
+        left -= count as u64;
+    }
+    Ok(file.sync_all()?)
+}
+
+/// Waits until what was written and removed has reached the disk.
+fn settle(folder: &Path) -> Result<()> {
+    let status = Command::new("sync").arg("-f").arg(folder).status().context("sync")?;
+    ensure!(status.success(), "sync ended with {status}");
+    Ok(())
+}
+
+/// The mean of the two middle values, of an even number of them.
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    if values.len() % 2 == 1 { values[middle] } else { (values[middle - 1] + values[middle]) / 2.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn medians() {
+        assert_eq!(super::median(vec![3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(super::median(vec![4.0, 1.0, 2.0, 3.0]), 2.5);
+    }
+}
