@@ -1,0 +1,181 @@
+//! Paged attention for spans of any number of rows, with mma.sync: sm_80 and up, every head size.
+//!
+//! A CTA takes one tile of packed rows (rows times the group's heads) of one key-value head; a warp has 16 of
+//! them. Keys of tile t+1 are copied while values of tile t are multiplied, and values of t while its scores are.
+//! At each multiple of `SPLIT_KEYS` the running result is merged into the total, which lies in shared memory,
+//! each thread its own part.
+//!
+//! Invariant: the bytes of a row are those that `attention_decode_*` gives.
+
+#include "attention_prefill.cuh"
+
+namespace millrace {
+namespace {
+
+template <int HEAD>
+struct Shape {
+    static constexpr uint32_t ROWS = prefill_tile_rows(HEAD);
+    static constexpr uint32_t THREADS = prefill_threads(HEAD);
+    static constexpr uint32_t KEYS = tile_keys(HEAD);
+    static constexpr uint32_t COLUMNS = KEYS / 8;
+    static constexpr uint32_t PAGE_BYTES = PAGE_TOKENS * HEAD * 2;
+    static constexpr uint32_t PAGES = KEYS / PAGE_TOKENS;
+    // Shared memory, in bytes: queries as pages of 16 packed rows, keys, values, totals.
+    static constexpr uint32_t KEY_AT = ROWS * HEAD * 2;
+    static constexpr uint32_t VALUE_AT = KEY_AT + KEYS * HEAD * 2;
+    static constexpr uint32_t TOTAL_AT = VALUE_AT + KEYS * HEAD * 2;
+};
+
+/// The state of a warp: 16 packed rows, of which a thread holds `lane / 4` and that plus 8.
+template <int HEAD>
+struct Unit {
+    float out[HEAD / 8][4];
+    RowPair rows;
+};
+
+/// Starts copying the tile's queries, 16 rows to a page.
+template <int HEAD>
+__device__ __forceinline__ void copy_queries(const AttentionArguments& arguments, const Work& work, uint32_t shared) {
+    constexpr uint32_t CHUNKS = HEAD / 8;
+    for (uint32_t at = threadIdx.x; at < Shape<HEAD>::ROWS * CHUNKS; at += Shape<HEAD>::THREADS) {
+        const uint32_t row = at / CHUNKS, d = at % CHUNKS * 8;
+        const uint32_t to = shared + row / 16 * Shape<HEAD>::PAGE_BYTES + page_offset(HEAD, row % 16, d) * 2;
+        const uint32_t packed = work.packed_first + row;
+        if (packed < work.packed_rows)
+            copy16_async(to, arguments.queries +
+                                 row_place<HEAD>(arguments, work, packed, arguments.query_stride) + d);
+        else
+            store16_shared(to, make_uint4(0, 0, 0, 0));
+    }
+}
+
+/// Starts copying the pages of a tile of keys (`value` 0) or values (1).
+template <int HEAD>
+__device__ __forceinline__ void copy_tile(const AttentionArguments& arguments, const Work& work, uint32_t value,
+                                          uint32_t tile, uint32_t to) {
+    constexpr uint32_t CHUNKS = Shape<HEAD>::PAGE_BYTES / 16;
+    const uint32_t first = tile * Shape<HEAD>::PAGES;
+    const uint32_t pages = min(Shape<HEAD>::PAGES, work.position_last / PAGE_TOKENS + 1 - first);
+    for (uint32_t at = threadIdx.x; at < pages * CHUNKS; at += Shape<HEAD>::THREADS) {
+        const uint32_t block = arguments.tables[work.span.table + first + at / CHUNKS];
+        const bf16* page = arguments.cache + page_start(block, value, arguments.kv_heads, work.kv_head, HEAD);
+        copy16_async(to + at * 16, page + at % CHUNKS * 8);
+    }
+}
+
+/// Clears the values of a tile from token `first` on: unwritten memory may hold what is no number, and 0 times
+/// that is no number either.
+template <int HEAD>
+__device__ __forceinline__ void clear_tokens(uint32_t values, uint32_t first) {
+    constexpr uint32_t CHUNKS = HEAD / 8;
+    for (uint32_t at = threadIdx.x; at < (Shape<HEAD>::KEYS - first) * CHUNKS; at += Shape<HEAD>::THREADS) {
+        const uint32_t token = first + at / CHUNKS;
+        store16_shared(values + token / 16 * Shape<HEAD>::PAGE_BYTES +
+                           page_offset(HEAD, token % 16, at % CHUNKS * 8) * 2,
+                       make_uint4(0, 0, 0, 0));
+    }
+}
+
+/// Scores of a tile and, from them, weights; rescales what the rows have accumulated.
+template <int HEAD>
+__device__ __forceinline__ void score_tile(float (&s)[Shape<HEAD>::COLUMNS][4], Unit<HEAD>& unit, const Work& work,
+                                           uint32_t tile, uint32_t shared, float scale_log2, bool windowed) {
+    using S = Shape<HEAD>;
+    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+    for (int j = 0; j < int(S::COLUMNS); ++j) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0.f;
+#pragma unroll
+    for (uint32_t step = 0; step < HEAD / 16; ++step) {
+        uint32_t q[4];
+        // The four 8 x 8 matrices of A stand as those of V do: rows 0 and 8, then the next 8 elements.
+        load_matrices(q, shared + warp * S::PAGE_BYTES + key_rows<HEAD>(lane, step));
+#pragma unroll
+        for (uint32_t page = 0; page < S::PAGES; ++page)
+            score_step<HEAD>(s[2 * page], s[2 * page + 1], q, shared + S::KEY_AT + page * S::PAGE_BYTES, lane, step);
+    }
+    const uint32_t key = tile * S::KEYS;
+    if (key + S::KEYS > work.position_first + 1 || windowed) {
+        hide<S::COLUMNS, 0>(s, key + lane % 4 * 2, unit.rows.first[0], unit.rows.end[0]);
+        hide<S::COLUMNS, 1>(s, key + lane % 4 * 2, unit.rows.first[1], unit.rows.end[1]);
+    }
+    const float factors[2] = {soften<S::COLUMNS, 0>(s, unit.rows.split[0], scale_log2),
+                              soften<S::COLUMNS, 1>(s, unit.rows.split[1], scale_log2)};
+#pragma unroll
+    for (int j = 0; j < HEAD / 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) unit.out[j][e] = __fmul_rn(unit.out[j][e], factors[e / 2]);
+    }
+}
+
+template <int HEAD>
+__device__ __forceinline__ void accumulate_tile(const float (&s)[Shape<HEAD>::COLUMNS][4], Unit<HEAD>& unit,
+                                                uint32_t shared) {
+    using S = Shape<HEAD>;
+#pragma unroll
+    for (uint32_t page = 0; page < S::PAGES; ++page) {
+        const float(&a)[4] = s[2 * page];
+        const float(&b)[4] = s[2 * page + 1];
+        const uint32_t weights[4] = {pack_bf16(a[0], a[1]), pack_bf16(a[2], a[3]), pack_bf16(b[0], b[1]),
+                                     pack_bf16(b[2], b[3])};
+        accumulate_page<HEAD>(unit.out, weights, shared + S::VALUE_AT + page * S::PAGE_BYTES, threadIdx.x % 32);
+    }
+}
+
+template <int HEAD>
+__device__ __forceinline__ void prefill(const AttentionArguments& arguments) {
+    using S = Shape<HEAD>;
+    extern __shared__ __align__(1024) unsigned char memory[];
+    const uint32_t shared = shared_address(memory);
+    float4* totals = reinterpret_cast<float4*>(memory + S::TOTAL_AT) + threadIdx.x;
+    release_successor();
+    if (blockIdx.y >= arguments.counts->prefill_tiles) return await_predecessor();
+    const Work work = find_work<HEAD>(arguments, arguments.prefill_tiles[blockIdx.y], blockIdx.x);
+    const uint32_t row = work.packed_first + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+    Unit<HEAD> unit;
+    unit.rows = begin_rows(arguments, work, row);
+    clear<HEAD>(unit.out);
+    await_predecessor();
+    const uint32_t first = window_first(work.position_first, arguments.window) / S::KEYS;
+    const uint32_t last = work.position_last / S::KEYS;
+    copy_queries<HEAD>(arguments, work, shared);
+    copy_tile<HEAD>(arguments, work, 0, first, shared + S::KEY_AT);
+    commit_copies();
+    bool first_split = true;
+    for (uint32_t tile = first; tile <= last; ++tile) {
+        float s[S::COLUMNS][4];
+        await_copies<0>();
+        __syncthreads();
+        copy_tile<HEAD>(arguments, work, 1, tile, shared + S::VALUE_AT);
+        commit_copies();
+        score_tile<HEAD>(s, unit, work, tile, shared, arguments.scale_log2, arguments.window != 0);
+        await_copies<0>();
+        __syncthreads();
+        if (tile < last) copy_tile<HEAD>(arguments, work, 0, tile + 1, shared + S::KEY_AT);
+        commit_copies();
+        const uint32_t live = min(work.span.context, (work.position_last / PAGE_TOKENS + 1) * PAGE_TOKENS);
+        if (live < (tile + 1) * S::KEYS) {
+            clear_tokens<HEAD>(shared + S::VALUE_AT, live - tile * S::KEYS);
+            __syncthreads();
+        }
+        accumulate_tile<HEAD>(s, unit, shared);
+        if (tile == last || (tile + 1) * S::KEYS % SPLIT_KEYS == 0) {
+            end_split<HEAD, S::THREADS>(unit.out, unit.rows.split, unit.rows.total, totals, first_split, tile == last);
+            first_split = false;
+        }
+    }
+    store_output<HEAD>(unit.out, unit.rows, arguments, work, row);
+}
+
+}  // namespace
+}  // namespace millrace
+
+#define MILLRACE_PREFILL(HEAD)                                                                      \
+    extern "C" __global__ void __launch_bounds__(millrace::prefill_threads(HEAD), 1)                \
+        attention_prefill_h##HEAD(const __grid_constant__ millrace::AttentionArguments arguments) { \
+        millrace::prefill<HEAD>(arguments);                                                         \
+    }
+
+MILLRACE_PREFILL(64)
+MILLRACE_PREFILL(96)
+MILLRACE_PREFILL(128)
+MILLRACE_PREFILL(256)
