@@ -1,0 +1,318 @@
+//! Checks and times the attention kernels on the machine's first GPU.
+//!
+//! `attention check [seed]`   every kernel against f64 on random inputs, and batch invariance byte by byte
+//! `attention small [seed]`   the same on few and short sequences, for compute-sanitizer
+//! `attention time`           decode against measured bandwidth, prefill in TFLOP/s
+//!
+//! The exit status is 1 if a check fails. Build: see the head of `TUNING-attention.md`.
+
+#include <chrono>
+
+#include "attention_case.cuh"
+
+namespace {
+
+int failures = 0;
+
+void expect(bool holds, const char* what) {
+    if (holds) return;
+    ++failures;
+    std::printf("FAILED: %s\n", what);
+}
+
+bool has_wgmma(uint32_t head_dim) { return head_dim == 64 || head_dim == 128; }
+
+/// Compares the spans' rows with f64: the relative error over all of them, and over the worst row and head.
+void compare(const Case& batch, const std::vector<uint16_t>& out, const std::vector<AttentionSpan>& spans,
+             const std::vector<uint32_t>& sequences, const char* label) {
+    struct Row {
+        uint32_t s, position;
+    };
+    std::vector<Row> rows;
+    std::vector<bool> written(batch.rows);
+    for (size_t i = 0; i < spans.size(); ++i)
+        for (uint32_t r = 0; r < spans[i].rows; ++r) {
+            written[spans[i].first_row + r] = true;
+            // A long prefill is checked at every seventh row and at its ends.
+            if (spans[i].rows < 40 || r % 7 == 0 || r + 1 == spans[i].rows)
+                rows.push_back({sequences[i], spans[i].context - spans[i].rows + r});
+        }
+    const uint32_t heads = batch.shape.heads(), dim = batch.shape.head_dim;
+    std::vector<double> errors(rows.size() * heads), norms(rows.size() * heads);
+    parallel(uint32_t(errors.size()), [&](uint32_t i) {
+        const Row row = rows[i / heads];
+        const std::vector<double> expected = batch.reference(row.s, row.position, i % heads);
+        const uint16_t* got = out.data() + (batch.row_of[row.s] + row.position) * batch.width() + i % heads * dim;
+        for (uint32_t d = 0; d < dim; ++d) {
+            const double difference = from_bits(got[d]) - expected[d];
+            errors[i] += difference * difference;
+            norms[i] += expected[d] * expected[d];
+        }
+    });
+    double error = 0, norm = 0, worst = 0;
+    for (size_t i = 0; i < errors.size(); ++i) {
+        error += errors[i];
+        norm += norms[i];
+        const double row = std::sqrt(errors[i] / norms[i]);
+        if (!(row <= worst)) worst = row;
+    }
+    error = std::sqrt(error / norm);
+    bool outside = true;
+    for (uint32_t row = 0; row < batch.rows; ++row)
+        for (uint64_t i = 0; i < batch.width() && !written[row]; ++i)
+            outside &= out[row * batch.width() + i] == 0xffff;
+    const bool good = error < 1e-2 && worst < 3e-2 && outside;
+    if (!good || std::getenv("VERBOSE"))
+        std::printf("%-8s head %3u group %u kv %u window %4u: error %.2e worst row %.2e%s\n", label,
+                    batch.shape.head_dim, batch.shape.group, batch.shape.kv_heads, batch.shape.window, error, worst,
+                    outside ? "" : " wrote outside");
+    expect(good, label);
+}
+
+/// Ragged spans of all sequences: the last row of each for decodes, a random piece of each for prefills.
+void check_against_reference(const Device& device, const Shape& shape, const std::vector<uint32_t>& lengths,
+                             Random& random) {
+    const Case batch(shape, lengths, random, random.below(2) ? 1.f : 4.f);
+    for (const Kernel kernel : {Kernel::Decode, Kernel::Prefill, Kernel::Wgmma}) {
+        if (kernel == Kernel::Wgmma && !has_wgmma(shape.head_dim)) continue;
+        std::vector<AttentionSpan> spans;
+        std::vector<uint32_t> sequences;
+        for (uint32_t s = 0; s < lengths.size(); ++s) {
+            const uint32_t rows = kernel == Kernel::Decode ? 1 : 1 + random.below(lengths[s]);
+            const uint32_t first = s % 2 ? lengths[s] - rows : random.below(lengths[s] - rows + 1);
+            spans.push_back(batch.span(s, first, rows));
+            sequences.push_back(s);
+        }
+        compare(batch, batch.run(device, kernel, spans, 2), spans, sequences, name_of(kernel));
+    }
+}
+
+/// Bytes of all rows of sequence 0, computed in chunks, beside the batch mates or alone.
+std::vector<uint16_t> in_chunks(const Device& device, const Case& batch, Kernel kernel, uint32_t chunk, bool alone) {
+    std::vector<uint16_t> all(batch.lengths[0] * batch.width());
+    std::vector<std::vector<AttentionSpan>> steps;
+    for (uint32_t first = 0; first < batch.lengths[0]; first += chunk) {
+        const AttentionSpan span = batch.span(0, first, std::min(chunk, batch.lengths[0] - first));
+        // Chunks of one sequence are independent once the cache is filled, so small ones share a launch.
+        if (steps.empty() || chunk > 64) steps.emplace_back();
+        steps.back().push_back(span);
+    }
+    for (std::vector<AttentionSpan>& step : steps) {
+        const std::vector<AttentionSpan> own = step;
+        for (uint32_t s = 1; s < batch.lengths.size() && !alone; ++s)
+            step.insert(step.begin() + s % 2 * step.size(), batch.span(s, batch.lengths[s] - 1, 1));
+        const std::vector<uint16_t> out = batch.run(device, kernel, step);
+        for (const AttentionSpan& span : own)
+            std::copy_n(out.begin() + span.first_row * batch.width(), span.rows * batch.width(),
+                        all.begin() + (span.first_row - batch.row_of[0]) * batch.width());
+    }
+    return all;
+}
+
+/// Every row of a sequence as decode, in chunks of several sizes, by every kernel, alone and not: equal bytes.
+void check_invariance(const Device& device, const Shape& shape, uint32_t length, Random& random) {
+    const Case batch(shape, {length, 1, 700 % length + 1, length / 2 + 1}, random, 2.f);
+    const std::vector<uint16_t> decoded = in_chunks(device, batch, Kernel::Decode, 1, true);
+    const auto same = [&](Kernel kernel, uint32_t chunk, bool alone) {
+        const std::vector<uint16_t> other = in_chunks(device, batch, kernel, chunk, alone);
+        size_t different = 0, first = 0;
+        for (size_t i = decoded.size(); i-- > 0;)
+            if (decoded[i] != other[i]) ++different, first = i;
+        if (different)
+            std::printf("head %u group %u window %u length %u, %s in chunks of %u: %zu of %zu elements differ, "
+                        "first in row %zu (%04x, %04x)\n",
+                        shape.head_dim, shape.group, shape.window, length, name_of(kernel), chunk, different,
+                        decoded.size(), size_t(first / batch.width()), decoded[first], other[first]);
+        expect(different == 0, "batch invariance");
+    };
+    same(Kernel::Decode, 1, false);
+    for (const Kernel kernel : {Kernel::Prefill, Kernel::Wgmma}) {
+        if (kernel == Kernel::Wgmma && !has_wgmma(shape.head_dim)) continue;
+        for (const uint32_t chunk : {length, 333u, 64u, 7u, 1u}) same(kernel, chunk, chunk % 2);
+    }
+}
+
+void check(const Device& device, bool small, uint64_t seed) {
+    Random random = {seed};
+    std::printf("seed %llu\n", static_cast<unsigned long long>(seed));
+    const std::vector<uint32_t> lengths =
+        small ? std::vector<uint32_t>{1, 17, 129, 530}
+              : std::vector<uint32_t>{1, 15, 16, 17, 63, 64, 127, 128, 129, 255, 511, 512, 513, 800, 1025, 1537};
+    for (const uint32_t head_dim : {64u, 96u, 128u, 256u}) {
+        for (uint32_t group = 1; group <= 8; group += small ? 4 : 1) {
+            const uint32_t kv_heads = 1 + random.below(small ? 2 : 3);
+            check_against_reference(device, {head_dim, kv_heads, group, 0}, lengths, random);
+            if (group % 4 == 1) check_against_reference(device, {head_dim, kv_heads, group, 100}, lengths, random);
+            if (group % 4 == 3) check_against_reference(device, {head_dim, kv_heads, group, 640}, lengths, random);
+        }
+        if (small) {
+            check_invariance(device, {head_dim, 1, 3, 0}, 150, random);
+            continue;
+        }
+        check_invariance(device, {head_dim, 2, 2, 0}, 1337, random);
+        check_invariance(device, {head_dim, 1, 7, 0}, 1100, random);
+        check_invariance(device, {head_dim, 2, 3, 200}, 1300, random);
+    }
+    std::printf("%s: %d failures\n", failures ? "FAILED" : "passed", failures);
+}
+
+__global__ void fill_random(bf16* to, uint64_t count, uint64_t seed) {
+    for (uint64_t i = blockIdx.x * uint64_t(blockDim.x) + threadIdx.x; i < count; i += uint64_t(gridDim.x) * blockDim.x) {
+        uint64_t z = (i + seed) * 0x9e3779b97f4a7c15ull;
+        z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
+        z ^= z >> 27;
+        float sum = 0;
+        for (int k = 0; k < 4; ++k) sum += float(z >> 16 * k & 0xffff) / 65536.f - 0.5f;
+        to[i] = __float2bfloat16(sum * 1.7320508f);
+    }
+}
+
+/// Median time of one call in us; `calls` of them are captured into a graph and replayed.
+double time_us(uint32_t calls, const std::function<void(uint32_t, cudaStream_t)>& call) {
+    cudaStream_t stream;
+    cudaGraph_t graph;
+    cudaGraphExec_t replay;
+    cudaEvent_t begin, end;
+    CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    CHECK(cudaEventCreate(&begin));
+    CHECK(cudaEventCreate(&end));
+    call(0, stream);
+    CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    for (uint32_t i = 0; i < calls; ++i) call(i, stream);
+    CHECK(cudaStreamEndCapture(stream, &graph));
+    CHECK(cudaGraphInstantiate(&replay, graph, 0));
+    std::vector<float> times;
+    for (int i = 0; i < 23; ++i) {
+        float elapsed;
+        CHECK(cudaEventRecord(begin, stream));
+        CHECK(cudaGraphLaunch(replay, stream));
+        CHECK(cudaEventRecord(end, stream));
+        CHECK(cudaEventSynchronize(end));
+        CHECK(cudaEventElapsedTime(&elapsed, begin, end));
+        if (i >= 3) times.push_back(elapsed);
+    }
+    std::sort(times.begin(), times.end());
+    CHECK(cudaGraphExecDestroy(replay));
+    CHECK(cudaGraphDestroy(graph));
+    CHECK(cudaStreamDestroy(stream));
+    return times[times.size() / 2] * 1e3 / calls;
+}
+
+/// One shape to time: `batch` sequences of `context`, of which the last `rows` positions are computed.
+struct Load {
+    Shape shape;
+    uint32_t batch, context, rows, layers;
+};
+
+double time_attention(const Device& device, Kernel kernel, const Load& load) {
+    const Shape& shape = load.shape;
+    const uint32_t pages = (load.context + PAGE_TOKENS - 1) / PAGE_TOKENS;
+    std::vector<uint32_t> tables(load.batch * pages);
+    Random random = {42};
+    for (uint32_t i = 0; i < tables.size(); ++i) tables[i] = i;
+    for (uint32_t i = uint32_t(tables.size()); i > 1; --i) std::swap(tables[i - 1], tables[random.below(i)]);
+    std::vector<AttentionSpan> spans;
+    for (uint32_t s = 0; s < load.batch; ++s) spans.push_back({s * load.rows, load.rows, load.context, s * pages});
+    const Plan plan(shape, kernel, spans);
+    const uint64_t layer = uint64_t(load.batch) * pages * 2 * shape.kv_heads * PAGE_TOKENS * shape.head_dim;
+    const uint64_t width = uint64_t(shape.heads()) * shape.head_dim, rows = uint64_t(load.batch) * load.rows;
+    DeviceArray<bf16> cache(layer * load.layers), queries(rows * width), out(rows * width);
+    fill_random<<<1024, 256>>>(cache.data, cache.size, 1);
+    fill_random<<<1024, 256>>>(queries.data, queries.size, 7);
+    const DeviceArray<uint32_t> tables_device(tables);
+    const DeviceArray<AttentionSpan> spans_device(plan.spans);
+    const DeviceArray<DecodeItem> items(plan.items);
+    const DeviceArray<PrefillTile> tiles(plan.tiles);
+    const DeviceArray<AttentionCounts> counts(
+        std::vector<AttentionCounts>{{uint32_t(plan.items.size()), uint32_t(plan.tiles.size())}});
+    DeviceArray<float> partials(partial_floats(plan.items.size(), shape.heads(), shape.head_dim));
+    DeviceArray<uint32_t> counters(counter_words(plan.spans.size(), shape.kv_heads));
+    CHECK(cudaMemset(counters.data, 0, counters.size * sizeof(uint32_t)));
+    CHECK(cudaDeviceSynchronize());
+    AttentionArguments arguments = {queries.data,         out.data,    cache.data,    spans_device.data,
+                                    tables_device.data,   items.data,  tiles.data,    counts.data,
+                                    partials.data,        counters.data, uint32_t(width), uint32_t(width),
+                                    shape.kv_heads,       shape.group, shape.window,  uint32_t(plan.items.size()),
+                                    1.44269504f / std::sqrt(float(shape.head_dim)), 0};
+    return time_us(std::max(load.layers, 4u), [&](uint32_t i, cudaStream_t stream) {
+        arguments.cache = cache.data + i % load.layers * layer;
+        launch(device, kernel, shape, arguments, uint32_t(plan.tiles.size()), stream);
+    });
+}
+
+double copy_gbs() {
+    const uint64_t bytes = 2ull << 30;
+    DeviceArray<char> from(bytes), to(bytes);
+    CHECK(cudaMemset(from.data, 1, bytes));
+    const double us = time_us(4, [&](uint32_t, cudaStream_t stream) {
+        CHECK(cudaMemcpyAsync(to.data, from.data, bytes, cudaMemcpyDeviceToDevice, stream));
+    });
+    return 2 * bytes / us * 1e-3;
+}
+
+void time_decode(const Device& device, double copy) {
+    // Times of FlashAttention 3 on such a machine, in us; 0 where none was taken.
+    const struct {
+        Load load;
+        double flash3;
+    } loads[] = {
+        {{{128, 8, 2, 0}, 256, 800, 1, 2}, 299},   {{{128, 8, 4, 0}, 256, 800, 1, 2}, 307},
+        {{{128, 8, 4, 0}, 256, 4096, 1, 1}, 1373}, {{{128, 8, 4, 0}, 64, 4096, 1, 2}, 359},
+        {{{128, 8, 4, 0}, 1, 4096, 1, 8}, 38},     {{{128, 8, 2, 0}, 1, 300, 1, 28}, 0},
+        {{{128, 8, 2, 0}, 1, 1000, 1, 28}, 0},     {{{128, 8, 2, 0}, 16, 1000, 1, 4}, 0},
+        {{{64, 3, 3, 0}, 256, 800, 1, 4}, 0},      {{{96, 8, 4, 0}, 256, 800, 1, 2}, 0},
+        {{{256, 4, 2, 0}, 256, 800, 1, 2}, 0},     {{{128, 8, 8, 0}, 256, 800, 1, 2}, 0},
+    };
+    std::printf("decode: batch context head kv group |      us  GB/s  of copy  FlashAttention 3: us, ours faster by\n");
+    for (const auto& [load, flash3] : loads) {
+        const double us = time_attention(device, Kernel::Decode, load);
+        const double bytes = 4.0 * load.batch * load.context * load.shape.kv_heads * load.shape.head_dim;
+        std::printf("        %5u %7u %4u %2u %5u | %7.1f %5.0f  %4.0f %%", load.batch, load.context,
+                    load.shape.head_dim, load.shape.kv_heads, load.shape.group, us, bytes / us * 1e-3,
+                    bytes / us * 0.1 / copy);
+        if (flash3 > 0) std::printf("    %6.0f %.2fx", flash3, flash3 / us);
+        std::printf("\n");
+    }
+}
+
+void time_prefill(const Device& device) {
+    const struct {
+        Load load;
+        double flash3;
+    } loads[] = {
+        {{{128, 8, 4, 0}, 4, 4096, 4096, 1}, 649}, {{{128, 8, 2, 0}, 16, 1024, 1024, 1}, 394},
+        {{{128, 8, 4, 0}, 1, 4096, 512, 1}, 0},    {{{64, 3, 3, 0}, 16, 1024, 1024, 1}, 0},
+        {{{256, 4, 2, 0}, 4, 2048, 2048, 1}, 0},
+    };
+    std::printf("prefill, causal: batch context rows head kv group | mma us TFLOP/s | wgmma us TFLOP/s | FlashAttention 3\n");
+    for (const auto& [load, flash3] : loads) {
+        const double keys = double(load.rows) * (load.context - load.rows) + 0.5 * load.rows * (load.rows + 1.0);
+        const double flops = 4.0 * load.batch * load.shape.heads() * load.shape.head_dim * keys;
+        std::printf("                 %5u %7u %4u %4u %2u %5u |", load.batch, load.context, load.rows,
+                    load.shape.head_dim, load.shape.kv_heads, load.shape.group);
+        for (const Kernel kernel : {Kernel::Prefill, Kernel::Wgmma}) {
+            if (kernel == Kernel::Wgmma && !has_wgmma(load.shape.head_dim)) continue;
+            const double us = time_attention(device, kernel, load);
+            std::printf(" %8.1f %5.0f |", us, flops / us * 1e-6);
+        }
+        if (flash3 > 0) std::printf(" %.0f", flash3);
+        std::printf("\n");
+    }
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+    const char* mode = count > 1 ? words[1] : "check";
+    const uint64_t seed = count > 2 ? std::strtoull(words[2], nullptr, 10)
+                                    : uint64_t(std::chrono::system_clock::now().time_since_epoch().count());
+    const Device device;
+    if (std::strcmp(mode, "time") != 0) check(device, std::strcmp(mode, "small") == 0, seed);
+    if (std::strcmp(mode, "time") == 0) {
+        const double copy = copy_gbs();
+        std::printf("copy %.0f GB/s (read and written)\n", copy);
+        time_decode(device, copy);
+        time_prefill(device);
+    }
+    return failures ? 1 : 0;
+}
