@@ -11,6 +11,7 @@ pub mod checkpoint;
 pub mod cluster;
 pub mod http;
 pub mod jobs;
+pub mod kube;
 pub mod model;
 pub mod nats;
 pub mod overhead;

@@ -5,6 +5,7 @@
 //! counted. The first SIGTERM or SIGINT drains, the second ends the process at once, which is safe at any
 //! moment.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -58,6 +59,9 @@ pub struct ServeArgs {
     /// The worker's name in records and reports; the host's name and some random letters if absent.
     #[arg(long, value_name = "NAME")]
     pub name: Option<Token>,
+    /// The address of the worker's own pages, in place of the one in `server.listen`; the port stays.
+    #[arg(long, value_name = "IP", env = "MILLRACE_LISTEN_ADDRESS")]
+    pub listen_address: Option<IpAddr>,
 }
 
 /// Runs until it is drained.
@@ -69,7 +73,10 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     telemetry::start().map_err(anyhow::Error::msg)?;
     telemetry::abort_on_panic();
     failpoint::arm().map_err(anyhow::Error::msg)?;
-    let config = config::read(&args.config)?;
+    let mut config = config::read(&args.config)?;
+    if let Some(address) = args.listen_address {
+        config.server.listen.set_ip(address);
+    }
     let name = args.name.clone().unwrap_or_else(worker_name);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(ASYNC_THREADS)
