@@ -2,8 +2,8 @@
 //!
 //! The straight line is `gguf` (header, bounded) -> `layout` (sizes, names, completeness) and `tokenizer` ->
 //! `output` (dequantised safetensors, JSON files, manifest). The worker itself never reads a GGUF: it serves the
-//! folder, whose files are pinned by one digest. Refused: whatever is malformed, incomplete or not understood,
-//! with a message that names the field, its value and the limit.
+//! folder, whose files are pinned by one digest. Refused: whatever is malformed, incomplete, not understood or
+//! not to be served by the worker, with a message that names the field, its value and the limit.
 
 mod blocks;
 mod gguf;
@@ -25,6 +25,8 @@ pub use gguf::{Gguf, GgufError, TensorInfo, Value};
 use self::layout::Layout;
 use self::output::{OutputFolder, TensorShape};
 use self::tokenizer::Vocabulary;
+use crate::model::config::{ConfigError, DecoderConfig};
+use crate::prompt::{Text, TextError};
 use crate::weights::manifest::ManifestError;
 
 /// Bytes of tensor data in one safetensors file, as Hugging Face writes them.
@@ -194,6 +196,12 @@ pub enum ImportError {
     /// The manifest of what was written broke its own rules.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
+    /// The configuration that the metadata give is none that the worker takes.
+    #[error("the metadata give a configuration that cannot be served: {0}")]
+    Config(#[from] ConfigError),
+    /// The tokenizer or chat template is none that the worker takes.
+    #[error("the vocabulary or chat template cannot be served: {0}")]
+    Text(#[from] TextError),
 }
 
 fn io_error(action: &'static str, path: &Path, source: io::Error) -> ImportError {
@@ -215,11 +223,14 @@ pub fn run(gguf: &Path, out: &Path, options: &ImportOptions) -> Result<Imported,
     }
     let vocabulary = Vocabulary::read(&header, layout.vocabulary)?;
     let files = tokenizer::build(&header, &vocabulary, options.pre_tokenizer.as_deref())?;
+    let config = layout.config(&vocabulary.special_ids(), options.dtype.torch());
+    DecoderConfig::parse(&config.to_string(), None)?;
     let mut folder = OutputFolder::create(out)?;
-    folder.write_json("config.json", &layout.config(&vocabulary.special_ids(), options.dtype.torch()))?;
+    folder.write_json("config.json", &config)?;
     folder.write_json("generation_config.json", &files.generation)?;
     folder.write_json("tokenizer.json", &files.tokenizer)?;
     folder.write_json("tokenizer_config.json", &files.config)?;
+    Text::open(folder.partial(), "imported")?;
     let shard_bytes_max = options.shard_bytes_max.unwrap_or(SHARD_BYTES_MAX);
     folder.write_tensors(&file, &tensors, &TensorShape { dtype: options.dtype, shard_bytes_max })?;
     let manifest = folder.finish()?;

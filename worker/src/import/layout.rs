@@ -239,6 +239,10 @@ impl Layout {
                 add("attn_q.bias", "self_attn.q_proj.bias", &[q]);
                 add("attn_k.bias", "self_attn.k_proj.bias", &[kv]);
                 add("attn_v.bias", "self_attn.v_proj.bias", &[kv]);
+                // `attention_bias` of the others covers the output's projection.
+                if self.family != Family::Qwen2 {
+                    add("attn_output.bias", "self_attn.o_proj.bias", &[hidden]);
+                }
             }
             if self.family == Family::Qwen3 {
                 add("attn_q_norm.weight", "self_attn.q_norm.weight", &[self.head_dim]);

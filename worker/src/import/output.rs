@@ -44,6 +44,11 @@ impl OutputFolder {
         Ok(Self { target: target.to_owned(), partial, files: Vec::new(), finished: false })
     }
 
+    /// Where the files are until the folder is finished.
+    pub fn partial(&self) -> &Path {
+        &self.partial
+    }
+
     /// Writes a small file.
     pub fn write(&mut self, name: &str, bytes: &[u8]) -> Result<(), ImportError> {
         let mut file = self.open(name)?;

@@ -21,6 +21,9 @@ const LAYERS_MAX: usize = 1024;
 /// Largest width of any matrix, vocabulary included. Keeps every size computed from two of them in 64 bits.
 const WIDTH_MAX: usize = 1 << 22;
 
+/// Longest context. The longest published ones have some ten million positions.
+const POSITIONS_MAX: usize = 1 << 28;
+
 /// Most end-of-sequence ids.
 const EOS_MAX: usize = 64;
 
@@ -213,7 +216,7 @@ impl DecoderConfig {
             positions_max: bounded(
                 "max_position_embeddings",
                 raw.max_position_embeddings as usize,
-                WIDTH_MAX,
+                POSITIONS_MAX,
             )? as u32,
             rms_norm_eps: raw.eps()?,
             rope: rope::parse(raw.rope_theta, raw.rope_scaling.as_ref(), raw.rope_parameters.as_ref())?,

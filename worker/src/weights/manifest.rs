@@ -225,9 +225,9 @@ mod tests {
     fn canonical_form_is_stable() {
         let manifest = Manifest::new(vec![entry("model.safetensors"), entry("config.json")]).unwrap();
         let hash = "ab".repeat(32);
-        let expected = format!(
-            r#"{{"version":1,"files":[{{"name":"config.json","bytes":3,"sha256":"{hash}"}},{{"name":"model.safetensors","bytes":3,"sha256":"{hash}"}}]}}"#
-        );
+        let file = |name: &str| format!(r#"{{"name":"{name}","bytes":3,"sha256":"{hash}"}}"#);
+        let files = format!("{},{}", file("config.json"), file("model.safetensors"));
+        let expected = format!(r#"{{"version":1,"files":[{files}]}}"#);
         assert_eq!(String::from_utf8(manifest.canonical()).unwrap(), expected);
         assert_eq!(Manifest::parse(expected.as_bytes()).unwrap(), manifest);
         let pretty = serde_json::to_vec_pretty(&manifest).unwrap();
