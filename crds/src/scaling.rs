@@ -23,7 +23,8 @@ pub struct ScalingSpec {
     /// Most workers.
     #[schemars(range(min = 1, max = 1024))]
     pub max_replicas: u32,
-    /// How long the model must have been without any work before the last worker goes.
+    /// How long the model must have been without any work before the last worker goes. It stays at least as
+    /// long as its restart would take, whatever is set here.
     pub idle_after: Span,
     /// What the autoscaler aims at.
     pub targets: ScalingTargets,
@@ -41,7 +42,7 @@ impl Default for ScalingSpec {
         Self {
             min_replicas: 0,
             max_replicas: 8,
-            idle_after: Span::seconds(300),
+            idle_after: Span::seconds(30),
             targets: ScalingTargets::default(),
             stabilization: Stabilization::default(),
             max_step: 4,
@@ -54,8 +55,8 @@ impl Default for ScalingSpec {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct ScalingTargets {
-    /// Longest time from a job's publication to its start. Backlog that fits into it is let stand, because
-    /// a worker with a backlog is a worker without idle time.
+    /// The time from a job's publication to its start that nineteen jobs of twenty are to stay within.
+    /// Backlog that fits into it is let stand, because a worker with a backlog does not idle.
     pub queue_wait: Span,
     /// Share of the KV blocks that may be in use before a worker is added.
     #[schemars(range(min = 0.1, max = 1.0))]
@@ -74,13 +75,14 @@ impl Default for ScalingTargets {
 pub struct Stabilization {
     /// Workers are added when that many were wanted during all of this span.
     pub up: Span,
-    /// Workers are removed when no more were wanted during all of this span.
+    /// Workers are removed when no more were wanted during all of this span. The price of a restart is
+    /// weighed in any case; this span guards against a single odd reading.
     pub down: Span,
 }
 
 impl Default for Stabilization {
     fn default() -> Self {
-        Self { up: Span::seconds(0), down: Span::seconds(60) }
+        Self { up: Span::seconds(0), down: Span::seconds(5) }
     }
 }
 
@@ -175,10 +177,10 @@ mod tests {
     }
 
     #[test]
-    fn the_form_of_the_design_is_read() {
-        let text = r#"{"minReplicas": 0, "maxReplicas": 8, "idleAfter": "5m",
+    fn the_written_form_is_read() {
+        let text = r#"{"minReplicas": 0, "maxReplicas": 8, "idleAfter": "30s",
             "targets": {"queueWait": "60s", "kvUtilization": 0.85},
-            "stabilization": {"up": "0s", "down": "60s"}, "maxStep": 4, "onSignalLost": "Hold"}"#;
+            "stabilization": {"up": "0s", "down": "5s"}, "maxStep": 4, "onSignalLost": "Hold"}"#;
         let spec: ScalingSpec = serde_json::from_str(text).unwrap();
         assert_eq!(spec, ScalingSpec::default());
         assert!(serde_json::from_str::<ScalingSpec>(r#"{"minReplica": 1}"#).is_err());

@@ -4,16 +4,16 @@
 //! a [`Record`] of its inputs is enough to derive the decision again. It reads nothing and writes nothing.
 //!
 //! The rules, of which the largest wins:
-//! - the workers with which each job starts within `targets.queueWait` ([`demand`]), starting workers counted
-//!   from when they will be ready, new ones from the 90th percentile of the starts seen;
-//! - the workers that bring KV utilisation under its target. While jobs are pending a full cache is what a
-//!   busy worker looks like, and the wait decides; it counts when none is, or when sequences wait for blocks;
-//! - the workers that the jobs in flight fill;
-//! - the workers that are not worth stopping: one whose idle time until it is needed again costs less than
-//!   its start would.
+//! - `queue_wait`: the workers with which each job starts within `targets.queueWait` ([`demand`]). New ones are
+//!   ordered as late as the target allows, because a backlog is what keeps a worker from idling;
+//! - `kv`: while sequences wait for KV blocks inside of workers, those that bring KV utilisation under its
+//!   target. Otherwise a full cache is what a busy worker looks like, and the wait decides;
+//! - `held`: one worker while any job is unfinished, so that any backlog wakes a model at zero;
+//! - `keep`: what is there while jobs are pending; then those that the arrivals keep busy, and the last one
+//!   until it has idled for `idleAfter` and for as long as its restart would take.
 //!
 //! Then stabilisation, `minReplicas`, `maxReplicas` and `maxStep` bound the change ([`bounds`]). What cannot
-//! be read is not zero: the number holds. From zero, any backlog wakes a worker.
+//! be read is not zero: the number holds.
 
 pub mod bounds;
 pub mod decision;
@@ -29,12 +29,6 @@ use millrace_crds::scaling::{OnSignalLost, ScalingSpec};
 use millrace_crds::units::Span;
 
 use self::demand::Demand;
-
-/// Share of the wait target that is planned with. The rest is for what the plan cannot see: the size of
-/// the jobs that happen to come, and the time between decisions.
-const PLANNED_SHARE: f64 = 0.85;
-/// Share of the wait target that must suffice without a worker before it is stopped.
-const RELEASE_SHARE: f64 = 0.5;
 
 /// Decides. Returns the decision and what is known from now on.
 pub fn decide(spec: &ScalingSpec, memory: &Memory, reading: &Reading) -> (Decision, Memory) {
@@ -65,43 +59,37 @@ pub fn decide(spec: &ScalingSpec, memory: &Memory, reading: &Reading) -> (Decisi
     (decision, next)
 }
 
-/// What each rule asks for, which one wins, and whether only `idleAfter` keeps the last worker.
+/// What each rule asks for, which one wins, and whether only the last worker's hold keeps it.
 fn want(spec: &ScalingSpec, memory: &Memory, reading: &Reading) -> (Terms, Term, bool) {
     let now = reading.replicas;
     let Some(queue) = &reading.queue else {
         return (Terms { keep: now, ..Terms::default() }, Term::SignalLost, false);
     };
-    if queue.left() == 0 && now == 0 {
-        return (Terms::default(), Term::Idle, false);
-    }
-    let kv = kv_term(spec, reading, queue);
-    let held = match memory.jobs_held_full {
-        full if full >= 1.0 => (queue.unacked() as f64 / full).ceil() as u32,
-        _ => 1,
-    };
-    let held = if queue.left() > 0 { held.max(1) } else { 0 };
     let queue_wait_s = spec.targets.queue_wait.0.as_secs_f64();
-    let Some(demand) = Demand::new(reading, queue, memory, queue_wait_s * PLANNED_SHARE) else {
-        // No worker was ever busy: one is woken to learn from, and none is stopped before it has taught.
-        let keep =
-            if queue.left() > 0 || idle_for_ms(memory, reading) < idle_after_ms(spec) { now } else { 0 };
-        let terms = Terms { queue_wait: 0, kv, held, keep };
-        return (terms, winner(terms), queue.left() == 0 && keep > 0);
+    let demand = Demand::new(reading, queue, memory, queue_wait_s);
+    let new = demand.as_ref().map_or(0, Demand::new_workers);
+    let holds_last = now > 0 && idle_for_ms(memory, reading) < idle_hold_ms(spec, memory);
+    let keep = match (&demand, queue.pending()) {
+        (Some(demand), 0) => demand.busy_workers(now).max(u32::from(holds_last)),
+        // Without a measured rate no worker is stopped before it has taught, or idled.
+        (None, 0) if queue.left() == 0 && !holds_last => 0,
+        _ => now,
     };
-    let new = demand.new_workers(demand.queue_wait_s + demand.lead_s);
-    let queue_wait = if new > 0 { now.saturating_add(new) } else { 0 };
-    let keep = if new > 0 { now } else { keep_term(spec, memory, reading, &demand) };
-    let idle = queue.left() == 0 && keep > 0 && idle_for_ms(memory, reading) < idle_after_ms(spec);
-    let terms = Terms { queue_wait, kv, held, keep };
-    (terms, winner(terms), idle && keep == 1)
+    let terms = Terms {
+        queue_wait: if new > 0 { now.saturating_add(new) } else { 0 },
+        kv: memory.kv_wanted.map_or(0, |wanted| wanted.replicas),
+        held: u32::from(queue.left() > 0),
+        keep,
+    };
+    (terms, winner(terms), holds_last && queue.left() == 0 && keep > 0)
 }
 
 fn winner(terms: Terms) -> Term {
     let candidates = [
         (terms.queue_wait, Term::QueueWait),
         (terms.kv, Term::Kv),
-        (terms.held, Term::Held),
         (terms.keep, Term::Keep),
+        (terms.held, Term::Held),
     ];
     let most = candidates.iter().map(|&(replicas, _)| replicas).max().unwrap_or(0);
     match candidates.iter().find(|&&(replicas, _)| replicas == most) {
@@ -110,57 +98,15 @@ fn winner(terms: Terms) -> Term {
     }
 }
 
-fn idle_after_ms(spec: &ScalingSpec) -> u64 {
-    spec.idle_after.0.as_millis() as u64
+/// How long the last worker idles before it goes: no shorter than its restart would take. Whoever pays for
+/// idling until that equals the price of a restart never pays more than twice what foresight would
+/// (ski rental; Karlin, Manasse, Rudolph, Sleator 1988).
+fn idle_hold_ms(spec: &ScalingSpec, memory: &Memory) -> u64 {
+    (spec.idle_after.0.as_millis() as u64).max(memory.cold_start_p90_ms())
 }
 
 fn idle_for_ms(memory: &Memory, reading: &Reading) -> u64 {
     memory.work_seen_ms.map_or(0, |seen_ms| reading.at_ms.saturating_sub(seen_ms))
-}
-
-/// Workers that bring KV utilisation under its target, or 0 where that is not the question.
-fn kv_term(spec: &ScalingSpec, reading: &Reading, queue: &QueueReading) -> u32 {
-    let loads = || reading.ready().filter_map(|worker| worker.load.as_ref());
-    let waiting = loads().any(|load| load.sequences_waiting > 0);
-    let (used, total) = loads().fold((0u64, 0u64), |(used, total), load| {
-        (used.saturating_add(load.kv_blocks_used), total.saturating_add(load.kv_blocks_total))
-    });
-    if total == 0 || (queue.pending() > 0 && !waiting) {
-        return 0;
-    }
-    let one = total as f64 / loads().count() as f64;
-    let needed = used as f64 / (one * spec.targets.kv_utilization);
-    (needed.ceil() as u32).min(millrace_crds::scaling::REPLICAS_LIMIT)
-}
-
-/// The workers that are not worth stopping. Only a worker that has nothing to do costs anything, so none is
-/// stopped while there is a backlog. One fewer must still meet the target with a margin, and the idle
-/// time saved until the deadlines ask for it again must be worth more than its start.
-fn keep_term(spec: &ScalingSpec, memory: &Memory, reading: &Reading, demand: &Demand) -> u32 {
-    let pending = demand.backlog.last().map_or(0.0, |due| due.jobs);
-    let mut keep = reading.replicas;
-    if pending > 0.0 {
-        return keep;
-    }
-    let floor = u32::from(idle_for_ms(memory, reading) < idle_after_ms(spec));
-    while keep > floor && worth_stopping(demand, keep - 1) {
-        keep -= 1;
-    }
-    keep
-}
-
-/// Whether going down to `rest` workers saves more idle time than it costs to come back.
-fn worth_stopping(demand: &Demand, rest: u32) -> bool {
-    let arriving = demand.arriving_workers();
-    let idle = (f64::from(rest) + 1.0 - arriving).clamp(0.0, 1.0);
-    let growth = arriving - f64::from(rest);
-    if growth <= 0.0 {
-        return true;
-    }
-    // The backlog may grow until it is as long as the target allows, less the time that a start takes.
-    let buffer_s = (demand.queue_wait_s * RELEASE_SHARE).max(demand.queue_wait_s - demand.lead_s);
-    let needed_again_s = buffer_s * arriving / growth;
-    idle * needed_again_s > demand.lead_s
 }
 
 /// The queue cannot be read: hold, or walk to the maximum.

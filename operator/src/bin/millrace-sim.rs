@@ -7,7 +7,7 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use clap::Parser;
-use millrace_operator::sim::compare::{Comparison, compare};
+use millrace_operator::sim::compare::{Comparison, compare, compare_tuned};
 use millrace_operator::sim::load::{Load, SPEED, Speed};
 use millrace_operator::sim::report::{HEAD, line};
 use millrace_operator::sim::{plot, report::Row};
@@ -36,6 +36,12 @@ struct Args {
     /// Folder for the plots; none are written when absent.
     #[arg(long)]
     plots: Option<PathBuf>,
+    /// Instead of the table: the Azure traces over these multiples of the rates above, at each of --cold-starts.
+    #[arg(long, value_delimiter = ',')]
+    sweep: Vec<f64>,
+    /// Cold starts of the sweep, in seconds.
+    #[arg(long, value_delimiter = ',', default_values_t = [10.0, 30.0, 60.0])]
+    cold_starts: Vec<f64>,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -52,6 +58,9 @@ fn main() -> anyhow::Result<()> {
         "A worker: {} prompt and {} output tokens/s, {} jobs at once, {} s to start.",
         args.prompt_rate, args.output_rate, args.slots, args.cold_start
     )?;
+    if !args.sweep.is_empty() {
+        return sweep(&mut out, &args, &speed);
+    }
     let mut rows: Vec<Row> = Vec::new();
     for mut load in loads(&args.loads)? {
         load.queue_wait_s = args.queue_wait.unwrap_or(load.queue_wait_s);
@@ -91,15 +100,52 @@ fn print(out: &mut impl Write, load: &Load, comparison: &Comparison) -> anyhow::
     for row in &comparison.rows {
         writeln!(out, "{}", line(row))?;
     }
-    for (name, pick) in [("equal", &comparison.keda_equal), ("target", &comparison.keda_target)] {
+    for (name, pick) in [("tuned", &comparison.keda_tuned), ("equal", &comparison.keda_equal)] {
         match pick {
             Some(pick) => writeln!(out, "keda-{name}: {:?}", pick.settings)?,
             None => writeln!(out, "keda-{name}: no setting of the grid keeps that wait")?,
         }
     }
-    for policy in ["keda-equal", "keda-target", "clairvoyant"] {
+    for policy in ["keda-sized", "keda-tuned", "keda-equal", "clairvoyant"] {
         if let Some(ratio) = comparison.ratio(policy) {
             writeln!(out, "GPU time of millrace / {policy}: {ratio:.3}")?;
+        }
+    }
+    Ok(())
+}
+
+/// The bars over a grid of rates and cold starts: GPU time over that of KEDA's rule tuned with hindsight to the
+/// target, over the optimum's, and the optimum's over that of KEDA's rule, below which no rule can come.
+fn sweep(out: &mut impl Write, args: &Args, speed: &Speed) -> anyhow::Result<()> {
+    writeln!(
+        out,
+        "trace        rate  start s   work s    GPU-s  p95 s  events  /keda  /clairvoyant  clairvoyant/keda"
+    )?;
+    for mut load in [Load::azure_code()?, Load::azure_conv()?] {
+        load.queue_wait_s = args.queue_wait.unwrap_or(load.queue_wait_s);
+        for &cold_start_s in &args.cold_starts {
+            for &rate in &args.sweep {
+                let (prompt, output) = (speed.prompt_tokens_per_s * rate, speed.output_tokens_per_s * rate);
+                let (prompt_tokens_per_s, output_tokens_per_s) = (prompt, output);
+                let speed = Speed { prompt_tokens_per_s, output_tokens_per_s, cold_start_s, ..*speed };
+                let comparison = compare_tuned(&load, &speed)?;
+                let own = &comparison.rows[0];
+                let (keda, best) = (comparison.ratio("keda-tuned"), comparison.ratio("clairvoyant"));
+                let least = keda.zip(best).map(|(keda, best)| keda / best);
+                let text = |ratio: Option<f64>| ratio.map_or("-".into(), |ratio| format!("{ratio:.3}"));
+                writeln!(
+                    out,
+                    "{:<11} {rate:>5} {cold_start_s:>8} {:>8.0} {:>8.0} {:>6.1} {:>7} {:>6} {:>13} {:>17}",
+                    load.name,
+                    load.work_s(&speed),
+                    own.gpu_seconds,
+                    own.wait_p95_s,
+                    own.scale_events,
+                    text(keda),
+                    text(best),
+                    text(least)
+                )?;
+            }
         }
     }
     Ok(())

@@ -14,11 +14,11 @@ use super::memory::Memory;
 pub struct Terms {
     /// So that each job starts within the wait target.
     pub queue_wait: u32,
-    /// So that KV utilisation comes under its target.
+    /// So that KV utilisation comes under its target, when sequences wait for blocks.
     pub kv: u32,
-    /// So that the work in flight has room.
+    /// So that work which is left finds a worker: one, or none without work.
     pub held: u32,
-    /// So that workers are not stopped that would soon be started again.
+    /// So that no worker is stopped that works, or would soon be started again.
     pub keep: u32,
 }
 
@@ -54,7 +54,7 @@ pub enum Limit {
     StabilizationUp,
     /// Waits for `stabilization.down`.
     StabilizationDown,
-    /// Waits for `idleAfter`.
+    /// Waits for `idleAfter`, or for as long as a restart takes.
     IdleAfter,
     /// Keeps what is there, because the queue could not be read.
     SignalLost,
@@ -110,8 +110,8 @@ impl fmt::Display for Term {
         f.write_str(match self {
             Term::QueueWait => "the wait target",
             Term::Kv => "KV utilisation",
-            Term::Held => "the work in flight",
-            Term::Keep => "the price of a restart",
+            Term::Held => "there is work",
+            Term::Keep => "what is worth keeping",
             Term::Idle => "no work",
             Term::SignalLost => "the queue could not be read",
         })

@@ -2,18 +2,27 @@
 //!
 //! Each pending job must start within the wait target of its publication. The profile of arrivals tells how
 //! many starts are due by when; what the ready, the starting and the new workers can start by then is set
-//! against it. The least number of new workers that passes at every due time is the demand: a backlog that
-//! meets its target is let stand, because only a worker with a backlog never idles.
+//! against it. The least number of new workers that passes at every due time is the need. A worker is ordered
+//! at the last moment at which it suffices: a backlog that still meets its target is let stand, because only
+//! a worker with a backlog never idles.
 //!
 //! The test is the demand bound function of deadline scheduling (Baruah, Mok, Rosier 1990) on a fluid.
 
-use super::inputs::{QueueReading, Reading};
+use super::inputs::{QueueReading, Reading, WorkerReading};
 use super::memory::Memory;
 
 /// Largest number that the search returns; bounds are applied later.
 const REPLICAS_SEARCH_MAX: u32 = millrace_crds::scaling::REPLICAS_LIMIT;
+/// A start that has taken this many times as long as usual is taken for lost: another worker may be ordered.
+const LOST_AFTER: u64 = 3;
 /// Points at which future arrivals are tested, besides the due times of the backlog.
 const FUTURE_POINTS: u32 = 8;
+/// An order is put off while the same workers, ordered this much later, would still do: two periods of
+/// the operator, so that one late decision breaks no deadline.
+const PATIENCE_S: f64 = 4.0;
+/// What is late whatever is ordered now is to start within this share of the target after the new workers are
+/// there. Less would buy little wait with many workers, each of which costs a start.
+const GRACE_SHARE: f64 = 1.0 / 3.0;
 
 /// Jobs that must have started by a time.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -51,10 +60,15 @@ impl Demand {
         let lead_ms = memory.cold_start_p90_ms();
         // A start that takes longer than usual is still expected soon, but not at once.
         let overdue_ms = lead_ms / 10;
-        let starting = reading.starting().map(|worker| {
-            let age_ms = reading.at_ms.saturating_sub(worker.created_ms);
-            lead_ms.saturating_sub(age_ms).max(overdue_ms) as f64 / 1e3
-        });
+        let seen = !memory.cold_starts_ms.is_empty();
+        let age_ms = |worker: &WorkerReading| reading.at_ms.saturating_sub(worker.created_ms);
+        let lost = |worker: &WorkerReading| seen && age_ms(worker) > LOST_AFTER.saturating_mul(lead_ms);
+        let left_ms = |worker: &WorkerReading| lead_ms.saturating_sub(age_ms(worker)).max(overdue_ms);
+        let starting = reading.starting().filter(|&worker| !lost(worker)).map(left_ms);
+        // Workers that were just asked for may have no pod yet.
+        let seen_pods = reading.ready().chain(reading.starting()).count();
+        let unseen = (reading.replicas as usize).saturating_sub(seen_pods).min(REPLICAS_SEARCH_MAX as usize);
+        let starting = starting.chain(std::iter::repeat_n(lead_ms, unseen));
         Some(Self {
             backlog: profile(reading.at_ms, queue, memory, queue_wait_s),
             arrival_rate: memory.arrival_rate,
@@ -63,41 +77,56 @@ impl Demand {
             queue_wait_s,
             lead_s: lead_ms as f64 / 1e3,
             ready: reading.ready().count() as u32,
-            starting_in_s: starting.collect(),
+            starting_in_s: starting.map(|ms| ms as f64 / 1e3).collect(),
         })
     }
 
-    /// Workers whose work the arriving jobs are.
-    pub fn arriving_workers(&self) -> f64 {
-        self.arrival_rate / self.rate
+    /// New workers to order now: as many as would be needed if the order came a little later, rounded. For less
+    /// than half a worker the order is put off, as what misses its deadline then misses it by little.
+    pub fn new_workers(&self) -> u32 {
+        (self.needed(PATIENCE_S).round() as u32).min(REPLICAS_SEARCH_MAX)
     }
 
-    /// New workers needed so that every deadline up to the horizon holds, where new workers can still help.
-    pub fn new_workers(&self, horizon_s: f64) -> u32 {
-        // What is due before a new worker is there is asked of it soon after it came.
-        let soonest_s = self.lead_s + self.queue_wait_s / 4.0;
-        let mut needed = 0.0f64;
-        for due in self.points(horizon_s) {
+    /// New workers with which every deadline holds where new workers can still help, when they are ordered
+    /// `delay_s` from now. A fraction: the last one's share of a worker.
+    fn needed(&self, delay_s: f64) -> f64 {
+        let soonest_s = self.lead_s + self.queue_wait_s * GRACE_SHARE;
+        let most = |needed: f64, due: Due| {
             let at_s = due.in_s.max(soonest_s);
-            let missing = due.jobs - self.started_by(at_s);
-            if missing > 0.0 {
-                needed = needed.max(missing / (self.slots + self.rate * (at_s - self.lead_s)));
-            }
+            let each = self.slots.max(1.0) + self.rate * (at_s - self.lead_s - delay_s).max(0.0);
+            needed.max((due.jobs - self.started_by(at_s)) / each)
+        };
+        self.points().fold(0.0, most)
+    }
+
+    /// The workers, of so many, that are worth keeping when nothing is pending: those whom the arriving jobs
+    /// keep busy all the time. The work of one that idles in part is saved up and done in one go.
+    pub fn busy_workers(&self, of: u32) -> u32 {
+        let mut keep = of;
+        while keep > 0 && self.worth_stopping(keep - 1) {
+            keep -= 1;
         }
-        (needed.ceil() as u32).min(REPLICAS_SEARCH_MAX)
+        keep
     }
 
-    /// Whether the deadlines up to the horizon hold with this many ready workers and none starting.
-    pub fn holds_with(&self, ready: u32, horizon_s: f64) -> bool {
-        self.points(horizon_s).all(|due| due.jobs <= f64::from(ready) * self.rate * due.in_s.max(0.0))
+    /// Whether stopping the worker above `rest` pays: it would idle, and its restart takes no longer than
+    /// the time until deadlines ask for it again.
+    fn worth_stopping(&self, rest: u32) -> bool {
+        let arriving = self.arrival_rate / self.rate;
+        let growth = arriving - f64::from(rest);
+        if growth >= 1.0 {
+            return false;
+        }
+        // The oldest job is as old as the target when the backlog is one target's worth of arrivals.
+        let needed_again_s = self.queue_wait_s * arriving / growth - self.lead_s;
+        growth <= 0.0 || rest == 0 || needed_again_s >= self.lead_s
     }
 
-    /// The due times to test: the backlog's, then the future's.
-    fn points(&self, horizon_s: f64) -> impl Iterator<Item = Due> + '_ {
+    /// The due times to test: the backlog's, then those of the jobs that arrive while a new worker starts.
+    fn points(&self) -> impl Iterator<Item = Due> + '_ {
         let pending = self.backlog.last().map_or(0.0, |due| due.jobs);
-        let future_s = (horizon_s - self.queue_wait_s).max(0.0);
         let future = (1..=FUTURE_POINTS).map(move |part| {
-            let after_s = future_s * f64::from(part) / f64::from(FUTURE_POINTS);
+            let after_s = self.lead_s * f64::from(part) / f64::from(FUTURE_POINTS);
             Due { in_s: self.queue_wait_s + after_s, jobs: pending + self.arrival_rate * after_s }
         });
         self.backlog.iter().copied().chain(future)

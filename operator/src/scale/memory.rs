@@ -6,15 +6,18 @@
 use serde::{Deserialize, Serialize};
 
 use super::inputs::{QueueReading, Reading, WorkerReading};
-use millrace_crds::scaling::ScalingSpec;
+use millrace_crds::scaling::{REPLICAS_LIMIT, ScalingSpec};
 
-/// The arrival rate is an exponential mean over this span: long enough to see through a burst, which the
-/// backlog itself shows, and short enough to follow a working day.
-const ARRIVAL_MEMORY_S: f64 = 120.0;
+/// The arrival rate is an exponential mean over this span: long enough that chance does not stop a busy
+/// worker, and short enough that the workers of a burst do not outlive it by much.
+const ARRIVAL_MEMORY_S: f64 = 60.0;
 /// The rate of a worker forgets with this much busy time: several hundred jobs of common size.
 const RATE_MEMORY_S: f64 = 600.0;
 /// Busy time after which a measured rate is believed: a handful of jobs of common size.
 const RATE_TRUST_S: f64 = 5.0;
+/// Share of the jobs that it holds with a backlog from which on a worker counts as busy without one. Far below,
+/// its jobs would run much faster than in full company.
+const HALF_FULL: f64 = 0.5;
 /// The profile of arrivals resolves the wait target into this many parts.
 const ARRIVAL_PARTS: u64 = 32;
 /// Most steps in the profile of arrivals; beyond, the two oldest are merged.
@@ -44,6 +47,8 @@ pub struct Memory {
     pub jobs_held_full: f64,
     /// The last starts, from the creation of the pod until ready, in milliseconds.
     pub cold_starts_ms: Vec<u64>,
+    /// The workers that KV utilisation asked for, until a start's time after it asked last.
+    pub kv_wanted: Option<Wanted>,
     /// When there was work last.
     pub work_seen_ms: Option<u64>,
     /// What was wanted, each entry valid until the next; for stabilisation.
@@ -122,6 +127,7 @@ impl Memory {
         let Some(queue) = &reading.queue else { return next };
         next.learn_arrivals(spec, reading.at_ms, queue);
         next.learn_rate(reading, queue);
+        next.learn_kv(spec, reading);
         if queue.left() > 0 || next.work_seen_ms.is_none() {
             next.work_seen_ms = Some(reading.at_ms);
         }
@@ -178,21 +184,25 @@ impl Memory {
         }
     }
 
-    /// Measures what warm workers finish while there is a backlog. A worker is warm when it has finished as
-    /// many jobs as it holds: before that, its first batch has not yet turned over.
+    /// Measures what warm and busy workers finish. A worker is warm when it has finished as many jobs as it
+    /// holds: before that, its first batch has not yet turned over. It is busy while there is a backlog, and
+    /// without one while it is half full: else a wrong rate would stand as long as nothing waits.
     fn learn_rate(&mut self, reading: &Reading, queue: &QueueReading) {
         let Some(last) = &self.last else { return };
         let elapsed_ms = reading.at_ms.saturating_sub(last.at_ms);
-        let backlogged = last.pending > 0 && queue.pending() > 0;
-        if !backlogged || !(1..=GAP_MAX_MS).contains(&elapsed_ms) {
+        if !(1..=GAP_MAX_MS).contains(&elapsed_ms) {
             return;
         }
+        let backlogged = last.pending > 0 && queue.pending() > 0;
         let (mut jobs, mut busy_s, mut held, mut warm) = (0.0, 0.0, 0.0, 0.0);
         for worker in reading.ready() {
             let (Some(load), Some(before)) = (worker.load, last.finished_by(&worker.name)) else { continue };
-            if before >= u64::from(load.jobs_held.max(1)) && load.jobs_finished >= before {
+            let full = f64::from(load.jobs_held) / self.jobs_held_full.max(1.0);
+            let busy = if backlogged { 1.0 } else { full.min(1.0) };
+            let is_warm = before >= u64::from(load.jobs_held.max(1)) && load.jobs_finished >= before;
+            if is_warm && busy >= HALF_FULL {
                 jobs += (load.jobs_finished - before) as f64;
-                busy_s += elapsed_ms as f64 / 1e3;
+                busy_s += busy * elapsed_ms as f64 / 1e3;
                 held += f64::from(load.jobs_held);
                 warm += 1.0;
             }
@@ -203,8 +213,29 @@ impl Memory {
         let kept = (-busy_s / RATE_MEMORY_S).exp();
         self.jobs_finished = rounded(self.jobs_finished * kept + jobs);
         self.busy_s = rounded(self.busy_s * kept + busy_s);
-        // The mean may dip when a worker has just handed in a job; the fullest state is what counts.
-        self.jobs_held_full = rounded((self.jobs_held_full * kept).max(held / warm));
+        if backlogged {
+            // The mean may dip when a worker has just handed in a job; the fullest state is what counts.
+            self.jobs_held_full = rounded((self.jobs_held_full * kept).max(held / warm));
+        }
+    }
+}
+
+impl Memory {
+    /// Notes how many workers bring KV utilisation under its target while sequences wait for blocks. What was
+    /// asked for stands until it can have come and helped; else it would be stopped before, and asked for again.
+    fn learn_kv(&mut self, spec: &ScalingSpec, reading: &Reading) {
+        let lead_ms = self.cold_start_p90_ms();
+        self.kv_wanted = self.kv_wanted.filter(|w| reading.at_ms < w.at_ms.saturating_add(2 * lead_ms));
+        let loads = || reading.ready().filter_map(|worker| worker.load.as_ref());
+        let (used, total) = loads().fold((0u64, 0u64), |(used, total), load| {
+            (used.saturating_add(load.kv_blocks_used), total.saturating_add(load.kv_blocks_total))
+        });
+        if total == 0 || loads().all(|load| load.sequences_waiting == 0) {
+            return;
+        }
+        let one = total as f64 / loads().count() as f64;
+        let needed = (used as f64 / (one * spec.targets.kv_utilization)).ceil() as u32;
+        self.kv_wanted = Some(Wanted { at_ms: reading.at_ms, replicas: needed.min(REPLICAS_LIMIT) });
     }
 }
 

@@ -7,6 +7,7 @@
 
 use super::cluster::{Policy, View};
 use super::hpa::{Behavior, SYNC_MS, Stabilizer, TOLERANCE};
+use super::load::{Load, Speed};
 
 /// The knobs of a ScaledObject.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -26,6 +27,16 @@ impl KedaSettings {
     pub fn defaults(max: u32) -> Self {
         let behavior = Behavior { min: 0, max, up_window_ms: 0, down_window_ms: 300_000 };
         Self { lag_threshold: 10, polling_ms: 30_000, cooldown_ms: 300_000, behavior }
+    }
+
+    /// What a careful user sets without knowing the load to come, only the size of its jobs: a pod's lag is
+    /// what it finishes within the wait target less the time that it takes to start; windows of a minute.
+    pub fn sized(load: &Load, speed: &Speed, max: u32) -> Self {
+        let target_s = load.queue_wait_s as f64;
+        let usable_s = (target_s - speed.cold_start_s).max(target_s / 4.0);
+        let lag_threshold = (load.worker_rate(speed) * usable_s).round().max(1.0) as u32;
+        let behavior = Behavior { min: 0, max, up_window_ms: 0, down_window_ms: 60_000 };
+        Self { lag_threshold, polling_ms: 5_000, cooldown_ms: 60_000, behavior }
     }
 }
 

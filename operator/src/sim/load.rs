@@ -78,10 +78,20 @@ impl Load {
         Ok(Self { name: name.into(), jobs, length_ms: 3_600_000, queue_wait_s: 60 })
     }
 
-    /// Every `part`-th stretch of ten minutes is kept whole: short enough for a test, with its bursts intact.
+    /// The jobs of the first `length_ms`.
     pub fn head(&self, length_ms: u64) -> Self {
         let jobs = self.jobs.iter().copied().filter(|job| job.at_ms < length_ms).collect();
         Self { name: format!("{}-head", self.name), jobs, length_ms, queue_wait_s: self.queue_wait_s }
+    }
+
+    /// The worker seconds that all jobs cost.
+    pub fn work_s(&self, speed: &Speed) -> f64 {
+        self.jobs.iter().map(|job| job.work_s(speed)).sum()
+    }
+
+    /// Jobs a second that a full worker finishes.
+    pub fn worker_rate(&self, speed: &Speed) -> f64 {
+        self.jobs.len() as f64 / self.work_s(speed).max(f64::MIN_POSITIVE)
     }
 
     /// A million jobs at once, to be started within eight hours.

@@ -76,7 +76,7 @@ fn worker_reading(view: &View, worker: &Worker) -> WorkerReading {
         },
         created_ms: worker.created_ms,
         ready_ms: ready.then_some(worker.ready_ms),
-        load: ready.then(|| WorkerLoad {
+        load: ready.then_some(WorkerLoad {
             jobs_held: worker.held,
             sequences_waiting: 0,
             kv_blocks_used: (full * KV_SHARE * KV_BLOCKS as f64) as u64,

@@ -1,20 +1,23 @@
 //! The clairvoyant optimum: the least GPU time with which the 95th percentile of the wait meets a target,
 //! for one who knows every arrival.
 //!
-//! A lower bound, by Lagrangian duality. For a price on each late job, dynamic programming over (time, workers,
-//! backlog) finds the cheapest plan; its cost less the price of the late jobs that are allowed is below the
-//! cost of every plan that keeps the target (weak duality), and the best price gives the best bound.
+//! By Lagrangian duality. For a price on each late job, dynamic programming over (time, workers, backlog) finds
+//! the cheapest plan; its cost less the price of the late jobs that are allowed is below the cost of every
+//! plan that keeps the target (weak duality), and the best price gives the best bound.
 //! Every simplification favours the optimum: work is a fluid that all workers share perfectly, even the last
 //! job; a worker leaves at once, with no job to finish; its start is ordered in time for any need; jobs in a
 //! worker's slots have started. What remains is what no rule can avoid: the work itself, cold starts of whole
 //! workers, and deadlines in order of arrival.
+//!
+//! The bound is over plans of at most [`WORKERS_MAX`] workers, on a grid of time whose step grows with the size
+//! of the load. Where the best plan meets that limit, more workers might be cheaper still: there is no bound.
 
 use super::load::{Load, Speed};
 
 /// Share of the jobs that may be late.
 pub const LATE_SHARE: f64 = 0.05;
-/// Workers that the plan may use.
-const WORKERS_MAX: usize = 32;
+/// Workers that a plan may use.
+pub const WORKERS_MAX: usize = 48;
 /// States of one time step and the number of steps are kept below this product, by choice of the step.
 const CELLS_MAX: u64 = 1_500_000;
 /// Prices tried for a late job, in GPU seconds: first these, spread evenly in the logarithm, ...
@@ -56,8 +59,8 @@ struct Grid {
     start_s: f64,
 }
 
-/// Finds the bound for a target of the 95th percentile.
-pub fn optimum(load: &Load, speed: &Speed, wait_p95_s: f64) -> Optimum {
+/// Finds the bound for a target of the 95th percentile; nothing where the best plan uses all workers there are.
+pub fn optimum(load: &Load, speed: &Speed, wait_p95_s: f64) -> Option<Optimum> {
     let grid = Grid::new(load, speed, wait_p95_s);
     let allowed = LATE_SHARE * load.jobs.len() as f64;
     let bound = |price_s: f64| grid.plan(price_s, None) - price_s * allowed;
@@ -81,7 +84,8 @@ pub fn optimum(load: &Load, speed: &Speed, wait_p95_s: f64) -> Optimum {
     let mut choices = vec![0u8; grid.steps * grid.levels * (WORKERS_MAX + 1)];
     grid.plan(price_s, Some(&mut choices));
     let (replicas, waits_ms) = grid.follow(load, &choices);
-    Optimum { gpu_s, replicas, waits_ms }
+    let most = replicas.iter().map(|&(_, workers)| workers as usize).max().unwrap_or(0);
+    (most < WORKERS_MAX).then_some(Optimum { gpu_s, replicas, waits_ms })
 }
 
 impl Grid {
@@ -202,8 +206,9 @@ impl Grid {
             backlog = (backlog + self.arriving[step]).saturating_sub(workers);
             let end_ms = ((step + 1) as f64 * self.step_s * 1e3) as u64;
             let by_now = self.started(step, backlog, workers).min(self.jobs_before[step + 1]);
-            for job in started..by_now.max(started) {
-                waits_ms[job] = end_ms.saturating_sub(load.jobs[job].at_ms + (self.step_s * 1e3) as u64);
+            let newly = load.jobs.iter().zip(&mut waits_ms).take(by_now).skip(started);
+            for (job, wait_ms) in newly {
+                *wait_ms = end_ms.saturating_sub(job.at_ms + (self.step_s * 1e3) as u64);
             }
             started = started.max(by_now);
         }

@@ -7,9 +7,11 @@ use super::keda::{Keda, KedaSettings};
 use super::load::{Load, Speed};
 use super::report::Row;
 
-/// Lag that one pod is to have.
-const LAG_THRESHOLDS: [u32; 22] =
-    [4, 6, 8, 10, 12, 14, 16, 18, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 200];
+/// Lags that one pod is to have, as shares of what a worker finishes within the wait target: from a tenth to
+/// twice that, each 17 % above the last.
+const LAG_SHARES: i32 = 20;
+const LAG_SHARE_MIN: f64 = 0.1;
+const LAG_SHARE_STEP: f64 = 1.17;
 /// Polling intervals, in seconds.
 const POLLING_S: [u64; 2] = [1, 30];
 /// Cooldowns, in seconds.
@@ -20,25 +22,28 @@ const DOWN_S: [u64; 6] = [0, 15, 30, 60, 120, 300];
 const UP_S: [u64; 2] = [0, 30];
 /// Fewest pods.
 const MIN: [u32; 3] = [0, 1, 2];
+/// Loads with more jobs than this get the thin grid.
+const THIN_ABOVE: usize = 100_000;
 
-/// All settings of the grid, or a thinner one for loads of a million jobs.
-pub fn grid(max: u32, thin: bool) -> Vec<KedaSettings> {
+/// All settings of the grid for a load, or a thinner grid for loads of a million jobs.
+pub fn grid(load: &Load, speed: &Speed, max: u32) -> Vec<KedaSettings> {
+    let within_target = load.worker_rate(speed) * load.queue_wait_s as f64;
+    let mut lags: Vec<u32> = (0..LAG_SHARES)
+        .map(|i| (within_target * LAG_SHARE_MIN * LAG_SHARE_STEP.powi(i)).round().max(1.0) as u32)
+        .collect();
+    lags.dedup();
     let mut all = Vec::new();
-    for lag_threshold in LAG_THRESHOLDS {
+    for lag_threshold in lags {
         for polling_s in POLLING_S {
             for cooldown_s in COOLDOWN_S {
                 for down_s in DOWN_S {
                     for up_s in UP_S {
-                        for min in MIN {
-                            let behavior = Behavior {
-                                min,
-                                max,
-                                up_window_ms: up_s * 1000,
-                                down_window_ms: down_s * 1000,
-                            };
-                            let (polling_ms, cooldown_ms) = (polling_s * 1000, cooldown_s * 1000);
-                            all.push(KedaSettings { lag_threshold, polling_ms, cooldown_ms, behavior });
-                        }
+                        let (up_window_ms, down_window_ms) = (up_s * 1000, down_s * 1000);
+                        let (polling_ms, cooldown_ms) = (polling_s * 1000, cooldown_s * 1000);
+                        all.extend(MIN.map(|min| {
+                            let behavior = Behavior { min, max, up_window_ms, down_window_ms };
+                            KedaSettings { lag_threshold, polling_ms, cooldown_ms, behavior }
+                        }));
                     }
                 }
             }
@@ -46,13 +51,10 @@ pub fn grid(max: u32, thin: bool) -> Vec<KedaSettings> {
     }
     // With a floor of one pod or more, KEDA's own polling and cooldown do nothing.
     all.retain(|s| s.behavior.min == 0 || (s.polling_ms == 1_000 && s.cooldown_ms == 300_000));
-    if thin {
-        // A backlog of a million jobs needs a threshold of its size; the windows hardly matter.
+    if load.jobs.len() > THIN_ABOVE {
+        // Over a night the windows hardly matter.
         all.retain(|s| s.polling_ms == 30_000 && s.cooldown_ms == 60_000 && s.behavior.up_window_ms == 0);
         all.retain(|s| [0, 60].contains(&(s.behavior.down_window_ms / 1000)));
-        for settings in &mut all {
-            settings.lag_threshold *= 500;
-        }
     }
     all
 }
