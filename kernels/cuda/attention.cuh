@@ -141,19 +141,11 @@ __host__ __device__ constexpr uint64_t counter_words(uint64_t spans_max, uint64_
 // be ordered (one stream). Every kernel may be launched as a programmatic dependent: it reads the plan (spans,
 // tables, items, tiles, counts) before it waits for its predecessor, and nothing else.
 
-/// Warps of a decode CTA, each with its own ring of pages.
-constexpr uint32_t DECODE_WARPS_MAX = 7;
-constexpr uint32_t DECODE_RING_BYTES = 32 * 1024;
-constexpr uint32_t DECODE_HEAD_BYTES = 1024;
-
-/// Grid of a decode: one CTA per multiprocessor, of `32 * decode_warps(limit)` threads, where `limit` is the
-/// device's shared memory per block with opt-in (227 KiB on sm_90: 7 warps; 163 KiB on sm_80: 5).
-__host__ __device__ constexpr uint32_t decode_warps(uint32_t limit) {
-    const uint32_t fit = (limit - DECODE_HEAD_BYTES) / DECODE_RING_BYTES;
-    return fit < DECODE_WARPS_MAX ? fit : DECODE_WARPS_MAX;
-}
-__host__ __device__ constexpr uint32_t decode_shared_bytes(uint32_t warps) {
-    return DECODE_HEAD_BYTES + warps * DECODE_RING_BYTES;
+/// Decode: grid: multiprocessors, one CTA each (a smaller grid works too). `limit` is the device's shared memory
+/// per block with opt-in: 227 KiB on sm_90, 163 KiB on sm_80.
+constexpr uint32_t DECODE_THREADS = 224;
+__host__ __device__ constexpr uint32_t decode_shared_bytes(uint32_t limit) {
+    return limit >= 224 * 1024 ? 224 * 1024 : 160 * 1024;
 }
 
 /// `attention_prefill_h*`: grid (kv_heads, tiles or more), threads and shared memory:

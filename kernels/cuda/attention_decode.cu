@@ -1,11 +1,14 @@
 //! Paged attention for spans of one row (decode).
 //!
-//! A warp takes one split (`SPLIT_KEYS` positions) of one span and one key-value head at a time and walks it
-//! alone: the group's query heads are the columns of m16n8k16, pages stream through the warp's own ring in shared
-//! memory, and no two warps wait for each other. Whoever finishes a span's last split merges all of them, in
-//! ascending order. Units are dealt out by a ticket, which decides who computes, never what.
+//! A unit is one split (`SPLIT_KEYS` positions) of one span for one key-value head. A CTA is persistent: its
+//! producer warp streams the pages of unit after unit into a ring, four warps consume them. The scores of a tile
+//! belong to one of the four, so that the tiles of a unit are scored at once; the tiles' maxima are exchanged,
+//! each tile's weights follow from the greatest score up to and with it, and then each warp accumulates its own
+//! columns of the values over all tiles in ascending order. That is the online softmax of `attention_prefill_*`,
+//! rounding by rounding. Two more warps close units: whoever closes a span's last unit merges all of them, in
+//! ascending order, while the consumers go on.
 //!
-//! Refuses nothing: groups above `GROUP_MAX` are a bug of the caller.
+//! Units are dealt out by a ticket, which decides who computes, never what.
 //! Invariant: `counters` are zero before and after every launch.
 
 #include "attention_tile.cuh"
@@ -13,243 +16,502 @@
 namespace millrace {
 namespace {
 
-template <int HEAD>
-struct Ring {
-    static constexpr uint32_t PAGE_BYTES = HEAD * 32;
-    /// Pages that are loaded, awaited and given back together.
-    static constexpr uint32_t STEP = HEAD > 128 ? 1 : 2;
-    static constexpr uint32_t STAGE_BYTES = STEP * PAGE_BYTES;
-    static constexpr uint32_t STAGES = HEAD == 64 ? 8 : 4;
-    static_assert(STAGES * STAGE_BYTES <= DECODE_RING_BYTES);
+constexpr uint32_t CONSUMERS = 4;
+constexpr uint32_t CLOSERS = 2;
+static_assert(32 * (CONSUMERS + 1 + CLOSERS) == DECODE_THREADS);
+/// Units between the producer and the closers.
+constexpr uint32_t NOTES = 4;
+constexpr uint32_t ROWS = GROUP_MAX;
+constexpr uint32_t SPLIT_PAGES = SPLIT_KEYS / PAGE_TOKENS;
+static_assert(SPLIT_PAGES <= 32, "a lane of the producer holds one entry of the block table");
 
-    uint32_t pages;
-    uint32_t barriers;
-    /// Stages asked for and stages given back since the kernel began, and asked for since the unit began.
-    uint32_t asked;
-    uint32_t used;
-    uint32_t index;
+#ifdef MILLRACE_BULK_COPY
+constexpr uint32_t RING_BYTES = 192 * 1024;
+#else
+constexpr uint32_t RING_BYTES = 128 * 1024;
+#endif
+constexpr uint32_t BOARD_BYTES = 32 * 1024;
+static_assert(BOARD_BYTES + RING_BYTES <= decode_shared_bytes(RING_BYTES > 128 * 1024 ? 227 * 1024 : 163 * 1024));
+
+template <int HEAD>
+struct Shape {
+    static constexpr uint32_t PAGE_BYTES = HEAD * PAGE_TOKENS * 2;
+    static constexpr uint32_t PAGES = tile_keys(HEAD) / PAGE_TOKENS;
+    static constexpr uint32_t TILES = SPLIT_KEYS / tile_keys(HEAD);
+    /// Tiles that a warp scores: `warp`, `warp + CONSUMERS`, ...
+    static constexpr uint32_t TILES_PER_WARP = TILES / CONSUMERS;
+    static_assert(TILES % CONSUMERS == 0);
+    /// Parts of 16 columns of the values that a warp accumulates: `warp`, `warp + CONSUMERS`, ...
+    static constexpr uint32_t PARTS = HEAD / 16;
+    static constexpr uint32_t PARTS_PER_WARP = (PARTS + CONSUMERS - 1) / CONSUMERS;
+    /// A stage of the ring: four pages of keys or of values.
+    static constexpr uint32_t STAGE_PAGES = 4;
+    static constexpr uint32_t STAGES_PER_TILE = PAGES / STAGE_PAGES;
+    static constexpr uint32_t STAGE_BYTES = STAGE_PAGES * PAGE_BYTES;
+    static constexpr uint32_t STAGES = RING_BYTES / STAGE_BYTES < 16 ? RING_BYTES / STAGE_BYTES : 16;
+    // A warp may wait for a stage only when the use before it has come, or it would take that for its own: so what
+    // is scored between two meetings must fit into the ring.
+    static_assert(CONSUMERS * STAGES_PER_TILE <= STAGES);
 };
 
-/// The pages of one unit: this lane's entry of the block table, and where the head's pages lie.
-struct Pages {
-    const bf16* cache;
-    uint32_t block;
+/// What the producer tells the consumers of a unit.
+struct UnitNote {
+    /// Index of the decode item, or NO_ITEM: there are no more.
+    uint32_t item;
+    uint32_t kv_head;
+    uint32_t row;
+    uint32_t span;
+    /// Splits of the span that are computed, and which of them this is.
+    uint32_t splits;
+    uint32_t split;
+    /// Pages `[page_first, page_end)`; the row sees positions `[first, end)` of them.
+    uint32_t page_first;
+    uint32_t page_end;
     uint32_t first;
     uint32_t end;
-    uint32_t kv_heads;
-    uint32_t kv_head;
+};
+constexpr uint32_t NO_ITEM = 0xffffffffu;
+
+/// Shared memory before the ring.
+template <int HEAD>
+struct Board {
+    uint64_t full[16];
+    uint64_t free[16];
+    uint64_t note_full[NOTES];
+    uint64_t note_free[NOTES];
+    /// The consumers have stored their columns of the unit.
+    uint64_t stored[NOTES];
+    UnitNote notes[NOTES];
+    /// The group's queries.
+    alignas(16) bf16 queries[NOTES][ROWS][HEAD];
+    /// Units of the span that had ended when this one had.
+    uint32_t ended;
+    /// Greatest score of each tile and row, times the scale; of a unit and the one before.
+    float tops[2][Shape<HEAD>::TILES][ROWS];
+    /// Each lane's share of the weights' sums of its two rows.
+    float2 sums[Shape<HEAD>::TILES][32];
+    /// The weights of each page as the B operand.
+    uint2 weights[SPLIT_PAGES][32];
+};
+static_assert(sizeof(Board<128>) <= BOARD_BYTES && sizeof(Board<256>) <= BOARD_BYTES);
+
+/// A place in the ring, which both sides count up alike.
+template <int HEAD>
+struct Place {
+    uint32_t count;
+    __device__ uint32_t stage() const { return count % Shape<HEAD>::STAGES; }
+    __device__ uint32_t parity() const { return count / Shape<HEAD>::STAGES % 2; }
 };
 
-template <int HEAD>
-struct Tile {
-    static constexpr uint32_t PAGES = tile_keys(HEAD) / PAGE_TOKENS;
-    static constexpr uint32_t STEPS = PAGES / Ring<HEAD>::STEP;
-    static constexpr uint32_t STAGES_PER_TILE = 2 * STEPS;
-};
+// ---- The producer ----
 
-/// Asks for the unit's next stage: tile by tile, `STEPS` stages of keys and then as many of values. A stage
-/// beyond the unit's pages is asked for without bytes, so that both sides count alike.
+/// Looks a unit up. `lane` of the producer keeps the block of page `lane` modulo 32 in `block`. Returns no item for
+/// a split that lies before the window.
+__device__ __forceinline__ UnitNote look_up(const AttentionArguments& arguments, uint32_t unit, uint32_t tile,
+                                            uint32_t lane, uint32_t& block) {
+    UnitNote note;
+    note.item = unit / arguments.kv_heads;
+    note.kv_head = unit % arguments.kv_heads;
+    const DecodeItem work = arguments.decode_items[note.item];
+    const AttentionSpan span = arguments.spans[work.span];
+    note.row = span.first_row;
+    note.span = work.span;
+    note.first = window_first(span.context - 1, arguments.window);
+    const uint32_t split_first = note.first / SPLIT_KEYS;
+    note.splits = (span.context - 1) / SPLIT_KEYS + 1 - split_first;
+    note.split = work.split - split_first;
+    note.page_first = max(work.split * SPLIT_KEYS, note.first / tile * tile) / PAGE_TOKENS;
+    note.end = min(span.context, (work.split + 1) * SPLIT_KEYS);
+    note.page_end = (note.end + PAGE_TOKENS - 1) / PAGE_TOKENS;
+    const uint32_t base = work.split * SPLIT_PAGES;
+    const uint32_t mine = base + (lane + 32 - base % 32) % 32;
+    block = mine >= note.page_first && mine < note.page_end ? arguments.tables[span.table + mine] : 0;
+    if (work.split < split_first) note.item = NO_ITEM;
+    return note;
+}
+
+/// Streams a unit's keys (`value` 0) or values (1) into the ring.
 template <int HEAD>
-__device__ __forceinline__ void ask(Ring<HEAD>& ring, const Pages& pages, uint32_t lane) {
-    using R = Ring<HEAD>;
-    const uint32_t tile = ring.index / Tile<HEAD>::STAGES_PER_TILE;
-    const uint32_t place = ring.index % Tile<HEAD>::STAGES_PER_TILE;
-    const uint32_t value = place / Tile<HEAD>::STEPS;
-    const uint32_t page = pages.first + tile * Tile<HEAD>::PAGES + place % Tile<HEAD>::STEPS * R::STEP;
-    const uint32_t stage = ring.asked % R::STAGES;
-    const uint32_t to = ring.pages + stage * R::STAGE_BYTES;
-    const uint32_t live = page >= pages.end ? 0 : min(R::STEP, pages.end - page);
+__device__ __forceinline__ void stream(const AttentionArguments& arguments, Board<HEAD>& board, uint32_t ring,
+                                       Place<HEAD>& place, const UnitNote& note, uint32_t value, uint32_t block,
+                                       uint32_t lane) {
+    using S = Shape<HEAD>;
+    for (uint32_t page = note.page_first; page < note.page_end; page += S::STAGE_PAGES, ++place.count) {
+        const uint32_t stage = place.stage(), full = shared_address(&board.full[stage]);
+        const uint32_t pages = min(S::STAGE_PAGES, note.page_end - page);
+        const uint32_t to = ring + stage * S::STAGE_BYTES;
+        barrier_wait(shared_address(&board.free[stage]), place.parity() ^ 1);
 #ifdef MILLRACE_BULK_COPY
-    const uint32_t barrier = ring.barriers + stage * 8;
-    if (lane == 0) barrier_expect(barrier, live * R::PAGE_BYTES);
-#endif
-#pragma unroll
-    for (uint32_t i = 0; i < R::STEP; ++i) {
-        const uint32_t block = __shfl_sync(0xffffffffu, pages.block, (page + i) % 32);
-        if (i >= live) continue;
-        const bf16* from = pages.cache + page_start(block, value, pages.kv_heads, pages.kv_head, HEAD);
-#ifdef MILLRACE_BULK_COPY
-        if (lane == 0) copy_bulk(to + i * R::PAGE_BYTES, from, R::PAGE_BYTES, barrier);
+        const uint32_t mine = __shfl_sync(0xffffffffu, block, (page + lane) % 32);
+        if (lane == 0) barrier_expect(full, pages * S::PAGE_BYTES);
+        __syncwarp();
+        if (lane < pages)
+            copy_bulk(to + lane * S::PAGE_BYTES,
+                      arguments.cache + page_start(mine, value, arguments.kv_heads, note.kv_head, HEAD),
+                      S::PAGE_BYTES, full);
 #else
-        for (uint32_t at = lane * 16; at < R::PAGE_BYTES; at += 512)
-            copy16_async(to + i * R::PAGE_BYTES + at, reinterpret_cast<const char*>(from) + at);
+        for (uint32_t i = 0; i < pages; ++i) {
+            const uint32_t other = __shfl_sync(0xffffffffu, block, (page + i) % 32);
+            const bf16* from = arguments.cache + page_start(other, value, arguments.kv_heads, note.kv_head, HEAD);
+            for (uint32_t at = lane * 16; at < S::PAGE_BYTES; at += 512)
+                copy16_async(to + i * S::PAGE_BYTES + at, reinterpret_cast<const char*>(from) + at);
+        }
+        barrier_arrive_after_copies(full);
 #endif
     }
-#ifndef MILLRACE_BULK_COPY
-    commit_copies();
-#endif
-    ++ring.asked;
-    ++ring.index;
 }
 
-/// Waits for the oldest stage and returns where its pages lie.
+/// Puts a unit on the board, its queries with it.
 template <int HEAD>
-__device__ __forceinline__ uint32_t await_stage(const Ring<HEAD>& ring) {
-    using R = Ring<HEAD>;
-    const uint32_t stage = ring.used % R::STAGES;
+__device__ __forceinline__ void publish(const AttentionArguments& arguments, Board<HEAD>& board, uint32_t count,
+                                        const UnitNote& note, uint32_t lane) {
+    const uint32_t slot = count % NOTES, full = shared_address(&board.note_full[slot]);
+    barrier_wait(shared_address(&board.note_free[slot]), count / NOTES % 2 ^ 1);
+    if (lane == 0) board.notes[slot] = note;
+    const uint32_t bytes = note.item == NO_ITEM ? 0 : arguments.group * HEAD * 2;
+    const bf16* from = arguments.queries + uint64_t(note.row) * arguments.query_stride +
+                       note.kv_head * arguments.group * HEAD;
 #ifdef MILLRACE_BULK_COPY
-    barrier_wait(ring.barriers + stage * 8, ring.used / R::STAGES % 2);
+    if (lane == 0) {
+        barrier_expect(full, bytes);
+        if (bytes != 0) copy_bulk(shared_address(board.queries[slot]), from, bytes, full);
+    }
 #else
-    await_copies<R::STAGES - 1>();
-    __syncwarp();
+    for (uint32_t at = lane * 16; at < bytes; at += 512)
+        copy16_async(shared_address(board.queries[slot]) + at, reinterpret_cast<const char*>(from) + at);
+    barrier_arrive_after_copies(full);
+    if (lane == 0) barrier_arrive(full);
 #endif
-    return ring.pages + stage * R::STAGE_BYTES;
 }
 
-/// Gives the oldest stage back and asks for the next in its place.
-template <int HEAD>
-__device__ __forceinline__ void give_back(Ring<HEAD>& ring, const Pages& pages, uint32_t lane) {
-    __syncwarp();
-    ++ring.used;
-    ask<HEAD>(ring, pages, lane);
+/// Draws the next unit, in lane 0; `units` and more: there are none.
+__device__ __forceinline__ uint32_t draw(const AttentionArguments& arguments, uint32_t units, uint32_t lane) {
+    if (lane != 0 || units <= gridDim.x) return units;
+    const uint32_t ticket = atomicAdd(arguments.counters, 1);
+    // As many tickets are drawn as there are units: one for each unit not dealt, one in vain per CTA.
+    if (ticket + 1 == units) arguments.counters[0] = 0;
+    return gridDim.x + ticket;
 }
 
-/// The state of a warp's unit: up to 8 query rows (the group), of which a thread holds `2 * (lane % 4)` and the one
-/// after; queries as the B operand, accumulators transposed.
+/// The producer warp: deals itself units and streams them. While one streams, the next is looked up and the one
+/// after that is drawn.
 template <int HEAD>
-struct Unit {
+__device__ __forceinline__ void produce(const AttentionArguments& arguments, Board<HEAD>& board, uint32_t ring,
+                                        uint32_t lane) {
+    const uint32_t units = arguments.counts->decode_items * arguments.kv_heads;
+    Place<HEAD> place = {0};
+    uint32_t count = 0, block = 0, next_block = 0;
+    UnitNote note = {}, next_note = {};
+    if (blockIdx.x < units) {
+        note = look_up(arguments, blockIdx.x, tile_keys(HEAD), lane, block);
+        uint32_t next = __shfl_sync(0xffffffffu, draw(arguments, units, lane), 0);
+        await_predecessor();
+        while (true) {
+            uint32_t following = units;
+            if (next < units) {
+                following = draw(arguments, units, lane);
+                next_note = look_up(arguments, next, tile_keys(HEAD), lane, next_block);
+            }
+            if (note.item != NO_ITEM) {
+                publish<HEAD>(arguments, board, count++, note, lane);
+                stream<HEAD>(arguments, board, ring, place, note, 0, block, lane);
+                stream<HEAD>(arguments, board, ring, place, note, 1, block, lane);
+            }
+            if (next >= units) break;
+            note = next_note;
+            block = next_block;
+            next = __shfl_sync(0xffffffffu, following, 0);
+        }
+    }
+    note.item = NO_ITEM;
+    publish<HEAD>(arguments, board, count, note, lane);
+}
+
+// ---- The consumers ----
+
+/// A consumer warp's state. A thread holds rows `2 * (lane % 4)` and the one after of the group, and of a page or
+/// part the tokens or columns `lane / 4` and that plus 8.
+template <int HEAD>
+struct Consumer {
     uint32_t query[HEAD / 16][2];
-    float out[HEAD / 16][4];
+    float out[Shape<HEAD>::PARTS_PER_WARP][4];
     RowSum rows[2];
+    uint32_t ring;
+    uint32_t warp;
+    uint32_t lane;
+    /// The unit's first stage of keys.
+    uint32_t base;
+    /// Units so far.
+    uint32_t count;
 };
 
-/// Loads the group's queries; rows beyond the group are zero.
+__device__ __forceinline__ void meet() { asm volatile("bar.sync 1, 128;" ::: "memory"); }
+
+/// Takes the group's queries as the B operand; rows beyond the group are zero.
 template <int HEAD>
-__device__ __forceinline__ void begin_unit(Unit<HEAD>& unit, const AttentionArguments& arguments, uint32_t row,
-                                           uint32_t kv_head, uint32_t lane) {
-    const uint32_t head = lane / 4;
-    const bool live = head < arguments.group;
-    const bf16* from = arguments.queries + uint64_t(row) * arguments.query_stride +
-                       (kv_head * arguments.group + head) * HEAD + lane % 4 * 2;
+__device__ __forceinline__ void take_queries(Consumer<HEAD>& me, const Board<HEAD>& board, uint32_t group) {
+    const bool live = me.lane / 4 < group;
+    const bf16* from = &board.queries[me.count % NOTES][me.lane / 4][me.lane % 4 * 2];
 #pragma unroll
     for (int step = 0; step < HEAD / 16; ++step) {
-        unit.query[step][0] = live ? *reinterpret_cast<const uint32_t*>(from + step * 16) : 0;
-        unit.query[step][1] = live ? *reinterpret_cast<const uint32_t*>(from + step * 16 + 8) : 0;
+        me.query[step][0] = live ? *reinterpret_cast<const uint32_t*>(from + step * 16) : 0;
+        me.query[step][1] = live ? *reinterpret_cast<const uint32_t*>(from + step * 16 + 8) : 0;
     }
-    unit.rows[0] = unit.rows[1] = empty_row();
-#pragma unroll
-    for (int i = 0; i < HEAD / 16; ++i) unit.out[i][0] = unit.out[i][1] = unit.out[i][2] = unit.out[i][3] = 0.f;
 }
 
-/// Clears the values of a page from token `first` on: unwritten memory may hold what is no number, and 0 times
-/// that is no number either.
+/// Scores of a tile. Its stages are this warp's alone, so four lanes arrive for the four consumers.
 template <int HEAD>
-__device__ __forceinline__ void clear_tokens(uint32_t page, uint32_t first, uint32_t lane) {
-    const uint32_t chunks = HEAD / 8;
-    for (uint32_t at = lane; at < (PAGE_TOKENS - first) * chunks; at += 32)
-        store16_shared(page + page_offset(HEAD, first + at / chunks, at % chunks * 8) * 2, make_uint4(0, 0, 0, 0));
-#ifdef MILLRACE_BULK_COPY
+__device__ __forceinline__ void score_tile(float (&s)[Shape<HEAD>::PAGES][4], const Consumer<HEAD>& me,
+                                           Board<HEAD>& board, const UnitNote& note, uint32_t tile) {
+    using S = Shape<HEAD>;
+    const uint32_t page_first = note.page_first + tile * S::PAGES;
+#pragma unroll
+    for (uint32_t i = 0; i < S::PAGES; ++i) s[i][0] = s[i][1] = s[i][2] = s[i][3] = 0.f;
+#pragma unroll
+    for (uint32_t part = 0; part < S::STAGES_PER_TILE; ++part) {
+        if (page_first + part * S::STAGE_PAGES >= note.page_end) break;
+        const Place<HEAD> place = {me.base + tile * S::STAGES_PER_TILE + part};
+        const uint32_t stage = me.ring + place.stage() * S::STAGE_BYTES;
+        barrier_wait(shared_address(&board.full[place.stage()]), place.parity());
+#pragma unroll
+        for (int step = 0; step < HEAD / 16; ++step) {
+#pragma unroll
+            for (uint32_t i = 0; i < S::STAGE_PAGES; ++i) {
+                // Pages that do not exist hold what an earlier stage left; their scores are hidden.
+                uint32_t keys[4];
+                load_matrices(keys, stage + i * S::PAGE_BYTES + key_rows<HEAD>(me.lane, step));
+                multiply(s[part * S::STAGE_PAGES + i], keys, me.query[step][0], me.query[step][1]);
+            }
+        }
+        __syncwarp();
+        if (me.lane < CONSUMERS) barrier_arrive(shared_address(&board.free[place.stage()]));
+    }
+    const uint32_t key = page_first * PAGE_TOKENS;
+    if (key >= note.first && key + tile_keys(HEAD) <= note.end) return;
+#pragma unroll
+    for (uint32_t i = 0; i < S::PAGES; ++i) {
+        const uint32_t low = key + i * PAGE_TOKENS + me.lane / 4, high = low + 8;
+        if (low < note.first || low >= note.end) s[i][0] = s[i][1] = minus_infinity();
+        if (high < note.first || high >= note.end) s[i][2] = s[i][3] = minus_infinity();
+    }
+}
+
+/// Clears this warp's columns of a page of values from token `first` on: unwritten memory may hold what is no
+/// number, and 0 times that is no number either.
+template <int HEAD>
+__device__ __forceinline__ void clear_tokens(const Consumer<HEAD>& me, uint32_t page, uint32_t first) {
+    using S = Shape<HEAD>;
+    for (uint32_t part = me.warp; part < S::PARTS; part += CONSUMERS) {
+        const uint32_t token = first + me.lane / 2;
+        if (token < PAGE_TOKENS)
+            store16_shared(page + page_offset(HEAD, token, part * 16 + me.lane % 2 * 8) * 2, make_uint4(0, 0, 0, 0));
+    }
     fence_async_proxy();
-#endif
     __syncwarp();
 }
 
-/// Scores of one tile: waits for its keys page by page and asks for what comes `STAGES` later.
+/// Adds a tile's weighted values to this warp's columns.
 template <int HEAD>
-__device__ __forceinline__ void score_tile(float (&s)[Tile<HEAD>::PAGES][4], const Unit<HEAD>& unit, Ring<HEAD>& ring,
-                                           const Pages& pages, uint32_t tile, uint32_t lane) {
-    using R = Ring<HEAD>;
-    const uint32_t page_first = pages.first + tile * Tile<HEAD>::PAGES;
+__device__ __forceinline__ void accumulate_tile(Consumer<HEAD>& me, Board<HEAD>& board, const UnitNote& note,
+                                                uint32_t tile, uint32_t values_base) {
+    using S = Shape<HEAD>;
+    const uint32_t page_first = note.page_first + tile * S::PAGES;
+    for (uint32_t part = 0; part < S::STAGES_PER_TILE; ++part) {
+        const uint32_t first = page_first + part * S::STAGE_PAGES;
+        if (first >= note.page_end) return;
+        const Place<HEAD> place = {values_base + tile * S::STAGES_PER_TILE + part};
+        const uint32_t stage = me.ring + place.stage() * S::STAGE_BYTES;
+        barrier_wait(shared_address(&board.full[place.stage()]), place.parity());
 #pragma unroll
-    for (uint32_t i = 0; i < Tile<HEAD>::PAGES; ++i) s[i][0] = s[i][1] = s[i][2] = s[i][3] = 0.f;
+        for (uint32_t i = 0; i < S::STAGE_PAGES; ++i) {
+            if (first + i >= note.page_end) break;
+            const uint32_t page = stage + i * S::PAGE_BYTES;
+            if ((first + i + 1) * PAGE_TOKENS > note.end) clear_tokens<HEAD>(me, page, note.end % PAGE_TOKENS);
+            const uint2 weights = board.weights[first + i - note.page_first][me.lane];
 #pragma unroll
-    for (uint32_t step = 0; step < Tile<HEAD>::STEPS; ++step) {
-        const uint32_t stage = await_stage<HEAD>(ring);
-        if (page_first + step * R::STEP < pages.end) {
-#pragma unroll
-            for (int at = 0; at < HEAD / 16; ++at) {
-#pragma unroll
-                for (uint32_t i = 0; i < R::STEP; ++i) {
-                    uint32_t keys[4];
-                    load_matrices(keys, stage + i * R::PAGE_BYTES + key_rows<HEAD>(lane, at));
-                    multiply(s[step * R::STEP + i], keys, unit.query[at][0], unit.query[at][1]);
-                }
-            }
-        }
-        give_back<HEAD>(ring, pages, lane);
-    }
-}
-
-/// Adds a tile's weighted values. `end` is where the row's keys end.
-template <int HEAD>
-__device__ __forceinline__ void accumulate_tile(const float (&s)[Tile<HEAD>::PAGES][4], Unit<HEAD>& unit,
-                                                Ring<HEAD>& ring, const Pages& pages, uint32_t tile, uint32_t end,
-                                                uint32_t lane) {
-    using R = Ring<HEAD>;
-    const uint32_t page_first = pages.first + tile * Tile<HEAD>::PAGES;
-#pragma unroll
-    for (uint32_t step = 0; step < Tile<HEAD>::STEPS; ++step) {
-        const uint32_t stage = await_stage<HEAD>(ring);
-#pragma unroll
-        for (uint32_t i = 0; i < R::STEP; ++i) {
-            const uint32_t at = step * R::STEP + i;
-            if (page_first + at >= pages.end) continue;
-            const uint32_t page = stage + i * R::PAGE_BYTES;
-            if ((page_first + at + 1) * PAGE_TOKENS > end) clear_tokens<HEAD>(page, end % PAGE_TOKENS, lane);
-            const uint32_t low = transposed(pack_bf16(s[at][0], s[at][1]));
-            const uint32_t high = transposed(pack_bf16(s[at][2], s[at][3]));
-#pragma unroll
-            for (int part = 0; part < HEAD / 16; ++part) {
+            for (uint32_t k = 0; k < S::PARTS_PER_WARP; ++k) {
+                if (S::PARTS % CONSUMERS != 0 && me.warp + k * CONSUMERS >= S::PARTS) break;
                 uint32_t values[4];
-                load_matrices_transposed(values, page + value_rows<HEAD>(lane, part));
-                multiply(unit.out[part], values, low, high);
+                load_matrices_transposed(values, page + value_rows<HEAD>(me.lane, me.warp + k * CONSUMERS));
+                multiply(me.out[k], values, weights.x, weights.y);
             }
         }
-        give_back<HEAD>(ring, pages, lane);
+        __syncwarp();
+        if (me.lane == 0) barrier_arrive(shared_address(&board.free[place.stage()]));
     }
 }
 
-/// One tile of a unit, of which the row sees the keys in `[first, end)`.
+/// Scores this warp's tiles and puts their weights and sums on the board.
 template <int HEAD>
-__device__ __forceinline__ void walk_tile(Unit<HEAD>& unit, Ring<HEAD>& ring, const Pages& pages, uint32_t tile,
-                                          uint32_t first, uint32_t end, float scale_log2, uint32_t lane) {
-    constexpr uint32_t PAGES = Tile<HEAD>::PAGES;
-    float s[PAGES][4];
-    score_tile<HEAD>(s, unit, ring, pages, tile, lane);
-    const uint32_t key = (pages.first + tile * PAGES) * PAGE_TOKENS;
-    if (key < first || key + tile_keys(HEAD) > end) {
+__device__ __forceinline__ void score_unit(const Consumer<HEAD>& me, const AttentionArguments& arguments,
+                                           Board<HEAD>& board, const UnitNote& note, uint32_t tiles) {
+    using S = Shape<HEAD>;
+    float(&all_tops)[S::TILES][ROWS] = board.tops[me.count % 2];
+    float s[S::TILES_PER_WARP][S::PAGES][4];
 #pragma unroll
-        for (uint32_t i = 0; i < PAGES; ++i) {
-            const uint32_t low = key + i * PAGE_TOKENS + lane / 4, high = low + 8;
-            if (low < first || low >= end) s[i][0] = s[i][1] = minus_infinity();
-            if (high < first || high >= end) s[i][2] = s[i][3] = minus_infinity();
+    for (uint32_t i = 0; i < S::TILES_PER_WARP; ++i) {
+        const uint32_t tile = me.warp + i * CONSUMERS;
+        if (i > 0) meet();
+        if (tile >= tiles) continue;
+        score_tile<HEAD>(s[i], me, board, note, tile);
+        const float even = __fmul_rn(tile_max_transposed<S::PAGES, 0>(s[i]), arguments.scale_log2);
+        const float odd = __fmul_rn(tile_max_transposed<S::PAGES, 1>(s[i]), arguments.scale_log2);
+        if (me.lane < 4) {
+            all_tops[tile][2 * me.lane] = even;
+            all_tops[tile][2 * me.lane + 1] = odd;
         }
     }
-    const float factors[2] = {soften_transposed<PAGES, 0>(s, unit.rows[0], scale_log2),
-                              soften_transposed<PAGES, 1>(s, unit.rows[1], scale_log2)};
+    meet();
 #pragma unroll
-    for (int i = 0; i < HEAD / 16; ++i) {
-        unit.out[i][0] = __fmul_rn(unit.out[i][0], factors[0]);
-        unit.out[i][1] = __fmul_rn(unit.out[i][1], factors[1]);
-        unit.out[i][2] = __fmul_rn(unit.out[i][2], factors[0]);
-        unit.out[i][3] = __fmul_rn(unit.out[i][3], factors[1]);
+    for (uint32_t i = 0; i < S::TILES_PER_WARP; ++i) {
+        const uint32_t tile = me.warp + i * CONSUMERS;
+        if (tile >= tiles) break;
+        float tops[2] = {minus_infinity(), minus_infinity()};
+        for (uint32_t t = 0; t <= tile; ++t) {
+            tops[0] = fmaxf(tops[0], all_tops[t][me.lane % 4 * 2]);
+            tops[1] = fmaxf(tops[1], all_tops[t][me.lane % 4 * 2 + 1]);
+        }
+        const float even = soften_transposed<S::PAGES, 0>(s[i], anchor(tops[0]), arguments.scale_log2);
+        const float odd = soften_transposed<S::PAGES, 1>(s[i], anchor(tops[1]), arguments.scale_log2);
+        board.sums[tile][me.lane] = make_float2(even, odd);
+#pragma unroll
+        for (uint32_t page = 0; page < S::PAGES; ++page)
+            board.weights[tile * S::PAGES + page][me.lane] =
+                make_uint2(transposed(pack_bf16(s[i][page][0], s[i][page][1])),
+                           transposed(pack_bf16(s[i][page][2], s[i][page][3])));
     }
-    accumulate_tile<HEAD>(s, unit, ring, pages, tile, end, lane);
+    meet();
 }
 
-/// Merges a span's splits, for one key-value head, from `first_item` on, and writes the output.
+/// Accumulates this warp's columns over the unit's tiles, in ascending order.
 template <int HEAD>
-__device__ void merge_splits(const AttentionArguments& arguments, uint32_t first_item, uint32_t splits, uint32_t row,
-                             uint32_t kv_head, uint32_t lane) {
-    constexpr uint32_t AHEAD = 8;
+__device__ __forceinline__ void accumulate_unit(Consumer<HEAD>& me, Board<HEAD>& board, const UnitNote& note,
+                                                uint32_t tiles, uint32_t values_base) {
+    me.rows[0] = me.rows[1] = empty_row();
+#pragma unroll
+    for (uint32_t k = 0; k < Shape<HEAD>::PARTS_PER_WARP; ++k)
+        me.out[k][0] = me.out[k][1] = me.out[k][2] = me.out[k][3] = 0.f;
+    for (uint32_t tile = 0; tile < tiles; ++tile) {
+        const float2 sums = board.sums[tile][me.lane];
+        float factors[2];
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+            const float top = fmaxf(me.rows[row].top, board.tops[me.count % 2][tile][me.lane % 4 * 2 + row]);
+            factors[row] = exp2_approx(__fsub_rn(me.rows[row].top, anchor(top)));
+            me.rows[row].top = top;
+            me.rows[row].sum = __fmaf_rn(me.rows[row].sum, factors[row], row == 0 ? sums.x : sums.y);
+        }
+#pragma unroll
+        for (uint32_t k = 0; k < Shape<HEAD>::PARTS_PER_WARP; ++k) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) me.out[k][e] = __fmul_rn(me.out[k][e], factors[e % 2]);
+        }
+        accumulate_tile<HEAD>(me, board, note, tile, values_base);
+    }
+#pragma unroll
+    for (int row = 0; row < 2; ++row) me.rows[row].sum = row_sum_transposed(me.rows[row].sum);
+}
+
+/// Stores this warp's columns of a unit's unfinished result under its item.
+template <int HEAD>
+__device__ __forceinline__ void store_partial(const Consumer<HEAD>& me, const AttentionArguments& arguments,
+                                              const UnitNote& note) {
+    using S = Shape<HEAD>;
     const uint32_t heads = arguments.kv_heads * arguments.group;
+    float* stats = arguments.partials + uint64_t(arguments.items_max) * heads * HEAD;
+#pragma unroll
+    for (uint32_t row = 0; row < 2; ++row) {
+        const uint32_t head = me.lane % 4 * 2 + row;
+        if (head >= arguments.group) continue;
+        const uint64_t place = uint64_t(note.item) * heads + note.kv_head * arguments.group + head;
+#pragma unroll
+        for (uint32_t k = 0; k < S::PARTS_PER_WARP; ++k) {
+            const uint32_t part = me.warp + k * CONSUMERS;
+            if (S::PARTS % CONSUMERS != 0 && part >= S::PARTS) break;
+            float* to = arguments.partials + place * HEAD + part * 16 + me.lane / 4;
+            to[0] = me.out[k][row];
+            to[8] = me.out[k][2 + row];
+        }
+        if (me.warp == 0 && me.lane < 4)
+            *reinterpret_cast<float2*>(stats + place * 2) = make_float2(me.rows[row].top, me.rows[row].sum);
+    }
+}
+
+/// Writes this warp's columns of the output of a unit that is its span's only split.
+template <int HEAD>
+__device__ __forceinline__ void store_output(const Consumer<HEAD>& me, const AttentionArguments& arguments,
+                                             const UnitNote& note) {
+    using S = Shape<HEAD>;
+    const float inverse[2] = {__frcp_rn(me.rows[0].sum), __frcp_rn(me.rows[1].sum)};
+    bf16* to = arguments.out + uint64_t(note.row) * arguments.out_stride +
+               (note.kv_head * arguments.group + me.lane / 4) * HEAD + me.lane % 4 * 2;
+#pragma unroll
+    for (uint32_t k = 0; k < S::PARTS_PER_WARP; ++k) {
+        const uint32_t part = me.warp + k * CONSUMERS;
+        if (S::PARTS % CONSUMERS != 0 && part >= S::PARTS) break;
+        const float(&out)[4] = me.out[k];
+        const uint32_t low = transposed(pack_bf16(finished(out[0], inverse[0]), finished(out[1], inverse[1])));
+        const uint32_t high = transposed(pack_bf16(finished(out[2], inverse[0]), finished(out[3], inverse[1])));
+        if (me.lane / 4 >= arguments.group) continue;
+        *reinterpret_cast<uint32_t*>(to + part * 16) = low;
+        *reinterpret_cast<uint32_t*>(to + part * 16 + 8) = high;
+    }
+}
+
+/// A consumer warp: unit after unit, until there are no more.
+template <int HEAD>
+__device__ __forceinline__ void consume(const AttentionArguments& arguments, Board<HEAD>& board, uint32_t ring,
+                                        uint32_t warp, uint32_t lane) {
+    using S = Shape<HEAD>;
+    Consumer<HEAD> me;
+    me.ring = ring;
+    me.warp = warp;
+    me.lane = lane;
+    me.base = 0;
+    for (me.count = 0;; ++me.count) {
+        const uint32_t slot = me.count % NOTES;
+        barrier_wait(shared_address(&board.note_full[slot]), me.count / NOTES % 2);
+        const UnitNote note = board.notes[slot];
+        if (note.item == NO_ITEM) return;
+        const uint32_t pages = note.page_end - note.page_first;
+        const uint32_t stages = (pages + S::STAGE_PAGES - 1) / S::STAGE_PAGES;
+        const uint32_t tiles = (pages + S::PAGES - 1) / S::PAGES;
+        take_queries<HEAD>(me, board, arguments.group);
+        score_unit<HEAD>(me, arguments, board, note, tiles);
+        accumulate_unit<HEAD>(me, board, note, tiles, me.base + stages);
+        me.base += 2 * stages;
+        if (note.splits == 1) store_output<HEAD>(me, arguments, note);
+        else store_partial<HEAD>(me, arguments, note);
+        __syncwarp();
+        if (lane == 0) barrier_arrive(shared_address(&board.stored[slot]));
+    }
+}
+
+// ---- The closers ----
+
+/// Merges a span's splits for one key-value head and writes the output; all closers take part.
+template <int HEAD>
+__device__ __forceinline__ void merge_splits(const AttentionArguments& arguments, const UnitNote& note,
+                                             uint32_t thread) {
+    constexpr uint32_t AHEAD = 8;
+    const uint32_t heads = arguments.kv_heads * arguments.group, first_item = note.item - note.split;
     const float* stats = arguments.partials + uint64_t(arguments.items_max) * heads * HEAD;
-    for (uint32_t at = lane * 4; at < arguments.group * HEAD; at += 128) {
-        const uint32_t head = kv_head * arguments.group + at / HEAD;
+    for (uint32_t at = thread * 4; at < arguments.group * HEAD; at += 4 * 32 * CLOSERS) {
+        const uint32_t head = note.kv_head * arguments.group + at / HEAD;
         RowSum total = empty_row();
         float sum[4] = {};
-        for (uint32_t base = 0; base < splits; base += AHEAD) {
+        for (uint32_t base = 0; base < note.splits; base += AHEAD) {
             float4 part[AHEAD];
             float2 stat[AHEAD];
 #pragma unroll
             for (uint32_t i = 0; i < AHEAD; ++i) {
-                const uint64_t place = uint64_t(first_item + min(base + i, splits - 1)) * heads + head;
+                const uint64_t place = uint64_t(first_item + min(base + i, note.splits - 1)) * heads + head;
                 part[i] = __ldcg(reinterpret_cast<const float4*>(arguments.partials + place * HEAD + at % HEAD));
                 stat[i] = __ldcg(reinterpret_cast<const float2*>(stats + place * 2));
             }
 #pragma unroll
             for (uint32_t i = 0; i < AHEAD; ++i) {
-                if (base + i >= splits) break;
+                if (base + i >= note.splits) break;
                 const MergeFactors factors = merge_rows(total, {stat[i].x, stat[i].y});
                 sum[0] = merged(sum[0], part[i].x, factors);
                 sum[1] = merged(sum[1], part[i].y, factors);
@@ -260,129 +522,66 @@ __device__ void merge_splits(const AttentionArguments& arguments, uint32_t first
         const float inverse = __frcp_rn(total.sum);
         const uint2 packed = {pack_bf16(finished(sum[0], inverse), finished(sum[1], inverse)),
                               pack_bf16(finished(sum[2], inverse), finished(sum[3], inverse))};
-        *reinterpret_cast<uint2*>(arguments.out + uint64_t(row) * arguments.out_stride + head * HEAD + at % HEAD) =
-            packed;
+        bf16* to = arguments.out + uint64_t(note.row) * arguments.out_stride + head * HEAD + at % HEAD;
+        *reinterpret_cast<uint2*>(to) = packed;
     }
 }
 
-/// Stores a unit's unfinished result under its item.
+/// A closer warp, of two that act together: counts each unit of a span of several, and merges them after the last.
+/// It gives the notes back, too.
 template <int HEAD>
-__device__ __forceinline__ void store_partial(const Unit<HEAD>& unit, const AttentionArguments& arguments,
-                                              uint32_t item, uint32_t kv_head, uint32_t lane) {
-    const uint32_t heads = arguments.kv_heads * arguments.group;
-    float* stats = arguments.partials + uint64_t(arguments.items_max) * heads * HEAD;
-#pragma unroll
-    for (uint32_t row = 0; row < 2; ++row) {
-        const uint32_t head = lane % 4 * 2 + row;
-        if (head >= arguments.group) continue;
-        const uint64_t place = uint64_t(item) * heads + kv_head * arguments.group + head;
-        float* to = arguments.partials + place * HEAD + lane / 4;
-#pragma unroll
-        for (int i = 0; i < HEAD / 16; ++i) {
-            to[i * 16] = unit.out[i][row];
-            to[i * 16 + 8] = unit.out[i][2 + row];
+__device__ __forceinline__ void close(const AttentionArguments& arguments, Board<HEAD>& board, uint32_t thread) {
+    for (uint32_t count = 0;; ++count) {
+        const uint32_t slot = count % NOTES, parity = count / NOTES % 2;
+        barrier_wait(shared_address(&board.note_full[slot]), parity);
+        const UnitNote note = board.notes[slot];
+        if (note.item == NO_ITEM) return;
+        barrier_wait(shared_address(&board.stored[slot]), parity);
+        if (note.splits > 1) {
+            if (thread == 0) {
+                uint32_t* counter = arguments.counters + 1 + note.span * arguments.kv_heads + note.kv_head;
+                __threadfence();
+                const uint32_t ended = atomicAdd(counter, 1) + 1;
+                __threadfence();
+                if (ended == note.splits) *counter = 0;
+                board.ended = ended;
+            }
+            asm volatile("bar.sync 2, 64;" ::: "memory");
+            const bool last = board.ended == note.splits;
+            asm volatile("bar.sync 2, 64;" ::: "memory");
+            if (last) merge_splits<HEAD>(arguments, note, thread);
         }
-        if (lane < 4) {
-            const float2 stat = {unit.rows[row].top, unit.rows[row].sum};
-            *reinterpret_cast<float2*>(stats + place * 2) = stat;
-        }
+        __syncwarp();
+        if (thread % 32 == 0) barrier_arrive(shared_address(&board.note_free[slot]));
     }
 }
 
-/// Writes the output of a unit that is its span's only split.
-template <int HEAD>
-__device__ __forceinline__ void store_output(const Unit<HEAD>& unit, const AttentionArguments& arguments,
-                                             uint32_t row, uint32_t kv_head, uint32_t lane) {
-    const float inverse[2] = {__frcp_rn(unit.rows[0].sum), __frcp_rn(unit.rows[1].sum)};
-    bf16* to = arguments.out + uint64_t(row) * arguments.out_stride +
-               (kv_head * arguments.group + lane / 4) * HEAD + lane % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < HEAD / 16; ++i) {
-        const float(&out)[4] = unit.out[i];
-        const uint32_t low = pack_bf16(finished(out[0], inverse[0]), finished(out[1], inverse[1]));
-        const uint32_t high = pack_bf16(finished(out[2], inverse[0]), finished(out[3], inverse[1]));
-        const uint32_t low_row = transposed(low), high_row = transposed(high);
-        if (lane / 4 >= arguments.group) continue;
-        *reinterpret_cast<uint32_t*>(to + i * 16) = low_row;
-        *reinterpret_cast<uint32_t*>(to + i * 16 + 8) = high_row;
-    }
-}
-
-/// One split of one span for one key-value head.
-template <int HEAD>
-__device__ __forceinline__ void walk_unit(const AttentionArguments& arguments, Ring<HEAD>& ring, uint32_t item,
-                                          uint32_t kv_head, uint32_t lane) {
-    constexpr uint32_t SPLIT_PAGES = SPLIT_KEYS / PAGE_TOKENS;
-    constexpr uint32_t TILE_KEYS = tile_keys(HEAD);
-    static_assert(SPLIT_PAGES <= 32, "a lane holds one entry of the block table");
-    const DecodeItem work = arguments.decode_items[item];
-    const AttentionSpan span = arguments.spans[work.span];
-    const uint32_t visible = window_first(span.context - 1, arguments.window);
-    const uint32_t split_first = visible / SPLIT_KEYS;
-    if (work.split < split_first) return;
-    const uint32_t splits = (span.context - 1) / SPLIT_KEYS + 1 - split_first;
-    const uint32_t from = max(work.split * SPLIT_KEYS, visible / TILE_KEYS * TILE_KEYS);
-    const uint32_t end = min(span.context, (work.split + 1) * SPLIT_KEYS);
-    Pages pages = {arguments.cache,    0,       from / PAGE_TOKENS, (end + PAGE_TOKENS - 1) / PAGE_TOKENS,
-                   arguments.kv_heads, kv_head};
-    // Lane i holds the block of the page whose number is i modulo 32; a split has at most 32 pages.
-    const uint32_t mine = work.split * SPLIT_PAGES + (lane + 32 - work.split * SPLIT_PAGES % 32) % 32;
-    if (mine >= pages.first && mine < pages.end) pages.block = arguments.tables[span.table + mine];
-    await_predecessor();
-    ring.index = 0;
-    while (ring.index < Ring<HEAD>::STAGES) ask<HEAD>(ring, pages, lane);
-    Unit<HEAD> unit;
-    begin_unit<HEAD>(unit, arguments, span.first_row, kv_head, lane);
-    const uint32_t tiles = (end - from + TILE_KEYS - 1) / TILE_KEYS;
-    for (uint32_t tile = 0; tile < tiles; ++tile)
-        walk_tile<HEAD>(unit, ring, pages, tile, visible, end, arguments.scale_log2, lane);
-    // What was asked for beyond the last tile has no bytes: count it off.
-    while (ring.used != ring.asked) {
-        await_stage<HEAD>(ring);
-        ++ring.used;
-    }
-    for (RowSum& row : unit.rows) row.sum = row_sum_transposed(row.sum);
-    if (splits == 1) return store_output<HEAD>(unit, arguments, span.first_row, kv_head, lane);
-    store_partial<HEAD>(unit, arguments, item, kv_head, lane);
-    __threadfence();
-    __syncwarp();
-    uint32_t* counter = arguments.counters + 1 + work.span * arguments.kv_heads + kv_head;
-    uint32_t arrived = 0;
-    if (lane == 0) arrived = atomicAdd(counter, 1);
-    if (__shfl_sync(0xffffffffu, arrived, 0) + 1 != splits) return;
-    __threadfence();
-    if (lane == 0) *counter = 0;
-    const uint32_t first_item = item - (work.split - split_first);
-    merge_splits<HEAD>(arguments, first_item, splits, span.first_row, kv_head, lane);
-}
-
-/// All units of the step, dealt out to warps: the first by place, the rest by ticket.
 template <int HEAD>
 __device__ __forceinline__ void decode(const AttentionArguments& arguments) {
-    extern __shared__ __align__(1024) unsigned char shared[];
-    using R = Ring<HEAD>;
-    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    R ring = {shared_address(shared) + DECODE_HEAD_BYTES + warp * DECODE_RING_BYTES,
-              shared_address(shared) + warp * 64, 0, 0, 0};
+    extern __shared__ __align__(1024) unsigned char memory[];
+    Board<HEAD>& board = *reinterpret_cast<Board<HEAD>*>(memory);
+    const uint32_t ring = shared_address(memory) + BOARD_BYTES;
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #ifdef MILLRACE_BULK_COPY
-    if (lane < R::STAGES) barrier_init(ring.barriers + lane * 8, 1);
-    fence_async_proxy();
-    __syncwarp();
+    constexpr uint32_t PRODUCED = 1, PUBLISHED = 1;
+#else
+    constexpr uint32_t PRODUCED = 32, PUBLISHED = 33;
 #endif
-    const uint32_t units = arguments.counts->decode_items * arguments.kv_heads;
-    uint32_t unit = warp * gridDim.x + blockIdx.x;
-    const uint32_t dealt = min(units, gridDim.x * warps);
-    release_successor();
-    while (unit < units) {
-        walk_unit<HEAD>(arguments, ring, unit / arguments.kv_heads, unit % arguments.kv_heads, lane);
-        uint32_t ticket = 0;
-        if (lane == 0) {
-            ticket = atomicAdd(arguments.counters, 1);
-            // As many tickets are drawn as there are units: one for each unit not dealt, one in vain per warp.
-            if (ticket + 1 == units) arguments.counters[0] = 0;
-        }
-        unit = dealt + __shfl_sync(0xffffffffu, ticket, 0);
+    if (threadIdx.x < Shape<HEAD>::STAGES) {
+        barrier_init(shared_address(&board.full[threadIdx.x]), PRODUCED);
+        barrier_init(shared_address(&board.free[threadIdx.x]), CONSUMERS);
     }
+    if (threadIdx.x < NOTES) {
+        barrier_init(shared_address(&board.note_full[threadIdx.x]), PUBLISHED);
+        barrier_init(shared_address(&board.note_free[threadIdx.x]), CLOSERS);
+        barrier_init(shared_address(&board.stored[threadIdx.x]), CONSUMERS);
+    }
+    fence_async_proxy();
+    __syncthreads();
+    release_successor();
+    if (warp < CONSUMERS) consume<HEAD>(arguments, board, ring, warp, lane);
+    else if (warp == CONSUMERS) produce<HEAD>(arguments, board, ring, lane);
+    else close<HEAD>(arguments, board, threadIdx.x - 32 * (CONSUMERS + 1));
     await_predecessor();
 }
 
@@ -390,7 +589,7 @@ __device__ __forceinline__ void decode(const AttentionArguments& arguments) {
 }  // namespace millrace
 
 #define MILLRACE_DECODE(HEAD)                                                                       \
-    extern "C" __global__ void __launch_bounds__(32 * millrace::DECODE_WARPS_MAX, 1)                \
+    extern "C" __global__ void __launch_bounds__(millrace::DECODE_THREADS, 1)                       \
         attention_decode_h##HEAD(const __grid_constant__ millrace::AttentionArguments arguments) { \
         millrace::decode<HEAD>(arguments);                                                         \
     }

@@ -74,26 +74,36 @@ __device__ __forceinline__ void store16_shared(uint32_t to, uint4 value) {
 // ---- Barriers of the bulk copy engine (sm_90) ----
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(barrier) : "memory");
 }
 
-#ifdef MILLRACE_BULK_COPY
-/// Arrives, and lets the barrier's phase last until `bytes` have been copied.
-__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
+/// Returns when the barrier's phase of this parity has ended.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+#ifdef MILLRACE_BULK_COPY
     asm volatile(
         "{\n.reg .pred done;\n"
         "again:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
         "@!done bra again;\n}" ::"r"(barrier),
         "r"(parity)
         : "memory");
+#else
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "again:\nmbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n"
+        "@!done bra again;\n}" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+#endif
+}
+
+#ifdef MILLRACE_BULK_COPY
+/// Arrives, and lets the barrier's phase last until `bytes` have been copied.
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
 __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
@@ -105,6 +115,13 @@ __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_
 /// Orders this thread's ordinary writes to shared memory before later reads and writes of the async proxy.
 __device__ __forceinline__ void fence_async_proxy() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+#else
+__device__ __forceinline__ void fence_async_proxy() {}
+
+/// Arrives once this thread's copies so far have landed.
+__device__ __forceinline__ void barrier_arrive_after_copies(uint32_t barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
 #endif
 
@@ -244,19 +261,23 @@ __device__ __forceinline__ float soften(float (&s)[COLUMNS][4], RowSum& row, flo
     return factor;
 }
 
-/// `soften` in the transposed form, for row `ROW` (0 or 1) of the thread's two. The sums go the same way: the keys
-/// of one residue modulo 8 in ascending order, then even and odd residues together.
+/// Greatest score of row `ROW` (0 or 1) of the thread's two over a tile, in the transposed form.
 template <int PAGES, int ROW>
-__device__ __forceinline__ float soften_transposed(float (&s)[PAGES][4], RowSum& row, float scale_log2) {
+__device__ __forceinline__ float tile_max_transposed(const float (&s)[PAGES][4]) {
     float top = s[0][ROW];
 #pragma unroll
     for (int i = 0; i < PAGES; ++i) top = fmaxf(top, fmaxf(s[i][ROW], s[i][2 + ROW]));
 #pragma unroll
     for (int distance = 4; distance < 32; distance *= 2)
         top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, distance));
-    top = fmaxf(row.top, __fmul_rn(top, scale_log2));
-    const float from = anchor(top);
-    const float factor = exp2_approx(__fsub_rn(row.top, from));
+    return top;
+}
+
+/// Turns the scores of row `ROW` of a tile into weights, measured `from` the greatest so far, and returns this
+/// thread's share of their sum. It goes as in `soften`: the keys of one residue modulo 8 in ascending order, then
+/// even and odd residues together.
+template <int PAGES, int ROW>
+__device__ __forceinline__ float soften_transposed(float (&s)[PAGES][4], float from, float scale_log2) {
     float sum = 0.f;
 #pragma unroll
     for (int i = 0; i < PAGES; ++i) {
@@ -264,10 +285,7 @@ __device__ __forceinline__ float soften_transposed(float (&s)[PAGES][4], RowSum&
         s[i][2 + ROW] = exp2_approx(__fmaf_rn(s[i][2 + ROW], scale_log2, -from));
         sum = __fadd_rn(__fadd_rn(sum, s[i][ROW]), s[i][2 + ROW]);
     }
-    sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, 4));
-    row.top = top;
-    row.sum = __fmaf_rn(row.sum, factor, sum);
-    return factor;
+    return __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, 4));
 }
 
 /// `row_sum` in the transposed form.

@@ -112,10 +112,13 @@ inline Entry entry_of(Kernel kernel, uint32_t head_dim) {
 /// The device's limits that launches need.
 struct Device {
     uint32_t multiprocessors, shared_limit;
+    /// CTAs of a decode: few ones make each go through many units.
+    uint32_t decode_grid;
     Device() {
         cudaDeviceProp properties;
         CHECK(cudaGetDeviceProperties(&properties, 0));
         multiprocessors = properties.multiProcessorCount;
+        decode_grid = multiprocessors;
         shared_limit = properties.sharedMemPerBlockOptin;
     }
 };
@@ -126,9 +129,9 @@ inline void launch(const Device& device, Kernel kernel, const Shape& shape, cons
     dim3 grid(device.multiprocessors);
     uint32_t threads = PREFILL_WGMMA_THREADS, shared = prefill_wgmma_shared_bytes(shape.head_dim);
     if (kernel == Kernel::Decode) {
-        const uint32_t warps = decode_warps(device.shared_limit);
-        threads = 32 * warps;
-        shared = decode_shared_bytes(warps);
+        grid = dim3(device.decode_grid);
+        threads = DECODE_THREADS;
+        shared = decode_shared_bytes(device.shared_limit);
     } else if (kernel == Kernel::Prefill) {
         grid = dim3(shape.kv_heads, std::max(tiles, 1u));
         threads = prefill_threads(shape.head_dim);
