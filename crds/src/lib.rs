@@ -10,6 +10,8 @@ pub mod attempts;
 pub mod config;
 pub mod job;
 pub mod load;
+#[cfg(feature = "kube")]
+pub mod model;
 pub mod names;
 pub mod request;
 pub mod result;

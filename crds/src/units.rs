@@ -7,10 +7,15 @@ use std::time::Duration;
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+/// What the text of a [`Span`] looks like: the forms that Rust, Go and CEL all read alike.
+pub const SPAN_PATTERN: &str = r"^([0-9]{1,6}(ms|s|m|h)){1,4}$";
+/// What the text of [`Bytes`] looks like.
+pub const BYTES_PATTERN: &str = r"^[0-9]{1,18}(Ki|Mi|Gi|Ti)?$";
+
 /// A duration written as text, such as `30s` or `1h30m`, in whole milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, JsonSchema)]
 #[schemars(transparent)]
-pub struct Span(#[schemars(with = "String", regex(pattern = r"^([0-9]+(ms|s|m|h|d))+$"))] pub Duration);
+pub struct Span(#[schemars(with = "String", regex(pattern = SPAN_PATTERN))] pub Duration);
 
 impl Span {
     /// A span of whole seconds.
@@ -47,7 +52,7 @@ impl fmt::Display for Span {
 /// A number of bytes, written plainly or with a binary suffix: `1048576`, `512Ki`, `64Mi`, `10Gi`, `1Ti`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, JsonSchema)]
 #[schemars(transparent)]
-pub struct Bytes(#[schemars(with = "String", regex(pattern = r"^[0-9]+(Ki|Mi|Gi|Ti)?$"))] pub u64);
+pub struct Bytes(#[schemars(with = "String", regex(pattern = BYTES_PATTERN))] pub u64);
 
 const SUFFIXES: [(&str, u64); 4] = [("Ti", 1 << 40), ("Gi", 1 << 30), ("Mi", 1 << 20), ("Ki", 1 << 10)];
 
