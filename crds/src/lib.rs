@@ -1,13 +1,16 @@
 //! The contracts of Millrace, shared by operator, worker, gateway and tests.
 //!
-//! Here are the names on the wire ([`names`]), the streams and consumers behind them ([`streams`]),
+//! Here are the names on the wire ([`names`]), the streams and consumers behind them ([`streams`])
+//! and where real ones differ ([`drift`]),
 //! a job's headers ([`job`]), the OpenAI forms inside of it ([`request`]), the ledger of its attempts
 //! ([`attempts`]), its one outcome ([`result`]), its token deltas ([`tokens`]), the worker's load report
-//! ([`load`]), the bounds and targets of scaling ([`scaling`]) and the worker's configuration ([`config`]).
+//! ([`load`]), the bounds and targets of scaling ([`scaling`]), the worker's configuration ([`config`]) and,
+//! behind the feature `kube`, the custom resource (`model`).
 //! Nothing in this crate does input or output.
 
 pub mod attempts;
 pub mod config;
+pub mod drift;
 pub mod job;
 pub mod load;
 #[cfg(feature = "kube")]

@@ -97,7 +97,7 @@ fn json_of(item: &Item) -> Value {
     json!({"name": item.name, "state": word, "drift": drift})
 }
 
-fn parts(item: &Item) -> (&'static str, &[millrace_worker::provision::Drift]) {
+fn parts(item: &Item) -> (&'static str, &[millrace_crds::drift::Drift]) {
     match &item.state {
         State::Same => ("same", &[]),
         State::Missing => ("missing", &[]),

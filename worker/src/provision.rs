@@ -9,6 +9,7 @@ use async_nats::jetstream::consumer::pull;
 use async_nats::jetstream::stream::Config;
 use async_nats::jetstream::{self, Context, ErrorCode};
 use millrace_crds::config::{QueueConfig, ResultsConfig};
+use millrace_crds::drift::{self, Drift};
 use millrace_crds::names::{Class, ModelRef};
 use millrace_crds::streams;
 
@@ -36,17 +37,6 @@ pub enum State {
     Updated(Vec<Drift>),
     /// It differs, and was left so.
     Differs(Vec<Drift>),
-}
-
-/// One setting that is not as it should be.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Drift {
-    /// The setting, by the broker's name.
-    pub setting: &'static str,
-    /// What it is.
-    pub actual: String,
-    /// What it should be.
-    pub expected: String,
 }
 
 /// One line of the report.
@@ -124,7 +114,7 @@ async fn stream(context: &Context, wanted: Config, mode: Mode) -> Result<Item, P
             context.create_stream(wanted).await.map_err(|error| fail(error.to_string()))?;
             State::Created
         }
-        (Some(actual), _) => match (stream_drift(&actual, &wanted), mode) {
+        (Some(actual), _) => match (drift::stream(&actual, &wanted), mode) {
             (drift, _) if drift.is_empty() => State::Same,
             (drift, Mode::Apply) => {
                 context.update_stream(wanted).await.map_err(|error| fail(error.to_string()))?;
@@ -158,7 +148,7 @@ async fn consumer(
             jobs.create_consumer(wanted).await.map_err(|e| text(&e))?;
             Ok(State::Created)
         }
-        (Some(actual), _) => match (consumer_drift(&actual, &wanted), mode) {
+        (Some(actual), _) => match (drift::consumer(&actual, &wanted), mode) {
             (drift, _) if drift.is_empty() => Ok(State::Same),
             (drift, Mode::Apply) => {
                 jobs.create_consumer(wanted).await.map_err(|e| text(&e))?;
@@ -166,68 +156,5 @@ async fn consumer(
             }
             (drift, _) => Ok(State::Differs(drift)),
         },
-    }
-}
-
-fn compare<T: PartialEq + std::fmt::Debug>(drift: &mut Vec<Drift>, setting: &'static str, pair: (&T, &T)) {
-    let (actual, expected) = pair;
-    if actual != expected {
-        drift.push(Drift { setting, actual: format!("{actual:?}"), expected: format!("{expected:?}") });
-    }
-}
-
-/// The settings that the promises rest on; defaults that the broker fills in are not compared.
-fn stream_drift(actual: &Config, wanted: &Config) -> Vec<Drift> {
-    let mut drift = Vec::new();
-    let sorted = |config: &Config| {
-        let mut subjects: Vec<String> = config.subjects.iter().map(ToString::to_string).collect();
-        subjects.sort();
-        subjects
-    };
-    compare(&mut drift, "subjects", (&sorted(actual), &sorted(wanted)));
-    compare(&mut drift, "retention", (&actual.retention, &wanted.retention));
-    compare(&mut drift, "storage", (&actual.storage, &wanted.storage));
-    compare(&mut drift, "discard", (&actual.discard, &wanted.discard));
-    let unlimited = |value: i64| if value <= 0 { -1 } else { value };
-    compare(&mut drift, "max_msgs", (&unlimited(actual.max_messages), &unlimited(wanted.max_messages)));
-    compare(&mut drift, "max_bytes", (&unlimited(actual.max_bytes), &unlimited(wanted.max_bytes)));
-    compare(
-        &mut drift,
-        "max_msgs_per_subject",
-        (&unlimited(actual.max_messages_per_subject), &unlimited(wanted.max_messages_per_subject)),
-    );
-    let size = |config: &Config| unlimited(config.max_message_size.into());
-    compare(&mut drift, "max_msg_size", (&size(actual), &size(wanted)));
-    compare(&mut drift, "max_age", (&actual.max_age, &wanted.max_age));
-    compare(&mut drift, "duplicate_window", (&actual.duplicate_window, &wanted.duplicate_window));
-    compare(&mut drift, "num_replicas", (&actual.num_replicas, &wanted.num_replicas));
-    compare(&mut drift, "allow_direct", (&actual.allow_direct, &wanted.allow_direct));
-    drift
-}
-
-fn consumer_drift(actual: &jetstream::consumer::Config, wanted: &pull::Config) -> Vec<Drift> {
-    let mut drift = Vec::new();
-    compare(&mut drift, "filter_subject", (&actual.filter_subject, &wanted.filter_subject));
-    compare(&mut drift, "ack_policy", (&actual.ack_policy, &wanted.ack_policy));
-    compare(&mut drift, "ack_wait", (&actual.ack_wait, &wanted.ack_wait));
-    compare(&mut drift, "max_deliver", (&actual.max_deliver, &wanted.max_deliver));
-    compare(&mut drift, "max_ack_pending", (&actual.max_ack_pending, &wanted.max_ack_pending));
-    compare(&mut drift, "max_batch", (&actual.max_batch, &wanted.max_batch));
-    drift
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn drift_names_the_setting_and_both_values() {
-        let model = ModelRef::new("default", "m").unwrap();
-        let queue = QueueConfig::default();
-        let wanted = streams::jobs(&model, &queue);
-        assert!(stream_drift(&wanted, &wanted).is_empty());
-        let other = streams::jobs(&model, &QueueConfig { max_jobs: 5, ..queue });
-        let drift = stream_drift(&other, &wanted);
-        assert_eq!(drift, [Drift { setting: "max_msgs", actual: "5".into(), expected: "1000000".into() }]);
     }
 }

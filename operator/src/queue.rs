@@ -1,0 +1,286 @@
+//! Streams and consumers: the only file that creates, compares, repairs, reads and deletes them.
+//!
+//! What is missing is created, what differs is put right where the broker lets it, and both are reported.
+//! Streams are deleted only for a model that says so. Every answer comes from the leader of a stream or
+//! consumer, through the JetStream API. A read that fails is a failure, never a zero.
+
+use std::time::Duration;
+
+use async_nats::jetstream::context::{ConsumerInfoErrorKind, GetStreamErrorKind};
+use async_nats::jetstream::stream::{Config, State};
+use async_nats::jetstream::{self, Context, ErrorCode, consumer};
+use async_nats::{Client, ConnectOptions, Event};
+use futures::future::try_join_all;
+use k8s_openapi::jiff::Timestamp;
+use millrace_crds::config::{QueueConfig, ResultsConfig};
+use millrace_crds::drift;
+use millrace_crds::names::{Class, ModelRef};
+use millrace_crds::streams;
+use tokio::sync::watch;
+
+use crate::config;
+use crate::scale::{ClassReading, QueueReading};
+
+/// How long one request may take. A reconcile makes a few in a row, and other models wait behind it.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
+/// Commands that may wait for the connection.
+const COMMANDS_MAX: usize = 4096;
+/// Messages that may wait for one subscriber: load reports of a thousand workers for some seconds.
+const SUBSCRIPTION_MAX: usize = 8192;
+/// Longest pause between attempts to connect.
+const CONNECT_PAUSE_MAX: Duration = Duration::from_secs(2);
+
+/// Why the broker did not do as asked.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum QueueError {
+    /// No answer.
+    #[error("the broker does not answer: {0}")]
+    Unreachable(String),
+    /// A refusal.
+    #[error("{name}: {message}")]
+    Refused {
+        /// The stream or consumer.
+        name: String,
+        /// What the broker said.
+        message: String,
+    },
+    /// A stream or consumer is not there.
+    #[error("{0} is missing")]
+    Missing(String),
+}
+
+/// The connection to the broker. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Queue {
+    client: Client,
+    context: Context,
+    connections: watch::Receiver<u64>,
+}
+
+/// One thing that was put right.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Repair {
+    /// The stream or consumer.
+    pub name: String,
+    /// What was done.
+    pub what: String,
+    /// Whether it had been there before; a first creation is no repair.
+    pub existed: bool,
+}
+
+impl Queue {
+    /// Connects, and stays connected: waits for a broker that is not there yet, and comes back to one that
+    /// went away.
+    ///
+    /// # Errors
+    /// When an address, the credentials or the authority's file is wrong.
+    pub async fn connect(config: &config::Config) -> anyhow::Result<Self> {
+        let (sender, connections) = watch::channel(0);
+        let mut options = ConnectOptions::new()
+            .name(format!("millrace-operator {}", config.identity))
+            .max_reconnects(None)
+            .retry_on_initial_connect()
+            .request_timeout(Some(REQUEST_TIMEOUT))
+            .client_capacity(COMMANDS_MAX)
+            .subscription_capacity(SUBSCRIPTION_MAX)
+            .reconnect_delay_callback(|tries| {
+                Duration::from_millis(50).saturating_mul(1 << tries.min(6)).min(CONNECT_PAUSE_MAX)
+            })
+            .event_callback(move |event| {
+                match event {
+                    Event::Connected => sender.send_modify(|count| *count += 1),
+                    ref other => tracing::warn!(event = %other, "broker"),
+                }
+                async {}
+            });
+        if let Some(path) = &config.nats_credentials_file {
+            options = options.credentials_file(path).await?;
+        }
+        if let Some(path) = &config.nats_ca_file {
+            options = options.add_root_certificates(path.clone()).require_tls(true);
+        }
+        let servers = config.nats_servers.iter().map(|server| server.parse());
+        let servers = servers.collect::<Result<Vec<async_nats::ServerAddr>, _>>()?;
+        let client = options.connect(servers).await?;
+        let mut context = jetstream::new(client.clone());
+        context.set_timeout(REQUEST_TIMEOUT);
+        Ok(Self { client, context, connections })
+    }
+
+    /// The client underneath.
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// Counts the connections made: a change says that messages may have been missed.
+    pub fn connections(&self) -> watch::Receiver<u64> {
+        self.connections.clone()
+    }
+
+    /// Whether the connection stands. Without one, requests would only wait.
+    pub fn connected(&self) -> bool {
+        self.client.connection_state() == async_nats::connection::State::Connected
+    }
+
+    fn reachable(&self) -> Result<(), QueueError> {
+        match self.connected() {
+            true => Ok(()),
+            false => Err(QueueError::Unreachable("not connected".into())),
+        }
+    }
+
+    /// Makes the streams and consumers of a model what they should be. Returns what had to be done.
+    ///
+    /// # Errors
+    /// When the broker refuses or does not answer. What was done before stays done.
+    pub async fn provision(
+        &self,
+        model: &ModelRef,
+        queue: &QueueConfig,
+        results: &ResultsConfig,
+    ) -> Result<Vec<Repair>, QueueError> {
+        self.reachable()?;
+        let mut repairs = Vec::new();
+        for wanted in [
+            streams::jobs(model, queue),
+            streams::results(model, queue, results),
+            streams::dead(model, queue, results),
+        ] {
+            repairs.extend(self.provision_stream(wanted).await?);
+        }
+        for class in Class::ALL {
+            repairs.extend(self.provision_consumer(model, class, queue).await?);
+        }
+        Ok(repairs)
+    }
+
+    async fn provision_stream(&self, wanted: Config) -> Result<Option<Repair>, QueueError> {
+        let name = format!("stream {}", wanted.name);
+        let Some(info) = self.stream(&wanted.name).await? else {
+            self.context.create_stream(wanted).await.map_err(|error| refused(&name, &error))?;
+            return Ok(Some(Repair { name, what: "was missing and was created".into(), existed: false }));
+        };
+        let drift = drift::stream(&info.0, &wanted);
+        if drift.is_empty() {
+            return Ok(None);
+        }
+        self.context.update_stream(wanted).await.map_err(|error| refused(&name, &error))?;
+        Ok(Some(Repair { name, what: repaired(&drift), existed: true }))
+    }
+
+    async fn provision_consumer(
+        &self,
+        model: &ModelRef,
+        class: Class,
+        queue: &QueueConfig,
+    ) -> Result<Option<Repair>, QueueError> {
+        let wanted = streams::consumer(model, class, queue);
+        let stream = model.jobs_stream();
+        let name = format!("consumer {stream}/{}", model.consumer(class));
+        let (existed, what) = match self.consumer(model, class).await {
+            Ok(info) => match drift::consumer(&info.config, &wanted) {
+                drift if drift.is_empty() => return Ok(None),
+                drift => (true, repaired(&drift)),
+            },
+            Err(QueueError::Missing(_)) => (false, "was missing and was created".into()),
+            Err(error) => return Err(error),
+        };
+        let made = self.context.create_consumer_on_stream(wanted, &stream).await;
+        made.map_err(|error| refused(&name, &error))?;
+        Ok(Some(Repair { name, what, existed }))
+    }
+
+    /// A stream's settings and state, `None` if there is no such stream.
+    async fn stream(&self, name: &str) -> Result<Option<(Config, State)>, QueueError> {
+        match self.context.get_stream(name).await {
+            Ok(stream) => {
+                let info = stream.cached_info();
+                Ok(Some((info.config.clone(), info.state.clone())))
+            }
+            Err(error) => match error.kind() {
+                GetStreamErrorKind::JetStream(inner)
+                    if inner.error_code() == ErrorCode::STREAM_NOT_FOUND =>
+                {
+                    Ok(None)
+                }
+                GetStreamErrorKind::JetStream(inner) => {
+                    Err(QueueError::Refused { name: format!("stream {name}"), message: inner.to_string() })
+                }
+                _ => Err(QueueError::Unreachable(error.to_string())),
+            },
+        }
+    }
+
+    async fn consumer(&self, model: &ModelRef, class: Class) -> Result<consumer::Info, QueueError> {
+        let (stream, name) = (model.jobs_stream(), model.consumer(class));
+        let what = format!("consumer {stream}/{name}");
+        let handle = self.context.get_stream_no_info(&stream).await;
+        let handle = handle.map_err(|error| QueueError::Unreachable(error.to_string()))?;
+        handle.consumer_info(&name).await.map_err(|error| match error.kind() {
+            ConsumerInfoErrorKind::NotFound => QueueError::Missing(what),
+            ConsumerInfoErrorKind::JetStream(inner) => {
+                QueueError::Refused { name: what, message: inner.to_string() }
+            }
+            _ => QueueError::Unreachable(error.to_string()),
+        })
+    }
+
+    /// Reads the backlog of a model. An empty stream needs one request, others one more for each class.
+    ///
+    /// # Errors
+    /// When any part could not be read: half a reading is none.
+    pub async fn read(&self, model: &ModelRef) -> Result<QueueReading, QueueError> {
+        self.reachable()?;
+        let stream = model.jobs_stream();
+        let Some((_, state)) = self.stream(&stream).await? else {
+            return Err(QueueError::Missing(format!("stream {stream}")));
+        };
+        let published = state.last_sequence;
+        if state.messages == 0 {
+            let classes = Class::ALL.map(|class| ClassReading { class, pending: 0, unacked: 0, oldest_age_ms: None });
+            return Ok(QueueReading { published, classes: classes.to_vec() });
+        }
+        let infos = try_join_all(Class::ALL.map(|class| self.consumer(model, class))).await?;
+        let oldest_ms = age_ms(&state);
+        let unacked: u64 = infos.iter().map(|info| info.num_ack_pending as u64).sum();
+        let waiting = infos.iter().filter(|info| info.num_pending > 0).count();
+        let classes = Class::ALL.into_iter().zip(&infos).map(|(class, info)| ClassReading {
+            class,
+            pending: info.num_pending,
+            unacked: info.num_ack_pending as u64,
+            // The stream's oldest job is this class's oldest pending one only where nothing else is in it.
+            oldest_age_ms: oldest_ms.filter(|_| unacked == 0 && waiting == 1 && info.num_pending > 0),
+        });
+        Ok(QueueReading { published, classes: classes.collect() })
+    }
+
+    /// Deletes the streams of a model, with all jobs and outcomes. Those that are gone are gone.
+    ///
+    /// # Errors
+    /// When the broker refuses or does not answer.
+    pub async fn delete(&self, model: &ModelRef) -> Result<(), QueueError> {
+        self.reachable()?;
+        for name in [model.jobs_stream(), model.results_stream(), model.dead_stream()] {
+            if self.stream(&name).await?.is_some() {
+                let deleted = self.context.delete_stream(&name).await;
+                deleted.map_err(|error| refused(&format!("stream {name}"), &error))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn age_ms(state: &State) -> Option<u64> {
+    let first_ms = state.first_timestamp.unix_timestamp_nanos() / 1_000_000;
+    let age_ms = i128::from(Timestamp::now().as_millisecond()) - first_ms;
+    u64::try_from(age_ms).ok()
+}
+
+fn refused(name: &str, error: &dyn std::fmt::Display) -> QueueError {
+    QueueError::Refused { name: name.to_owned(), message: error.to_string() }
+}
+
+fn repaired(drift: &[drift::Drift]) -> String {
+    let parts: Vec<String> = drift.iter().map(ToString::to_string).collect();
+    format!("differed and was put right: {}", parts.join("; "))
+}
