@@ -18,6 +18,8 @@ pub const MANAGED_BY_LABEL: &str = "app.kubernetes.io/managed-by";
 pub const APPLIED_ANNOTATION: &str = "millrace.dev/applied";
 /// On the pod template: the hash of all that workers read at start. A change rolls them out.
 pub const REVISION_ANNOTATION: &str = "millrace.dev/revision";
+/// On a pod: `spec.model.revision`. A new one rolls the workers out, even where the address stays.
+pub const WEIGHTS_LABEL: &str = "millrace.dev/weights";
 /// On a pod: what its deletion costs, read by the ReplicaSet controller when it removes pods.
 pub const DELETION_COST_ANNOTATION: &str = "controller.kubernetes.io/pod-deletion-cost";
 /// The name of the worker's container.

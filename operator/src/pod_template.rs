@@ -36,8 +36,17 @@ pub fn template(plan: &Plan, revision: &str) -> PodTemplateSpec {
     let mut labels: BTreeMap<String, String> =
         user.labels.iter().map(|(key, value)| (key.clone(), value.0.clone())).collect();
     labels.extend(names::labels(plan.model.name.as_str()));
-    let mut annotations: BTreeMap<String, String> =
-        user.annotations.iter().map(|(key, value)| (key.clone(), value.0.clone())).collect();
+    if let Some(weights) = &plan.pod.weights_revision {
+        labels.insert(names::WEIGHTS_LABEL.into(), weights.clone());
+    }
+    // The schema refuses these; here they would weaken the profile of an old cluster.
+    let allowed = |key: &str| !key.starts_with("container.");
+    let mut annotations: BTreeMap<String, String> = user
+        .annotations
+        .iter()
+        .filter(|(key, _)| allowed(key))
+        .map(|(key, value)| (key.clone(), value.0.clone()))
+        .collect();
     annotations.insert(names::REVISION_ANNOTATION.into(), revision.into());
     PodTemplateSpec {
         metadata: Some(ObjectMeta {

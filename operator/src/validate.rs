@@ -70,6 +70,8 @@ pub struct PodPlan {
     pub gpus: u64,
     /// Requests and limits.
     pub resources: Resources,
+    /// The version of the weights, in the user's words.
+    pub weights_revision: Option<String>,
     /// The user's template.
     pub template: PodTemplate,
     /// The template's affinity, in Kubernetes' type.
@@ -112,7 +114,6 @@ pub fn plan(object: &InferenceModel, config: &Config) -> Result<Plan, Refusal> {
     let uid = object.uid().unwrap_or_default();
     let owner = object
         .controller_owner_ref(&())
-        .map(|owner| OwnerReference { block_owner_deletion: Some(true), ..owner })
         .ok_or_else(|| refuse("metadata.uid", "is missing; the object does not come from an API server"))?;
     let spec = &object.spec;
     let (worker, mounts) = worker_config::build(spec, &model, config)?;
@@ -169,6 +170,7 @@ fn pod_plan(object: &InferenceModel, config: &Config) -> Result<PodPlan, Refusal
         image: image.clone(),
         gpus,
         resources: spec.resources.clone(),
+        weights_revision: spec.model.revision.clone(),
         template: spec.template.clone(),
         affinity,
         grace: spec.drain.timeout.0.saturating_add(GRACE_MARGIN),

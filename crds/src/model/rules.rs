@@ -38,13 +38,14 @@ pub const RULES: &[Rule] = &[
     ),
     rule(
         "spec",
-        "!('nvidia.com/gpu' in self.resources.requests) || 'nvidia.com/gpu' in self.resources.limits",
+        "!has(self.resources.requests) || !('nvidia.com/gpu' in self.resources.requests) || \
+         (has(self.resources.limits) && 'nvidia.com/gpu' in self.resources.limits)",
         "spec.resources.requests: ask for nvidia.com/gpu in spec.resources.limits; Kubernetes takes GPUs from \
          there",
     ),
     rule(
         "spec",
-        "!('nvidia.com/gpu' in self.resources.limits) || \
+        "!has(self.resources.limits) || !('nvidia.com/gpu' in self.resources.limits) || \
          string(self.resources.limits['nvidia.com/gpu']) == string(self.parallelism.tensor)",
         "spec.resources.limits: nvidia.com/gpu must equal spec.parallelism.tensor (1), because each worker uses \
          that many GPUs; raise spec.scaling.maxReplicas to use more GPUs",
@@ -153,12 +154,6 @@ pub const RULES: &[Rule] = &[
         "duration(self) >= duration('100ms') && duration(self) <= duration('1h')",
         "spec.engine.stepTimeout must be between 100ms and 1h; a step of a healthy engine takes far below a \
          second",
-    ),
-    rule(
-        "spec.queue",
-        "size(self.backoff) <= self.maxDeliver",
-        "spec.queue.backoff must not have more entries than spec.queue.maxDeliver has attempts; shorten it, or \
-         raise maxDeliver",
     ),
     rule(
         "spec.queue",
