@@ -53,7 +53,8 @@ pub struct Config {
     #[arg(long, env = "MILLRACE_LISTEN", default_value = "0.0.0.0:8080")]
     pub listen: SocketAddr,
     /// Models reconciled at once.
-    #[arg(long, env = "MILLRACE_CONCURRENCY", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=256))]
+    #[arg(long, env = "MILLRACE_CONCURRENCY", default_value_t = 16)]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=256))]
     pub concurrency: u16,
     /// Pause between two looks at the queue of a model that has workers or work.
     #[arg(long, env = "MILLRACE_POLL_ACTIVE", default_value = "1s")]

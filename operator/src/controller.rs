@@ -35,6 +35,8 @@ use crate::status::{self, StatusWriter, View, Written};
 use crate::validate::{self, Plan, Refusal, Sizing};
 use crate::wake::Wakes;
 
+/// How long one reconcile may take: a server that hangs must not hold the few that run at once for ever.
+const RECONCILE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Pause after the first failure; doubled for each further one.
 const RETRY_FIRST: Duration = Duration::from_secs(1);
 /// Longest pause after a failure: a model that cannot be applied is still one that may have to be scaled.
@@ -147,7 +149,9 @@ async fn reconcile(guarded: Arc<Guarded>, context: Arc<Context>) -> Result<Actio
         }
     };
     let mut state = context.take(&key, object);
-    let result = Reconcile { context: &context, object, state: &mut state }.run().await;
+    let running = Reconcile { context: &context, object, state: &mut state }.run();
+    let ended = tokio::time::timeout(RECONCILE_TIMEOUT, running).await;
+    let result = ended.unwrap_or(Err(Error::TimedOut(RECONCILE_TIMEOUT)));
     if result.is_ok() {
         state.failures = 0;
     }

@@ -10,6 +10,9 @@ pub enum Error {
     /// The object in the API server cannot be read as an InferenceModel.
     #[error("the object cannot be read: {0}")]
     Unreadable(String),
+    /// The API server or the broker kept it waiting.
+    #[error("no end after {0:?}")]
+    TimedOut(std::time::Duration),
     /// An object could not be applied or deleted.
     #[error(transparent)]
     Apply(#[from] ApplyError),
@@ -26,6 +29,7 @@ impl Error {
     pub fn category(&self) -> &'static str {
         match self {
             Error::Unreadable(_) => "unreadable",
+            Error::TimedOut(_) => "timeout",
             Error::Apply(_) => "apply",
             Error::Finalize(_) => "finalize",
             Error::Status(_) => "status",

@@ -109,7 +109,7 @@ async fn work(
         metrics,
     });
     tokio::select! {
-        ready = caches.ready() => ready?,
+        (ready, ()) = async { tokio::join!(caches.ready(), context.queue.first_connection()) } => ready?,
         () = stopped(stop.clone()) => return Ok(()),
     }
     let end = stop.clone();

@@ -27,6 +27,8 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
 const COMMANDS_MAX: usize = 4096;
 /// Messages that may wait for one subscriber: load reports of a thousand workers for some seconds.
 const SUBSCRIPTION_MAX: usize = 8192;
+/// How long a start waits for the broker, so that a restart does not report a broker that is only not there yet.
+const FIRST_CONNECTION_WAIT: Duration = Duration::from_secs(5);
 /// Longest pause between attempts to connect.
 const CONNECT_PAUSE_MAX: Duration = Duration::from_secs(2);
 
@@ -115,6 +117,15 @@ impl Queue {
     /// Counts the connections made: a change says that messages may have been missed.
     pub fn connections(&self) -> watch::Receiver<u64> {
         self.connections.clone()
+    }
+
+    /// Waits for the first connection, but not for ever: a model's objects are kept without a broker too.
+    pub async fn first_connection(&self) {
+        let mut connections = self.connections();
+        let connected = connections.wait_for(|&count| count > 0);
+        if tokio::time::timeout(FIRST_CONNECTION_WAIT, connected).await.is_err() {
+            tracing::warn!("the broker does not answer; going on without");
+        }
     }
 
     /// Whether the connection stands. Without one, requests would only wait.

@@ -31,6 +31,7 @@ pub struct ScalingState {
     /// What the status shows.
     shown: ScalingStatus,
     last_start: Option<StartPhases>,
+    starts_seen: u32,
 }
 
 /// The number of workers, and why.
@@ -48,8 +49,15 @@ impl ScalingState {
     /// Starts with what an earlier operator wrote into the status.
     pub fn resume(status: Option<&InferenceModelStatus>) -> Self {
         let shown = status.and_then(|status| status.scaling.clone()).unwrap_or_default();
-        let last_start = status.and_then(|status| status.cold_start.as_ref()?.last);
-        Self { shown, last_start, ..Self::default() }
+        let mut state = Self { shown, ..Self::default() };
+        if let Some(starts) = status.and_then(|status| status.cold_start.as_ref()) {
+            state.last_start = starts.last;
+            state.starts_seen = starts.seen;
+            if starts.seen > 0 {
+                state.memory.cold_starts_ms = vec![starts.p50_ms, starts.p90_ms];
+            }
+        }
+        state
     }
 
     /// Workers asked for now.
@@ -142,7 +150,7 @@ impl ScalingState {
             return None;
         }
         Some(ColdStartStatus {
-            seen: u32::try_from(starts.len()).unwrap_or(u32::MAX),
+            seen: u32::try_from(starts.len()).unwrap_or(u32::MAX).max(self.starts_seen),
             p50_ms: at(50),
             p90_ms: at(90),
             last: self.last_start,

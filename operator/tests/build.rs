@@ -71,7 +71,8 @@ fn models_are_built_as_the_golden_files_say() {
     check("claim", "{model: {uri: 'pvc://weights/m', cacheClaim: cache}, replicas: 2}", plain);
     check(
         "gpu",
-        "{model: {uri: 's3://bucket/m', digest: 'sha256:0000000000000000000000000000000000000000000000000000000000000000', \
+        "{model: {uri: 's3://bucket/m', \
+         digest: 'sha256:0000000000000000000000000000000000000000000000000000000000000000', \
          endpoint: 'http://s3.storage:8333', pathStyle: true, credentialsSecretRef: {name: s3}}, \
          engine: {maxModelLen: 4096, kvCacheFraction: 0.9}, scaling: {minReplicas: 1, maxReplicas: 4}, \
          results: {ttl: 1h, objectStore: {uri: 's3://results/m', credentialsSecretRef: {name: results}}}, \

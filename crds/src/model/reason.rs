@@ -113,6 +113,7 @@ impl Reason {
             | Reason::WorkersReady
             | Reason::ScaledToZero
             | Reason::WeightsReady
+            | Reason::WeightsUnknown
             | Reason::QueueProvisioned
             | Reason::FollowingQueue
             | Reason::ScalingUp
@@ -142,14 +143,13 @@ impl Reason {
                 "Read the message, which is the API server's. Raise the namespace's quota, or lower \
                  spec.scaling.maxReplicas."
             }
-            Reason::WeightsUnknown => "Nothing. The first worker will look.",
             Reason::WeightsMissing => {
                 "Read the message. Check spec.model.uri, endpoint, region, the Secret of credentialsSecretRef and \
                  its keys, and that the digest is that of the files (`millrace doctor` prints it)."
             }
-            Reason::QueueUnreachable => {
+            Reason::QueueUnreachable | Reason::SignalLost => {
                 "Check that the broker runs and that the operator's --nats-servers and credentials are right. \
-                 Workers that hold jobs go on by themselves."
+                 Workers that hold jobs go on by themselves, and nothing is scaled down meanwhile."
             }
             Reason::QueueRefused => {
                 "Read the message, which is the broker's. Common causes: too little storage for \
@@ -159,7 +159,6 @@ impl Reason {
             Reason::FixedReplicas => {
                 "Nothing, if that is meant. Replace spec.replicas by spec.scaling to follow the queue."
             }
-            Reason::SignalLost => "As for QueueUnreachable. Nothing is scaled down meanwhile.",
             Reason::InvalidSpec => "Correct the field that the message names.",
             Reason::NameConflict => {
                 "Rename the model, or delete or rename the object that the message names. The operator never \
