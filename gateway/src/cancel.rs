@@ -12,6 +12,7 @@ use crate::failure::{Failure, Verdict};
 use crate::follow;
 use crate::input;
 use crate::output::{Printer, note};
+use crate::summary::counted;
 
 /// Runs the command. Unwell when a job had an outcome already.
 ///
@@ -43,7 +44,7 @@ pub async fn run(global: &Global, args: &CancelArgs) -> Result<Verdict, Failure>
             printer.say(&format!("{job}: cancelled"));
         }
     }
-    note(&format!("{cancelled} of {} jobs cancelled", jobs.len()));
+    note(&format!("{cancelled} of {} cancelled", counted(jobs.len() as u64, "job")));
     Ok(Verdict::of(cancelled == jobs.len()))
 }
 

@@ -22,6 +22,7 @@ use crate::failure::{Failure, Verdict};
 use crate::follow;
 use crate::input;
 use crate::output::{Printer, line, note, table};
+use crate::summary::counted;
 
 /// Headers of the old message that the new one keeps.
 const KEPT: [&str; 8] = [
@@ -185,7 +186,7 @@ async fn requeue(
             }
         }
     }
-    note(&format!("{count} jobs published again"));
+    note(&format!("{} published again", counted(count, "job")));
     Ok(Verdict::of(missing == 0))
 }
 

@@ -10,7 +10,7 @@ use async_nats::Client;
 use millrace_crds::job::JOB_BYTES_MAX;
 use millrace_crds::load::Phase;
 use millrace_worker::monitor::{self, Fsync};
-use millrace_worker::provision::{Mode, provision};
+use millrace_worker::provision::{Mode, State, provision};
 use serde::Serialize;
 use serde_json::Value;
 use time::OffsetDateTime;
@@ -21,6 +21,7 @@ use crate::failure::{Failure, Verdict};
 use crate::output::Printer;
 use crate::provision as provisioned;
 use crate::queue;
+use crate::summary::counted;
 
 /// Oldest broker with everything that is used here.
 const BROKER_VERSION_MIN: (u32, u32) = (2, 11);
@@ -91,13 +92,20 @@ pub async fn run(global: &Global, args: &DoctorArgs) -> Result<Verdict, Failure>
     show(payload(&broker.client));
     show(jetstream(&broker).await);
     show(fsync(args.monitor.as_deref()).await);
+    let (namespace, name) = (&broker.model.namespace, &broker.model.name);
+    let command = format!("millrace provision --namespace {namespace} --model {name}");
     match provision(&broker.jetstream, &broker.model, &queue, &results, Mode::Check).await {
-        Err(error) => show(Check::fail("streams", error.to_string(), "millrace provision")),
+        Err(error) => show(Check::fail("streams", error.to_string(), command)),
         Ok(items) => items.iter().for_each(|item| {
             let text = provisioned::text_of(item);
-            show(match provisioned::is_well(item) {
-                true => Check::ok("streams", text),
-                false => Check::fail("streams", text, "millrace provision --apply, with your settings"),
+            show(match item.state {
+                State::Missing => {
+                    Check::fail("streams", text, format!("{command} (or let the operator do it)"))
+                }
+                State::Differs(_) => {
+                    Check::fail("streams", text, format!("{command} --apply, with the settings you want"))
+                }
+                _ => Check::ok("streams", text),
             });
         }),
     }
@@ -192,7 +200,8 @@ async fn workers(broker: &Broker) -> Check {
         }
         Ok(workers) => {
             let ready = workers.iter().filter(|worker| worker.phase == Phase::Ready).count();
-            Check::ok(NAME, format!("{} report, {ready} ready", workers.len()))
+            let reports = counted(workers.len() as u64, "report");
+            Check::ok(NAME, format!("{reports}, {ready} ready"))
         }
     }
 }

@@ -13,7 +13,7 @@ use millrace_crds::tokens::TokenDelta;
 
 use crate::connect::Broker;
 use crate::failure::Failure;
-use crate::output::{note, piece};
+use crate::output::{line, note, piece};
 
 /// Deltas held while one before them is missing; past that, the gap stays.
 const HELD_MAX: usize = 256;
@@ -78,6 +78,14 @@ pub fn text_of(line: &OutputLine) -> Option<&str> {
     chat.or_else(|| choice.get("text"))?.as_str()
 }
 
+/// Prints the text of a line's first choice, or why there is none.
+pub fn print_whole(outcome: &OutputLine) {
+    match &outcome.error {
+        Some(error) => note(&format!("error: {}: {}", error.code.as_str(), error.message)),
+        None => line(text_of(outcome).unwrap_or_default()),
+    }
+}
+
 /// The deltas of one job, printed as they come.
 pub struct Live {
     deltas: Subscriber,
@@ -117,16 +125,16 @@ impl Live {
     }
 
     /// Prints what the outcome adds.
-    pub fn end(self, line: &OutputLine) {
+    pub fn end(self, outcome: &OutputLine) {
         if self.json {
             return;
         }
-        if let Some(error) = &line.error {
+        if outcome.error.is_some() {
             piece("\n");
-            note(&format!("error: {}: {}", error.code.as_str(), error.message));
+            print_whole(outcome);
             return;
         }
-        match self.text.end(text_of(line).unwrap_or_default()) {
+        match self.text.end(text_of(outcome).unwrap_or_default()) {
             Ending::Rest(rest) => piece(&(rest + "\n")),
             Ending::Whole(whole) => {
                 piece("\n");

@@ -45,7 +45,8 @@ struct Picture {
     jobs_max: i64,
     bytes_max: i64,
     classes: Vec<ClassDepth>,
-    results: u64,
+    /// Outcomes, and the cancel markers and ledgers of attempts that lie beside them.
+    records: u64,
     dead: u64,
     workers: Vec<LoadReport>,
 }
@@ -82,7 +83,7 @@ async fn look(broker: &Broker) -> Result<Picture, Failure> {
         jobs_max: info.config.max_messages,
         bytes_max: info.config.max_bytes,
         classes: classes?,
-        results: results.cached_info().state.messages,
+        records: results.cached_info().state.messages,
         dead: dead.cached_info().state.messages,
         workers: workers?,
     })
@@ -172,8 +173,8 @@ impl Picture {
             })
             .collect();
         let head = format!(
-            "{}: {} of {} jobs, {} of {} bytes; {} results, {} dead",
-            self.model, self.jobs, self.jobs_max, self.bytes, self.bytes_max, self.results, self.dead
+            "{}: {} of {} jobs, {} of {} bytes; {} records of outcomes, {} dead",
+            self.model, self.jobs, self.jobs_max, self.bytes, self.bytes_max, self.records, self.dead
         );
         let classes = table(&["CLASS", "PENDING", "IN FLIGHT", "OLDEST", "REDELIVERED"], &classes);
         let workers = match workers.is_empty() {

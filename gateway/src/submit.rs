@@ -22,7 +22,7 @@ use crate::output::{Printer, Progress, line, note};
 use crate::plan::{self, PlannedJob};
 use crate::publish::{self, Envelope, Parcel};
 use crate::store::Bodies;
-use crate::summary::Summary;
+use crate::summary::{Summary, counted};
 
 /// From this many jobs on, the stored outcomes are listed instead of asked for one by one.
 const LISTED_MIN: usize = 4096;
@@ -86,7 +86,7 @@ pub async fn run(global: &Global, args: &SubmitArgs) -> Result<Verdict, Failure>
     let summary = gatherer.finish()?;
     let summary = summary.close(*working.as_ref().unwrap_or(&Duration::ZERO), started.elapsed());
     if is_one_prompt(args) && !args.stream && !global.json && working.is_ok() {
-        last.iter().filter_map(crate::live::text_of).for_each(line);
+        last.iter().for_each(crate::live::print_whole);
     }
     if working.is_ok() || plan.wait {
         report(&summary, plan.wait, printer);
@@ -111,8 +111,9 @@ fn report(summary: &Summary, waited: bool, printer: Printer) {
     } else {
         let Summary { jobs, accepted, published, duplicate, done_before, .. } = summary;
         note(&format!(
-            "{accepted} of {jobs} jobs accepted: {published} published, {duplicate} published before, \
-             {done_before} done before"
+            "{accepted} of {} accepted: {published} published, {duplicate} published before, \
+             {done_before} done before",
+            counted(*jobs, "job")
         ));
     }
     printer.object(summary);
@@ -141,7 +142,7 @@ async fn work(
         gatherer.wait(&mut follower, plan.timeout).await?;
         if plan.envelope.stream {
             // Its outcome was there before: there is nothing to stream.
-            gatherer.last.iter().filter_map(crate::live::text_of).for_each(|text| printer.say(text));
+            gatherer.last.iter().filter(|_| !printer.json).for_each(crate::live::print_whole);
         }
         return Ok(started.elapsed());
     };

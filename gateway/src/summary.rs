@@ -97,7 +97,7 @@ impl Summary {
 
     /// For people, on one or two lines.
     pub fn sentence(&self) -> String {
-        let mut text = format!("{} jobs: {} completed", self.jobs, self.completed);
+        let mut text = format!("{}: {} completed", counted(self.jobs, "job"), self.completed);
         let others = [
             (self.rejected, "rejected"),
             (self.dead, "dead"),
@@ -119,6 +119,11 @@ impl Summary {
         }
         format!("{text}; {:.1} s", self.elapsed_s)
     }
+}
+
+/// `1 job`, `2 jobs`.
+pub fn counted(count: u64, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }
 
 fn tokens(line: &OutputLine) -> (u64, u64) {

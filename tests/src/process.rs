@@ -9,6 +9,7 @@ use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{LazyLock, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
@@ -21,6 +22,15 @@ const LOG_LINES_SHOWN: usize = 30;
 
 /// Starts that may wait for the starting thread; a start takes a millisecond, and more callers wait.
 const ORDERS_MAX: usize = 16;
+
+/// Set once this process is about to end.
+static STOPPING: AtomicBool = AtomicBool::new(false);
+
+/// Ends every wait for a child to be ready, so that a program that was interrupted in the middle of its start
+/// drops what it has started instead of leaving it behind.
+pub fn stop_waiting() {
+    STOPPING.store(true, Ordering::Relaxed);
+}
 
 /// A signal that a test sends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -141,6 +151,9 @@ impl Process {
             if let Some(status) = self.child.try_wait()? {
                 bail!("{} ended with {status} before it was ready\n{}", self.name, self.log_tail());
             }
+            if STOPPING.load(Ordering::Relaxed) {
+                bail!("{} was not ready before the end", self.name);
+            }
             if start.elapsed() >= limit {
                 bail!("{} is not ready after {limit:?}\n{}", self.name, self.log_tail());
             }
@@ -173,7 +186,7 @@ impl Drop for Process {
 
 /// The same command under `setpriv`, which sets the parent-death signal and then becomes the program. It is
 /// part of every Debian; without it, children only die with the harness's own clean-up.
-fn with_parent_death(command: &Command) -> Command {
+pub fn with_parent_death(command: &Command) -> Command {
     const SETPRIV: &str = "/usr/bin/setpriv";
     let mut wrapped = if Path::new(SETPRIV).exists() {
         let mut wrapped = Command::new(SETPRIV);

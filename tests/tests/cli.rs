@@ -286,8 +286,12 @@ async fn packs_prompts_and_streams() -> Result<()> {
     assert_eq!(scene.ends(0, &["submit", "--prompt", "hi there", "--wait"]).await?, "echo hi there\n");
     assert_eq!(scene.ends(0, &["submit", "--prompt", "a b c", "--stream"]).await?, "echo a b c\n");
     assert_eq!(scene.ends(0, &["submit", "--prompt", "a b c", "--stream"]).await?, "echo a b c\n", "stored");
-    let all = scene.ends(0, &["results"]).await?;
-    assert_eq!(all.lines().count(), 12);
+    let refused = scene.run(&["submit", "--prompt", "reject this", "--wait"]).await?;
+    let told = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(told.contains("error: INVALID_REQUEST: as asked") && told.contains("1 job: "), "{told}");
+    let all = scene.ends(1, &["results"]).await?;
+    assert_eq!(all.lines().count(), 13);
     worker.abort();
     Ok(())
 }

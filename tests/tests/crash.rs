@@ -1,17 +1,26 @@
 //! Nothing lost: workers are killed at random while jobs run, and the broker too; every job ends with exactly
 //! one outcome, and it is the very one of an undisturbed run.
 //!
+//! A worker that ends at any named place of a job's way leaves nothing that the next one does not finish.
+//!
 //! The short form runs in each test run; `MILLRACE_SOAK=1` runs the long one. A run in which no job was
 //! delivered twice has shown nothing and fails.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
+use millrace_crds::names::JobId;
 use millrace_tests::chaos::{self, SETTLE_LIMIT, SHORT, SOAK};
 use millrace_tests::jobs::{Job, Record};
 use millrace_tests::random::Random;
+use millrace_tests::worker::Worker;
 use millrace_tests::{nats, tools};
+use millrace_worker::failpoint;
 use serde_json::Value;
+
+/// A job comes again after the ack wait, and the place is then passed at once.
+const CRASH_LIMIT: Duration = Duration::from_secs(30);
 
 /// The outcomes of the same jobs when nothing happens to anybody.
 async fn undisturbed(jobs: &[Job]) -> Result<BTreeMap<String, Vec<Value>>> {
@@ -51,5 +60,43 @@ async fn nothing_is_lost_and_nothing_is_done_twice() -> Result<()> {
     for (id, outcome) in &report.record.outcomes {
         assert_eq!(expected.get(id.as_str()), Some(&outcome.timeless()?), "{id} after a crash");
     }
+    Ok(())
+}
+
+/// One worker after another ends at each place that a job passes, with the jobs of all before it in the queue;
+/// one that may live then finishes them all.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_crash_at_any_place_is_made_good() -> Result<()> {
+    if !tools::have(&[nats::PROGRAM]) {
+        return Ok(());
+    }
+    let mut cluster = chaos::cluster()?;
+    cluster.config.queue.ack_wait = "1s".parse().map_err(anyhow::Error::msg)?;
+    drop(cluster.worker()?);
+    let queue = cluster.queue().await?;
+    let mut jobs = Vec::new();
+    for place in failpoint::NAMES {
+        let job = Job::completion(&place.replace('_', "-"), "Come what may", 20);
+        if place == "after_dead_copy" {
+            // All of its attempts were begun and none ended.
+            let ledger = format!(r#"{{"starts":{},"worker":"w-dead"}}"#, cluster.config.queue.max_deliver);
+            let subject = cluster.model().attempts_subject(&job.id);
+            let jetstream = async_nats::jetstream::new(queue.client.clone());
+            jetstream.publish(subject, ledger.into()).await?.await?;
+        }
+        queue.publish(&job).await?;
+        jobs.push(job);
+        let mut worker = Worker::start(&cluster.config, &[(failpoint::VARIABLE, place)])?;
+        let status = worker.wait(CRASH_LIMIT).with_context(|| format!("{place} is never reached"))?;
+        assert!(!status.success(), "{place}: {status}");
+    }
+    let worker = cluster.worker()?;
+    let mut record = Record::default();
+    record.wait(&queue, jobs.len(), SETTLE_LIMIT).await.with_context(|| worker.log_tail())?;
+    queue.wait_empty(SETTLE_LIMIT).await?;
+    record.check(&queue, &jobs).await?;
+    assert_eq!(record.kinds(), [jobs.len() - 1, 0, 1]);
+    let dead: JobId = "after-dead-copy".parse()?;
+    assert_eq!(queue.dead_letter(&dead).await?.payload, jobs[0].body, "all bodies are alike");
     Ok(())
 }

@@ -24,7 +24,17 @@ async fn jobs_of_each_kind_end_with_one_outcome() -> Result<()> {
     let worker = bench.worker("w").await?;
     let trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
     let mut copies = bench.client.subscribe("replies.a").await?;
-    bench.publish("a", "echo", &[(header::TRACEPARENT, trace), (header::REPLY_SUBJECT, "replies.a")]).await?;
+    bench
+        .publish(
+            "a",
+            "echo",
+            &[
+                (header::TRACEPARENT, trace),
+                (header::TRACESTATE, "v=1"),
+                (header::REPLY_SUBJECT, "replies.a"),
+            ],
+        )
+        .await?;
     bench.publish("b", "once", &[]).await?;
     bench.publish("c", "fail", &[]).await?;
     bench.publish("d", "refuse", &[]).await?;
@@ -33,7 +43,10 @@ async fn jobs_of_each_kind_end_with_one_outcome() -> Result<()> {
     bench.publish_as(Class::Low, "g", "echo", &[]).await?;
     let a = bench.outcome("a").await?;
     assert_eq!((text(&a, header::OUTCOME).as_str(), a.payload.as_ref()), ("completed", &b"echo"[..]));
-    assert_eq!(text(&a, header::TRACEPARENT), trace);
+    assert_eq!(
+        (text(&a, header::TRACEPARENT).as_str(), text(&a, header::TRACESTATE).as_str()),
+        (trace, "v=1")
+    );
     assert_eq!((text(&a, header::WORKER).as_str(), text(&a, header::ATTEMPT).as_str()), ("w", "1"));
     assert!(text(&a, header::QUEUE_WAIT_MS).parse::<f64>()? >= 0.0);
     let copy = tokio::time::timeout(PATIENCE, copies.next()).await?.context("no copy")?;

@@ -14,7 +14,8 @@ pub const VARIABLE: &str = "MILLRACE_LOG";
 
 /// Libraries that handle bodies or credentials, with the most that they may say.
 const CAPPED: [&str; 10] = [
-    "async_nats=info",
+    // What it says at `info` the worker says itself.
+    "async_nats=warn",
     "aws_config=warn",
     "aws_credential_types=warn",
     "aws_runtime=warn",
@@ -79,7 +80,7 @@ mod tests {
     #[test]
     fn libraries_stay_capped_whatever_is_asked() {
         let text = filter("trace,async_nats=trace").unwrap().to_string();
-        assert!(text.contains("async_nats=info") && !text.contains("async_nats=trace"), "{text}");
+        assert!(text.contains("async_nats=warn") && !text.contains("async_nats=trace"), "{text}");
         assert!(filter("millrace_worker=loud").is_err());
     }
 }
