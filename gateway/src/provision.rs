@@ -38,10 +38,10 @@ pub fn settings(args: &QueueSettingArgs) -> Result<(QueueConfig, ResultsConfig),
         ("--ack-wait", queue.ack_wait.0.as_secs()),
         ("--results-ttl", results.ttl.0.as_secs()),
     ];
-    for (name, _) in at_least_one.iter().filter(|(_, value)| *value == 0) {
-        return Err(Failure::Usage(format!("{name} is 0; at least 1 (or 1s) is needed")));
+    match at_least_one.iter().find(|(_, value)| *value == 0) {
+        Some((name, _)) => Err(Failure::Usage(format!("{name} is 0; at least 1 (or 1s) is needed"))),
+        None => Ok((queue, results)),
     }
-    Ok((queue, results))
 }
 
 /// Runs the command. Unwell when something is missing or differs after it.

@@ -64,7 +64,7 @@ pub fn jobs(count: usize) -> Vec<Job> {
         let body = json!({
             "prompt": format!("Job {index}: {}", "grist to the mill ".repeat(1 + index % 7)),
             "max_tokens": 100 + (index * 37) % 400,
-            "temperature": if index % 3 == 0 { 0.9 } else { 0.0 },
+            "temperature": if index.is_multiple_of(3) { 0.9 } else { 0.0 },
             "ignore_eos": true,
         });
         let mut job = Job::new(&format!("job-{index}"), &body);
@@ -103,7 +103,7 @@ impl Chaos {
     /// Does one round's faults, and puts the processes back.
     fn fault(&mut self, round: usize) -> Result<()> {
         let kills = self.plan.worker_kills;
-        let every = |count: usize| count > 0 && round % (kills / count).max(1) == 0;
+        let every = |count: usize| count > 0 && round.is_multiple_of((kills / count).max(1));
         if every(self.plan.broker_kills) && self.broker_kills < self.plan.broker_kills {
             self.cluster.nats.kill()?;
             std::thread::sleep(Duration::from_millis(self.random.within(0..500)));

@@ -12,8 +12,8 @@ use tempfile::TempDir;
 
 use crate::jobs::Queue;
 use crate::nats::NatsServer;
-use crate::tiny;
 use crate::worker::Worker;
+use crate::{place, tiny};
 
 /// Short, so that a killed worker's jobs come back soon.
 const ACK_WAIT: Duration = Duration::from_secs(2);
@@ -40,7 +40,7 @@ impl Cluster {
     /// # Errors
     /// When the broker does not come up.
     pub fn tiny() -> Result<Self> {
-        let folder = tempfile::Builder::new().prefix("millrace-cluster-").tempdir()?;
+        let folder = place::folder("cluster-")?;
         let model = folder.path().join("model");
         fs::create_dir(&model)?;
         tiny::write(&model, MODEL_SEED)?;

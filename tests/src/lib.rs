@@ -15,6 +15,7 @@ pub mod kube;
 pub mod model;
 pub mod nats;
 pub mod overhead;
+pub mod place;
 pub mod ports;
 pub mod process;
 pub mod pulling;

@@ -12,7 +12,7 @@ use tempfile::TempDir;
 
 use crate::ports::Port;
 use crate::process::{Process, Signal};
-use crate::{http, tools};
+use crate::{http, place, tools};
 
 /// The broker recovers its store within this time; ours are small.
 const READY_LIMIT: Duration = Duration::from_secs(30);
@@ -42,7 +42,7 @@ impl NatsServer {
     /// # Errors
     /// As [`Self::start`].
     pub fn start_with(extra: &str) -> Result<Self> {
-        let folder = tempfile::Builder::new().prefix("millrace-nats-").tempdir()?;
+        let folder = place::folder("nats-")?;
         let (client, monitor) = (Port::reserve()?, Port::reserve()?);
         let config = format!(
             "server_name: millrace-test\nhost: 127.0.0.1\nport: {}\nhttp: \"127.0.0.1:{}\"\n\

@@ -19,7 +19,7 @@ use tempfile::TempDir;
 
 use crate::random::Random;
 use crate::s3::S3;
-use crate::tools;
+use crate::{place, tools};
 
 /// The client's place in the tools' cache.
 pub const S5CMD: &str = "bin/s5cmd";
@@ -46,7 +46,7 @@ pub struct Rates {
 pub async fn measure(bytes: u64) -> Result<Rates> {
     let s3 = tokio::task::spawn_blocking(S3::start).await??;
     s3.create_bucket(BUCKET).await?;
-    let place = tempfile::Builder::new().prefix("millrace-pulling-").tempdir()?;
+    let place = place::folder("pulling-")?;
     let model = place.path().join("model");
     write_model(&model, bytes)?;
     let store = Store::connect(&s3.store_config()).await?;

@@ -18,7 +18,7 @@ use tempfile::TempDir;
 
 use crate::ports::Port;
 use crate::process::Process;
-use crate::{http, tools};
+use crate::{http, place, tools};
 
 /// The start takes 3.3 s on an idle machine.
 const READY_LIMIT: Duration = Duration::from_secs(60);
@@ -82,13 +82,15 @@ impl S3 {
     /// # Errors
     /// When the program is missing or does not come up; the message holds the end of its log.
     pub fn start() -> Result<Self> {
-        let folder = tempfile::Builder::new().prefix("millrace-s3-").tempdir()?;
+        let folder = place::folder("s3-")?;
         let ports = Ports::reserve()?;
         let data = folder.path().join("data");
         fs::create_dir(&data)?;
         write_credentials(folder.path())?;
         let mut command = Command::new(tools::tool(PROGRAM)?);
+        // It logs into the common temporary folder too, unless told another one.
         command
+            .arg(format!("-logdir={}", folder.path().display()))
             .arg("server")
             .arg(format!("-dir={}", data.display()))
             .arg(format!("-s3.config={}", folder.path().join("identities.json").display()))

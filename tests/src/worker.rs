@@ -11,7 +11,7 @@ use tempfile::TempDir;
 
 use crate::ports::Port;
 use crate::process::{Process, Signal};
-use crate::{http, tools};
+use crate::{http, place, tools};
 
 /// A real model is read and warmed up within this time, also in a test build on a busy machine.
 const READY_LIMIT: Duration = Duration::from_secs(120);
@@ -30,7 +30,7 @@ impl Worker {
     /// # Errors
     /// When the program was not built.
     pub fn start(config: &WorkerConfig, environment: &[(&str, &str)]) -> Result<Self> {
-        let folder = tempfile::Builder::new().prefix("millrace-worker-").tempdir()?;
+        let folder = place::folder("worker-")?;
         let health = Port::reserve()?;
         let mut config = config.clone();
         config.server.listen = ([127, 0, 0, 1], health.number()).into();

@@ -19,7 +19,7 @@ use millrace_crds::load::{ColdStart, LoadReport};
 use millrace_tests::nats::NatsServer;
 use millrace_tests::s3::S3;
 use millrace_tests::worker::Worker;
-use millrace_tests::{model, process, tools};
+use millrace_tests::{model, place, process, tools};
 use serde_json::{Value, json};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -67,6 +67,7 @@ fn main() -> Result<()> {
     // What is still being started belongs to a thread of its own, which drops it as soon as it may.
     process::stop_waiting();
     runtime.shutdown_timeout(CLEAN_UP_LIMIT);
+    place::leave();
     match ended? {
         Some(summary) => println!("{summary}"),
         None => {
@@ -95,7 +96,7 @@ async fn run(args: &Args) -> Result<Value> {
     s3.put_folder(&folder, BUCKET, MODEL).await?;
     say(start, "model uploaded");
 
-    let place = tempfile::Builder::new().prefix("millrace-demo-").tempdir()?;
+    let place = place::folder("demo-")?;
     let config = config(args, &nats, &s3, place.path())?;
     let client = nats.connect().await?;
     let reports = client.subscribe(format!("millrace.load.default.{MODEL}.*")).await?;
