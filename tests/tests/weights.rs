@@ -7,6 +7,7 @@ use anyhow::Result;
 use millrace_crds::config::ModelConfig;
 use millrace_crds::units::Bytes;
 use millrace_tests::s3::S3;
+use millrace_tests::scripted::until;
 use millrace_worker::store::Store;
 use millrace_worker::weights::{self, Folder, PullError};
 use tempfile::TempDir;
@@ -90,9 +91,36 @@ async fn models_are_pulled_once_verified_and_resumed() -> Result<()> {
     assert_eq!(pulled, [0, put.bytes]);
     setup.assert_equal(&first)?;
 
+    not_on_the_disk(&setup, &put).await?;
     resumes(&setup, &put).await?;
     refuses(&setup, &put).await?;
     without_manifest(&setup).await
+}
+
+/// A folder that a power cut may have torn is hashed before it is used, and pulled again where it is torn.
+async fn not_on_the_disk(setup: &Setup, put: &Folder) -> Result<()> {
+    let cache = TempDir::new()?;
+    let config = setup.config("whole", cache.path());
+    let tensors = weights::pull(&config).await?.path.join("model.safetensors");
+    let mark = tensors.with_file_name(".settled");
+    until("it has settled", || mark.exists()).await;
+    fs::remove_file(&mark)?;
+    assert_eq!(weights::pull(&config).await?.pulled_bytes, 0, "hashed, and found whole");
+    until("it has settled again", || mark.exists()).await;
+    for torn in ["model.safetensors", "manifest.json"] {
+        fs::remove_file(&mark)?;
+        let path = tensors.with_file_name(torn);
+        let mut bytes = fs::read(&path)?;
+        let middle = bytes.len() / 2;
+        bytes[middle..].fill(0);
+        fs::remove_file(&path)?;
+        fs::write(&path, bytes)?;
+        let folder = weights::pull(&config).await?;
+        assert_eq!(folder.pulled_bytes, put.bytes, "{torn} was torn");
+        setup.assert_equal(&folder)?;
+        until("it has settled once more", || mark.exists()).await;
+    }
+    Ok(())
 }
 
 /// A pull that was killed goes on; one whose leftovers are wrong starts again.

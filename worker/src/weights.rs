@@ -2,7 +2,8 @@
 //!
 //! A model is a folder in Hugging Face layout with a [`manifest`] that names every file with its size and
 //! SHA-256. No file is used before its bytes were compared with the manifest. A folder in the cache was
-//! compared when it was pulled and is read-only since; later starts compare sizes only. A `file://` folder is
+//! compared when it was pulled and is read-only since; later starts compare sizes only, once all of it has
+//! reached the disk. A `file://` folder is
 //! compared at every start.
 
 mod download;

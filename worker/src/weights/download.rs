@@ -5,7 +5,7 @@
 //! file decides, and a resumed file that fails is pulled once more from the start. Memory is bounded by the
 //! permits that all files of a pull share.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
@@ -13,9 +13,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use sha2::{Digest, Sha256};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::manifest::FileEntry;
 use super::{PullError, io};
@@ -43,7 +44,14 @@ pub struct Download<'a> {
     /// Name, and what the manifest says; an empty hash is not known yet.
     pub wanted: &'a FileEntry,
     /// Permits for parts in flight.
-    pub permits: &'a Semaphore,
+    pub permits: Arc<Semaphore>,
+}
+
+/// A part that is written. One that came just now is hashed from its bytes, which count as in flight until
+/// then: parts are begun in order, so the one that all wait for is always on its way.
+struct Written {
+    part: u64,
+    fresh: Option<(Bytes, OwnedSemaphorePermit)>,
 }
 
 impl Download<'_> {
@@ -81,7 +89,7 @@ impl Download<'_> {
         // One message for each part at most, so that a sender never waits.
         let (written, to_hash) = mpsc::sync_channel(parts as usize + 1);
         for &part in &done {
-            written.send(part).expect("the receiver is here");
+            written.send(Written { part, fresh: None }).expect("the receiver is here");
         }
         let hasher = {
             let (file, bytes) = (file.clone(), head.bytes);
@@ -92,11 +100,12 @@ impl Download<'_> {
             .map(|part| {
                 let (file, written) = (file.clone(), written.clone());
                 async move {
-                    let count = self.part(head, part, file).await?;
+                    let (bytes, permit) = self.part(head, part, file).await?;
+                    let count = bytes.len() as u64;
                     writeln!(journal.lock().expect("no writer panics"), "{part}")
                         .map_err(io(&self.journal_path()))?;
                     // The hasher ends early only when reading fails, which its result tells.
-                    let _ = written.send(part);
+                    let _ = written.send(Written { part, fresh: Some((bytes, permit)) });
                     Ok::<u64, PullError>(count)
                 }
             })
@@ -110,29 +119,37 @@ impl Download<'_> {
         Ok((found, pulled, !done.is_empty()))
     }
 
-    async fn part(&self, head: &Head, part: u64, file: Arc<File>) -> Result<u64, PullError> {
+    /// Gets a part and writes it to its place.
+    async fn part(
+        &self,
+        head: &Head,
+        part: u64,
+        file: Arc<File>,
+    ) -> Result<(Bytes, OwnedSemaphorePermit), PullError> {
         let first = part * PART_BYTES;
         let count = PART_BYTES.min(head.bytes - first);
-        let _permit = self.permits.acquire().await.expect("the permits are never closed");
+        let permit = self.permits.clone().acquire_owned().await.expect("the permits are never closed");
         let mut backoff = PART_BACKOFF;
-        for attempt in 1.. {
+        let mut attempt = 1;
+        loop {
             match self.store.get_range(&self.uri, head, first, count).await {
                 Ok(bytes) => {
-                    tokio::task::spawn_blocking(move || file.write_all_at(&bytes, first))
+                    let written = bytes.clone();
+                    tokio::task::spawn_blocking(move || file.write_all_at(&written, first))
                         .await
                         .expect("writing does not panic")
                         .map_err(io(&self.path()))?;
-                    break;
+                    return Ok((bytes, permit));
                 }
                 Err(error @ StoreError::Service { .. }) if attempt < PART_ATTEMPTS_MAX => {
                     tracing::warn!(%error, attempt, "a range failed and is asked for again");
                     tokio::time::sleep(backoff).await;
                     backoff *= 2;
+                    attempt += 1;
                 }
                 Err(error) => return Err(error.into()),
             }
         }
-        Ok(count)
     }
 }
 
@@ -164,23 +181,27 @@ fn open(path: &Path, journal_path: &Path, head: &Head) -> Result<(File, File, BT
 }
 
 /// Hashes the parts in their order, each as soon as it and all before it are written.
-fn hash_in_order(file: &File, bytes: u64, written: &mpsc::Receiver<u64>) -> std::io::Result<String> {
-    let (mut ready, mut next) = (BTreeSet::new(), 0);
+fn hash_in_order(file: &File, bytes: u64, written: &mpsc::Receiver<Written>) -> std::io::Result<String> {
+    let (mut ready, mut next) = (BTreeMap::new(), 0);
     let (mut hash, mut chunk) = (Sha256::new(), vec![0; HASH_CHUNK_BYTES]);
-    while let Ok(part) = written.recv() {
-        ready.insert(part);
-        while ready.remove(&next) {
-            let (mut at, end) = (next * PART_BYTES, bytes.min((next + 1) * PART_BYTES));
+    while let Ok(Written { part, fresh }) = written.recv() {
+        ready.insert(part, fresh);
+        while let Some(fresh) = ready.remove(&next) {
+            next += 1;
+            if let Some((bytes, _permit)) = fresh {
+                hash.update(&bytes);
+                continue;
+            }
+            let part = next - 1;
+            let (mut at, end) = (part * PART_BYTES, bytes.min((part + 1) * PART_BYTES));
             while at < end {
                 let count = HASH_CHUNK_BYTES.min((end - at) as usize);
                 file.read_exact_at(&mut chunk[..count], at)?;
                 hash.update(&chunk[..count]);
                 at += count as u64;
             }
-            next += 1;
         }
     }
-    file.sync_all()?;
     Ok(hex::encode(hash.finalize()))
 }
 

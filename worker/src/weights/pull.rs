@@ -2,23 +2,29 @@
 //!
 //! `<cache>/<key>` holds a whole, verified model and appears by renaming; `<cache>/<key>.partial` is one in
 //! the making, which a later start continues. The key is the manifest's digest, or a hash of the listing
-//! where the store has no manifest. Workers that share the cache take turns by a lock on `<cache>/<key>.lock`:
+//! where the store has no manifest. A pull does not wait until the disk has everything: a thread sees to that
+//! and then leaves a mark in the folder. A folder without the mark may have lost bytes to a power cut, so it is
+//! hashed before it is used, and pulled again where it does not fit its manifest. Workers that share the cache take turns by a lock on `<cache>/<key>.lock`:
 //! the second one finds the work done.
 
 use std::fs::{self, File, Permissions};
+use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use futures::{StreamExt, TryStreamExt};
 use millrace_crds::config::ModelConfig;
 use sha2::{Digest, Sha256};
 use tokio::sync::Semaphore;
 
-use super::download::{Download, PARTS_AT_ONCE, compare};
+use super::download::{Download, PARTS_AT_ONCE, compare, hash_file};
 use super::manifest::{FileEntry, MANIFEST_BYTES_MAX, MANIFEST_NAME, Manifest, ModelDigest};
 use super::{Folder, PullError, belongs, io, read_manifest};
 use crate::store::{S3Uri, Store, StoreError};
 
+/// The mark of a folder whose bytes have all reached the disk.
+const SETTLED_NAME: &str = ".settled";
 /// Files that are pulled at once; their parts share the permits.
 const FILES_AT_ONCE: usize = 4;
 
@@ -45,7 +51,10 @@ impl Pull<'_> {
         fs::create_dir_all(cache).map_err(io(cache))?;
         let _lock = lock(cache.join(format!("{key}.lock"))).await?;
         let ready = cache.join(&key);
-        if let Some(folder) = cached(&ready)? {
+        let place = ready.clone();
+        let cached =
+            tokio::task::spawn_blocking(move || cached(&place)).await.expect("hashing does not panic");
+        if let Some(folder) = cached? {
             return Ok(folder);
         }
         let partial = cache.join(format!("{key}.partial"));
@@ -53,6 +62,7 @@ impl Pull<'_> {
         check_disk(cache, &partial, bytes)?;
         let (manifest, pulled_bytes) = self.download(&uri, &partial, &files).await?;
         finish(&partial, &ready, &manifest)?;
+        settle(ready.clone());
         Ok(Folder { path: ready, digest: manifest.digest(), bytes, pulled_bytes })
     }
 
@@ -93,11 +103,13 @@ impl Pull<'_> {
         partial: &Path,
         files: &[FileEntry],
     ) -> Result<(Manifest, u64), PullError> {
-        let permits = &Semaphore::new(PARTS_AT_ONCE);
+        let permits = &Arc::new(Semaphore::new(PARTS_AT_ONCE));
         let found: Vec<(FileEntry, u64)> = futures::stream::iter(files)
             .map(|wanted| async move {
                 let uri = uri.join(&wanted.name);
-                Download { store: self.store, uri, folder: partial, wanted, permits }.run().await
+                Download { store: self.store, uri, folder: partial, wanted, permits: permits.clone() }
+                    .run()
+                    .await
             })
             .buffer_unordered(FILES_AT_ONCE)
             .try_collect()
@@ -118,19 +130,69 @@ async fn lock(path: PathBuf) -> Result<File, PullError> {
     locked.await.expect("locking does not panic")
 }
 
-/// A model that is in the cache already; its files still have their sizes.
+/// A model that is in the cache already. One that has settled on the disk needs only its sizes; another is
+/// hashed, and removed if it is not whole.
 fn cached(ready: &Path) -> Result<Option<Folder>, PullError> {
     if !ready.exists() {
         return Ok(None);
     }
-    let Some(manifest) = read_manifest(ready)? else { return Ok(None) };
+    let settled = ready.join(SETTLED_NAME).exists();
+    match check(ready, settled) {
+        Ok(folder) => {
+            if !settled {
+                settle(ready.to_owned());
+            }
+            Ok(Some(folder))
+        }
+        Err(error) if !settled => {
+            tracing::warn!(%error, "the cached model is not whole; pulling it again");
+            fs::remove_dir_all(ready).map_err(io(ready))?;
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Compares a cached folder with its manifest: by size, or by hash too.
+fn check(ready: &Path, sizes_only: bool) -> Result<Folder, PullError> {
+    let manifest =
+        read_manifest(ready)?.ok_or_else(|| io(&ready.join(MANIFEST_NAME))(ErrorKind::NotFound.into()))?;
     for wanted in manifest.files() {
         let path = ready.join(&wanted.name);
-        let bytes = fs::metadata(&path).map_err(io(&path))?.len();
-        compare(&path.display().to_string(), &FileEntry { bytes, ..wanted.clone() }, wanted)?;
+        let found = if sizes_only {
+            FileEntry { bytes: fs::metadata(&path).map_err(io(&path))?.len(), ..wanted.clone() }
+        } else {
+            let (bytes, sha256) = hash_file(&path)?;
+            FileEntry { name: wanted.name.clone(), bytes, sha256 }
+        };
+        compare(&path.display().to_string(), &found, wanted)?;
     }
     let bytes = manifest.total_bytes();
-    Ok(Some(Folder { path: ready.to_owned(), digest: manifest.digest(), bytes, pulled_bytes: 0 }))
+    Ok(Folder { path: ready.to_owned(), digest: manifest.digest(), bytes, pulled_bytes: 0 })
+}
+
+/// Sees to it that a folder reaches the disk, and marks it then. Nobody waits for it: without the mark the
+/// next start hashes the folder.
+fn settle(folder: PathBuf) {
+    let shown = folder.display().to_string();
+    let work = move || {
+        if let Err(error) = settle_now(&folder) {
+            tracing::warn!(%error, folder = %folder.display(), "the model may not be on the disk yet");
+        }
+    };
+    if let Err(error) = std::thread::Builder::new().name("settle".into()).spawn(work) {
+        tracing::warn!(%error, folder = shown, "the model may not be on the disk yet");
+    }
+}
+
+fn settle_now(folder: &Path) -> std::io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        File::open(entry?.path())?.sync_all()?;
+    }
+    File::open(folder)?.sync_all()?;
+    File::open(folder.parent().unwrap_or(folder))?.sync_all()?;
+    File::create(folder.join(SETTLED_NAME))?.sync_all()?;
+    File::open(folder)?.sync_all()
 }
 
 /// Refuses a pull for which the disk has no room, less what an earlier try has written.
@@ -156,7 +218,7 @@ fn free_bytes(folder: &Path) -> Option<u64> {
     String::from_utf8(output.stdout).ok()?.lines().nth(1)?.trim().parse().ok()
 }
 
-/// Makes the pulled files read-only and durable, and the folder visible.
+/// Makes the pulled files read-only, and the folder visible.
 fn finish(partial: &Path, ready: &Path, manifest: &Manifest) -> Result<(), PullError> {
     for file in manifest.files() {
         let path = partial.join(&file.name);
@@ -166,9 +228,5 @@ fn finish(partial: &Path, ready: &Path, manifest: &Manifest) -> Result<(), PullE
     }
     let path = partial.join(MANIFEST_NAME);
     fs::write(&path, manifest.canonical()).map_err(io(&path))?;
-    File::open(&path).and_then(|file| file.sync_all()).map_err(io(&path))?;
-    File::open(partial).and_then(|folder| folder.sync_all()).map_err(io(partial))?;
-    fs::rename(partial, ready).map_err(io(ready))?;
-    let parent = ready.parent().unwrap_or(ready);
-    File::open(parent).and_then(|folder| folder.sync_all()).map_err(io(parent))
+    fs::rename(partial, ready).map_err(io(ready))
 }
