@@ -22,7 +22,7 @@ test: tools ## all tests that take a few minutes, with real processes
 	cargo test --locked --workspace --no-fail-fast
 
 soak: tools build ## the long crash run: 2000 jobs, 3 workers, 200 kills
-	MILLRACE_SOAK=1 cargo test --release --locked -p millrace-tests --test crash -- --nocapture
+	MILLRACE_SOAK=1 cargo test --release --locked --workspace --test crash -- --nocapture
 
 bench: build ## the README's figures, on this machine, in one table and as JSON
 	scripts/tools bench
