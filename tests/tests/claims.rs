@@ -10,7 +10,7 @@ use millrace_crds::job::{JSONL, header};
 use millrace_crds::result::{ErrorCode, OutcomeKind, OutputReference};
 use millrace_crds::units;
 use millrace_tests::cluster::Cluster;
-use millrace_tests::jobs::{Job, Record, Stored};
+use millrace_tests::jobs::{Job, Queue, Record, Stored};
 use millrace_tests::s3::{self, S3};
 use millrace_tests::{nats, tools};
 use millrace_worker::store::Store;
@@ -46,6 +46,14 @@ fn text(line: &[u8]) -> Result<String> {
     Ok(text.with_context(|| line.to_string())?.to_owned())
 }
 
+fn custom_ids(lines: &[u8]) -> Result<Vec<String>> {
+    let lines = lines.split(|&byte| byte == b'\n').filter(|line| !line.is_empty());
+    let id = |line| {
+        Ok(serde_json::from_slice::<Value>(line)?["custom_id"].as_str().unwrap_or_default().to_owned())
+    };
+    lines.map(id).collect()
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn bodies_and_outcomes_travel_by_reference() -> Result<()> {
     if !tools::have(&[nats::PROGRAM, s3::PROGRAM]) {
@@ -67,7 +75,8 @@ async fn bodies_and_outcomes_travel_by_reference() -> Result<()> {
     put("m/short.json", request(4).to_string()).await?;
     put("m/long.json", request(300).to_string()).await?;
     let lines = (0..3).map(|n| {
-        let line = json!({"custom_id": format!("c{n}"), "method": "POST", "url": "/v1/completions", "body": request(3 + n)});
+        let (custom_id, body) = (format!("c{n}"), request(3 + n));
+        let line = json!({"custom_id": custom_id, "method": "POST", "url": "/v1/completions", "body": body});
         format!("{line}\n")
     });
     put("m/lines.jsonl", lines.collect()).await?;
@@ -97,12 +106,7 @@ async fn bodies_and_outcomes_travel_by_reference() -> Result<()> {
     assert_eq!(place.output, "s3://claims/m/answers/mine.jsonl");
     assert_eq!(text(&mine)?, text(&short.body)?);
     let (_, answers) = referred(&store, record.of("lines-in")?).await?;
-    let ids: Vec<String> = answers
-        .split(|&byte| byte == b'\n')
-        .filter(|line| !line.is_empty())
-        .map(|line| Ok(serde_json::from_slice::<Value>(line)?["custom_id"].to_string()))
-        .collect::<Result<_>>()?;
-    assert_eq!(ids, ["\"c0\"", "\"c1\"", "\"c2\""]);
+    assert_eq!(custom_ids(&answers)?, ["c0", "c1", "c2"]);
     for (id, word) in
         [("outside", "s3://claims/elsewhere/short.json"), ("absent", "s3://claims/m/absent.json")]
     {
@@ -111,12 +115,17 @@ async fn bodies_and_outcomes_travel_by_reference() -> Result<()> {
         assert!(error.message.contains(word), "{}", error.message);
     }
 
-    // With the store down, a job that needs it is tried again and then given up, and the others go on.
     drop(s3);
+    without_the_store(&queue, record).await.with_context(|| worker.log_tail())
+}
+
+/// A job that needs the store is tried again and then given up; the others go on.
+async fn without_the_store(queue: &Queue, mut record: Record) -> Result<()> {
+    let before = record.outcomes.len();
     queue
         .publish_all(&[referring("down", "s3://claims/m/short.json"), Job::new("fine", &request(4))])
         .await?;
-    record.wait(&queue, jobs.len() + 2, LIMIT).await.with_context(|| worker.log_tail())?;
+    record.wait(queue, before + 2, LIMIT).await?;
     assert_eq!(record.of("fine")?.kind, OutcomeKind::Completed);
     let down = record.of("down")?;
     assert_eq!((down.kind, down.attempt), (OutcomeKind::Dead, 2));

@@ -4,8 +4,8 @@
 //! the making, which a later start continues. The key is the manifest's digest, or a hash of the listing
 //! where the store has no manifest. A pull does not wait until the disk has everything: a thread sees to that
 //! and then leaves a mark in the folder. A folder without the mark may have lost bytes to a power cut, so it is
-//! hashed before it is used, and pulled again where it does not fit its manifest. Workers that share the cache take turns by a lock on `<cache>/<key>.lock`:
-//! the second one finds the work done.
+//! hashed before it is used, and pulled again where it does not fit its manifest. Workers that share the cache
+//! take turns by a lock on `<cache>/<key>.lock`: the second one finds the work done.
 
 use std::fs::{self, File, Permissions};
 use std::io::ErrorKind;
