@@ -48,6 +48,8 @@ __device__ __forceinline__ void await_wgmma() {
 /// Describes an operand in 128-byte swizzle to wgmma. `leading` is the distance of 64-element columns where the
 /// operand is transposed; 8 rows are 1024 bytes.
 __device__ __forceinline__ uint64_t operand(uint32_t address, uint32_t leading) {
+    // Told to be uniform over the warp, the address goes to a uniform register once.
+    address = __shfl_sync(0xffffffffu, address, 0);
     return uint64_t(address >> 4 & 0x3fff) | uint64_t(leading >> 4) << 16 | uint64_t(1024 >> 4) << 32 |
            uint64_t(1) << 62;
 }
@@ -226,13 +228,15 @@ __device__ __forceinline__ void start_scores(Group<HEAD>& group, uint32_t count)
     using S = Shape<HEAD>;
     const uint32_t stage = count % S::STAGES;
     barrier_wait(group.shared + KEYS_FULL + stage * 8, count / S::STAGES % 2);
-    const uint32_t keys = group.shared + S::KEY_AT + stage * S::TILE_BYTES;
+    const uint64_t queries = operand(queries_at(group), 16);
+    const uint64_t keys = operand(group.shared + S::KEY_AT + stage * S::TILE_BYTES, 16);
     fence_wgmma();
 #pragma unroll
     for (uint32_t step = 0; step < HEAD / 16; ++step) {
-        const uint32_t part = step / 4, inside = step % 4 * 32;
-        multiply_wide(group.s, operand(queries_at(group) + part * (64 * 128) + inside, 16),
-                      operand(keys + part * S::PART_BYTES + inside, 16), step != 0);
+        // Addresses in an operand count in 16 bytes.
+        const uint32_t part = step / 4, inside = step % 4 * 2;
+        multiply_wide(group.s, queries + part * (64 * 128 / 16) + inside, keys + part * (S::PART_BYTES / 16) + inside,
+                      step != 0);
     }
     commit_wgmma();
 }
@@ -263,11 +267,11 @@ __device__ __forceinline__ void clear_tokens(const Group<HEAD>& group, uint32_t 
 template <int HEAD>
 __device__ __forceinline__ void start_values(Group<HEAD>& group, const uint32_t (&weights)[8][4]) {
     using S = Shape<HEAD>;
-    const uint32_t values = await_values<HEAD>(group);
+    const uint64_t values = operand(await_values<HEAD>(group), S::PART_BYTES);
     fence_wgmma();
 #pragma unroll
     for (uint32_t page = 0; page < S::PAGES; ++page)
-        multiply_transposed(group.out, weights[page], operand(values + page * S::PAGE_PART_BYTES, S::PART_BYTES));
+        multiply_transposed(group.out, weights[page], values + page * (S::PAGE_PART_BYTES / 16));
     commit_wgmma();
 }
 
@@ -343,6 +347,11 @@ __device__ __forceinline__ void walk_tiles(Group<HEAD>& group, const AttentionAr
         RowSum ended[2] = {group.rows.split[0], group.rows.split[1]};
         if (ends_split) group.rows.split[0] = group.rows.split[1] = empty_row();
         soften_tile<HEAD>(group, arguments, work, tile + 1, factors);
+        // Nobody reads this. Without a store that needs all weights, the compiler moves the wait for the values
+        // before the weights, and the two no longer overlap.
+        asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(group.shared + 256), "f"(group.rows.split[0].sum),
+                     "f"(group.rows.split[1].sum)
+                     : "memory");
         await_wgmma<0>();
         give_back<HEAD>(group, VALUES_FREE, group.count);
         if (ends_split) {
@@ -433,7 +442,7 @@ __device__ __forceinline__ void prefill(const AttentionArguments& arguments) {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         Group<HEAD> group;
         group.shared = shared;
-        group.index = threadIdx.x / 128 - 1;
+        group.index = __shfl_sync(0xffffffffu, threadIdx.x / 128 - 1, 0);
         group.thread = threadIdx.x % 128;
         group.count = 0;
         float4* totals = reinterpret_cast<float4*>(memory + skew + S::TOTAL_AT) + threadIdx.x - 128;
