@@ -48,8 +48,6 @@ __device__ __forceinline__ void await_wgmma() {
 /// Describes an operand in 128-byte swizzle to wgmma. `leading` is the distance of 64-element columns where the
 /// operand is transposed; 8 rows are 1024 bytes.
 __device__ __forceinline__ uint64_t operand(uint32_t address, uint32_t leading) {
-    // Told to be uniform over the warp, the address goes to a uniform register once.
-    address = __shfl_sync(0xffffffffu, address, 0);
     return uint64_t(address >> 4 & 0x3fff) | uint64_t(leading >> 4) << 16 | uint64_t(1024 >> 4) << 32 |
            uint64_t(1) << 62;
 }
@@ -130,25 +128,15 @@ __device__ __forceinline__ void feed(uint32_t shared, uint32_t tile_at, uint32_t
                   from, S::PAGE_PART_BYTES, full);
 }
 
-/// The work of a unit; beyond the last one, that of the last.
-template <int HEAD>
-__device__ __forceinline__ Work find_unit(const AttentionArguments& arguments, uint32_t unit, uint32_t units) {
-    const uint32_t place = min(unit, units - 1);
-    return find_work<HEAD>(arguments, arguments.prefill_tiles[place / arguments.kv_heads],
-                           place % arguments.kv_heads);
-}
-
-/// The producer warp: all tiles of all units of the CTA, in order. Looks a unit up while the one before streams.
+/// The producer warp: all tiles of all units of the CTA, in order.
 template <int HEAD>
 __device__ __forceinline__ void produce(const AttentionArguments& arguments, uint32_t shared, uint32_t units) {
     using S = Shape<HEAD>;
     const uint32_t lane = threadIdx.x % 32;
-    uint32_t count = 0, round = 0, unit = unit_of(0);
-    if (unit >= units) return;
-    Work work = find_unit<HEAD>(arguments, unit, units);
-    while (unit < units) {
-        unit = unit_of(++round);
-        const Work next = find_unit<HEAD>(arguments, unit, units);
+    uint32_t count = 0;
+    for (uint32_t round = 0, unit = unit_of(0); unit < units; unit = unit_of(++round)) {
+        const Work work = find_work<HEAD>(arguments, arguments.prefill_tiles[unit / arguments.kv_heads],
+                                          unit % arguments.kv_heads);
         const Range tiles = tiles_of<HEAD>(arguments, work);
         for (uint32_t tile = tiles.first; tile <= tiles.last; ++tile, ++count) {
             const uint32_t first = tile * S::PAGES;
@@ -162,7 +150,6 @@ __device__ __forceinline__ void produce(const AttentionArguments& arguments, uin
             feed<HEAD>(shared, S::KEY_AT, KEYS_FULL, KEYS_FREE, count, keys, pages);
             feed<HEAD>(shared, S::VALUE_AT, VALUES_FULL, VALUES_FREE, count, values, pages);
         }
-        work = next;
     }
 }
 
@@ -185,37 +172,20 @@ __device__ __forceinline__ uint32_t queries_at(const Group<HEAD>& group) {
     return group.shared + Shape<HEAD>::QUERY_AT + group.index * 64 * HEAD * 2;
 }
 
-/// A thread's share of the warpgroup's 64 packed queries, on its way to shared memory.
-template <int HEAD>
-struct QueryShare {
-    uint4 pieces[64 * HEAD / 8 / 128];
-};
-
+/// Copies the warpgroup's 64 packed queries to shared memory, in the swizzle of wgmma.
 template <int HEAD>
 __device__ __forceinline__ void load_queries(const Group<HEAD>& group, const AttentionArguments& arguments,
-                                             const Work& work, QueryShare<HEAD>& share) {
-    constexpr uint32_t CHUNKS = HEAD / 8;
-#pragma unroll
-    for (uint32_t round = 0; round < 64 * CHUNKS / 128; ++round) {
-        const uint32_t at = round * 128 + group.thread;
-        const uint32_t packed = work.packed_first + group.index * 64 + at / CHUNKS;
-        share.pieces[round] = make_uint4(0, 0, 0, 0);
-        if (packed < work.packed_rows)
-            share.pieces[round] = *reinterpret_cast<const uint4*>(
-                arguments.queries + row_place<HEAD>(arguments, work, packed, arguments.query_stride) +
-                at % CHUNKS * 8);
-    }
-}
-
-/// Stores the queries in the swizzle of wgmma; the whole warpgroup takes part.
-template <int HEAD>
-__device__ __forceinline__ void store_queries(const Group<HEAD>& group, const QueryShare<HEAD>& share) {
+                                             const Work& work) {
     constexpr uint32_t CHUNKS = HEAD / 8;
 #pragma unroll
     for (uint32_t round = 0; round < 64 * CHUNKS / 128; ++round) {
         const uint32_t at = round * 128 + group.thread, row = at / CHUNKS, chunk = at % CHUNKS;
-        store16_shared(queries_at(group) + chunk / 8 * (64 * 128) + row * 128 + (chunk % 8 ^ row % 8) * 16,
-                       share.pieces[round]);
+        const uint32_t packed = work.packed_first + group.index * 64 + row;
+        uint4 piece = make_uint4(0, 0, 0, 0);
+        if (packed < work.packed_rows)
+            piece = *reinterpret_cast<const uint4*>(
+                arguments.queries + row_place<HEAD>(arguments, work, packed, arguments.query_stride) + chunk * 8);
+        store16_shared(queries_at(group) + chunk / 8 * (64 * 128) + row * 128 + (chunk % 8 ^ row % 8) * 16, piece);
     }
     fence_async_proxy();
     if (group.index == 0) asm volatile("bar.sync 2, 128;" ::: "memory");
@@ -228,15 +198,13 @@ __device__ __forceinline__ void start_scores(Group<HEAD>& group, uint32_t count)
     using S = Shape<HEAD>;
     const uint32_t stage = count % S::STAGES;
     barrier_wait(group.shared + KEYS_FULL + stage * 8, count / S::STAGES % 2);
-    const uint64_t queries = operand(queries_at(group), 16);
-    const uint64_t keys = operand(group.shared + S::KEY_AT + stage * S::TILE_BYTES, 16);
+    const uint32_t keys = group.shared + S::KEY_AT + stage * S::TILE_BYTES;
     fence_wgmma();
 #pragma unroll
     for (uint32_t step = 0; step < HEAD / 16; ++step) {
-        // Addresses in an operand count in 16 bytes.
-        const uint32_t part = step / 4, inside = step % 4 * 2;
-        multiply_wide(group.s, queries + part * (64 * 128 / 16) + inside, keys + part * (S::PART_BYTES / 16) + inside,
-                      step != 0);
+        const uint32_t part = step / 4, inside = step % 4 * 32;
+        multiply_wide(group.s, operand(queries_at(group) + part * (64 * 128) + inside, 16),
+                      operand(keys + part * S::PART_BYTES + inside, 16), step != 0);
     }
     commit_wgmma();
 }
@@ -267,11 +235,11 @@ __device__ __forceinline__ void clear_tokens(const Group<HEAD>& group, uint32_t 
 template <int HEAD>
 __device__ __forceinline__ void start_values(Group<HEAD>& group, const uint32_t (&weights)[8][4]) {
     using S = Shape<HEAD>;
-    const uint64_t values = operand(await_values<HEAD>(group), S::PART_BYTES);
+    const uint32_t values = await_values<HEAD>(group);
     fence_wgmma();
 #pragma unroll
     for (uint32_t page = 0; page < S::PAGES; ++page)
-        multiply_transposed(group.out, weights[page], values + page * (S::PAGE_PART_BYTES / 16));
+        multiply_transposed(group.out, weights[page], operand(values + page * S::PAGE_PART_BYTES, S::PART_BYTES));
     commit_wgmma();
 }
 
@@ -315,105 +283,51 @@ __device__ __forceinline__ void rescale(float (&out)[HEAD / 8][4], const float (
     }
 }
 
-/// What a unit carries from its first tile to its last.
+/// One unit: all tiles of keys for the warpgroup's 64 packed rows.
 template <int HEAD>
-struct Progress {
-    uint32_t weights[8][4];
-    uint32_t row;
-    bool first_split;
-};
-
-/// All tiles of a unit but the last. The scores of the first are under way.
-template <int HEAD>
-__device__ __forceinline__ void walk_tiles(Group<HEAD>& group, const AttentionArguments& arguments, const Work& work,
-                                           Progress<HEAD>& progress, float4* totals) {
+__device__ __forceinline__ void walk_unit(Group<HEAD>& group, const AttentionArguments& arguments, const Work& work,
+                                          float4* totals) {
     using S = Shape<HEAD>;
     const Range tiles = tiles_of<HEAD>(arguments, work);
-    float factors[2];
-    progress.row = work.packed_first + group.index * 64 + group.thread / 32 * 16 + group.thread % 32 / 4;
-    progress.first_split = true;
-    group.rows = begin_rows(arguments, work, progress.row);
+    const uint32_t row = work.packed_first + group.index * 64 + group.thread / 32 * 16 + group.thread % 32 / 4;
+    group.rows = begin_rows(arguments, work, row);
     clear<HEAD>(group.out);
+    load_queries<HEAD>(group, arguments, work);
+    bool first_split = true;
+    float factors[2];
+    uint32_t weights[8][4];
+    start_scores<HEAD>(group, group.count);
     await_wgmma<0>();
     give_back<HEAD>(group, KEYS_FREE, group.count);
     soften_tile<HEAD>(group, arguments, work, tiles.first, factors);
-    pack_weights(group.s, progress.weights);
+    pack_weights(group.s, weights);
     for (uint32_t tile = tiles.first; tile < tiles.last; ++tile, ++group.count) {
         start_scores<HEAD>(group, group.count + 1);
-        start_values<HEAD>(group, progress.weights);
+        start_values<HEAD>(group, weights);
         await_wgmma<1>();
         give_back<HEAD>(group, KEYS_FREE, group.count + 1);
         const bool ends_split = (tile + 1) * S::KEYS % SPLIT_KEYS == 0;
         RowSum ended[2] = {group.rows.split[0], group.rows.split[1]};
         if (ends_split) group.rows.split[0] = group.rows.split[1] = empty_row();
         soften_tile<HEAD>(group, arguments, work, tile + 1, factors);
-        // Nobody reads this. Without a store that needs all weights, the compiler moves the wait for the values
-        // before the weights, and the two no longer overlap.
-        asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(group.shared + 256), "f"(group.rows.split[0].sum),
-                     "f"(group.rows.split[1].sum)
-                     : "memory");
         await_wgmma<0>();
         give_back<HEAD>(group, VALUES_FREE, group.count);
         if (ends_split) {
-            end_split<HEAD, 256>(group.out, ended, group.rows.total, totals, progress.first_split, false);
-            progress.first_split = false;
+            end_split<HEAD, 256>(group.out, ended, group.rows.total, totals, first_split, false);
+            first_split = false;
         }
         rescale<HEAD>(group.out, factors);
-        pack_weights(group.s, progress.weights);
+        pack_weights(group.s, weights);
     }
-}
-
-/// Starts the weighted values of a unit's last tile.
-template <int HEAD>
-__device__ __forceinline__ void start_last_values(Group<HEAD>& group, const AttentionArguments& arguments,
-                                                  const Work& work, const Progress<HEAD>& progress) {
-    const uint32_t last = tiles_of<HEAD>(arguments, work).last;
     const uint32_t pages_end = (work.position_last / PAGE_TOKENS + 1) * PAGE_TOKENS;
-    const uint32_t live = min(work.span.context, pages_end) - last * Shape<HEAD>::KEYS;
-    if (live < Shape<HEAD>::KEYS) clear_tokens<HEAD>(group, live);
-    start_values<HEAD>(group, progress.weights);
-}
-
-/// Ends a unit whose last values have come.
-template <int HEAD>
-__device__ __forceinline__ void end_unit(Group<HEAD>& group, const AttentionArguments& arguments, const Work& work,
-                                         const Progress<HEAD>& progress, float4* totals) {
+    const uint32_t live = min(work.span.context, pages_end) - tiles.last * S::KEYS;
+    if (live < S::KEYS) clear_tokens<HEAD>(group, live);
+    start_values<HEAD>(group, weights);
+    await_wgmma<0>();
     give_back<HEAD>(group, VALUES_FREE, group.count);
     ++group.count;
-    end_split<HEAD, 256>(group.out, group.rows.split, group.rows.total, totals, progress.first_split, true);
-    store_output<HEAD>(group.out, group.rows, arguments, work, progress.row);
-}
-
-/// A warpgroup: all units of the CTA. While a unit ends, the first scores of the next are computed.
-template <int HEAD>
-__device__ __forceinline__ void consume(Group<HEAD>& group, const AttentionArguments& arguments, uint32_t units,
-                                        float4* totals) {
-    uint32_t round = 0, unit = unit_of(0);
-    if (unit >= units) return;
-    Work work = find_unit<HEAD>(arguments, unit, units);
-    QueryShare<HEAD> share;
-    load_queries<HEAD>(group, arguments, work, share);
-    store_queries<HEAD>(group, share);
-    start_scores<HEAD>(group, group.count);
-    while (true) {
-        Progress<HEAD> progress;
-        unit = unit_of(++round);
-        const Work next = find_unit<HEAD>(arguments, unit, units);
-        walk_tiles<HEAD>(group, arguments, work, progress, totals);
-        if (unit >= units) {
-            start_last_values<HEAD>(group, arguments, work, progress);
-            await_wgmma<0>();
-            end_unit<HEAD>(group, arguments, work, progress, totals);
-            return;
-        }
-        load_queries<HEAD>(group, arguments, next, share);
-        start_last_values<HEAD>(group, arguments, work, progress);
-        store_queries<HEAD>(group, share);
-        start_scores<HEAD>(group, group.count + 1);
-        await_wgmma<1>();
-        end_unit<HEAD>(group, arguments, work, progress, totals);
-        work = next;
-    }
+    end_split<HEAD, 256>(group.out, group.rows.split, group.rows.total, totals, first_split, true);
+    store_output<HEAD>(group.out, group.rows, arguments, work, row);
 }
 
 template <int HEAD>
@@ -422,6 +336,7 @@ __device__ __forceinline__ void prefill(const AttentionArguments& arguments) {
     extern __shared__ unsigned char memory[];
     const uint32_t skew = (1024 - shared_address(memory) % 1024) % 1024;
     const uint32_t shared = shared_address(memory) + skew;
+    release_successor();
     if (threadIdx.x == 0) {
         for (uint32_t stage = 0; stage < S::STAGES; ++stage) {
             barrier_init(shared + KEYS_FULL + stage * 8, 1);
@@ -433,20 +348,23 @@ __device__ __forceinline__ void prefill(const AttentionArguments& arguments) {
     }
     const uint32_t units = arguments.counts->prefill_tiles * arguments.kv_heads;
     __syncthreads();
-    release_successor();
     await_predecessor();
     if (threadIdx.x < 128) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
         if (threadIdx.x < 32) produce<HEAD>(arguments, shared, units);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
         Group<HEAD> group;
         group.shared = shared;
-        group.index = __shfl_sync(0xffffffffu, threadIdx.x / 128 - 1, 0);
+        group.index = threadIdx.x / 128 - 1;
         group.thread = threadIdx.x % 128;
         group.count = 0;
         float4* totals = reinterpret_cast<float4*>(memory + skew + S::TOTAL_AT) + threadIdx.x - 128;
-        consume<HEAD>(group, arguments, units, totals);
+        for (uint32_t round = 0, unit = unit_of(0); unit < units; unit = unit_of(++round)) {
+            const Work work = find_work<HEAD>(arguments, arguments.prefill_tiles[unit / arguments.kv_heads],
+                                              unit % arguments.kv_heads);
+            walk_unit<HEAD>(group, arguments, work, totals);
+        }
     }
 }
 

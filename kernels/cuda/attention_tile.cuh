@@ -21,8 +21,7 @@ using bf16 = __nv_bfloat16;
 
 __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
 
-/// 2^x. Exact at 0 and at minus infinity. Volatile, so that it stays where it is written: before the wait for a
-/// matrix product that it shall overlap.
+/// 2^x. Exact at 0 and at minus infinity. Volatile, so that the compiler keeps its place.
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
