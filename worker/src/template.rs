@@ -219,12 +219,11 @@ const INDENT_MAX: usize = 16;
 
 /// Nesting is bounded: values come from JSON of at most 128 levels, or from a template's own literals.
 fn write_json(value: &serde_json::Value, indent: Option<usize>, depth: usize, out: &mut String) {
-    let line = |out: &mut String, depth: usize| match indent {
-        Some(width) => {
+    let line = |out: &mut String, depth: usize| {
+        if let Some(width) = indent {
             out.push('\n');
             out.extend(std::iter::repeat_n(' ', width * depth));
         }
-        None => {}
     };
     let comma = if indent.is_some() { "," } else { ", " };
     match value {

@@ -66,7 +66,7 @@ pub(super) fn parse(
 ) -> Result<Rope, ConfigError> {
     let raw = parameters.or(scaling);
     let theta = raw.and_then(|raw| raw.rope_theta).or(theta).unwrap_or(THETA_DEFAULT);
-    if !(theta >= 1.0 && theta <= 1e12) {
+    if !(1.0..=1e12).contains(&theta) {
         return refuse("rope_theta", theta, "from 1 to 1e12");
     }
     let scaling = match raw {
