@@ -169,7 +169,8 @@ fn open(folder: &Path, names: &[&str]) -> bool {
             for tensor in names.iter().filter_map(|name| files.tensor(name).ok()) {
                 let elements: usize = tensor.shape.iter().product();
                 assert_eq!(tensor.data.len(), elements * tensor.dtype.bytes());
-                assert!(tensor.data.iter().fold(0_u8, |sum, byte| sum.wrapping_add(*byte)) <= u8::MAX);
+                // Every byte is there to be read.
+                std::hint::black_box(tensor.data.iter().fold(0_u8, |sum, byte| sum.wrapping_add(*byte)));
             }
             true
         }
