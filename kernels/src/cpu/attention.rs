@@ -6,11 +6,13 @@
 //! end with the block that holds the row itself, and rows are grouped inside aligned runs of positions that lie
 //! in one block: a row goes through the same operations alone, in a chunk and in any batch.
 
+use std::f32::consts::LOG2_E;
+
 use super::arena::{Arena, Cache, CacheBlocks, Places};
 use super::lanes::{self, versions};
-use super::linear::Forms;
+use super::linear::{Forms, GROUPS_AHEAD};
 use super::rows::{Run, Store, cut};
-use super::tile::{LANES, Sums, TILE_PANELS, TILE_ROWS, TILE_SEGMENTS, Tile, WIDE_TILE_ROWS};
+use super::tile::{LANES, TILE_PANELS, TILE_ROWS, TILE_SEGMENTS, Tile, WIDE_TILE_ROWS};
 use crate::isa::Isa;
 use crate::ops::{AttentionShape, BLOCK_TOKENS, Buffer};
 use crate::pool::{Pool, Scattered};
@@ -27,19 +29,26 @@ pub const GROUP_MAX: usize = TILE_ROWS;
 const RUNS_PER_THREAD: usize = 8;
 const HEAD_PANELS: usize = HEAD_DIM_MAX / LANES;
 
+/// Rows of a left operand; one of the two is used, as the cache's precision says.
+#[repr(C, align(64))]
+struct Left<const WIDTH: usize> {
+    f32: [[f32; WIDTH]; TILE_ROWS],
+    bf16: [[u16; WIDTH]; TILE_ROWS],
+}
+
 /// A thread's memory for attention.
 #[repr(C, align(64))]
 pub struct Scratch {
-    /// Queries as a left operand, `[rows][head_dim]`.
-    queries: [[u32; HEAD_DIM_MAX]; TILE_ROWS],
-    /// Weights as a left operand, `[rows][TILE_TOKENS]`.
-    weights: [[u32; TILE_TOKENS]; TILE_ROWS],
+    queries: Left<HEAD_DIM_MAX>,
+    /// The softmax' numerators of a tile.
+    weights: Left<TILE_TOKENS>,
     scores: [[[f32; LANES]; TILE_BLOCKS]; TILE_ROWS],
-    /// Sums of weighted values, in chunks of panels, each `[rows][panels of the chunk]`.
+    /// Sums of weighted values, `[rows][dim / 16]`.
     results: [[f32; LANES]; TILE_ROWS * HEAD_PANELS],
-    sums: Sums,
+    /// Greatest score of each row so far, in units of log 2.
     maxima: [f32; TILE_ROWS],
-    totals: [f32; TILE_ROWS],
+    /// Sums of weights, lane by lane.
+    totals: [[f32; LANES]; TILE_ROWS],
 }
 
 impl std::fmt::Debug for Scratch {
@@ -48,17 +57,28 @@ impl std::fmt::Debug for Scratch {
     }
 }
 
+impl<const WIDTH: usize> Left<WIDTH> {
+    const ZERO: Self = Self { f32: [[0.0; WIDTH]; TILE_ROWS], bf16: [[0; WIDTH]; TILE_ROWS] };
+
+    /// The rows as groups of 32 bits, each of `group` elements, and the groups from row to row.
+    fn operand(&self, group: usize) -> (*const u32, usize) {
+        match group {
+            1 => (self.f32.as_ptr().cast(), WIDTH),
+            _ => (self.bf16.as_ptr().cast(), WIDTH / 2),
+        }
+    }
+}
+
 impl Scratch {
     /// All zero, on the heap.
     pub fn new() -> Box<Self> {
         Box::new(Self {
-            queries: [[0; HEAD_DIM_MAX]; TILE_ROWS],
-            weights: [[0; TILE_TOKENS]; TILE_ROWS],
+            queries: Left::ZERO,
+            weights: Left::ZERO,
             scores: [[[0.0; LANES]; TILE_BLOCKS]; TILE_ROWS],
             results: [[0.0; LANES]; TILE_ROWS * HEAD_PANELS],
-            sums: Sums::ZERO,
             maxima: [0.0; TILE_ROWS],
-            totals: [0.0; TILE_ROWS],
+            totals: [[0.0; LANES]; TILE_ROWS],
         })
     }
 }
@@ -72,15 +92,29 @@ pub struct Target {
     pub stride: usize,
 }
 
-/// One task: the queries of a run that share a key-value head.
+/// One task: the queries of a run, key-value head after key-value head.
 struct Task<'a> {
     forms: Forms,
     shape: &'a AttentionShape,
     run: Run,
     table: &'a [u32],
     layer: usize,
-    head: usize,
     cache: &'a Cache,
+    places: Places,
+    /// Query heads per key-value head.
+    group: usize,
+    /// Elements in a group of 32 bits.
+    pack: usize,
+    /// The heads of the task end here.
+    heads_end: usize,
+}
+
+/// Some neighbouring blocks of a sequence, of one head.
+#[derive(Clone, Copy)]
+struct Blocks {
+    head: usize,
+    first: usize,
+    end: usize,
 }
 
 /// Rows of a run: as many as fit into a tile with all heads of the group, a power of two below a block's size.
@@ -111,244 +145,236 @@ pub fn attention(
     let scratch = Scattered::new(scratch);
     let runs = &runs[..];
     let cache = &*cache;
+    let places = cache.places();
+    let pack = if matches!(cache.blocks, CacheBlocks::F32(_)) { 1 } else { 2 };
     // The heads of a block lie next to each other, so a task takes all heads of a run if there are enough runs.
     let heads = if runs.len() >= RUNS_PER_THREAD * pool.threads() { shape.kv_heads } else { 1 };
-    let tasks = runs.len() * shape.kv_heads / heads;
-    pool.run(tasks, |thread, index| {
+    let parts = shape.kv_heads / heads;
+    pool.run(runs.len() * parts, |thread, index| {
         // SAFETY: each thread has a scratch of its own.
         let scratch = unsafe { &mut *scratch.range(thread, 1)[0] };
-        for unit in index * heads..(index + 1) * heads {
-            let run = runs[unit / shape.kv_heads];
-            let table = &step.block_tables[step.spans[run.span].table as usize..];
-            let task = Task { forms, shape, run, table, layer, head: unit % shape.kv_heads, cache };
-            task.load_queries(qkv.values(), qkv.stride, scratch);
-            task.stream(scratch);
-            task.finish(target, scratch);
+        let (run, first_head) = (runs[index / parts], index % parts * heads);
+        let table = &step.block_tables[step.spans[run.span].table as usize..];
+        let heads_end = first_head + heads;
+        let task = Task { forms, shape, run, table, layer, cache, places, group, pack, heads_end };
+        for head in first_head..heads_end {
+            task.load_queries(head, (qkv.values(), qkv.stride), scratch);
+            task.stream(head, scratch);
+            task.finish(head, target, scratch);
         }
     });
 }
 
 impl Task<'_> {
-    fn group(&self) -> usize {
-        self.shape.heads / self.shape.kv_heads
-    }
-
     fn rows(&self) -> usize {
-        self.run.rows * self.group()
+        self.run.rows * self.group
     }
 
-    /// Elements in a group of 32 bits.
-    fn pack(&self) -> usize {
-        match self.cache.blocks {
-            CacheBlocks::F32(_) => 1,
-            CacheBlocks::Bf16(_) => 2,
-        }
-    }
-
-    fn load_queries(&self, qkv: &[f32], stride: usize, scratch: &mut Scratch) {
-        let (group, dim) = (self.group(), self.shape.head_dim);
+    fn load_queries(&self, head: usize, (qkv, stride): (&[f32], usize), scratch: &mut Scratch) {
+        let dim = self.shape.head_dim;
         for row in 0..self.rows() {
-            let head = self.head * group + row % group;
-            let query = &qkv[(self.run.row + row / group) * stride + head * dim..][..dim];
-            let out = &mut scratch.queries[row];
-            out[..self.cache.places().dim / self.pack()].fill(0);
-            if self.pack() == 1 {
-                out.iter_mut().zip(query).for_each(|(out, query)| *out = query.to_bits());
+            let first = (self.run.row + row / self.group) * stride;
+            let query = &qkv[first + (head * self.group + row % self.group) * dim..][..dim];
+            if self.pack == 1 {
+                let out = &mut scratch.queries.f32[row][..self.places.dim];
+                out[..dim].copy_from_slice(query);
+                out[dim..].fill(0.0);
             } else {
-                pack_bf16(self.forms.isa, query, out);
+                let out = &mut scratch.queries.bf16[row][..self.places.dim];
+                lanes::to_bf16(self.forms.isa, query, &mut out[..dim]);
+                out[dim..].fill(0);
             }
         }
     }
 
-    /// Goes over the tiles that any row of the run sees.
-    fn stream(&self, scratch: &mut Scratch) {
-        scratch.maxima.fill(f32::NEG_INFINITY);
-        scratch.totals.fill(0.0);
-        let places = self.cache.places();
-        let panels = places.dim / LANES;
-        scratch.results[..self.rows() * panels].fill([0.0; LANES]);
-        let window = self.shape.sliding_window.map_or(usize::MAX, |window| window as usize);
-        let first = (self.run.position + 1).saturating_sub(window);
+    /// Positions that a row sees, its own included.
+    fn window(&self) -> usize {
+        self.shape.sliding_window.map_or(usize::MAX, |window| window as usize)
+    }
+
+    /// The tile that starts at a block. Tiles end at multiples of their size, wherever the first one starts.
+    fn tile_from(&self, head: usize, first: usize) -> Blocks {
         let end_block = (self.run.position + self.run.rows - 1) / BLOCK_TOKENS + 1;
-        let mut block = first / BLOCK_TOKENS;
-        while block < end_block {
-            // Tiles end at multiples of their size, wherever the first one starts.
-            let end = end_block.min((block / TILE_BLOCKS + 1) * TILE_BLOCKS);
-            self.prefetch(places, end, end_block);
-            self.tile(places, (block, end), window, scratch);
-            block = end;
+        Blocks { head, first, end: end_block.min((first / TILE_BLOCKS + 1) * TILE_BLOCKS) }
+    }
+
+    /// The first tile that any row of the run sees.
+    fn first_tile(&self, head: usize) -> Blocks {
+        let first = (self.run.position + 1).saturating_sub(self.window());
+        self.tile_from(head, first / BLOCK_TOKENS)
+    }
+
+    /// The tile after this one, of this head or the next one of the task.
+    fn tile_after(&self, blocks: Blocks) -> Option<Blocks> {
+        let next = self.tile_from(blocks.head, blocks.end);
+        if next.first < next.end {
+            Some(next)
+        } else if blocks.head + 1 < self.heads_end {
+            Some(self.first_tile(blocks.head + 1))
+        } else {
+            None
         }
     }
 
-    /// Asks for the blocks of the next tile, or of the next head's first one: blocks lie scattered, so the
-    /// processor cannot foresee them.
-    fn prefetch(&self, places: Places, block: usize, end_block: usize) {
-        let (head, first, end) = if block < end_block {
-            (self.head, block, end_block.min(block + TILE_BLOCKS))
-        } else if self.head + 1 < self.shape.kv_heads {
-            (self.head + 1, 0, end_block.min(TILE_BLOCKS))
-        } else {
-            return;
-        };
-        for &block in &self.table[first..end] {
-            let start = places.offset(self.layer, block as usize, head);
-            let len = 2 * BLOCK_TOKENS * places.dim;
-            match &self.cache.blocks {
-                CacheBlocks::F32(blocks) => prefetch(&blocks[start..start + len]),
-                CacheBlocks::Bf16(blocks) => prefetch(&blocks[start..start + len]),
+    /// Goes over the tiles of a head that any row of the run sees.
+    fn stream(&self, head: usize, scratch: &mut Scratch) {
+        scratch.maxima.fill(f32::NEG_INFINITY);
+        scratch.totals.fill([0.0; LANES]);
+        let mut blocks = self.first_tile(head);
+        let mut keys = self.keys(blocks);
+        let mut first = true;
+        loop {
+            let next = self.tile_after(blocks);
+            // Blocks lie scattered, so the processor cannot foresee the next ones.
+            let next_keys = next.map_or(keys, |next| self.keys(next));
+            let count = blocks.end - blocks.first;
+            self.score((&keys[..count], &next_keys), scratch);
+            self.weigh(blocks, first, scratch);
+            self.add_values((&keys[..count], &next_keys), first, scratch);
+            match next {
+                Some(next) if next.head == head => (blocks, keys, first) = (next, next_keys, false),
+                _ => return,
             }
         }
     }
 
-    fn tile(&self, places: Places, (first, end): (usize, usize), window: usize, scratch: &mut Scratch) {
-        let (base, scale) = match &self.cache.blocks {
-            CacheBlocks::F32(blocks) => (blocks.as_ptr().cast::<u32>(), 1),
-            CacheBlocks::Bf16(blocks) => (blocks.as_ptr().cast::<u32>(), 2),
+    /// Where the keys of a tile's blocks start; the values follow. Entries of blocks that a tile lacks repeat
+    /// the first.
+    fn keys(&self, blocks: Blocks) -> [*const u32; TILE_BLOCKS] {
+        let base: *const u32 = match &self.cache.blocks {
+            CacheBlocks::F32(blocks) => blocks.as_ptr().cast(),
+            CacheBlocks::Bf16(blocks) => blocks.as_ptr().cast(),
         };
-        let mut keys = [base; TILE_BLOCKS];
-        for (index, keys) in keys.iter_mut().enumerate().take(end - first) {
-            let start = places.offset(self.layer, self.table[first + index] as usize, self.head);
+        std::array::from_fn(|index| {
+            let index = if blocks.first + index < blocks.end { blocks.first + index } else { blocks.first };
+            let start = self.places.offset(self.layer, self.table[index] as usize, blocks.head);
             // SAFETY: the batch was checked: the block is one of the cache's.
-            *keys = unsafe { base.add(start / scale) };
-        }
-        let keys = &keys[..end - first];
-        self.score(places, keys, scratch);
-        self.weigh((first, end - first), window, scratch);
-        self.add_values(places, keys, scratch);
+            unsafe { base.add(start / self.pack) }
+        })
     }
 
     /// `scores[row][block] = queries * keys`.
-    fn score(&self, places: Places, keys: &[*const u32], scratch: &mut Scratch) {
+    fn score(&self, (keys, next): (&[*const u32], &[*const u32; TILE_BLOCKS]), scratch: &mut Scratch) {
         let rows = self.rows();
+        let (a, a_stride) = scratch.queries.operand(self.pack);
         let mut index = 0;
         while index < keys.len() {
             let panels = panels_of(rows, keys.len() - index);
-            let mut b = [keys[index]; TILE_PANELS];
-            b[..panels].copy_from_slice(&keys[index..index + panels]);
+            let few = |blocks: &[*const u32], ahead: usize| {
+                let mut few = [blocks[index]; TILE_PANELS];
+                for (few, block) in few.iter_mut().zip(&blocks[index..]).take(panels) {
+                    *few = block.wrapping_add(ahead);
+                }
+                [few; TILE_SEGMENTS]
+            };
             let tile = Tile {
-                a: scratch.queries.as_ptr().cast(),
-                a_stride: HEAD_DIM_MAX,
+                a,
+                a_stride,
                 rows,
-                b: [b; TILE_SEGMENTS],
+                b: few(keys, 0),
                 segments: 1,
                 b_stride: LANES,
                 panels,
-                groups: places.dim / self.pack(),
+                groups: self.places.dim / self.pack,
+                sums_stride: TILE_BLOCKS,
                 accumulate: false,
-                ahead: 0,
+                next: if rows > WIDE_TILE_ROWS { few(keys, GROUPS_AHEAD * LANES) } else { few(next, 0) },
             };
+            let scores = &mut scratch.scores.as_flattened_mut()[index..];
             // SAFETY: the queries have `rows` rows, each block `dim` elements for 16 tokens.
-            unsafe { (self.forms.cache_tile)(&tile, scratch.sums.0.as_mut_ptr()) };
-            for row in 0..rows {
-                let sums = &scratch.sums.0[row * panels..][..panels];
-                scratch.scores[row][index..index + panels].copy_from_slice(sums);
-            }
+            unsafe { (self.forms.cache_tile)(&tile, scores.as_mut_ptr()) };
             index += panels;
         }
     }
 
     /// Scores to weights, with the running maximum and total of each row.
-    fn weigh(&self, (first, blocks): (usize, usize), window: usize, scratch: &mut Scratch) {
-        let (group, rows) = (self.group(), self.rows());
-        let panels = self.cache.places().dim / LANES;
-        for row in 0..rows {
-            let position = self.run.position + row / group;
-            let start = first * BLOCK_TOKENS;
-            // Lanes from `low` to `high` of the tile are seen.
-            let low = (position + 1).saturating_sub(window).saturating_sub(start);
-            let high = (position + 1 - start.min(position + 1)).min(blocks * BLOCK_TOKENS);
-            let scores = &mut scratch.scores[row][..blocks];
-            let mut state = [scratch.maxima[row], scratch.totals[row], 1.0];
-            weigh(self.forms.isa, scores, (low, high), self.shape.scale, &mut state);
-            scratch.maxima[row] = state[0];
-            scratch.totals[row] = state[1];
-            if state[2] != 1.0 {
-                self.rescale(row, panels, state[2], scratch);
-            }
-            let weights = &mut scratch.weights[row];
-            let scores = scratch.scores[row].as_flattened();
-            if self.pack() == 1 {
-                weights.iter_mut().zip(scores).for_each(|(out, weight)| *out = weight.to_bits());
-            } else {
-                pack_bf16(self.forms.isa, &scores[..blocks * BLOCK_TOKENS], weights);
-            }
-        }
-    }
-
-    /// Multiplies a row's results by a factor.
-    fn rescale(&self, row: usize, panels: usize, factor: f32, scratch: &mut Scratch) {
+    fn weigh(&self, blocks: Blocks, first: bool, scratch: &mut Scratch) {
         let rows = self.rows();
-        let mut panel = 0;
-        while panel < panels {
-            let chunk = panels_of(rows, panels - panel);
-            let results = &mut scratch.results[panel * rows + row * chunk..][..chunk];
-            lanes::scale(self.forms.isa, results, factor);
-            panel += chunk;
+        let Blocks { first: start, end, .. } = blocks;
+        let (start, end) = (start * BLOCK_TOKENS, end * BLOCK_TOKENS);
+        // Lanes of the tile that a row sees, from and up to.
+        let mut seen = [(0, 0); TILE_ROWS];
+        for (row, seen) in seen.iter_mut().enumerate().take(rows) {
+            let position = self.run.position + row / self.group;
+            let low = (position + 1).saturating_sub(self.window()).saturating_sub(start);
+            *seen = (low as u32, (position + 1).clamp(start, end) as u32 - start as u32);
+        }
+        let panels = self.places.dim / LANES;
+        let tile = Weighing {
+            blocks: blocks.end - blocks.first,
+            seen: &seen[..rows],
+            scale: self.shape.scale * LOG2_E,
+            scores: &mut scratch.scores,
+            maxima: &mut scratch.maxima,
+            totals: &mut scratch.totals,
+            results: if first { &mut [] } else { &mut scratch.results[..rows * panels] },
+            panels,
+        };
+        match self.pack {
+            1 => weigh_f32(self.forms.isa, tile, &mut scratch.weights.f32),
+            _ => weigh_bf16(self.forms.isa, tile, &mut scratch.weights.bf16),
         }
     }
 
-    /// `results += weights * values`.
-    fn add_values(&self, places: Places, keys: &[*const u32], scratch: &mut Scratch) {
-        let (rows, pack, panels) = (self.rows(), self.pack(), places.dim / LANES);
+    /// `results += weights * values`; the first tile of a head starts from zero.
+    fn add_values(
+        &self,
+        (keys, next): (&[*const u32], &[*const u32; TILE_BLOCKS]),
+        first: bool,
+        scratch: &mut Scratch,
+    ) {
+        let (rows, panels) = (self.rows(), self.places.dim / LANES);
+        let (a, a_stride) = scratch.weights.operand(self.pack);
         let mut panel = 0;
         while panel < panels {
             let chunk = panels_of(rows, panels - panel);
-            let mut b = [[keys[0]; TILE_PANELS]; TILE_SEGMENTS];
-            for (b, &keys) in b.iter_mut().zip(keys) {
-                for (index, b) in b.iter_mut().enumerate().take(chunk) {
-                    // SAFETY: the values of a block follow its keys, and `chunk` panels of them are left.
-                    *b = unsafe { keys.add(BLOCK_TOKENS * places.dim / pack + (panel + index) * LANES) };
+            // The values of a block follow its keys, and `chunk` panels of them are left.
+            let start = BLOCK_TOKENS * self.places.dim / self.pack + panel * LANES;
+            let values = |blocks: &[*const u32], ahead: usize| {
+                let mut values = [[blocks[0]; TILE_PANELS]; TILE_SEGMENTS];
+                for (values, keys) in values.iter_mut().zip(blocks) {
+                    for (index, value) in values.iter_mut().enumerate().take(chunk) {
+                        *value = keys.wrapping_add(start + index * LANES + ahead);
+                    }
                 }
-            }
-            let tile = Tile {
-                a: scratch.weights.as_ptr().cast(),
-                a_stride: TILE_TOKENS,
-                rows,
-                b,
-                segments: keys.len(),
-                b_stride: places.dim,
-                panels: chunk,
-                groups: BLOCK_TOKENS / pack,
-                accumulate: true,
-                ahead: 0,
+                values
             };
-            let results = &mut scratch.results[panel * rows..][..rows * chunk];
+            let tile = Tile {
+                a,
+                a_stride,
+                rows,
+                b: values(keys, 0),
+                segments: keys.len(),
+                b_stride: self.places.dim,
+                panels: chunk,
+                groups: BLOCK_TOKENS / self.pack,
+                sums_stride: panels,
+                accumulate: !first,
+                next: if rows > WIDE_TILE_ROWS {
+                    values(keys, GROUPS_AHEAD * self.places.dim)
+                } else {
+                    values(next, 0)
+                },
+            };
+            let results = &mut scratch.results[panel..rows * panels];
             // SAFETY: the weights have `rows` rows, each block 16 values of `dim` elements.
             unsafe { (self.forms.cache_tile)(&tile, results.as_mut_ptr()) };
             panel += chunk;
         }
     }
 
-    fn finish(&self, target: Target, scratch: &mut Scratch) {
-        let (group, dim, rows) = (self.group(), self.shape.head_dim, self.rows());
-        let panels = self.cache.places().dim / LANES;
+    fn finish(&self, head: usize, target: Target, scratch: &mut Scratch) {
+        let (group, dim, rows) = (self.group, self.shape.head_dim, self.rows());
+        let panels = self.places.dim / LANES;
         for row in 0..rows {
-            self.rescale(row, panels, 1.0 / scratch.totals[row], scratch);
-            let head = self.head * group + row % group;
+            let results = &mut scratch.results[row * panels..][..panels];
+            lanes::scale(self.forms.isa, results, 1.0 / lanes::sum(scratch.totals[row]));
+            let head = head * group + row % group;
             let first = (self.run.row + row / group) * target.stride + head * dim;
-            let mut panel = 0;
-            while panel < panels {
-                let chunk = panels_of(rows, panels - panel);
-                let results = scratch.results[panel * rows + row * chunk..][..chunk].as_flattened();
-                let len = results.len().min(dim - panel * LANES);
-                // SAFETY: each head of a row belongs to one task.
-                unsafe { target.store.put(self.forms.isa, first + panel * LANES, &results[..len]) };
-                panel += chunk;
-            }
+            // SAFETY: each head of a row belongs to one task.
+            unsafe { target.store.put(self.forms.isa, first, &results.as_flattened()[..dim]) };
         }
     }
-}
-
-/// Asks for memory to be brought into the caches.
-fn prefetch<T>(memory: &[T]) {
-    #[cfg(target_arch = "x86_64")]
-    for line in 0..size_of_val(memory) / 64 {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: a prefetch has no effect but on speed; the address is inside of the slice.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(memory.as_ptr().cast::<i8>().add(line * 64)) };
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = memory;
 }
 
 /// Panels that a tile of these rows takes at once.
@@ -361,54 +387,106 @@ fn panels_of(rows: usize, left: usize) -> usize {
     }
 }
 
+/// A tile between its two products.
+struct Weighing<'a> {
+    blocks: usize,
+    /// Per row, the lanes that it sees: from and up to.
+    seen: &'a [(u32, u32)],
+    /// Factor that makes exponents of two of scores.
+    scale: f32,
+    scores: &'a mut [[[f32; LANES]; TILE_BLOCKS]; TILE_ROWS],
+    maxima: &'a mut [f32; TILE_ROWS],
+    totals: &'a mut [[f32; LANES]; TILE_ROWS],
+    /// What was added up before, `[rows][panels]`; empty if nothing was.
+    results: &'a mut [[f32; LANES]],
+    panels: usize,
+}
+
+/// Weights of all rows relative to the running maxima; what was added up before is scaled to the new ones.
 #[inline(always)]
-fn pack_bf16_body(values: &[f32], out: &mut [u32]) {
-    let (pairs, _) = values.as_chunks::<2>();
-    for (out, pair) in out.iter_mut().zip(pairs) {
-        *out = u32::from(lanes::bf16_bits(pair[0])) | u32::from(lanes::bf16_bits(pair[1])) << 16;
+fn weigh<T: Copy>(tile: Weighing<'_>, out: &mut [[T; TILE_TOKENS]; TILE_ROWS], convert: impl Fn(f32) -> T) {
+    match tile.blocks {
+        1 => weigh_blocks::<1, T>(tile, out, convert),
+        2 => weigh_blocks::<2, T>(tile, out, convert),
+        3 => weigh_blocks::<3, T>(tile, out, convert),
+        _ => weigh_blocks::<TILE_BLOCKS, T>(tile, out, convert),
     }
+}
+
+#[inline(always)]
+fn weigh_blocks<const BLOCKS: usize, T: Copy>(
+    tile: Weighing<'_>,
+    out: &mut [[T; TILE_TOKENS]; TILE_ROWS],
+    convert: impl Fn(f32) -> T,
+) {
+    let Weighing { seen, scale, scores, maxima, totals, results, panels, .. } = tile;
+    let mut shifts = [0.0; TILE_ROWS];
+    for (row, &(low, high)) in seen.iter().enumerate() {
+        let whole = low == 0 && high as usize == BLOCKS * BLOCK_TOKENS;
+        let mut greatest = [f32::NEG_INFINITY; LANES];
+        for (block, scores) in scores[row][..BLOCKS].iter_mut().enumerate() {
+            let mut scaled = *scores;
+            for lane in 0..LANES {
+                scaled[lane] *= scale;
+            }
+            if !whole {
+                for lane in 0..LANES {
+                    let token = (block * LANES + lane) as u32;
+                    let visible = (token >= low) & (token < high);
+                    scaled[lane] = if visible { scaled[lane] } else { f32::NEG_INFINITY };
+                }
+            }
+            for lane in 0..LANES {
+                greatest[lane] = if scaled[lane] > greatest[lane] { scaled[lane] } else { greatest[lane] };
+            }
+            *scores = scaled;
+        }
+        let before = maxima[row];
+        let greatest = lanes::maximum(&greatest);
+        let maximum = if greatest > before { greatest } else { before };
+        maxima[row] = maximum;
+        // Nothing seen yet, in no tile: any finite maximum keeps the arithmetic free of infinity minus infinity.
+        shifts[row] = if maximum == f32::NEG_INFINITY { 0.0 } else { maximum };
+        if before != maximum {
+            let factor = lanes::exp2(before - shifts[row]);
+            lanes::multiply(&mut totals[row], factor);
+            if let Some(results) = results.get_mut(row * panels..(row + 1) * panels) {
+                for result in results {
+                    lanes::multiply(result, factor);
+                }
+            }
+        }
+    }
+    for (row, &shift) in shifts.iter().enumerate().take(seen.len()) {
+        let mut total = totals[row];
+        let (out, _) = out[row].as_chunks_mut::<LANES>();
+        for (scores, out) in scores[row][..BLOCKS].iter().zip(out) {
+            for lane in 0..LANES {
+                let weight = lanes::exp2(scores[lane] - shift);
+                total[lane] += weight;
+                out[lane] = convert(weight);
+            }
+        }
+        totals[row] = total;
+    }
+}
+
+#[inline(always)]
+fn weigh_f32_body(tile: Weighing<'_>, out: &mut [[f32; TILE_TOKENS]; TILE_ROWS]) {
+    weigh(tile, out, |weight| weight);
 }
 
 versions! {
-    /// Rounds to bf16, two to a word; an odd last value is left out (heads are even).
-    pub fn pack_bf16(values: &[f32], out: &mut [u32]) = pack_bf16_body;
+    /// Weights in f32.
+    fn weigh_f32(tile: Weighing<'_>, out: &mut [[f32; TILE_TOKENS]; TILE_ROWS]) = weigh_f32_body;
 }
 
 #[inline(always)]
-fn weigh_body(scores: &mut [[f32; LANES]], (low, high): (usize, usize), scale: f32, state: &mut [f32; 3]) {
-    let mut greatest = [f32::NEG_INFINITY; LANES];
-    for (index, scores) in scores.iter_mut().enumerate() {
-        for lane in 0..LANES {
-            let token = index * LANES + lane;
-            let score = scores[lane] * scale;
-            let score = if (token >= low) & (token < high) { score } else { f32::NEG_INFINITY };
-            scores[lane] = score;
-            greatest[lane] = if score > greatest[lane] { score } else { greatest[lane] };
-        }
-    }
-    let tile_maximum = lanes::maximum(&greatest);
-    let maximum = if tile_maximum > state[0] { tile_maximum } else { state[0] };
-    // Nothing seen yet, in no tile: any finite maximum keeps the arithmetic free of infinity minus infinity.
-    let shift = if maximum == f32::NEG_INFINITY { 0.0 } else { maximum };
-    let factor = lanes::exponential(state[0] - shift);
-    let mut totals = [0.0; LANES];
-    for scores in scores.iter_mut() {
-        for lane in 0..LANES {
-            let weight = lanes::exponential(scores[lane] - shift);
-            scores[lane] = weight;
-            totals[lane] += weight;
-        }
-    }
-    *state = [maximum, state[1] * factor + lanes::sum(totals), factor];
+fn weigh_bf16_body(tile: Weighing<'_>, out: &mut [[u16; TILE_TOKENS]; TILE_ROWS]) {
+    weigh(tile, out, lanes::bf16_bits);
 }
 
 versions! {
-    /// One row of a tile: scores of lanes `seen.0..seen.1` to weights relative to the running maximum. `state`
-    /// is maximum, total, and on return the factor for what was added up before.
-    pub fn weigh(
-        scores: &mut [[f32; LANES]],
-        seen: (usize, usize),
-        scale: f32,
-        state: &mut [f32; 3],
-    ) = weigh_body;
+    /// Weights in bf16.
+    fn weigh_bf16(tile: Weighing<'_>, out: &mut [[u16; TILE_TOKENS]; TILE_ROWS]) = weigh_bf16_body;
 }

@@ -1,7 +1,7 @@
 //! Row arithmetic in portable Rust over sixteen lanes, compiled once per instruction set.
 //!
-//! Only additions, multiplications and comparisons in a fixed order: no fused multiply-add, no reassociation,
-//! so all forms compute the same bytes. A value that is not a number stays one.
+//! Only exactly defined operations in a fixed order (fused where the source says so, nothing reassociated), so
+//! all forms compute the same bytes. A value that is not a number stays one.
 
 use crate::isa::Isa;
 
@@ -55,30 +55,30 @@ pub fn bf16_value(bits: u16) -> f32 {
     f32::from_bits(u32::from(bits) << 16)
 }
 
-/// e^x to 2 units in the last place; 0 below -87.3, infinity above 88.7. Range reduction by ln 2 in two parts
-/// and the degree-6 polynomial of Cephes' expf.
+/// 2^x to 2 units in the last place; 0 below -126, infinity from 127.5 on. Range reduction to halves and a minimax
+/// polynomial of degree 5 (Remez, relative error 7.5e-8).
 #[inline(always)]
-pub fn exponential(x: f32) -> f32 {
-    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer.
-    let clamped = if x < -87.3 { -87.3 } else { x };
-    let clamped = if clamped > 88.7 { 88.7 } else { clamped };
-    let shifted = clamped * std::f32::consts::LOG2_E + ROUND;
-    let n = shifted - ROUND;
-    let r = (clamped - n * 0.693_359_4) - n * -2.121_944_4e-4;
-    let mut p = 1.987_569_1e-4;
-    p = p * r + 1.398_199_9e-3;
-    p = p * r + 8.333_452e-3;
-    p = p * r + 4.166_579_6e-2;
-    p = p * r + 1.666_666_6e-1;
-    p = p * r + 0.5;
-    let value = p * (r * r) + r + 1.0;
-    // 2^n in two factors: 2^128 is no f32, but 2^64 * 2^64 * value may round to one.
-    let n = shifted.to_bits().wrapping_sub(ROUND.to_bits()).cast_signed();
-    let half = n >> 1;
-    let power = |n: i32| f32::from_bits((n.wrapping_add(127) << 23).cast_unsigned());
-    let value = value * power(half) * power(n - half);
-    let value = if x < -87.3 { 0.0 } else { value };
-    if x > 88.7 { f32::INFINITY } else { value }
+pub fn exp2(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer, in the low bits of the sum.
+    let clamped = if x > 128.0 { 128.0 } else { x };
+    let shifted = clamped + ROUND;
+    let r = clamped - (shifted - ROUND);
+    let mut p = 1.327_647_2e-3_f32;
+    p = p.mul_add(r, 9.675_541e-3);
+    p = p.mul_add(r, 5.550_713e-2);
+    p = p.mul_add(r, 2.402_212e-1);
+    p = p.mul_add(r, 6.931_469_4e-1);
+    p = p.mul_add(r, 1.0);
+    let power = f32::from_bits(shifted.to_bits().wrapping_add(127) << 23);
+    if x < -126.0 { 0.0 } else { p * power }
+}
+
+/// `lanes *= factor`.
+#[inline(always)]
+pub fn multiply(lanes: &mut [f32; LANES], factor: f32) {
+    for lane in lanes {
+        *lane *= factor;
+    }
 }
 
 /// Sum of lanes in a fixed tree.
@@ -177,62 +177,24 @@ versions! {
 
 #[inline(always)]
 fn quantise_body(values: &[f32], out: &mut [u8], scale: &mut f32) {
-    let (chunks, rest) = values.as_chunks::<LANES>();
     // As integers the bits of absolute values order like the values, with infinity and then everything that
     // is not a number on top.
-    let mut greatest = [0_u32; LANES];
-    for chunk in chunks {
-        for lane in 0..LANES {
-            greatest[lane] = greatest[lane].max(chunk[lane].to_bits() & 0x7FFF_FFFF);
-        }
-    }
-    for (lane, value) in rest.iter().enumerate() {
-        greatest[lane] = greatest[lane].max(value.to_bits() & 0x7FFF_FFFF);
-    }
-    let greatest = f32::from_bits(greatest.into_iter().max().unwrap_or(0));
+    let greatest = values.iter().fold(0_u32, |greatest, value| greatest.max(value.to_bits() & 0x7FFF_FFFF));
+    let greatest = f32::from_bits(greatest);
     // A row that is not numbers must stay so: it fails alone, at sampling.
     *scale = if greatest.is_finite() { greatest / 127.0 } else { f32::NAN };
     let inverse = 127.0 / greatest;
     let inverse = if inverse.is_finite() && greatest.is_finite() { inverse } else { 0.0 };
+    // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits; 128 is the offset.
+    let code = |value: f32| (value * inverse + 12_582_912.0).to_bits().wrapping_add(128) as u8;
     for (out, &value) in out.iter_mut().zip(values) {
-        // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits; 128 is the offset.
-        let shifted = value * inverse + 12_582_912.0;
-        *out = shifted.to_bits().wrapping_add(128) as u8;
+        *out = code(value);
     }
 }
 
 versions! {
     /// Quantises a row to codes around 128 and a scale.
     pub fn quantise(values: &[f32], out: &mut [u8], scale: &mut f32) = quantise_body;
-}
-
-#[inline(always)]
-fn dequantise_body(
-    sums: &mut [[f32; LANES]],
-    panels: usize,
-    offsets: &[[i32; LANES]],
-    scales: &[[f32; LANES]],
-    row_scales: &[f32],
-) {
-    for (sums, &row_scale) in sums.chunks_exact_mut(panels).zip(row_scales) {
-        for ((sums, offsets), scales) in sums.iter_mut().zip(offsets).zip(scales) {
-            for lane in 0..LANES {
-                let total = sums[lane].to_bits().cast_signed() - offsets[lane];
-                sums[lane] = total as f32 * (scales[lane] * row_scale);
-            }
-        }
-    }
-}
-
-versions! {
-    /// Integer sums of a tile to values: `(sum - offset) * scale of the feature * scale of the row`.
-    pub fn dequantise(
-        sums: &mut [[f32; LANES]],
-        panels: usize,
-        offsets: &[[i32; LANES]],
-        scales: &[[f32; LANES]],
-        row_scales: &[f32],
-    ) = dequantise_body;
 }
 
 #[inline(always)]
@@ -256,9 +218,7 @@ versions! {
 #[inline(always)]
 fn scale_body(values: &mut [[f32; LANES]], factor: f32) {
     for values in values {
-        for value in values {
-            *value *= factor;
-        }
+        multiply(values, factor);
     }
 }
 
@@ -272,19 +232,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn exponential_is_close() {
-        let mut x = -88.0_f32;
-        while x < 88.6 {
-            let exact = f64::from(x).exp();
-            let error = (f64::from(exponential(x)) - exact).abs();
-            assert!(error <= 3e-7 * exact || x < -87.2, "e^{x}: error {error}");
+    fn powers_of_two_are_close() {
+        let mut x = -126.0_f32;
+        while x < 127.4 {
+            let exact = f64::from(x).exp2();
+            let error = (f64::from(exp2(x)) - exact).abs();
+            assert!(error <= 2.4e-7 * exact, "2^{x}: relative error {}", error / exact);
             x += 0.0137;
         }
-        assert_eq!(exponential(0.0), 1.0);
-        assert_eq!(exponential(f32::NEG_INFINITY), 0.0);
-        assert_eq!(exponential(-100.0), 0.0);
-        assert_eq!(exponential(100.0), f32::INFINITY);
-        assert!(exponential(f32::NAN).is_nan());
+        for whole in -126..128 {
+            assert_eq!(exp2(whole as f32), (whole as f32).exp2());
+        }
+        assert_eq!(exp2(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp2(-126.1), 0.0);
+        assert_eq!(exp2(128.0), f32::INFINITY);
+        assert_eq!(exp2(1e30), f32::INFINITY);
+        assert!(exp2(f32::NAN).is_nan());
     }
 
     #[test]

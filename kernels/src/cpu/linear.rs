@@ -4,6 +4,8 @@
 //! rows stay in the cache. All input features are added in one go; a sum is never split, whatever the number
 //! of rows and threads.
 
+use std::f32::consts::LOG2_E;
+
 use super::arena::{Activation, Rows};
 use super::lanes::{self, versions};
 use super::pack::{Matrix, PANEL, Panels};
@@ -18,7 +20,7 @@ const TASK_ROWS: usize = 240;
 const TASK_PANELS: usize = 4;
 /// Groups of a right operand that are fetched ahead when many rows use each: it comes from the second-level
 /// cache, and the dozen other streams keep the processor from foreseeing it.
-const GROUPS_AHEAD: usize = 8;
+pub const GROUPS_AHEAD: usize = 8;
 /// Tasks per thread, at least, so that a thread that is held up does not hold up the others for long.
 const TASKS_PER_THREAD: usize = 2;
 
@@ -41,40 +43,87 @@ impl std::fmt::Debug for Forms {
     }
 }
 
-/// A finished tile: where it lies and its values.
-pub struct Finished<'a> {
+/// Where a tile lies in a product.
+#[derive(Debug, Clone, Copy)]
+pub struct Area {
     /// First row.
     pub row: usize,
+    /// Rows.
+    pub rows: usize,
     /// First panel.
     pub panel: usize,
     /// Panels.
     pub panels: usize,
-    /// `[rows][panels]` of lanes.
-    pub sums: &'a mut [[f32; LANES]],
 }
 
-/// Multiplies `rows` rows of `x` with the matrix and hands each finished tile to `sink`. Tiles of more than one
-/// panel start at an even panel.
+/// The sums of a tile, `[rows][panels]` of lanes, and what makes values of them.
+pub struct Finished<'a> {
+    sums: &'a [[f32; LANES]],
+    panels: usize,
+    /// Of int8 sums, which are integers as bits.
+    scales: Option<Scales<'a>>,
+}
+
+/// value = (sum - offset of the feature) * scale of the feature * scale of the row
+struct Scales<'a> {
+    offsets: &'a [[i32; LANES]],
+    features: &'a [[f32; LANES]],
+    rows: &'a [f32],
+}
+
+impl Finished<'_> {
+    fn rows(&self) -> usize {
+        self.sums.len() / self.panels
+    }
+
+    #[inline(always)]
+    fn values(&self, row: usize, panel: usize) -> [f32; LANES] {
+        let mut values = self.sums[row * self.panels + panel];
+        if let Some(Scales { offsets, features, rows }) = &self.scales {
+            let (offsets, features, row) = (&offsets[panel], &features[panel], rows[row]);
+            for lane in 0..LANES {
+                let total = values[lane].to_bits().cast_signed() - offsets[lane];
+                values[lane] = total as f32 * (features[lane] * row);
+            }
+        }
+        values
+    }
+}
+
+/// What becomes of a product's tiles.
+pub trait Epilogue: Sync {
+    /// Asks for the memory that [`Epilogue::finish`] writes; it has the time of a tile to arrive.
+    fn prefetch(&self, area: Area);
+
+    /// Takes the finished tile, on the given thread.
+    fn finish(&self, thread: usize, area: Area, tile: &Finished<'_>);
+}
+
+/// Multiplies `rows` rows of `x` with the matrix and hands each finished tile to the epilogue. Tiles of more than
+/// one panel start at an even panel.
 pub fn product(
     pool: &mut Pool,
     forms: Forms,
     matrix: &Matrix,
     (x, rows): (&Activation, usize),
-    sink: impl Fn(Finished<'_>) + Sync,
+    epilogue: &impl Epilogue,
 ) {
     assert_eq!(x.width, matrix.columns, "width of an operand");
     let panels = matrix.panel_count();
     let task_panels = task_panels(panels, rows, pool.threads());
     let columns = panels.div_ceil(task_panels);
     let groups = rows.div_ceil(TASK_ROWS);
-    pool.run(columns * groups, |_, task| {
+    pool.run(columns * groups, |thread, task| {
         let (group, column) = (task / columns, task % columns);
         let first_panel = column * task_panels;
         let block = Block {
             rows: (group * TASK_ROWS, rows.min((group + 1) * TASK_ROWS)),
             panels: (first_panel, panels.min(first_panel + task_panels)),
         };
-        multiply(forms, matrix, x, block, &sink);
+        multiply(forms, matrix, x, block, |area, tile| match tile {
+            None => epilogue.prefetch(area),
+            Some(tile) => epilogue.finish(thread, area, &tile),
+        });
     });
 }
 
@@ -90,12 +139,13 @@ struct Block {
     panels: (usize, usize),
 }
 
+/// Multiplies a block, tile by tile; calls `sink` before each tile and with what it gave.
 fn multiply(
     forms: Forms,
     matrix: &Matrix,
     x: &Activation,
     block: Block,
-    sink: &(impl Fn(Finished<'_>) + Sync),
+    sink: impl Fn(Area, Option<Finished<'_>>),
 ) {
     let (a, b, group_shift) = operands(matrix, x);
     let groups = matrix.columns_padded >> group_shift;
@@ -116,12 +166,16 @@ fn multiply(
             // SAFETY: the panel is below the matrix' panel count.
             *pointer = unsafe { b.add((panel + index) * groups * LANES) };
         }
+        let ahead = if panels == 4 { panels * groups * LANES } else { GROUPS_AHEAD * LANES };
+        let next = pointers.map(|panel| panel.wrapping_add(ahead));
         // Blocks of nearly equal size: a last one of one or two rows would leave the multipliers idle.
         let count = (end - start).div_ceil(forms.tile_rows);
         let (size, larger) = ((end - start) / count, (end - start) % count);
         let mut row = start;
         for index in 0..count {
             let rows = size + usize::from(index < larger);
+            let area = Area { row, rows, panel, panels };
+            sink(area, None);
             let tile = Tile {
                 // SAFETY: the row is one of the operand's rows.
                 a: unsafe { a.add(row * a_stride) },
@@ -132,15 +186,15 @@ fn multiply(
                 b_stride: LANES,
                 panels,
                 groups,
+                sums_stride: panels,
                 accumulate: false,
-                ahead: if panels == 4 { panels * groups * LANES } else { GROUPS_AHEAD * LANES },
+                next: [next; TILE_SEGMENTS],
             };
             // SAFETY: the operands span these rows and panels (asserted in `operands`), and the processor has
             // the form's instructions.
             unsafe { (forms.tile)(&tile, sums.0.as_mut_ptr()) };
-            let sums = &mut sums.0[..rows * panels];
-            dequantise(forms.isa, matrix, x, (row, panel, panels), sums);
-            sink(Finished { row, panel, panels, sums });
+            let scales = scales(matrix, x, area);
+            sink(area, Some(Finished { sums: &sums.0[..rows * panels], panels, scales }));
             row += rows;
         }
         panel += panels;
@@ -160,30 +214,28 @@ fn operands(matrix: &Matrix, x: &Activation) -> (*const u32, *const u32, usize) 
     }
 }
 
-fn dequantise(
-    isa: Isa,
-    matrix: &Matrix,
-    x: &Activation,
-    (row, panel, panels): (usize, usize, usize),
-    sums: &mut [[f32; LANES]],
-) {
-    let (Panels::Int8 { scales, offsets, .. }, Rows::Int8 { scales: row_scales, .. }) =
-        (&matrix.panels, &x.rows)
+fn scales<'a>(matrix: &'a Matrix, x: &'a Activation, area: Area) -> Option<Scales<'a>> {
+    let (Panels::Int8 { scales, offsets, .. }, Rows::Int8 { scales: rows, .. }) = (&matrix.panels, &x.rows)
     else {
-        return;
+        return None;
     };
-    let rows = sums.len() / panels;
-    let scales = &scales.as_chunks::<LANES>().0[panel..panel + panels];
-    let offsets = &offsets.as_chunks::<LANES>().0[panel..panel + panels];
-    lanes::dequantise(isa, sums, panels, offsets, scales, &row_scales[row..row + rows]);
+    Some(Scales {
+        offsets: &offsets.as_chunks().0[area.panel..area.panel + area.panels],
+        features: &scales.as_chunks().0[area.panel..area.panel + area.panels],
+        rows: &rows[area.row..area.row + area.rows],
+    })
 }
 
 /// Values that a product writes.
 pub struct Values<'a> {
+    /// Instructions.
+    pub isa: Isa,
     /// The rows.
     pub out: Scattered<f32>,
     /// Elements from row to row.
     pub stride: usize,
+    /// Output features in all.
+    pub features: usize,
     /// Add to what is there.
     pub add: bool,
     /// Added to each row.
@@ -191,21 +243,29 @@ pub struct Values<'a> {
 }
 
 impl Values<'_> {
-    /// Writes a tile; `features` is the number of output features in all.
-    pub fn store(&self, isa: Isa, features: usize, tile: Finished<'_>) {
-        let first = tile.panel * PANEL;
-        let len = (tile.panels * PANEL).min(features - first);
-        let rows = tile.sums.len() / tile.panels;
-        let place = Place {
+    fn place(&self, area: Area) -> Place {
+        let first = area.panel * PANEL;
+        Place {
             out: self.out,
-            first: tile.row * self.stride + first,
+            first: area.row * self.stride + first,
             stride: self.stride,
-            len,
+            len: (area.panels * PANEL).min(self.features - first),
             add: self.add,
-        };
-        debug_assert!(rows > 0);
-        let bias = self.bias.map_or(&[][..], |bias| &bias[first..first + len]);
-        store(isa, tile.sums, tile.panels, bias, place);
+        }
+    }
+}
+
+impl Epilogue for Values<'_> {
+    fn prefetch(&self, area: Area) {
+        let place = self.place(area);
+        self.out.prefetch(place.first, place.len, (area.rows, self.stride));
+    }
+
+    fn finish(&self, _: usize, area: Area, tile: &Finished<'_>) {
+        let place = self.place(area);
+        let first = area.panel * PANEL;
+        let bias = self.bias.map_or(&[][..], |bias| &bias[first..first + place.len]);
+        store(self.isa, tile, bias, place);
     }
 }
 
@@ -224,16 +284,15 @@ struct Place {
 }
 
 #[inline(always)]
-fn store_body(sums: &[[f32; LANES]], panels: usize, bias: &[f32], place: Place) {
-    for (index, sums) in sums.chunks_exact(panels).enumerate() {
-        let values = &sums.as_flattened()[..place.len];
+fn store_body(tile: &Finished<'_>, bias: &[f32], place: Place) {
+    let (bias_lanes, bias_rest) = bias.as_chunks::<LANES>();
+    for row in 0..tile.rows() {
         // SAFETY: each (row, feature) belongs to one tile of the dispatch.
-        let out = unsafe { place.out.range(place.first + index * place.stride, place.len) };
+        let out = unsafe { place.out.range(place.first + row * place.stride, place.len) };
         let (out_lanes, out_rest) = out.as_chunks_mut::<LANES>();
-        let (value_lanes, value_rest) = values.as_chunks::<LANES>();
-        let (bias_lanes, bias_rest) = bias.as_chunks::<LANES>();
-        for (panel, (out, values)) in out_lanes.iter_mut().zip(value_lanes).enumerate() {
-            let mut values = *values;
+        let whole = out_lanes.len();
+        for (panel, out) in out_lanes.iter_mut().enumerate() {
+            let mut values = tile.values(row, panel);
             if let Some(bias) = bias_lanes.get(panel) {
                 for lane in 0..LANES {
                     values[lane] += bias[lane];
@@ -246,21 +305,27 @@ fn store_body(sums: &[[f32; LANES]], panels: usize, bias: &[f32], place: Place) 
             }
             *out = values;
         }
-        for (lane, (out, &value)) in out_rest.iter_mut().zip(value_rest).enumerate() {
-            let value = value + bias_rest.get(lane).copied().unwrap_or(0.0);
-            *out = if place.add { value + *out } else { value };
+        if !out_rest.is_empty() {
+            let values = tile.values(row, whole);
+            for (lane, out) in out_rest.iter_mut().enumerate() {
+                let value = values[lane] + bias_rest.get(lane).copied().unwrap_or(0.0);
+                *out = if place.add { value + *out } else { value };
+            }
         }
     }
 }
 
 versions! {
     /// Writes the rows of a tile.
-    fn store(sums: &[[f32; LANES]], panels: usize, bias: &[f32], place: Place) = store_body;
+    fn store(tile: &Finished<'_>, bias: &[f32], place: Place) = store_body;
 }
 
-/// Operand or values that a gated product writes.
+/// Operand or values that a gated product writes: `silu(gate) * up`, the panels alternating between the two.
+/// Whole lanes are written: padded features are zero, and the rows are wide enough.
 #[derive(Clone, Copy)]
 pub struct Gated {
+    /// Instructions.
+    pub isa: Isa,
     /// The rows.
     pub store: Store,
     /// Elements from row to row, a multiple of the lanes.
@@ -268,13 +333,26 @@ pub struct Gated {
 }
 
 impl Gated {
-    /// Writes `silu(gate) * up` of a tile whose panels alternate between the two. Whole lanes are written:
-    /// padded features are zero, and the rows are wide enough.
-    pub fn store(&self, isa: Isa, tile: Finished<'_>) {
-        let first = tile.row * self.stride + tile.panel / 2 * PANEL;
+    fn first(&self, area: Area) -> usize {
+        area.row * self.stride + area.panel / 2 * PANEL
+    }
+}
+
+impl Epilogue for Gated {
+    fn prefetch(&self, area: Area) {
+        let (first, len) = (self.first(area), area.panels / 2 * PANEL);
         match self.store {
-            Store::F32(out) => gate_f32(isa, tile.sums, tile.panels, out, (first, self.stride)),
-            Store::Bf16(out) => gate_bf16(isa, tile.sums, tile.panels, out, (first, self.stride)),
+            Store::F32(out) => out.prefetch(first, len, (area.rows, self.stride)),
+            Store::Bf16(out) => out.prefetch(first, len, (area.rows, self.stride)),
+            Store::Int8(..) => {}
+        }
+    }
+
+    fn finish(&self, _: usize, area: Area, tile: &Finished<'_>) {
+        let place = (self.first(area), self.stride);
+        match self.store {
+            Store::F32(out) => gate_f32(self.isa, tile, out, place),
+            Store::Bf16(out) => gate_bf16(self.isa, tile, out, place),
             Store::Int8(..) => panic!("a part of a quantised row cannot be written"),
         }
     }
@@ -282,45 +360,40 @@ impl Gated {
 
 #[inline(always)]
 fn gate_rows<T: Copy>(
-    sums: &[[f32; LANES]],
-    panels: usize,
+    tile: &Finished<'_>,
     out: Scattered<T>,
     (first, stride): (usize, usize),
     convert: impl Fn(f32) -> T,
 ) {
-    for (index, sums) in sums.chunks_exact(panels).enumerate() {
+    for row in 0..tile.rows() {
         // SAFETY: each (row, feature) belongs to one tile of the dispatch.
-        let out = unsafe { out.range(first + index * stride, panels / 2 * LANES) };
-        for (out, pair) in out.chunks_exact_mut(LANES).zip(sums.as_chunks::<2>().0) {
+        let out = unsafe { out.range(first + row * stride, tile.panels / 2 * LANES) };
+        for (pair, out) in out.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+            let (gate, up) = (tile.values(row, 2 * pair), tile.values(row, 2 * pair + 1));
             for lane in 0..LANES {
-                let (gate, up) = (pair[0][lane], pair[1][lane]);
-                out[lane] = convert(gate / (1.0 + lanes::exponential(-gate)) * up);
+                let exponential = lanes::exp2(gate[lane] * -LOG2_E);
+                out[lane] = convert(gate[lane] * up[lane] / (1.0 + exponential));
             }
         }
     }
 }
 
 #[inline(always)]
-fn gate_f32_body(sums: &[[f32; LANES]], panels: usize, out: Scattered<f32>, place: (usize, usize)) {
-    gate_rows(sums, panels, out, place, |value| value);
+fn gate_f32_body(tile: &Finished<'_>, out: Scattered<f32>, place: (usize, usize)) {
+    gate_rows(tile, out, place, |value| value);
 }
 
 #[inline(always)]
-fn gate_bf16_body(sums: &[[f32; LANES]], panels: usize, out: Scattered<u16>, place: (usize, usize)) {
-    gate_rows(sums, panels, out, place, lanes::bf16_bits);
+fn gate_bf16_body(tile: &Finished<'_>, out: Scattered<u16>, place: (usize, usize)) {
+    gate_rows(tile, out, place, lanes::bf16_bits);
 }
 
 versions! {
     /// Gated values in f32.
-    fn gate_f32(sums: &[[f32; LANES]], panels: usize, out: Scattered<f32>, place: (usize, usize)) = gate_f32_body;
+    fn gate_f32(tile: &Finished<'_>, out: Scattered<f32>, place: (usize, usize)) = gate_f32_body;
 }
 
 versions! {
     /// Gated values in bf16.
-    fn gate_bf16(
-        sums: &[[f32; LANES]],
-        panels: usize,
-        out: Scattered<u16>,
-        place: (usize, usize),
-    ) = gate_bf16_body;
+    fn gate_bf16(tile: &Finished<'_>, out: Scattered<u16>, place: (usize, usize)) = gate_bf16_body;
 }

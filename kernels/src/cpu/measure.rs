@@ -55,19 +55,21 @@ impl Cpu {
             self.pool.run(TASKS, |_, _| {
                 let mut sums = Sums::ZERO;
                 let panels = [&b[..], &b[GROUPS * LANES..]].map(<[u32]>::as_ptr);
+                const { assert!(TILE_PANELS == 4) };
+                let b = [[panels[0], panels[1], panels[0], panels[0]]; TILE_SEGMENTS];
                 let tile = Tile {
                     a: a.as_ptr(),
                     a_stride: GROUPS,
                     rows: TILE_ROWS,
-                    b: [[panels[0], panels[1], panels[0], panels[0]]; TILE_SEGMENTS],
+                    b,
                     segments: 1,
                     b_stride: LANES,
                     panels: 2,
                     groups: GROUPS,
+                    sums_stride: 2,
                     accumulate: false,
-                    ahead: 0,
+                    next: b,
                 };
-                const { assert!(TILE_PANELS == 4) };
                 for _ in 0..TILES {
                     // SAFETY: both operands have the rows, panels and groups of the tile.
                     unsafe { form(&tile, sums.0.as_mut_ptr()) };

@@ -161,8 +161,9 @@ impl Cpu {
         let bias = bias.map(|bias| &bias.0[..]);
         assert!(bias.is_none_or(|bias| bias.len() == matrix.rows), "length of a bias");
         let stride = out.stride;
-        let values = Values { out: Scattered::new(out.values_mut()), stride, add, bias };
-        linear::product(pool, forms, matrix, (x, rows), |tile| values.store(forms.isa, matrix.rows, tile));
+        let out = Scattered::new(out.values_mut());
+        let values = Values { isa: forms.isa, out, stride, features: matrix.rows, add, bias };
+        linear::product(pool, forms, matrix, (x, rows), &values);
     }
 }
 
@@ -174,8 +175,9 @@ fn pair(buffers: &mut [Activation], read: Buffer, write: Buffer) -> (&Activation
 
 /// Writes logits of all rows of `x`.
 fn logits_product(pool: &mut Pool, forms: Forms, head: &Matrix, x: (&Activation, usize), out: &mut [f32]) {
-    let values = Values { out: Scattered::new(out), stride: head.rows, add: false, bias: None };
-    linear::product(pool, forms, head, x, |tile| values.store(forms.isa, head.rows, tile));
+    let (out, features) = (Scattered::new(out), head.rows);
+    let values = Values { isa: forms.isa, out, stride: features, features, add: false, bias: None };
+    linear::product(pool, forms, head, x, &values);
 }
 
 impl Ops for Cpu {
@@ -253,8 +255,8 @@ impl Ops for Cpu {
             Rows::Int8 { .. } => Store::F32(Scattered::new(&mut arena.unquantised)),
             _ => Store::new(out),
         };
-        let gated = Gated { store, stride: out.stride };
-        linear::product(pool, forms, gate_up, (x, rows), |tile| gated.store(forms.isa, tile));
+        let gated = Gated { isa: forms.isa, store, stride: out.stride };
+        linear::product(pool, forms, gate_up, (x, rows), &gated);
         if matches!(out.rows, Rows::Int8 { .. }) {
             rows::quantise(pool, forms.isa, &arena.unquantised, out, rows);
         }

@@ -23,7 +23,7 @@ pub const WIDE_TILE_ROWS: usize = 6;
 /// Lanes of a panel.
 pub const LANES: usize = 16;
 
-/// Sums of a tile: `[rows][panels]` of lanes, densely from the start. Int8 sums are integers as bits.
+/// Sums of a tile: `[rows][panels]` of lanes, rows [`Tile::sums_stride`] apart. Int8 sums are integers as bits.
 #[repr(C, align(64))]
 #[derive(Clone, Copy)]
 pub struct Sums(pub [[f32; LANES]; TILE_ROWS_MAX * 2]);
@@ -52,18 +52,20 @@ pub struct Tile {
     pub panels: usize,
     /// Groups of a segment.
     pub groups: usize,
+    /// Panels from row to row of the sums, at least `panels`.
+    pub sums_stride: usize,
     /// Start from the sums that are there instead of zero.
     pub accumulate: bool,
-    /// Distance (in elements of 32 bits, from each group of a right operand) of memory that is needed soon; 0 if
-    /// none.
-    pub ahead: usize,
+    /// What is needed next: with each group of a right operand the memory at the same distance from here is
+    /// asked for. Any address will do; nothing is read from it.
+    pub next: [[*const u32; TILE_PANELS]; TILE_SEGMENTS],
 }
 
 /// A form of the tile product.
 ///
 /// # Safety
 /// The processor has the form's instructions; every address that the tile spans may be read; `sums` has
-/// `rows * panels` entries, aligned to 64 bytes.
+/// `panels` entries for each of `rows` rows, `sums_stride` apart and aligned to 64 bytes.
 pub type TileFn = unsafe fn(&Tile, sums: *mut [f32; LANES]);
 
 /// Most rows of a tile for weights of a precision. The other forms, attention's among them, have [`TILE_ROWS`].
@@ -106,8 +108,8 @@ pub fn tile_fn(isa: Isa, precision: Precision) -> TileFn {
 unsafe fn portable<T: Copy>(tile: &Tile, sums: *mut [T; LANES], zero: T, step: impl Fn(T, u32, u32) -> T) {
     for row in 0..tile.rows {
         for panel in 0..tile.panels {
-            // SAFETY: the caller vouches for `rows * panels` entries.
-            let out = unsafe { &mut *sums.add(row * tile.panels + panel) };
+            // SAFETY: the caller vouches for the sums of every row and panel.
+            let out = unsafe { &mut *sums.add(row * tile.sums_stride + panel) };
             let mut lanes = if tile.accumulate { *out } else { [zero; LANES] };
             for index in 0..tile.segments * tile.groups {
                 let (segment, group) = (index / tile.groups, index % tile.groups);

@@ -133,7 +133,7 @@ fn by_pairs(tile: &Tile, sums: *mut [f32; LANES], run: impl Fn(&Call)) {
             steps: tile.groups / STEP,
             tail: tile.groups % STEP,
             out: [sums.wrapping_add(panel).cast(), sums.wrapping_add(second).cast()],
-            out_stride: tile.panels * LANES * 4,
+            out_stride: tile.sums_stride * LANES * 4,
         });
     }
 }
@@ -322,8 +322,9 @@ impl Case {
             b_stride: LANES,
             panels: self.panels,
             groups: self.groups,
+            sums_stride: self.panels,
             accumulate: false,
-            ahead: 0,
+            next: [panels; TILE_SEGMENTS],
         }
     }
 }

@@ -112,7 +112,7 @@ pub unsafe fn int8(tile: &Tile, sums: *mut [f32; LANES]) {
                         *total = _mm256_add_epi32(*total, _mm256_madd_epi16(a, b));
                     }
                 }
-                let out = sums.add(row * tile.panels + panel).cast::<i32>();
+                let out = sums.add(row * tile.sums_stride + panel).cast::<i32>();
                 for (quarter, total) in totals.into_iter().enumerate() {
                     let mut halves = [0_i32; 8];
                     _mm256_storeu_si256(halves.as_mut_ptr().cast(), total);
@@ -139,9 +139,9 @@ unsafe fn load_totals<const N: usize>(
     let mut totals = [[_mm256_setzero_ps(); 2]; N];
     if tile.accumulate {
         for (index, total) in totals.iter_mut().enumerate() {
-            // SAFETY: the caller of the tile vouches for `rows * panels` entries.
+            // SAFETY: the caller of the tile vouches for the sums of every row and panel.
             unsafe {
-                let from = sums.add((row + index) * tile.panels + panel).cast::<f32>();
+                let from = sums.add((row + index) * tile.sums_stride + panel).cast::<f32>();
                 *total = [_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))];
             }
         }
@@ -160,9 +160,9 @@ unsafe fn store_totals<const N: usize>(
     totals: &[[__m256; 2]; N],
 ) {
     for (index, total) in totals.iter().enumerate() {
-        // SAFETY: the caller of the tile vouches for `rows * panels` entries.
+        // SAFETY: the caller of the tile vouches for the sums of every row and panel.
         unsafe {
-            let to = sums.add((row + index) * tile.panels + panel).cast::<f32>();
+            let to = sums.add((row + index) * tile.sums_stride + panel).cast::<f32>();
             _mm256_storeu_ps(to, total[0]);
             _mm256_storeu_ps(to.add(8), total[1]);
         }

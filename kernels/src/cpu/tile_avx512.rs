@@ -25,12 +25,12 @@ macro_rules! tile_form {
                     if tile.accumulate {
                         for row in 0..ROWS {
                             for panel in 0..PANELS {
-                                totals[row][panel] = $load(sums.add(row * PANELS + panel).cast());
+                                totals[row][panel] = $load(sums.add(row * tile.sums_stride + panel).cast());
                             }
                         }
                     }
                     let mut a = tile.a;
-                    for b in &tile.b[..tile.segments] {
+                    for (b, next) in tile.b[..tile.segments].iter().zip(&tile.next) {
                         let mut offset = 0;
                         for _ in 0..tile.groups {
                             let mut right: [$sum; PANELS] = [$zero(); PANELS];
@@ -38,8 +38,7 @@ macro_rules! tile_form {
                                 right[panel] = $load(b[panel].add(offset).cast());
                                 if PANELS > 1 {
                                     // A prefetch never faults, wherever it points.
-                                    let next = b[panel].wrapping_add(offset + tile.ahead);
-                                    _mm_prefetch::<_MM_HINT_T0>(next.cast());
+                                    _mm_prefetch::<_MM_HINT_T0>(next[panel].wrapping_add(offset).cast());
                                 }
                             }
                             for row in 0..ROWS {
@@ -55,7 +54,7 @@ macro_rules! tile_form {
                     }
                     for row in 0..ROWS {
                         for panel in 0..PANELS {
-                            $store(sums.add(row * PANELS + panel).cast(), totals[row][panel]);
+                            $store(sums.add(row * tile.sums_stride + panel).cast(), totals[row][panel]);
                         }
                     }
                 }
