@@ -10,5 +10,6 @@ pub mod cpu;
 pub mod isa;
 pub mod ops;
 pub mod pool;
+mod region;
 pub mod sampling;
 pub mod tensor;

@@ -6,8 +6,11 @@
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
 
 use half::{bf16, f16};
+
+use crate::region::{LEAST_BYTES, Region};
 
 /// Number format of a host tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -187,6 +190,8 @@ unsafe impl Plain for i32 {}
 pub struct Aligned<T: Plain> {
     pointer: *mut T,
     len: usize,
+    /// Of large memory, which is part of one.
+    region: Option<Arc<Region>>,
 }
 
 // SAFETY: it owns its memory alone, and `Plain` values may be sent and shared.
@@ -198,12 +203,16 @@ impl<T: Plain> Aligned<T> {
     /// Takes the memory for `len` elements, all zero.
     pub fn zeroed(len: usize) -> Self {
         let layout = Self::layout(len);
+        if layout.size() >= LEAST_BYTES {
+            let (pointer, region) = Region::take(layout.size());
+            return Self { pointer: pointer.cast(), len, region: Some(region) };
+        }
         // SAFETY: the layout's size is not zero.
         let pointer = unsafe { alloc_zeroed(layout) }.cast::<T>();
         if pointer.is_null() {
             handle_alloc_error(layout);
         }
-        Self { pointer, len }
+        Self { pointer, len, region: None }
     }
 
     fn layout(len: usize) -> Layout {
@@ -230,7 +239,9 @@ impl<T: Plain> DerefMut for Aligned<T> {
 
 impl<T: Plain> Drop for Aligned<T> {
     fn drop(&mut self) {
-        // SAFETY: allocated in `zeroed` with this same layout.
-        unsafe { dealloc(self.pointer.cast(), Self::layout(self.len)) };
+        if self.region.is_none() {
+            // SAFETY: allocated in `zeroed` with this same layout.
+            unsafe { dealloc(self.pointer.cast(), Self::layout(self.len)) };
+        }
     }
 }

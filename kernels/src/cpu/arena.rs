@@ -83,16 +83,6 @@ impl Cache {
     }
 }
 
-/// Position of an element of a key inside a block.
-pub fn key_index(slot: usize, element: usize, group: usize) -> usize {
-    (element / group) * BLOCK_TOKENS * group + slot * group + element % group
-}
-
-/// Position of an element of a value inside a block, counted from the block's values.
-pub fn value_index(slot: usize, element: usize, head_dim: usize, group: usize) -> usize {
-    (slot / group) * head_dim * group + element * group + slot % group
-}
-
 /// The batch of the step at hand, copied so that ops need no borrow of the engine's.
 #[derive(Debug, Default)]
 pub struct Step {

@@ -16,8 +16,8 @@ use crate::pool::{Pool, Scattered};
 
 /// Rows of a task: their operands (240 rows of 2,048 bytes) fill half of a second-level cache of 1 MiB.
 const TASK_ROWS: usize = 240;
-/// Panels of a task.
-const TASK_PANELS: usize = 4;
+/// Pairs of panels of a task.
+const TASK_PAIRS: usize = 2;
 /// Groups of a right operand that are fetched ahead when many rows use each: it comes from the second-level
 /// cache, and the dozen other streams keep the processor from foreseeing it.
 pub const GROUPS_AHEAD: usize = 8;
@@ -76,8 +76,15 @@ impl Finished<'_> {
         self.sums.len() / self.panels
     }
 
+    /// Panels of the tile.
     #[inline(always)]
-    fn values(&self, row: usize, panel: usize) -> [f32; LANES] {
+    pub fn panels(&self) -> usize {
+        self.panels
+    }
+
+    /// Values of a row in a panel.
+    #[inline(always)]
+    pub fn values(&self, row: usize, panel: usize) -> [f32; LANES] {
         let mut values = self.sums[row * self.panels + panel];
         if let Some(Scales { offsets, features, rows }) = &self.scales {
             let (offsets, features, row) = (&offsets[panel], &features[panel], rows[row]);
@@ -109,16 +116,16 @@ pub fn product(
     epilogue: &impl Epilogue,
 ) {
     assert_eq!(x.width, matrix.columns, "width of an operand");
-    let panels = matrix.panel_count();
-    let task_panels = task_panels(panels, rows, pool.threads());
-    let columns = panels.div_ceil(task_panels);
+    // Pairs of panels, so that gate and up stay together.
+    let pairs = matrix.panel_count().div_ceil(2);
+    let columns = columns(pairs, rows, pool.threads());
     let groups = rows.div_ceil(TASK_ROWS);
     pool.run(columns * groups, |thread, task| {
         let (group, column) = (task / columns, task % columns);
-        let first_panel = column * task_panels;
+        let (first, len) = share(pairs, columns, column);
         let block = Block {
             rows: (group * TASK_ROWS, rows.min((group + 1) * TASK_ROWS)),
-            panels: (first_panel, panels.min(first_panel + task_panels)),
+            panels: (2 * first, matrix.panel_count().min(2 * (first + len))),
         };
         multiply(forms, matrix, x, block, |area, tile| match tile {
             None => epilogue.prefetch(area),
@@ -127,10 +134,18 @@ pub fn product(
     });
 }
 
-/// Panels of a task, an even number. With few rows the weights stream from memory, best in long runs.
-fn task_panels(panels: usize, rows: usize, threads: usize) -> usize {
-    let even = panels.div_ceil(TASKS_PER_THREAD * threads).next_multiple_of(2);
-    if rows <= WIDE_TILE_ROWS { even } else { TASK_PANELS.min(even) }
+/// Into how many tasks the pairs of panels are split: a multiple of the threads if there are enough. With few
+/// rows the weights stream from memory, best in long runs.
+fn columns(pairs: usize, rows: usize, threads: usize) -> usize {
+    let columns =
+        if rows <= WIDE_TILE_ROWS { TASKS_PER_THREAD * threads } else { pairs.div_ceil(TASK_PAIRS) };
+    columns.next_multiple_of(threads).min(pairs)
+}
+
+/// Start and length of one of `parts` nearly equal parts of `total`, the larger ones first.
+fn share(total: usize, parts: usize, index: usize) -> (usize, usize) {
+    let (size, larger) = (total / parts, total % parts);
+    (index * size + index.min(larger), size + usize::from(index < larger))
 }
 
 /// Rows and panels of a task, each as start and end.
@@ -170,10 +185,9 @@ fn multiply(
         let next = pointers.map(|panel| panel.wrapping_add(ahead));
         // Blocks of nearly equal size: a last one of one or two rows would leave the multipliers idle.
         let count = (end - start).div_ceil(forms.tile_rows);
-        let (size, larger) = ((end - start) / count, (end - start) % count);
-        let mut row = start;
         for index in 0..count {
-            let rows = size + usize::from(index < larger);
+            let (first, rows) = share(end - start, count, index);
+            let row = start + first;
             let area = Area { row, rows, panel, panels };
             sink(area, None);
             let tile = Tile {
@@ -189,13 +203,14 @@ fn multiply(
                 sums_stride: panels,
                 accumulate: false,
                 next: [next; TILE_SEGMENTS],
+                // The rows after these; after the last ones, the first ones again.
+                next_left: a.wrapping_add(if index + 1 < count { row + rows } else { start } * a_stride),
             };
             // SAFETY: the operands span these rows and panels (asserted in `operands`), and the processor has
             // the form's instructions.
             unsafe { (forms.tile)(&tile, sums.0.as_mut_ptr()) };
             let scales = scales(matrix, x, area);
             sink(area, Some(Finished { sums: &sums.0[..rows * panels], panels, scales }));
-            row += rows;
         }
         panel += panels;
     }

@@ -6,6 +6,7 @@
 
 mod arena;
 mod attention;
+mod greedy;
 mod lanes;
 mod linear;
 mod measure;
@@ -23,6 +24,7 @@ use std::num::NonZeroUsize;
 
 use arena::{Activation, Arena, Rows, kv_block_bytes};
 use attention::Target;
+use greedy::{Best, Greedy};
 use linear::{Forms, Gated, Values};
 pub use pack::Matrix;
 use pack::{PANEL, Source, pack};
@@ -84,6 +86,8 @@ pub struct Cpu {
     arena: Option<Arena>,
     logits: Aligned<f32>,
     sampling: Vec<Scratch>,
+    /// `[threads][logits_rows_max]`
+    greedy: Vec<Best>,
 }
 
 /// A vector of f32.
@@ -124,6 +128,7 @@ impl Cpu {
             arena: None,
             logits: Aligned::zeroed(0),
             sampling: Vec::new(),
+            greedy: Vec::new(),
         })
     }
 
@@ -214,6 +219,7 @@ impl Ops for Cpu {
         let arena = Arena::new(plan, self.precision, self.pool.threads())?;
         self.logits = Aligned::zeroed(arena.plan.logits_rows_max * arena.plan.vocabulary);
         self.sampling = (0..self.pool.threads()).map(|_| Scratch::new(arena.plan.vocabulary)).collect();
+        self.greedy = vec![Best::NOTHING; self.pool.threads() * arena.plan.logits_rows_max];
         self.arena = Some(arena);
         Ok(())
     }
@@ -315,13 +321,20 @@ impl Ops for Cpu {
         rows: &[SampleRow<'_>],
         out: &mut Vec<Sampled>,
     ) -> Result<(), StepError> {
-        let Self { pool, forms, arena, logits, sampling, .. } = self;
+        let Self { pool, forms, arena, logits, sampling, greedy, .. } = self;
         let arena = arena.as_ref().expect("allocate comes before any step");
         assert_eq!(rows.len(), arena.step.rows, "one sampling row per logits row");
         assert_eq!(head.rows, arena.plan.vocabulary, "rows of the head");
-        let vocabulary = head.rows;
-        logits_product(pool, *forms, head, (&arena.buffers[x.0], rows.len()), logits);
+        let (vocabulary, x) = (head.rows, (&arena.buffers[x.0], rows.len()));
         out.clear();
+        if rows.iter().all(SampleRow::is_plain_argmax) {
+            let best = &mut greedy[..pool.threads() * rows.len()];
+            linear::product(pool, *forms, head, x, &Greedy::new(forms.isa, best, rows.len(), vocabulary));
+            let seen = |row: usize| best.iter().skip(row).step_by(rows.len());
+            out.extend((0..rows.len()).map(|row| greedy::choose(seen(row))));
+            return Ok(());
+        }
+        logits_product(pool, *forms, head, x, logits);
         out.resize(rows.len(), Err(Poisoned));
         let (sampled, scratch) = (Scattered::new(out), Scattered::new(sampling));
         let logits = &logits[..];

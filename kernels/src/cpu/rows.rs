@@ -2,7 +2,7 @@
 //!
 //! Rows are spread over the threads in small runs; a few rows are not worth a dispatch and stay on the caller.
 
-use super::arena::{Activation, Arena, CacheBlocks, Rows, key_index, value_index};
+use super::arena::{Activation, Arena, CacheBlocks, Rows};
 use super::lanes;
 use super::pack::Matrix;
 use crate::isa::Isa;
@@ -207,7 +207,7 @@ pub fn rope_cache(
                     let value = &row[(heads + kv_heads + head) * dim..][..dim];
                     let start = places.offset(layer, block, head);
                     // SAFETY: each block belongs to one sequence, and its rows here to one task.
-                    unsafe { slots.write(start, places.dim, position % BLOCK_TOKENS, key, value) };
+                    unsafe { slots.write(isa, start, (places.dim, position % BLOCK_TOKENS), (key, value)) };
                 }
             }
         }
@@ -226,7 +226,7 @@ impl Slots {
     ///
     /// # Safety
     /// No one else uses the block in this dispatch.
-    unsafe fn write(&self, start: usize, dim: usize, slot: usize, key: &[f32], value: &[f32]) {
+    unsafe fn write(&self, isa: Isa, start: usize, (dim, slot): (usize, usize), row: (&[f32], &[f32])) {
         let half = BLOCK_TOKENS * dim;
         match self {
             Slots::F32(blocks) => {
@@ -236,9 +236,9 @@ impl Slots {
                     block.fill(0.0);
                 }
                 let (keys, values) = block.split_at_mut(half);
-                for (element, (&key, &value)) in key.iter().zip(value).enumerate() {
-                    keys[key_index(slot, element, 1)] = key;
-                    values[value_index(slot, element, dim, 1)] = value;
+                for (element, (&key, &value)) in row.0.iter().zip(row.1).enumerate() {
+                    keys[element * BLOCK_TOKENS + slot] = key;
+                    values[slot * dim + element] = value;
                 }
             }
             Slots::Bf16(blocks) => {
@@ -248,13 +248,27 @@ impl Slots {
                     block.fill(0);
                 }
                 let (keys, values) = block.split_at_mut(half);
-                for (element, (&key, &value)) in key.iter().zip(value).enumerate() {
-                    keys[key_index(slot, element, 2)] = lanes::bf16_bits(key);
-                    values[value_index(slot, element, dim, 2)] = lanes::bf16_bits(value);
-                }
+                write_bf16(isa, row, slot, (keys, &mut values[slot / 2 * 2 * dim..][..2 * dim]));
             }
         }
     }
+}
+
+#[inline(always)]
+fn write_bf16_body((key, value): (&[f32], &[f32]), slot: usize, (keys, values): (&mut [u16], &mut [u16])) {
+    for (pair, group) in key.as_chunks::<2>().0.iter().zip(keys.as_chunks_mut::<{ 2 * BLOCK_TOKENS }>().0) {
+        group[2 * slot] = lanes::bf16_bits(pair[0]);
+        group[2 * slot + 1] = lanes::bf16_bits(pair[1]);
+    }
+    for (&value, pair) in value.iter().zip(values.as_chunks_mut::<2>().0) {
+        pair[slot % 2] = lanes::bf16_bits(value);
+    }
+}
+
+lanes::versions! {
+    /// Rounds a key and a value into their slot: of the keys `[dim / 2][16][2]` of a block, and of the values
+    /// `[dim][2]` of the slot and its neighbour.
+    fn write_bf16(row: (&[f32], &[f32]), slot: usize, out: (&mut [u16], &mut [u16])) = write_bf16_body;
 }
 
 /// Moves the chosen rows to the front. They ascend, so a row is never overwritten before it is moved.

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::ops::{BufferKind, BufferPlan, RopePlan, Span};
-use crate::sampling::uniform;
+use crate::sampling::{greatest, uniform};
 use crate::tensor::DType;
 
 const PRECISIONS: [Precision; 3] = [Precision::F32, Precision::Bf16, Precision::Int8];
@@ -400,11 +400,58 @@ fn poison_stays_in_its_row() {
             values(&mut cpu, Buffer(0), row)[7] = value;
         }
         cpu.rms_norm(Buffer(0), &ones, 1e-5, Buffer(1));
-        let mut poisoned = Vec::new();
-        cpu.sample(&head, Buffer(1), &[SampleRow::GREEDY; 30], &mut poisoned).unwrap();
-        for row in 0..30 {
-            let expected = if [0, 13, 29].contains(&row) { &Err(Poisoned) } else { &clean[row] };
-            assert_eq!(&poisoned[row], expected, "{precision:?} row {row}");
+        // The greedy path, and the one that writes logits.
+        let mut drawn = [SampleRow::GREEDY; 30];
+        drawn[13].temperature = 1.0;
+        for rows in [[SampleRow::GREEDY; 30], drawn] {
+            let mut poisoned = Vec::new();
+            cpu.sample(&head, Buffer(1), &rows, &mut poisoned).unwrap();
+            for row in 0..30 {
+                let expected = if [0, 13, 29].contains(&row) { &Err(Poisoned) } else { &clean[row] };
+                assert_eq!(&poisoned[row], expected, "{precision:?} row {row}");
+            }
+        }
+    }
+}
+
+/// The greedy path, which writes no logits, chooses as the path that does: also among equals, and where every
+/// logit is below the zero of the padding.
+#[test]
+fn greedy_rows_get_the_first_greatest_logit() {
+    for isa in isas() {
+        for precision in PRECISIONS {
+            let mut cpu = cpu(isa, precision);
+            cpu.allocate(plan(&[(32, BufferKind::Values), (32, BufferKind::Operand)], NO_KV)).unwrap();
+            begin(&mut cpu, 30);
+            // Rows 32 to 63 of the head repeat rows 0 to 31.
+            let mut weights = random(3, 97 * 32);
+            weights.copy_within(..32 * 32, 32 * 32);
+            let head = load(&mut cpu, 97, 32, &weights);
+            let downwards: Vec<f32> = weights.iter().map(|weight| -weight.abs()).collect();
+            let negative = load(&mut cpu, 97, 32, &downwards);
+            let ones = vector(&mut cpu, &[1.0; 32]);
+            for row in 0..30 {
+                let inputs = random(row as u64, 32);
+                values(&mut cpu, Buffer(0), row).copy_from_slice(&inputs);
+            }
+            values(&mut cpu, Buffer(0), 4).fill(1.0);
+            cpu.rms_norm(Buffer(0), &ones, 1e-5, Buffer(1));
+            for head in [&head, &negative] {
+                let mut logits = vec![0.0; 30 * 97];
+                cpu.logits(head, Buffer(1), &mut logits).unwrap();
+                let (mut greedy, mut mixed) = (Vec::new(), Vec::new());
+                cpu.sample(head, Buffer(1), &[SampleRow::GREEDY; 30], &mut greedy).unwrap();
+                let mut rows = [SampleRow::GREEDY; 30];
+                rows[29].temperature = 1.0;
+                cpu.sample(head, Buffer(1), &rows, &mut mixed).unwrap();
+                let below_padding = logits[4 * 97..5 * 97].iter().all(|&logit| logit < 0.0);
+                assert_eq!(below_padding, std::ptr::eq(head, &negative));
+                for (row, logits) in logits.chunks_exact(97).enumerate() {
+                    let token = greatest(logits).unwrap().0;
+                    assert_eq!(greedy[row].as_ref().unwrap().token, token, "{isa} {precision:?} row {row}");
+                    assert!(row == 29 || mixed[row] == greedy[row], "{isa} {precision:?} row {row}");
+                }
+            }
         }
     }
 }

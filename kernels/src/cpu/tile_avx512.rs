@@ -30,6 +30,7 @@ macro_rules! tile_form {
                         }
                     }
                     let mut a = tile.a;
+                    let mut next_left = tile.next_left;
                     for (b, next) in tile.b[..tile.segments].iter().zip(&tile.next) {
                         let mut offset = 0;
                         for _ in 0..tile.groups {
@@ -47,6 +48,10 @@ macro_rules! tile_form {
                                     let ($acc, $b) = (totals[row][panel], right[panel]);
                                     totals[row][panel] = $step;
                                 }
+                            }
+                            if PANELS == 2 {
+                                _mm_prefetch::<_MM_HINT_T0>(next_left.cast());
+                                next_left = next_left.wrapping_add(LANES);
                             }
                             a = a.add(1);
                             offset += tile.b_stride;
