@@ -278,7 +278,7 @@ impl Task<'_> {
                 groups: self.places.dim / self.pack,
                 sums_stride: TILE_BLOCKS,
                 accumulate: false,
-                next_left: a,
+                later: a,
                 next: if rows > WIDE_TILE_ROWS { few(keys, GROUPS_AHEAD * LANES) } else { few(next, 0) },
             };
             let scores = &mut scratch.scores.as_flattened_mut()[index..];
@@ -351,7 +351,7 @@ impl Task<'_> {
                 groups: BLOCK_TOKENS / self.pack,
                 sums_stride: panels,
                 accumulate: !first,
-                next_left: a,
+                later: a,
                 next: if rows > WIDE_TILE_ROWS {
                     values(keys, GROUPS_AHEAD * self.places.dim)
                 } else {

@@ -1,8 +1,7 @@
 //! The greatest logit of each row, found while the head is multiplied: logits that nobody else asks for are never
 //! written.
 //!
-//! Each thread keeps the greatest value of every lane and the panel that it came from. Tasks are claimed in
-//! ascending order, so the first of equals stays within a thread; between threads and lanes the lowest token
+//! Each thread keeps the greatest value of every lane and the panel that it came from; of equals the lowest token
 //! wins. A row with a logit that is not a number, or whose greatest one is infinite, is poisoned.
 
 use super::lanes::versions;
@@ -69,7 +68,8 @@ fn take_body(tile: &Finished<'_>, (first, features): (usize, usize), best: &mut 
             for lane in 0..LANES {
                 let value = values[lane];
                 best.poison[lane] |= u32::from(value.is_nan());
-                let better = value > best.values[lane];
+                let earlier = (panel as u32) < best.panels[lane];
+                let better = (value > best.values[lane]) | ((value == best.values[lane]) & earlier);
                 best.values[lane] = if better { value } else { best.values[lane] };
                 best.panels[lane] = if better { panel as u32 } else { best.panels[lane] };
             }

@@ -118,10 +118,17 @@ pub fn product(
     assert_eq!(x.width, matrix.columns, "width of an operand");
     // Pairs of panels, so that gate and up stay together.
     let pairs = matrix.panel_count().div_ceil(2);
-    let columns = columns(pairs, rows, pool.threads());
+    let threads = pool.threads();
+    let columns = columns(pairs, rows, threads);
     let groups = rows.div_ceil(TASK_ROWS);
     pool.run(columns * groups, |thread, task| {
-        let (group, column) = (task / columns, task % columns);
+        let (group, turn) = (task / columns, task % columns);
+        // Threads that take turns each go through a run of neighbouring panels.
+        let column = if columns.is_multiple_of(threads) {
+            turn % threads * (columns / threads) + turn / threads
+        } else {
+            turn
+        };
         let (first, len) = share(pairs, columns, column);
         let block = Block {
             rows: (group * TASK_ROWS, rows.min((group + 1) * TASK_ROWS)),
@@ -181,10 +188,10 @@ fn multiply(
             // SAFETY: the panel is below the matrix' panel count.
             *pointer = unsafe { b.add((panel + index) * groups * LANES) };
         }
-        let ahead = if panels == 4 { panels * groups * LANES } else { GROUPS_AHEAD * LANES };
-        let next = pointers.map(|panel| panel.wrapping_add(ahead));
         // Blocks of nearly equal size: a last one of one or two rows would leave the multipliers idle.
         let count = (end - start).div_ceil(forms.tile_rows);
+        let ahead = if count == 1 { panels * groups } else { GROUPS_AHEAD };
+        let next = pointers.map(|panel| panel.wrapping_add(ahead * LANES));
         for index in 0..count {
             let (first, rows) = share(end - start, count, index);
             let row = start + first;
@@ -203,8 +210,8 @@ fn multiply(
                 sums_stride: panels,
                 accumulate: false,
                 next: [next; TILE_SEGMENTS],
-                // The rows after these; after the last ones, the first ones again.
-                next_left: a.wrapping_add(if index + 1 < count { row + rows } else { start } * a_stride),
+                // The first tiles ask for the panels after these, a panel each: they come from memory.
+                later: pointers[0].wrapping_add((panels + index.min(panels - 1)) * groups * LANES),
             };
             // SAFETY: the operands span these rows and panels (asserted in `operands`), and the processor has
             // the form's instructions.

@@ -69,7 +69,7 @@ impl Cpu {
                     sums_stride: 2,
                     accumulate: false,
                     next: b,
-                    next_left: a.as_ptr(),
+                    later: a.as_ptr(),
                 };
                 for _ in 0..TILES {
                     // SAFETY: both operands have the rows, panels and groups of the tile.

@@ -59,8 +59,9 @@ pub struct Tile {
     /// What is needed next: with each group of a right operand the memory at the same distance from here is
     /// asked for. Any address will do; nothing is read from it.
     pub next: [[*const u32; TILE_PANELS]; TILE_SEGMENTS],
-    /// The same for the left operand: with each group, a line of 64 bytes from here on is asked for.
-    pub next_left: *const u32,
+    /// What is needed after that: with each group of a tile of two panels, a line of 64 bytes from here on is
+    /// asked for, into the second-level cache.
+    pub later: *const u32,
 }
 
 /// A form of the tile product.

@@ -325,7 +325,7 @@ impl Case {
             sums_stride: self.panels,
             accumulate: false,
             next: [panels; TILE_SEGMENTS],
-            next_left: a.as_ptr(),
+            later: a.as_ptr(),
         }
     }
 }

@@ -30,7 +30,7 @@ macro_rules! tile_form {
                         }
                     }
                     let mut a = tile.a;
-                    let mut next_left = tile.next_left;
+                    let mut later = tile.later;
                     for (b, next) in tile.b[..tile.segments].iter().zip(&tile.next) {
                         let mut offset = 0;
                         for _ in 0..tile.groups {
@@ -50,8 +50,8 @@ macro_rules! tile_form {
                                 }
                             }
                             if PANELS == 2 {
-                                _mm_prefetch::<_MM_HINT_T0>(next_left.cast());
-                                next_left = next_left.wrapping_add(LANES);
+                                _mm_prefetch::<_MM_HINT_T1>(later.cast());
+                                later = later.wrapping_add(LANES);
                             }
                             a = a.add(1);
                             offset += tile.b_stride;
