@@ -7,6 +7,7 @@
 //! in one block: a row goes through the same operations alone, in a chunk and in any batch.
 
 use std::f32::consts::LOG2_E;
+use std::ops::Range;
 
 use super::arena::{Arena, Cache, CacheBlocks, Places};
 use super::lanes::{self, versions};
@@ -105,16 +106,6 @@ struct Task<'a> {
     group: usize,
     /// Elements in a group of 32 bits.
     pack: usize,
-    /// The heads of the task end here.
-    heads_end: usize,
-}
-
-/// Some neighbouring blocks of a sequence, of one head.
-#[derive(Clone, Copy)]
-struct Blocks {
-    head: usize,
-    first: usize,
-    end: usize,
 }
 
 /// Rows of a run: as many as fit into a tile with all heads of the group, a power of two below a block's size.
@@ -155,9 +146,8 @@ pub fn attention(
         let scratch = unsafe { &mut *scratch.range(thread, 1)[0] };
         let (run, first_head) = (runs[index / parts], index % parts * heads);
         let table = &step.block_tables[step.spans[run.span].table as usize..];
-        let heads_end = first_head + heads;
-        let task = Task { forms, shape, run, table, layer, cache, places, group, pack, heads_end };
-        for head in first_head..heads_end {
+        let task = Task { forms, shape, run, table, layer, cache, places, group, pack };
+        for head in first_head..first_head + heads {
             task.load_queries(head, (qkv.values(), qkv.stride), scratch);
             task.stream(head, scratch);
             task.finish(head, target, scratch);
@@ -192,86 +182,54 @@ impl Task<'_> {
         self.shape.sliding_window.map_or(usize::MAX, |window| window as usize)
     }
 
-    /// The tile that starts at a block. Tiles end at multiples of their size, wherever the first one starts.
-    fn tile_from(&self, head: usize, first: usize) -> Blocks {
-        let end_block = (self.run.position + self.run.rows - 1) / BLOCK_TOKENS + 1;
-        Blocks { head, first, end: end_block.min((first / TILE_BLOCKS + 1) * TILE_BLOCKS) }
-    }
-
-    /// The first tile that any row of the run sees.
-    fn first_tile(&self, head: usize) -> Blocks {
-        let first = (self.run.position + 1).saturating_sub(self.window());
-        self.tile_from(head, first / BLOCK_TOKENS)
-    }
-
-    /// The tile after this one, of this head or the next one of the task.
-    fn tile_after(&self, blocks: Blocks) -> Option<Blocks> {
-        let next = self.tile_from(blocks.head, blocks.end);
-        if next.first < next.end {
-            Some(next)
-        } else if blocks.head + 1 < self.heads_end {
-            Some(self.first_tile(blocks.head + 1))
-        } else {
-            None
-        }
-    }
-
-    /// Goes over the tiles of a head that any row of the run sees.
+    /// Goes over the tiles of a head that any row of the run sees. Tiles end at multiples of their size, wherever
+    /// the first one starts.
     fn stream(&self, head: usize, scratch: &mut Scratch) {
         scratch.maxima.fill(f32::NEG_INFINITY);
         scratch.totals.fill([0.0; LANES]);
-        let mut blocks = self.first_tile(head);
-        let mut keys = self.keys(blocks);
-        let mut first = true;
-        loop {
-            let next = self.tile_after(blocks);
-            // Blocks lie scattered, so the processor cannot foresee the next ones.
-            let next_keys = next.map_or(keys, |next| self.keys(next));
-            let count = blocks.end - blocks.first;
-            self.score((&keys[..count], &next_keys), scratch);
-            self.weigh(blocks, first, scratch);
-            self.add_values((&keys[..count], &next_keys), first, scratch);
-            match next {
-                Some(next) if next.head == head => (blocks, keys, first) = (next, next_keys, false),
-                _ => return,
-            }
+        let end_block = (self.run.position + self.run.rows - 1) / BLOCK_TOKENS + 1;
+        let first_block = (self.run.position + 1).saturating_sub(self.window()) / BLOCK_TOKENS;
+        let mut block = first_block;
+        while block < end_block {
+            let blocks = block..end_block.min((block / TILE_BLOCKS + 1) * TILE_BLOCKS);
+            let keys = self.keys(head, blocks.clone());
+            let keys = &keys[..blocks.len()];
+            self.score(keys, scratch);
+            self.weigh(&blocks, block == first_block, scratch);
+            self.add_values(keys, block == first_block, scratch);
+            block = blocks.end;
         }
     }
 
     /// Where the keys of a tile's blocks start; the values follow. Entries of blocks that a tile lacks repeat
     /// the first.
-    fn keys(&self, blocks: Blocks) -> [*const u32; TILE_BLOCKS] {
+    fn keys(&self, head: usize, blocks: Range<usize>) -> [*const u32; TILE_BLOCKS] {
         let base: *const u32 = match &self.cache.blocks {
             CacheBlocks::F32(blocks) => blocks.as_ptr().cast(),
             CacheBlocks::Bf16(blocks) => blocks.as_ptr().cast(),
         };
         std::array::from_fn(|index| {
-            let index = if blocks.first + index < blocks.end { blocks.first + index } else { blocks.first };
-            let start = self.places.offset(self.layer, self.table[index] as usize, blocks.head);
+            let index = if index < blocks.len() { blocks.start + index } else { blocks.start };
+            let start = self.places.offset(self.layer, self.table[index] as usize, head);
             // SAFETY: the batch was checked: the block is one of the cache's.
             unsafe { base.add(start / self.pack) }
         })
     }
 
     /// `scores[row][block] = queries * keys`.
-    fn score(&self, (keys, next): (&[*const u32], &[*const u32; TILE_BLOCKS]), scratch: &mut Scratch) {
+    fn score(&self, keys: &[*const u32], scratch: &mut Scratch) {
         let rows = self.rows();
         let (a, a_stride) = scratch.queries.operand(self.pack);
         let mut index = 0;
         while index < keys.len() {
             let panels = panels_of(rows, keys.len() - index);
-            let few = |blocks: &[*const u32], ahead: usize| {
-                let mut few = [blocks[index]; TILE_PANELS];
-                for (few, block) in few.iter_mut().zip(&blocks[index..]).take(panels) {
-                    *few = block.wrapping_add(ahead);
-                }
-                [few; TILE_SEGMENTS]
-            };
+            let mut b = [keys[index]; TILE_PANELS];
+            b[..panels].copy_from_slice(&keys[index..index + panels]);
             let tile = Tile {
                 a,
                 a_stride,
                 rows,
-                b: few(keys, 0),
+                b: [b; TILE_SEGMENTS],
                 segments: 1,
                 b_stride: LANES,
                 panels,
@@ -279,7 +237,7 @@ impl Task<'_> {
                 sums_stride: TILE_BLOCKS,
                 accumulate: false,
                 later: a,
-                next: if rows > WIDE_TILE_ROWS { few(keys, GROUPS_AHEAD * LANES) } else { few(next, 0) },
+                next: [b.map(|keys| keys.wrapping_add(GROUPS_AHEAD * LANES)); TILE_SEGMENTS],
             };
             let scores = &mut scratch.scores.as_flattened_mut()[index..];
             // SAFETY: the queries have `rows` rows, each block `dim` elements for 16 tokens.
@@ -289,10 +247,9 @@ impl Task<'_> {
     }
 
     /// Scores to weights, with the running maximum and total of each row.
-    fn weigh(&self, blocks: Blocks, first: bool, scratch: &mut Scratch) {
+    fn weigh(&self, blocks: &Range<usize>, first: bool, scratch: &mut Scratch) {
         let rows = self.rows();
-        let Blocks { first: start, end, .. } = blocks;
-        let (start, end) = (start * BLOCK_TOKENS, end * BLOCK_TOKENS);
+        let (start, end) = (blocks.start * BLOCK_TOKENS, blocks.end * BLOCK_TOKENS);
         // Lanes of the tile that a row sees, from and up to.
         let mut seen = [(0, 0); TILE_ROWS];
         for (row, seen) in seen.iter_mut().enumerate().take(rows) {
@@ -302,7 +259,7 @@ impl Task<'_> {
         }
         let panels = self.places.dim / LANES;
         let tile = Weighing {
-            blocks: blocks.end - blocks.first,
+            blocks: blocks.len(),
             seen: &seen[..rows],
             scale: self.shape.scale * LOG2_E,
             scores: &mut scratch.scores,
@@ -318,12 +275,7 @@ impl Task<'_> {
     }
 
     /// `results += weights * values`; the first tile of a head starts from zero.
-    fn add_values(
-        &self,
-        (keys, next): (&[*const u32], &[*const u32; TILE_BLOCKS]),
-        first: bool,
-        scratch: &mut Scratch,
-    ) {
+    fn add_values(&self, keys: &[*const u32], first: bool, scratch: &mut Scratch) {
         let (rows, panels) = (self.rows(), self.places.dim / LANES);
         let (a, a_stride) = scratch.weights.operand(self.pack);
         let mut panel = 0;
@@ -331,11 +283,11 @@ impl Task<'_> {
             let chunk = panels_of(rows, panels - panel);
             // The values of a block follow its keys, and `chunk` panels of them are left.
             let start = BLOCK_TOKENS * self.places.dim / self.pack + panel * LANES;
-            let values = |blocks: &[*const u32], ahead: usize| {
-                let mut values = [[blocks[0]; TILE_PANELS]; TILE_SEGMENTS];
-                for (values, keys) in values.iter_mut().zip(blocks) {
+            let values = |from: usize| {
+                let mut values = [[keys[0]; TILE_PANELS]; TILE_SEGMENTS];
+                for (values, keys) in values.iter_mut().zip(keys) {
                     for (index, value) in values.iter_mut().enumerate().take(chunk) {
-                        *value = keys.wrapping_add(start + index * LANES + ahead);
+                        *value = keys.wrapping_add(from + index * LANES);
                     }
                 }
                 values
@@ -344,7 +296,7 @@ impl Task<'_> {
                 a,
                 a_stride,
                 rows,
-                b: values(keys, 0),
+                b: values(start),
                 segments: keys.len(),
                 b_stride: self.places.dim,
                 panels: chunk,
@@ -352,11 +304,7 @@ impl Task<'_> {
                 sums_stride: panels,
                 accumulate: !first,
                 later: a,
-                next: if rows > WIDE_TILE_ROWS {
-                    values(keys, GROUPS_AHEAD * self.places.dim)
-                } else {
-                    values(next, 0)
-                },
+                next: values(start + GROUPS_AHEAD * self.places.dim),
             };
             let results = &mut scratch.results[panel..rows * panels];
             // SAFETY: the weights have `rows` rows, each block 16 values of `dim` elements.

@@ -191,28 +191,29 @@ fn multiply(
         // Blocks of nearly equal size: a last one of one or two rows would leave the multipliers idle.
         let count = (end - start).div_ceil(forms.tile_rows);
         let ahead = if count == 1 { panels * groups } else { GROUPS_AHEAD };
-        let next = pointers.map(|panel| panel.wrapping_add(ahead * LANES));
+        let mut tile = Tile {
+            a,
+            a_stride,
+            rows: 0,
+            b: [pointers; TILE_SEGMENTS],
+            segments: 1,
+            b_stride: LANES,
+            panels,
+            groups,
+            sums_stride: panels,
+            accumulate: false,
+            next: [pointers.map(|panel| panel.wrapping_add(ahead * LANES)); TILE_SEGMENTS],
+            later: a,
+        };
         for index in 0..count {
             let (first, rows) = share(end - start, count, index);
-            let row = start + first;
-            let area = Area { row, rows, panel, panels };
+            let area = Area { row: start + first, rows, panel, panels };
             sink(area, None);
-            let tile = Tile {
-                // SAFETY: the row is one of the operand's rows.
-                a: unsafe { a.add(row * a_stride) },
-                a_stride,
-                rows,
-                b: [pointers; TILE_SEGMENTS],
-                segments: 1,
-                b_stride: LANES,
-                panels,
-                groups,
-                sums_stride: panels,
-                accumulate: false,
-                next: [next; TILE_SEGMENTS],
-                // The first tiles ask for the panels after these, a panel each: they come from memory.
-                later: pointers[0].wrapping_add((panels + index.min(panels - 1)) * groups * LANES),
-            };
+            tile.rows = rows;
+            // SAFETY: the row is one of the operand's rows.
+            tile.a = unsafe { a.add(area.row * a_stride) };
+            // The first tiles ask for the panels after these, a panel each: they come from memory.
+            tile.later = pointers[0].wrapping_add((panels + index.min(panels - 1)) * groups * LANES);
             // SAFETY: the operands span these rows and panels (asserted in `operands`), and the processor has
             // the form's instructions.
             unsafe { (forms.tile)(&tile, sums.0.as_mut_ptr()) };
