@@ -376,9 +376,7 @@ fn weigh_blocks<const BLOCKS: usize, T: Copy>(
         let mut greatest = [f32::NEG_INFINITY; LANES];
         for (block, scores) in scores[row][..BLOCKS].iter_mut().enumerate() {
             let mut scaled = *scores;
-            for lane in 0..LANES {
-                scaled[lane] *= scale;
-            }
+            lanes::multiply(&mut scaled, scale);
             if !whole {
                 for lane in 0..LANES {
                     let token = (block * LANES + lane) as u32;
