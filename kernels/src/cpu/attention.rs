@@ -378,10 +378,10 @@ fn weigh_blocks<const BLOCKS: usize, T: Copy>(
             let mut scaled = *scores;
             lanes::multiply(&mut scaled, scale);
             if !whole {
-                for lane in 0..LANES {
+                for (lane, score) in scaled.iter_mut().enumerate() {
                     let token = (block * LANES + lane) as u32;
                     let visible = (token >= low) & (token < high);
-                    scaled[lane] = if visible { scaled[lane] } else { f32::NEG_INFINITY };
+                    *score = if visible { *score } else { f32::NEG_INFINITY };
                 }
             }
             for lane in 0..LANES {

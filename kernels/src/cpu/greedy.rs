@@ -65,8 +65,7 @@ fn take_body(tile: &Finished<'_>, (first, features): (usize, usize), best: &mut 
             for value in values.iter_mut().skip(features - (panel * PANEL).min(features)) {
                 *value = f32::NEG_INFINITY;
             }
-            for lane in 0..LANES {
-                let value = values[lane];
+            for (lane, value) in values.into_iter().enumerate() {
                 best.poison[lane] |= u32::from(value.is_nan());
                 let earlier = (panel as u32) < best.panels[lane];
                 let better = (value > best.values[lane]) | ((value == best.values[lane]) & earlier);
