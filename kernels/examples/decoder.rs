@@ -67,6 +67,7 @@ impl Model {
             logits_rows_max: rows_max.min(256),
             positions_max: 8192,
             vocabulary: SHAPE.vocabulary,
+            heads: SHAPE.heads,
             buffers: buffers.map(|(width, kind)| BufferPlan { width, kind }).to_vec(),
             kv: KvPlan { layers: 30, kv_heads: 3, head_dim: 64, blocks },
             rope: RopePlan {

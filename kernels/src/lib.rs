@@ -1,12 +1,14 @@
-//! The ops of a decoder: one trait, and a CPU implementation of it.
+//! The ops of a decoder: one trait, implemented on CPUs and on NVIDIA GPUs.
 //!
 //! [`ops::Ops`] is everything that a model description may ask for. It knows buffers, block tables and rows;
 //! it knows no sequence, no scheduler and no architecture. [`cpu::Cpu`] implements it for the processor at
-//! hand. The invariant of every implementation: the bytes computed for a row depend on that row's own
-//! sequence alone, never on the other rows of a step, their number, or how a prompt was cut into chunks.
+//! hand, [`cuda::Cuda`] for a GPU. The invariant of every implementation: the bytes computed for a row depend
+//! on that row's own sequence alone, never on the other rows of a step, their number, or how a prompt was cut
+//! into chunks.
 
 pub mod bounds;
 pub mod cpu;
+pub mod cuda;
 pub mod isa;
 pub mod ops;
 pub mod pool;

@@ -71,6 +71,8 @@ pub struct ArenaPlan {
     pub positions_max: usize,
     /// Tokens in the vocabulary (rows of the head).
     pub vocabulary: usize,
+    /// Query heads of a layer.
+    pub heads: usize,
     /// Activation buffers; [`Buffer`] is an index into these.
     pub buffers: Vec<BufferPlan>,
     /// The cache.
@@ -94,6 +96,17 @@ pub enum PlanError {
         /// The greatest value.
         most: usize,
     },
+    /// Heads of a size that the implementation is not made for.
+    #[error("head_dim is {value}; it must be one of {known:?}")]
+    HeadDim {
+        /// The size.
+        value: usize,
+        /// The sizes that there are.
+        known: &'static [usize],
+    },
+    /// The device has too little memory, or failed.
+    #[error("device: {0}")]
+    Device(String),
     /// The RoPE table turns more elements than a head has.
     #[error("rope turns {turned} elements; a head has {head_dim}")]
     Rope {

@@ -70,11 +70,11 @@ impl SampleRow<'_> {
         self.temperature == 0.0 && !self.adjusts() && self.logprobs.is_none()
     }
 
-    fn penalises(&self) -> bool {
+    pub(crate) fn penalises(&self) -> bool {
         self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
     }
 
-    fn adjusts(&self) -> bool {
+    pub(crate) fn adjusts(&self) -> bool {
         self.penalises() || !self.logit_bias.is_empty()
     }
 }

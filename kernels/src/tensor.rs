@@ -70,6 +70,9 @@ pub enum LoadError {
         /// Rows of the up projection.
         up: usize,
     },
+    /// The device has too little memory, or failed.
+    #[error("device: {0}")]
+    Device(String),
     /// Nothing was given.
     #[error("no tensor was given; at least 1 is needed")]
     Empty,

@@ -51,6 +51,7 @@ fn plan(widths: &[(usize, BufferKind)], kv: KvPlan) -> ArenaPlan {
         logits_rows_max: 80,
         positions_max: 256,
         vocabulary: 97,
+        heads: kv.kv_heads,
         buffers: widths.iter().map(|&(width, kind)| BufferPlan { width, kind }).collect(),
         kv,
         rope: RopePlan { inverse_frequencies: vec![1.0, 0.3, 0.05, 0.01], amplitude: 1.0 },

@@ -157,6 +157,7 @@ pub fn arena_plan(config: &DecoderConfig, sizes: ArenaSizes) -> ArenaPlan {
         logits_rows_max: sizes.logits_rows_max,
         positions_max: sizes.positions_max,
         vocabulary: config.vocabulary,
+        heads: config.heads,
         buffers: vec![
             values(config.hidden),
             operand(config.hidden),

@@ -1,0 +1,371 @@
+//! Memory of steps on the device: one allocation, cut up once.
+//!
+//! Activations, the paged cache, RoPE tables, logits and the scratch of attention and sampling. What a step uploads
+//! goes through one pinned buffer into one place. Sizes that the kernels cannot do are refused here.
+
+use std::sync::Arc;
+
+use cudarc::driver::sys::CUtensorMap;
+
+use super::device::{Device, DeviceError, Memory, Pinned};
+use super::plan::{Capacity, GRAPH_ROWS_MAX, Layout, Packing, splits};
+use super::sampling::{ADJUSTMENT_BYTES, LOGPROBS_BYTES, PART_TOKENS, RESULT_BYTES};
+use super::weights::tensor_map;
+use crate::ops::{ArenaPlan, BLOCK_TOKENS, BufferKind, KvPlan, PlanError};
+
+/// Sizes of heads that attention is compiled for.
+pub const HEAD_DIMS: [usize; 4] = [64, 96, 128, 256];
+/// Most query heads per key-value head.
+const GROUP_MAX: usize = 8;
+/// Spans of one row that are not sampled: a prompt's chunk may end up with one row, once in a step.
+const SPANS_SPARE: usize = 64;
+/// Most tokens whose logits change in a step, over all rows.
+const ADJUSTMENTS_MAX: usize = 1 << 22;
+
+/// Rows of activations, and a second place for those that stay after narrowing.
+#[derive(Debug, Clone)]
+pub struct Activation {
+    /// Elements in a row.
+    pub width: usize,
+    /// Elements from row to row.
+    pub stride: usize,
+    /// What it holds.
+    pub kind: BufferKind,
+    /// All rows.
+    pub rows: Place,
+    /// The rows that want logits.
+    pub narrowed: Place,
+}
+
+/// Rows in memory.
+#[derive(Debug, Clone)]
+pub struct Place {
+    /// Where they start.
+    pub pointer: u64,
+    /// Of operands: boxes of 8 and of 32 rows.
+    pub maps: Option<[CUtensorMap; 2]>,
+}
+
+impl Activation {
+    /// Bytes of an element.
+    pub fn element_bytes(&self) -> usize {
+        if self.kind == BufferKind::Values { 4 } else { 2 }
+    }
+}
+
+/// Everything that steps use.
+#[derive(Debug)]
+pub struct Arena {
+    /// What was asked for.
+    pub plan: ArenaPlan,
+    /// By [`crate::ops::Buffer`].
+    pub buffers: Vec<Activation>,
+    /// Turned queries, bf16: `[rows_max][heads * head_dim]`.
+    pub queries: u64,
+    /// All layers' pages.
+    pub cache: u64,
+    /// Bytes of a layer's pages.
+    pub layer_bytes: usize,
+    /// `[positions_max][2 * pairs]`: cosines, then sines.
+    pub rope: u64,
+    /// What a step uploads.
+    pub step: u64,
+    /// The host's side of it.
+    pub staging: Pinned,
+    /// `[logits_rows_max][logits_stride]`.
+    pub logits: u64,
+    /// Elements from row to row of the logits: the vocabulary, rounded up to vectors.
+    pub logits_stride: usize,
+    /// The scratch of sampling.
+    pub sampling: SamplingPlaces,
+    /// Partial results of attention.
+    pub partials: u64,
+    /// Decode items that `partials` has room for.
+    pub items_max: usize,
+    /// Attention's counters, zero between launches.
+    pub counters: u64,
+    /// Results of sampling, on the host.
+    pub results: Pinned,
+    /// Adjustments on their way.
+    pub adjustments: Pinned,
+    memory: Memory,
+}
+
+/// Where sampling keeps what it needs.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct SamplingPlaces {
+    /// Parts of a row.
+    pub parts: usize,
+    /// `PartMaximum` each.
+    pub maxima: u64,
+    /// One mass per part.
+    pub masses: u64,
+    /// One threshold per row.
+    pub thresholds: u64,
+    /// `SampleResult` each, and right after them `SampleLogprobs` each.
+    pub results: u64,
+    /// Bytes from the results to the log probabilities.
+    pub logprobs_offset: usize,
+    /// The token of each row, for the next step.
+    pub fed: u64,
+    /// `Adjustment` each.
+    pub adjustments: u64,
+    /// Room for these.
+    pub adjustments_max: usize,
+}
+
+/// Bytes of one KV block over all layers.
+pub fn kv_block_bytes(kv: &KvPlan) -> usize {
+    kv.layers * kv.kv_heads * 2 * BLOCK_TOKENS * kv.head_dim * 2
+}
+
+fn check(plan: &ArenaPlan) -> Result<(), PlanError> {
+    let bound = |field, value: usize, least: usize, most: usize| {
+        if (least..=most).contains(&value) {
+            Ok(())
+        } else {
+            Err(PlanError::Size { field, value, least, most })
+        }
+    };
+    bound("rows_max", plan.rows_max, 1, 1 << 17)?;
+    bound("logits_rows_max", plan.logits_rows_max, 1, plan.rows_max)?;
+    bound("positions_max", plan.positions_max, 1, 1 << 20)?;
+    bound("vocabulary", plan.vocabulary, 1, 1 << 24)?;
+    bound("kv.layers", plan.kv.layers, 1, 1 << 12)?;
+    bound("kv.kv_heads", plan.kv.kv_heads, 1, 1 << 10)?;
+    bound("kv.blocks", plan.kv.blocks, 1, 1 << 26)?;
+    bound("heads modulo kv.kv_heads", plan.heads % plan.kv.kv_heads, 0, 0)?;
+    bound("heads per key-value head", plan.heads / plan.kv.kv_heads, 1, GROUP_MAX)?;
+    if !HEAD_DIMS.contains(&plan.kv.head_dim) {
+        return Err(PlanError::HeadDim { value: plan.kv.head_dim, known: &HEAD_DIMS });
+    }
+    for buffer in &plan.buffers {
+        bound("buffer width", buffer.width, 1, 1 << 20)?;
+    }
+    let turned = plan.rope.inverse_frequencies.len() * 2;
+    if turned > plan.kv.head_dim {
+        return Err(PlanError::Rope { turned, head_dim: plan.kv.head_dim });
+    }
+    Ok(())
+}
+
+/// Cuts one range of memory into aligned pieces.
+#[derive(Debug, Default)]
+struct Cutter {
+    end: usize,
+}
+
+impl Cutter {
+    fn take(&mut self, bytes: usize) -> u64 {
+        let start = self.end;
+        self.end += bytes.next_multiple_of(256);
+        start as u64
+    }
+}
+
+impl Arena {
+    /// Takes the memory.
+    ///
+    /// # Errors
+    /// When a size is out of bounds or the device has too little memory.
+    pub fn new(device: &Arc<Device>, plan: ArenaPlan) -> Result<Self, PlanError> {
+        check(&plan)?;
+        let failed = |error: DeviceError| PlanError::Device(error.to_string());
+        let mut cut = Cutter::default();
+        let (kv, rows, logits_rows) = (plan.kv, plan.rows_max, plan.logits_rows_max.max(GRAPH_ROWS_MAX));
+        let mut buffers: Vec<Activation> =
+            plan.buffers.iter().map(|buffer| activation(&mut cut, *buffer, rows, logits_rows)).collect();
+        let padded_rows = rows.max(GRAPH_ROWS_MAX);
+        let queries = cut.take(padded_rows * plan.heads * kv.head_dim * 2);
+        let layer_bytes = kv_block_bytes(&KvPlan { layers: 1, ..kv }) * kv.blocks;
+        let cache = cut.take(layer_bytes * kv.layers);
+        let table = rope_table(&plan);
+        let rope = cut.take(table.len() * 4);
+        let spans_max = rows.min(logits_rows + SPANS_SPARE).max(GRAPH_ROWS_MAX);
+        let items_max = spans_max * splits(plan.positions_max);
+        let partials = cut.take(items_max * plan.heads * (kv.head_dim + 2) * 4);
+        let counters = cut.take((spans_max * kv.kv_heads + 1) * 4);
+        let step_bytes = step_bytes(&plan, spans_max, logits_rows);
+        let step = cut.take(step_bytes);
+        let logits_stride = plan.vocabulary.next_multiple_of(4);
+        let logits = cut.take(logits_rows * logits_stride * 4);
+        let mut sampling = sampling_places(&mut cut, &plan, logits_rows);
+        let memory = Memory::zeroed(device, cut.end).map_err(failed)?;
+        let base = memory.pointer();
+        for buffer in &mut buffers {
+            place(buffer, base, rows.max(GRAPH_ROWS_MAX), logits_rows).map_err(failed)?;
+        }
+        for place in [
+            &mut sampling.maxima,
+            &mut sampling.masses,
+            &mut sampling.thresholds,
+            &mut sampling.results,
+            &mut sampling.fed,
+            &mut sampling.adjustments,
+        ] {
+            *place += base;
+        }
+        upload_table(device, &memory, rope as usize, &table).map_err(failed)?;
+        let pinned = |bytes| Pinned::zeroed(device, bytes).map_err(failed);
+        Ok(Self {
+            buffers,
+            queries: base + queries,
+            cache: base + cache,
+            layer_bytes,
+            rope: base + rope,
+            step: base + step,
+            staging: pinned(step_bytes)?,
+            logits: base + logits,
+            logits_stride,
+            sampling,
+            partials: base + partials,
+            items_max,
+            counters: base + counters,
+            results: pinned(logits_rows * (RESULT_BYTES + LOGPROBS_BYTES))?,
+            adjustments: pinned(sampling.adjustments_max * ADJUSTMENT_BYTES)?,
+            memory,
+            plan,
+        })
+    }
+
+    /// Elements in the queries' rows.
+    pub fn query_width(&self) -> usize {
+        self.plan.heads * self.plan.kv.head_dim
+    }
+
+    /// How rows are packed into tiles of attention.
+    pub fn packing(&self) -> Packing {
+        packing(&self.plan)
+    }
+
+    /// Queues the upload of the staging buffer's first words to the step's place.
+    ///
+    /// # Errors
+    /// When the driver refuses it.
+    pub fn upload_step(&self, words: usize) -> Result<(), DeviceError> {
+        let offset = (self.step - self.memory.pointer()) as usize;
+        // SAFETY: the staging buffer is written only while no step is on its way.
+        unsafe { self.memory.upload(offset, &self.staging.as_slice()[..words * 4]) }
+    }
+
+    /// Queues the upload of the first adjustments.
+    ///
+    /// # Errors
+    /// When the driver refuses it.
+    pub fn upload_adjustments(&self, count: usize) -> Result<(), DeviceError> {
+        let offset = (self.sampling.adjustments - self.memory.pointer()) as usize;
+        // SAFETY: as for the step.
+        unsafe { self.memory.upload(offset, &self.adjustments.as_slice()[..count * ADJUSTMENT_BYTES]) }
+    }
+
+    /// Copies from an address inside of the arena, after all queued work.
+    ///
+    /// # Errors
+    /// When the driver refuses it or queued work failed.
+    pub fn download(&self, pointer: u64, target: &mut [u8]) -> Result<(), DeviceError> {
+        self.memory.download((pointer - self.memory.pointer()) as usize, target)
+    }
+
+    /// Copies to an address inside of the arena and waits.
+    ///
+    /// # Errors
+    /// When the driver refuses it.
+    #[cfg(test)]
+    pub fn write(&self, device: &Device, pointer: u64, source: &[u8]) -> Result<(), DeviceError> {
+        // SAFETY: the copy has ended before this returns.
+        unsafe { self.memory.upload((pointer - self.memory.pointer()) as usize, source) }?;
+        device.synchronize()
+    }
+}
+
+fn activation(
+    cut: &mut Cutter,
+    buffer: crate::ops::BufferPlan,
+    rows: usize,
+    logits_rows: usize,
+) -> Activation {
+    let stride = buffer.width.next_multiple_of(64);
+    let element = if buffer.kind == BufferKind::Values { 4 } else { 2 };
+    let mut take = |rows: usize| Place { pointer: cut.take(rows * stride * element), maps: None };
+    Activation {
+        width: buffer.width,
+        stride,
+        kind: buffer.kind,
+        rows: take(rows.max(GRAPH_ROWS_MAX)),
+        narrowed: take(logits_rows),
+    }
+}
+
+/// Turns offsets into addresses, and describes operands to the copy engine.
+fn place(buffer: &mut Activation, base: u64, rows: usize, logits_rows: usize) -> Result<(), DeviceError> {
+    let (width, stride, kind) = (buffer.width, buffer.stride, buffer.kind);
+    for (place, rows) in [(&mut buffer.rows, rows), (&mut buffer.narrowed, logits_rows)] {
+        place.pointer += base;
+        if kind == BufferKind::Operand {
+            let map = |box_rows| tensor_map(place.pointer, (rows, width), stride, box_rows);
+            place.maps = Some([map(8)?, map(32)?]);
+        }
+    }
+    Ok(())
+}
+
+fn packing(plan: &ArenaPlan) -> Packing {
+    Packing::new(plan.heads / plan.kv.kv_heads, plan.kv.head_dim)
+}
+
+fn step_bytes(plan: &ArenaPlan, spans_max: usize, logits_rows: usize) -> usize {
+    let eager = Capacity {
+        rows: plan.rows_max,
+        spans: spans_max,
+        items: spans_max * splits(plan.positions_max),
+        tiles: packing(plan).tiles(plan.rows_max) + spans_max,
+        logits_rows,
+    };
+    let graph = Capacity::of_decodes(GRAPH_ROWS_MAX, plan.positions_max);
+    let tables = spans_max * plan.positions_max.div_ceil(BLOCK_TOKENS);
+    Layout::new(eager).words(tables).max(Layout::new(graph).words(tables)) * 4
+}
+
+fn sampling_places(cut: &mut Cutter, plan: &ArenaPlan, rows: usize) -> SamplingPlaces {
+    let parts = plan.vocabulary.div_ceil(PART_TOKENS);
+    let tokens = plan.vocabulary.min(plan.positions_max + 1024);
+    let adjustments_max = (rows * tokens).min(ADJUSTMENTS_MAX);
+    SamplingPlaces {
+        parts,
+        maxima: cut.take(rows * parts * 8),
+        masses: cut.take(rows * parts * 8),
+        thresholds: cut.take(rows * 8),
+        results: cut.take(rows * (RESULT_BYTES + LOGPROBS_BYTES)),
+        logprobs_offset: rows * RESULT_BYTES,
+        fed: cut.take(rows * 4),
+        adjustments: cut.take(adjustments_max * ADJUSTMENT_BYTES),
+        adjustments_max,
+    }
+}
+
+fn upload_table(
+    device: &Arc<Device>,
+    memory: &Memory,
+    offset: usize,
+    table: &[f32],
+) -> Result<(), DeviceError> {
+    let mut pinned = Pinned::zeroed(device, table.len() * 4)?;
+    for (value, word) in table.iter().zip(pinned.words_mut()) {
+        *word = value.to_bits();
+    }
+    // SAFETY: the buffer lives until the copy has ended.
+    unsafe { memory.upload(offset, &pinned.as_slice()[..table.len() * 4]) }?;
+    device.synchronize()
+}
+
+fn rope_table(plan: &ArenaPlan) -> Vec<f32> {
+    let frequencies = &plan.rope.inverse_frequencies;
+    let mut table = Vec::with_capacity(plan.positions_max * frequencies.len() * 2);
+    for position in 0..plan.positions_max {
+        // Single precision on purpose: the model was trained with angles rounded like this.
+        let angles = || frequencies.iter().map(|&frequency| position as f32 * frequency);
+        table.extend(angles().map(|angle| angle.cos() * plan.rope.amplitude));
+        table.extend(angles().map(|angle| angle.sin() * plan.rope.amplitude));
+    }
+    table
+}

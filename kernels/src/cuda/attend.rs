@@ -1,0 +1,167 @@
+//! Launching attention, as `attention.cuh` says.
+//!
+//! Spans of one row go to the decode kernel, longer ones to a prefill kernel; both read the same plan, and what finds
+//! no work leaves at once. All give a row the same bytes.
+
+use super::arena::{Activation, HEAD_DIMS, Place};
+use super::device::{Device, DeviceError, Kernel, Launch, arguments};
+use super::step::Run;
+use crate::ops::AttentionShape;
+
+/// As in `attention.cuh`.
+const DECODE_THREADS: u32 = 224;
+const PREFILL_WGMMA_THREADS: u32 = 384;
+/// Sizes of heads that the Hopper kernel for prefills is compiled for.
+const WGMMA_HEAD_DIMS: [u32; 2] = [64, 128];
+
+/// Shared memory of a decode, where a block can have `limit` bytes.
+fn decode_shared_bytes(limit: u32) -> u32 {
+    if limit >= 224 * 1024 { 224 * 1024 } else { 160 * 1024 }
+}
+
+fn tile_keys(head_dim: u32) -> u32 {
+    if head_dim > 128 { 64 } else { 128 }
+}
+
+fn tile_rows(head_dim: u32) -> u32 {
+    tile_keys(head_dim)
+}
+
+/// As `AttentionArguments` in `attention.cuh`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+struct AttentionArguments {
+    queries: u64,
+    out: u64,
+    cache: u64,
+    spans: u64,
+    tables: u64,
+    decode_items: u64,
+    prefill_tiles: u64,
+    counts: u64,
+    partials: u64,
+    counters: u64,
+    query_stride: u32,
+    out_stride: u32,
+    kv_heads: u32,
+    group: u32,
+    window: u32,
+    items_max: u32,
+    scale_log2: f32,
+    reserved: u32,
+}
+
+/// The kernels for one size of heads.
+#[derive(Debug, Clone, Copy)]
+struct Kernels {
+    head_dim: u32,
+    decode: Kernel,
+    prefill: Kernel,
+    /// Whether `prefill` is the Hopper kernel.
+    wgmma: bool,
+}
+
+/// The kernels of attention.
+#[derive(Debug)]
+pub struct Attend {
+    kernels: Vec<Kernels>,
+    decode_shared_bytes: u32,
+}
+
+impl Attend {
+    /// Finds the kernels. `portable` takes those that every chip runs.
+    ///
+    /// # Errors
+    /// When one is missing.
+    pub fn new(device: &Device, portable: bool) -> Result<Self, DeviceError> {
+        let decode_shared_bytes = decode_shared_bytes(device.shared_bytes_max);
+        let mut kernels = Vec::new();
+        for head_dim in HEAD_DIMS.map(|head_dim| head_dim as u32) {
+            let wgmma = device.hopper && !portable && WGMMA_HEAD_DIMS.contains(&head_dim);
+            let prefill = if wgmma { "attention_prefill_wgmma" } else { "attention_prefill" };
+            let entry = Kernels {
+                head_dim,
+                decode: device.kernel(&format!("attention_decode_h{head_dim}"))?,
+                prefill: device.kernel(&format!("{prefill}_h{head_dim}"))?,
+                wgmma,
+            };
+            device.allow_shared(entry.decode, decode_shared_bytes)?;
+            device.allow_shared(entry.prefill, entry.prefill_shared_bytes())?;
+            kernels.push(entry);
+        }
+        Ok(Self { kernels, decode_shared_bytes })
+    }
+
+    /// Queues a layer's attention.
+    ///
+    /// # Errors
+    /// When the driver refuses a kernel.
+    pub fn queue(
+        &self,
+        run: &Run<'_>,
+        layer: usize,
+        shape: &AttentionShape,
+        (out, place): (&Activation, &Place),
+    ) -> Result<(), DeviceError> {
+        let (arena, layout) = (run.arena, run.layout);
+        let attention = AttentionArguments {
+            queries: arena.queries,
+            out: place.pointer,
+            cache: run.cache(layer),
+            spans: run.section(layout.spans),
+            tables: run.section(layout.tables),
+            decode_items: run.section(layout.items),
+            prefill_tiles: run.section(layout.tiles),
+            counts: run.section(layout.counts),
+            partials: arena.partials,
+            counters: arena.counters,
+            query_stride: arena.query_width() as u32,
+            out_stride: out.stride as u32,
+            kv_heads: shape.kv_heads as u32,
+            group: arena.packing().group as u32,
+            window: shape.sliding_window.unwrap_or(0),
+            items_max: arena.items_max as u32,
+            scale_log2: shape.scale * std::f32::consts::LOG2_E,
+            reserved: 0,
+        };
+        let kernels = self.kernels.iter().find(|entry| entry.head_dim as usize == shape.head_dim);
+        let kernels = kernels.expect("the arena refuses other sizes of heads");
+        let multiprocessors = run.device.multiprocessors;
+        if layout.capacity.items > 0 {
+            let launch = Launch {
+                shared_bytes: self.decode_shared_bytes,
+                ..Launch::grid([multiprocessors, 1, 1], DECODE_THREADS)
+            };
+            // SAFETY: the argument is the one that the kernel declares; its memory is the arena's.
+            unsafe { run.device.launch(kernels.decode, launch, arguments![attention]) }?;
+        }
+        if layout.capacity.tiles > 0 {
+            let tiles = layout.capacity.tiles as u32;
+            let launch = kernels.prefill_launch(multiprocessors, attention.kv_heads, tiles);
+            // SAFETY: as above.
+            unsafe { run.device.launch(kernels.prefill, launch, arguments![attention]) }?;
+        }
+        Ok(())
+    }
+}
+
+impl Kernels {
+    fn prefill_launch(&self, multiprocessors: u32, kv_heads: u32, tiles: u32) -> Launch {
+        let shared_bytes = self.prefill_shared_bytes();
+        let launch = if self.wgmma {
+            Launch::grid([multiprocessors, 1, 1], PREFILL_WGMMA_THREADS)
+        } else {
+            Launch::grid([kv_heads, tiles, 1], 2 * tile_rows(self.head_dim))
+        };
+        Launch { shared_bytes, ..launch }
+    }
+
+    fn prefill_shared_bytes(&self) -> u32 {
+        let head_dim = self.head_dim;
+        if self.wgmma {
+            2 * 1024 + 128 * head_dim * (2 + 4 * 2 + 4)
+        } else {
+            head_dim * (tile_rows(head_dim) * (2 + 4) + tile_keys(head_dim) * 2 * 2)
+        }
+    }
+}

@@ -1,0 +1,439 @@
+//! The ops on an NVIDIA GPU, sm_80 and up, tuned for Hopper.
+//!
+//! Weights and operands are bf16, sums and the residual stream f32. The ops record a step; it runs when its result is
+//! asked for: one upload, then kernels one by one, or a captured graph when every row is a decode that is sampled. The
+//! driver's library is loaded at run time, and no other CUDA library is needed. Refused: chips before sm_80, head sizes
+//! that attention is not compiled for. Invariant: kernels differ by the number of rows in speed alone, never in the
+//! order in which a row's numbers are added.
+
+mod arena;
+mod attend;
+mod device;
+mod gemm;
+mod graph;
+mod measure;
+pub mod modules;
+mod plan;
+mod sampling;
+mod step;
+mod weights;
+
+use std::sync::Arc;
+
+use arena::{Arena, kv_block_bytes};
+use attend::Attend;
+use device::{Device, Memory};
+pub use device::{DeviceError, is_present};
+use gemm::{Epilogue, Gemm};
+use graph::Graphs;
+use plan::{Capacity, GRAPH_ROWS_MAX, Layout, padded};
+use sampling::{Adjustments, LOGPROBS_BYTES, RESULT_BYTES, needs_all_kernels, read_result, write_parameters};
+use step::{Command, Kernels, Run};
+use weights::{DeviceMatrix, Upload};
+
+use crate::ops::{ArenaPlan, AttentionShape, Batch, Buffer, KvPlan, Ops, PlanError, QkNorm, Span, StepError};
+use crate::sampling::{SampleRow, Sampled};
+use crate::tensor::{HostTensor, LoadError};
+
+/// How to run on a GPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CudaOptions {
+    /// The device's number.
+    pub index: usize,
+    /// Only kernels that every chip runs, to compare with.
+    pub portable: bool,
+    /// Whether steps of decodes are captured.
+    pub graphs: bool,
+}
+
+impl CudaOptions {
+    /// A device at its best.
+    pub fn new(index: usize) -> Self {
+        Self { index, portable: false, graphs: true }
+    }
+}
+
+/// All weights on the device.
+#[derive(Debug, Default)]
+struct Weights {
+    matrices: Vec<DeviceMatrix>,
+    /// With their lengths.
+    vectors: Vec<(Memory, usize)>,
+}
+
+/// A matrix on the device.
+#[derive(Debug)]
+pub struct Matrix {
+    index: usize,
+    features: usize,
+}
+
+/// A vector on the device.
+#[derive(Debug)]
+pub struct Vector {
+    index: usize,
+    len: usize,
+}
+
+/// The batch at hand, and what is to be done with it.
+#[derive(Debug, Default)]
+struct Step {
+    tokens: Vec<u32>,
+    spans: Vec<Span>,
+    block_tables: Vec<u32>,
+    logits_rows: Vec<u32>,
+    commands: Vec<Command>,
+}
+
+impl Step {
+    fn batch(&self) -> Batch<'_> {
+        Batch {
+            tokens: &self.tokens,
+            spans: &self.spans,
+            block_tables: &self.block_tables,
+            logits_rows: &self.logits_rows,
+        }
+    }
+
+    /// Whether every row is the one row of a sequence and is sampled.
+    fn decodes_only(&self) -> bool {
+        self.spans.len() == self.tokens.len() && self.logits_rows.len() == self.tokens.len()
+    }
+}
+
+/// The ops on a GPU.
+#[derive(Debug)]
+pub struct Cuda {
+    graphs: Option<Graphs>,
+    kernels: Kernels,
+    gemm: Gemm,
+    attend: Attend,
+    upload: Option<Upload>,
+    step: Step,
+    tile_order: Vec<(u32, u32, u32)>,
+    adjustments: Adjustments,
+    arena: Option<Arena>,
+    weights: Weights,
+    device: Arc<Device>,
+}
+
+fn broken(error: DeviceError) -> StepError {
+    StepError::Device(error.to_string())
+}
+
+impl Cuda {
+    /// Opens a device.
+    ///
+    /// # Errors
+    /// When driver, device or kernels are missing, or the chip is too old.
+    pub fn new(options: CudaOptions) -> Result<Self, DeviceError> {
+        let device = Device::open(options.index)?;
+        Ok(Self {
+            graphs: options.graphs.then(Graphs::default),
+            kernels: Kernels::new(&device)?,
+            gemm: Gemm::new(&device, options.portable)?,
+            attend: Attend::new(&device, options.portable)?,
+            upload: Some(Upload::new(&device)?),
+            step: Step::default(),
+            tile_order: Vec::new(),
+            adjustments: Adjustments::new(0),
+            arena: None,
+            weights: Weights::default(),
+            device,
+        })
+    }
+
+    /// The device's name.
+    pub fn name(&self) -> &str {
+        &self.device.name
+    }
+
+    /// Bytes of the device's memory that are free.
+    ///
+    /// # Errors
+    /// When the device failed.
+    pub fn free_bytes(&self) -> Result<usize, DeviceError> {
+        self.device.bind()?;
+        Ok(self.device.memory()?.0)
+    }
+
+    fn arena(&self) -> &Arena {
+        self.arena.as_ref().expect("allocate comes before any step")
+    }
+
+    fn load(
+        &mut self,
+        load: impl FnOnce(&mut Upload) -> Result<DeviceMatrix, LoadError>,
+    ) -> Result<Matrix, LoadError> {
+        let matrix = load(self.uploader()?)?;
+        let features = matrix.features;
+        self.weights.matrices.push(matrix);
+        Ok(Matrix { index: self.weights.matrices.len() - 1, features })
+    }
+
+    fn uploader(&mut self) -> Result<&mut Upload, LoadError> {
+        if self.upload.is_none() {
+            let upload = Upload::new(&self.device).map_err(|error| LoadError::Device(error.to_string()))?;
+            self.upload = Some(upload);
+        }
+        Ok(self.upload.as_mut().expect("it was made a moment ago"))
+    }
+
+    fn product(
+        &mut self,
+        epilogue: Epilogue,
+        matrix: &Matrix,
+        bias: Option<&Vector>,
+        (x, out): (Buffer, Buffer),
+    ) {
+        assert!(x != out, "a product reads and writes two buffers");
+        assert!(bias.is_none_or(|bias| bias.len == matrix.features), "length of a bias");
+        let bias = bias.map(|bias| bias.index);
+        self.step.commands.push(Command::Product { epilogue, matrix: matrix.index, bias, x, out });
+    }
+
+    /// Writes the batch for the device, at `rows` rows or exactly as it is.
+    fn write_batch(&mut self, graph_rows: Option<usize>) -> Layout {
+        let arena = self.arena.as_mut().expect("allocate comes before any step");
+        let (packing, batch) = (arena.packing(), self.step.batch());
+        let layout = Layout::new(match graph_rows {
+            Some(rows) => Capacity::of_decodes(rows, arena.plan.positions_max),
+            None => Capacity::of(&batch, packing),
+        });
+        layout.write(&batch, packing, arena.staging.words_mut(), &mut self.tile_order);
+        layout
+    }
+
+    /// Writes the rows' sampling parameters. Whether they need all kernels.
+    fn write_parameters(&mut self, rows: &[SampleRow<'_>], layout: &Layout) -> Result<bool, StepError> {
+        let arena = self.arena.as_mut().expect("allocate comes before any step");
+        let (start, words) = (layout.parameters, plan::PARAMETER_WORDS);
+        let all = rows.iter().any(needs_all_kernels);
+        let mut adjusted = 0;
+        for (index, row) in rows.iter().enumerate() {
+            let mut count = 0;
+            if row.adjusts() {
+                let written = self.adjustments.write(row, adjusted, arena.adjustments.words_mut());
+                count = written.ok_or(StepError::Batch {
+                    field: "tokens with bias or penalty",
+                    value: adjusted,
+                    limit: arena.sampling.adjustments_max,
+                })?;
+            }
+            let into = &mut arena.staging.words_mut()[start + index * words..][..words];
+            write_parameters(row, (adjusted, count), into);
+            adjusted += count;
+        }
+        arena.staging.words_mut()[start + rows.len() * words..start + layout.capacity.logits_rows * words]
+            .fill(0);
+        if adjusted > 0 {
+            arena.upload_adjustments(adjusted).map_err(broken)?;
+        }
+        Ok(all)
+    }
+
+    fn run_commands(&mut self, layout: &Layout, graph_rows: Option<usize>) -> Result<(), DeviceError> {
+        let arena = self.arena.as_ref().expect("allocate comes before any step");
+        arena.upload_step(layout.words(self.step.block_tables.len()))?;
+        let rows = graph_rows.unwrap_or(self.step.tokens.len());
+        let logits_rows = graph_rows.unwrap_or(self.step.logits_rows.len());
+        let run = Run {
+            device: &self.device,
+            kernels: &self.kernels,
+            gemm: &self.gemm,
+            attend: &self.attend,
+            weights: &self.weights,
+            arena,
+            layout,
+            rows,
+            logits_rows,
+            narrows: logits_rows != rows,
+            narrowed: false,
+        };
+        match (graph_rows, &mut self.graphs) {
+            (Some(rows), Some(graphs)) => {
+                let commands = &self.step.commands;
+                graphs.launch(&self.device, (rows, commands), || run.all(commands))
+            }
+            _ => run.all(&self.step.commands),
+        }
+    }
+
+    /// Runs what was recorded, for a step whose results stay on the device.
+    fn flush(&mut self) -> Result<(), StepError> {
+        if self.step.commands.is_empty() {
+            return Ok(());
+        }
+        self.device.bind().map_err(broken)?;
+        let layout = self.write_batch(None);
+        self.run_commands(&layout, None).map_err(broken)?;
+        self.step.commands.clear();
+        // The staging buffer is written again by the next step.
+        self.device.synchronize().map_err(broken)
+    }
+
+    fn run_sampled(&mut self, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<(), StepError> {
+        self.device.bind().map_err(broken)?;
+        let count = self.step.tokens.len();
+        let captures = self.step.decodes_only() && count <= GRAPH_ROWS_MAX;
+        let graph_rows = captures.then(|| padded(count));
+        let layout = self.write_batch(graph_rows);
+        let all = self.write_parameters(rows, &layout)?;
+        self.step.commands.push(Command::Sample { all });
+        let ran = self.run_commands(&layout, graph_rows);
+        self.step.commands.clear();
+        ran.map_err(broken)?;
+        let arena = self.arena.as_mut().expect("allocate comes before any step");
+        let places = arena.sampling;
+        let bytes = if all {
+            places.logprobs_offset + rows.len() * LOGPROBS_BYTES
+        } else {
+            rows.len() * RESULT_BYTES
+        };
+        // SAFETY: the results are read after the synchronisation below.
+        unsafe { arena.results.queue_download(places.results, bytes) }.map_err(broken)?;
+        self.device.synchronize().map_err(broken)?;
+        let (results, logprobs) = arena.results.words().split_at(places.logprobs_offset / 4);
+        out.clear();
+        out.extend(rows.iter().enumerate().map(|(index, row)| read_result(row, results, logprobs, index)));
+        Ok(())
+    }
+}
+
+impl Ops for Cuda {
+    type Matrix = Matrix;
+    type Vector = Vector;
+
+    fn matrix(&mut self, parts: &[HostTensor<'_>]) -> Result<Matrix, LoadError> {
+        self.load(|upload| upload.stacked(parts))
+    }
+
+    fn gated_matrix(&mut self, gate: &HostTensor<'_>, up: &HostTensor<'_>) -> Result<Matrix, LoadError> {
+        self.load(|upload| upload.gated(gate, up))
+    }
+
+    fn vector(&mut self, parts: &[HostTensor<'_>]) -> Result<Vector, LoadError> {
+        let (memory, len) = self.uploader()?.vector(parts)?;
+        self.weights.vectors.push((memory, len));
+        Ok(Vector { index: self.weights.vectors.len() - 1, len })
+    }
+
+    fn kv_block_bytes(&self, kv: &KvPlan) -> usize {
+        kv_block_bytes(kv)
+    }
+
+    fn allocate(&mut self, plan: ArenaPlan) -> Result<(), PlanError> {
+        // Weights are loaded: their pinned buffers are not needed any more.
+        self.upload = None;
+        self.adjustments = Adjustments::new(plan.vocabulary);
+        self.arena = Some(Arena::new(&self.device, plan)?);
+        Ok(())
+    }
+
+    fn begin(&mut self, batch: &Batch<'_>) -> Result<(), StepError> {
+        self.flush()?;
+        let arena = self.arena();
+        batch.check(&arena.plan)?;
+        let items = Capacity::of(batch, arena.packing()).items;
+        if items > arena.items_max {
+            let limit = arena.items_max;
+            return Err(StepError::Batch { field: "splits of decodes", value: items, limit });
+        }
+        let step = &mut self.step;
+        for (into, from) in [
+            (&mut step.tokens, batch.tokens),
+            (&mut step.block_tables, batch.block_tables),
+            (&mut step.logits_rows, batch.logits_rows),
+        ] {
+            into.clear();
+            into.extend_from_slice(from);
+        }
+        step.spans.clear();
+        step.spans.extend_from_slice(batch.spans);
+        Ok(())
+    }
+
+    fn embed(&mut self, table: &Matrix, out: Buffer) {
+        self.step.commands.push(Command::Embed { table: table.index, out });
+    }
+
+    fn rms_norm(&mut self, x: Buffer, weight: &Vector, eps: f32, out: Buffer) {
+        self.step.commands.push(Command::RmsNorm { x, weight: weight.index, eps, out });
+    }
+
+    fn linear(&mut self, matrix: &Matrix, bias: Option<&Vector>, x: Buffer, out: Buffer) {
+        assert_eq!(self.arena().plan.buffers[out.0].width, matrix.features, "width of a product");
+        self.product(Epilogue::Values, matrix, bias, (x, out));
+    }
+
+    fn linear_add(&mut self, matrix: &Matrix, bias: Option<&Vector>, x: Buffer, residual: Buffer) {
+        assert_eq!(self.arena().plan.buffers[residual.0].width, matrix.features, "width of a product");
+        self.product(Epilogue::Add, matrix, bias, (x, residual));
+    }
+
+    fn linear_silu_mul(&mut self, gate_up: &Matrix, x: Buffer, out: Buffer) {
+        let width = self.arena().plan.buffers[out.0].width;
+        assert_eq!(
+            width.next_multiple_of(weights::GATE_ROWS) * 2,
+            gate_up.features,
+            "width of a gated product"
+        );
+        self.product(Epilogue::SiluMul, gate_up, None, (x, out));
+    }
+
+    fn rope_cache(
+        &mut self,
+        layer: usize,
+        qkv: Buffer,
+        shape: &AttentionShape,
+        norms: Option<QkNorm<'_, Vector>>,
+    ) {
+        let norms = norms.map(|norms| (norms.q.index, norms.k.index, norms.eps));
+        self.step.commands.push(Command::RopeCache { layer, qkv, shape: *shape, norms });
+    }
+
+    fn attention(&mut self, layer: usize, _qkv: Buffer, shape: &AttentionShape, out: Buffer) {
+        assert_eq!(
+            self.arena().plan.buffers[out.0].width,
+            shape.heads * shape.head_dim,
+            "width of the result"
+        );
+        self.step.commands.push(Command::Attention { layer, shape: *shape, out });
+    }
+
+    fn narrow(&mut self, buffers: &[Buffer]) {
+        self.step.commands.extend(buffers.iter().map(|&buffer| Command::Narrow(buffer)));
+        self.step.commands.push(Command::Narrowed);
+    }
+
+    fn logits(&mut self, head: &Matrix, x: Buffer, out: &mut [f32]) -> Result<(), StepError> {
+        self.step.commands.push(Command::Head { matrix: head.index, x });
+        self.flush()?;
+        assert_eq!(out.len(), self.step.logits_rows.len() * head.features, "room for the logits");
+        let stride = self.arena().logits_stride;
+        let mut bytes = vec![0; self.step.logits_rows.len() * stride * 4];
+        self.arena().download(self.arena().logits, &mut bytes).map_err(broken)?;
+        for (row, raw) in out.chunks_exact_mut(head.features).zip(bytes.chunks_exact(stride * 4)) {
+            for (value, raw) in row.iter_mut().zip(raw.chunks_exact(4)) {
+                *value = f32::from_le_bytes([raw[0], raw[1], raw[2], raw[3]]);
+            }
+        }
+        Ok(())
+    }
+
+    fn sample(
+        &mut self,
+        head: &Matrix,
+        x: Buffer,
+        rows: &[SampleRow<'_>],
+        out: &mut Vec<Sampled>,
+    ) -> Result<(), StepError> {
+        assert_eq!(rows.len(), self.step.logits_rows.len(), "one sampling row per logits row");
+        assert_eq!(head.features, self.arena().plan.vocabulary, "rows of the head");
+        self.step.commands.push(Command::Head { matrix: head.index, x });
+        self.run_sampled(rows, out)
+    }
+}
+
+#[cfg(test)]
+mod tests;
