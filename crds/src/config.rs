@@ -119,6 +119,19 @@ pub enum Dtype {
     Bf16,
 }
 
+/// Where the engine computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Device {
+    /// A GPU where there is one, else the processor.
+    #[default]
+    Auto,
+    /// The processor.
+    Cpu,
+    /// An NVIDIA GPU; refused where there is none.
+    Cuda,
+}
+
 /// Quantisation of the linear layers at load time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
@@ -134,6 +147,10 @@ pub enum Quantization {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct EngineConfig {
+    /// Where to compute.
+    pub device: Device,
+    /// Number of the GPU, among those that the process sees.
+    pub device_index: u32,
     /// Numeric type of weights and activations.
     pub dtype: Dtype,
     /// Quantisation of the linear layers.
@@ -164,6 +181,8 @@ pub struct EngineConfig {
 impl Default for EngineConfig {
     fn default() -> Self {
         Self {
+            device: Device::Auto,
+            device_index: 0,
             dtype: Dtype::Auto,
             quantization: Quantization::None,
             max_model_len: None,

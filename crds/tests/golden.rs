@@ -84,6 +84,8 @@ nats:
   monitor: http://nats:8222
   provision: true
 engine:
+  device: cpu
+  deviceIndex: 1
   dtype: bf16
   quantization: int8
   maxModelLen: 4096

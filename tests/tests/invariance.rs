@@ -8,7 +8,7 @@ use std::collections::HashSet;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use millrace_crds::config::{Dtype, EngineConfig, Quantization};
+use millrace_crds::config::{Device, Dtype, EngineConfig, Quantization};
 use millrace_crds::units::Bytes;
 use millrace_kernels::isa::Isa;
 use millrace_tests::checkpoint;
@@ -147,6 +147,7 @@ struct Arithmetic {
 fn run(folder: &Path, arithmetic: Arithmetic, at: Circumstances, kv_cache_bytes: u64) -> Result<Ran> {
     let model = DecoderConfig::read(folder)?;
     let config = EngineConfig {
+        device: Device::Cpu,
         dtype: arithmetic.dtype,
         quantization: arithmetic.quantization,
         max_sequences: at.sequences,
@@ -160,6 +161,7 @@ fn run(folder: &Path, arithmetic: Arithmetic, at: Circumstances, kv_cache_bytes:
         output_reserve: if at.scarce { 0.0 } else { 1.0 },
         longest_first_window: if at.scarce { 8 } else { 1 },
         isa: Some(arithmetic.isa),
+        ..Tuning::default()
     };
     let engine = Engine::start(&model, &Files::read(folder)?, &config, tuning, Box::new(()))?;
     let outputs = engine.generate_batch(requests());

@@ -13,10 +13,11 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use clap::Args;
-use millrace_crds::config::{Dtype, EngineConfig, Quantization};
+use millrace_crds::config::{Device, Dtype, EngineConfig, Quantization};
 use millrace_crds::units::Bytes;
 use millrace_kernels::bounds::{Bounds, ModelShape};
 use millrace_kernels::cpu::{Cpu, CpuOptions};
+use millrace_kernels::cuda::{Cuda, CudaOptions};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
@@ -25,7 +26,7 @@ use crate::model::config::DecoderConfig;
 use crate::model::files::Files;
 use crate::model::random::RandomSource;
 use crate::model::source::TensorSource;
-use crate::start::{Engine, Info, Tuning};
+use crate::start::{Engine, Hardware, Info, Tuning};
 use record::{Recorder, Steps};
 use requests::Item;
 
@@ -59,6 +60,15 @@ pub struct BenchArgs {
     /// Most tokens in one step.
     #[arg(long, default_value_t = 512)]
     max_batch_tokens: u32,
+    /// auto, cpu or cuda.
+    #[arg(long, default_value = "cpu", value_parser = lowercase::<Device>)]
+    device: Device,
+    /// 0 is greedy; otherwise tokens are drawn, with seeds of their own.
+    #[arg(long, default_value_t = 0.0)]
+    temperature: f32,
+    /// Run a GPU's decodes op by op instead of as captured graphs.
+    #[arg(long)]
+    eager: bool,
     /// auto, f32 or bf16.
     #[arg(long, default_value = "auto", value_parser = lowercase::<Dtype>)]
     dtype: Dtype,
@@ -122,7 +132,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     warm_up(&engine)?;
     let mut runs = Vec::new();
     for _ in 0..args.repeat {
-        runs.push(measure(&engine, &items, &recorder)?);
+        runs.push(measure(&engine, &items, args.temperature, &recorder)?);
     }
     let info = engine.info().clone();
     engine.join();
@@ -161,14 +171,17 @@ fn start(
     let max_model_len = longest.max(WARM_UP_TOKENS).min(model.positions_max as usize);
     let blocks = u64::from(args.concurrency) * (max_model_len as u64).div_ceil(16);
     let kv_bytes = 2 * 4 * 16 * model.layers() as u64 * (model.kv_heads * model.head_dim) as u64;
+    // On the processor the widest cache type; what is not needed is not taken.
+    let kv_cache_bytes = (args.device == Device::Cpu).then_some(Bytes(2 * blocks * kv_bytes));
     let config = EngineConfig {
+        device: args.device,
         dtype: args.dtype,
         quantization: args.quantization,
         max_model_len: Some(max_model_len as u32),
         max_sequences: args.concurrency,
         max_batch_tokens: args.max_batch_tokens.max(args.concurrency).max(16),
-        // The widest cache type; what is not needed is not taken.
-        kv_cache_bytes: Some(Bytes(2 * blocks * kv_bytes)),
+        kv_cache_bytes,
+        kv_cache_fraction: 0.85,
         prefix_cache: args.prefix_cache,
         threads: args.threads,
         ..EngineConfig::default()
@@ -177,7 +190,8 @@ fn start(
         Some(folder) => Box::new(Files::read(folder)?),
         None => Box::new(RandomSource::new(model, SEED)),
     };
-    let tuning = Tuning { longest_first_window: args.longest_first, ..Tuning::default() };
+    let tuning =
+        Tuning { longest_first_window: args.longest_first, graphs: !args.eager, ..Tuning::default() };
     Ok(Engine::start(model, source.as_ref(), &config, tuning, Box::new(recorder))?)
 }
 
@@ -188,23 +202,23 @@ const WARM_UP_TOKENS: usize = 40;
 fn warm_up(engine: &Engine) -> anyhow::Result<()> {
     let prompt = vec![0; (WARM_UP_TOKENS - 8).min(engine.info().limits.max_model_len as usize - 1)];
     let room = engine.info().limits.max_model_len - prompt.len() as u32;
-    engine.generate(request(&prompt, room.min(8)))?;
+    engine.generate(request(&prompt, room.min(8), 0.0))?;
     Ok(())
 }
 
-fn request(prompt: &[u32], max_tokens: u32) -> Request {
+fn request(prompt: &[u32], max_tokens: u32, temperature: f32) -> Request {
     Request {
         prompt: prompt.to_vec(),
         max_tokens,
         stop_tokens: Vec::new(),
-        sampling: Sampling::default(),
-        seed: 0,
+        sampling: Sampling { temperature, ..Sampling::default() },
+        seed: u64::from(prompt.first().copied().unwrap_or(0)),
     }
 }
 
-fn measure(engine: &Engine, items: &[Item], recorder: &Recorder) -> anyhow::Result<Run> {
+fn measure(engine: &Engine, items: &[Item], temperature: f32, recorder: &Recorder) -> anyhow::Result<Run> {
     recorder.take();
-    let all = items.iter().map(|item| request(&item.prompt, item.max_tokens)).collect();
+    let all = items.iter().map(|item| request(&item.prompt, item.max_tokens, temperature)).collect();
     let begun = Instant::now();
     let answers = engine.generate_batch(all);
     let wall_s = begun.elapsed().as_secs_f64();
@@ -219,9 +233,14 @@ fn measure(engine: &Engine, items: &[Item], recorder: &Recorder) -> anyhow::Resu
 }
 
 fn machine_bounds(info: &Info) -> anyhow::Result<Bounds> {
-    let threads = NonZeroUsize::new(info.threads);
-    let mut cpu = Cpu::new(CpuOptions { precision: info.precision, threads, isa: Some(info.isa) })?;
-    Ok(cpu.measure())
+    match info.hardware {
+        Hardware::Cpu { isa, threads } => {
+            let threads = NonZeroUsize::new(threads);
+            let mut cpu = Cpu::new(CpuOptions { precision: info.precision, threads, isa: Some(isa) })?;
+            Ok(cpu.measure())
+        }
+        Hardware::Cuda { index, .. } => Ok(Cuda::new(CudaOptions::new(index))?.measure()?),
+    }
 }
 
 /// Everything that was measured, as one JSON object.
@@ -254,8 +273,7 @@ fn report(run: &Run, info: &Info, bounds: Bounds, more: Value) -> Value {
         "concurrency": info.limits.max_sequences,
         "max_batch_tokens": info.max_batch_tokens,
         "precision": format!("{:?}", info.precision).to_lowercase(),
-        "isa": info.isa.to_string(),
-        "threads": info.threads,
+        "hardware": info.hardware.to_string(),
         "parameters": model.parameters(),
         "run": more,
     })
@@ -282,12 +300,11 @@ fn print_text(report: &Value) {
         number("compute_gop_per_s"),
     );
     println!(
-        "{:.1} tokens/s in steps of decodes alone; {:.0} us of host work a step; {} on {}, {} threads",
+        "{:.1} tokens/s in steps of decodes alone; {:.0} us of host work a step; {} on {}",
         number("decode_tokens_per_s"),
         number("host_us_per_step"),
         report["precision"].as_str().unwrap_or_default(),
-        report["isa"].as_str().unwrap_or_default(),
-        report["threads"],
+        report["hardware"].as_str().unwrap_or_default(),
     );
     for (kind, steps) in report["steps"].as_object().into_iter().flatten() {
         let number = |field: &str| steps[field].as_f64().unwrap_or(f64::NAN);

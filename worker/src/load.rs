@@ -32,8 +32,7 @@ pub async fn load(config: &WorkerConfig, folder: Folder) -> anyhow::Result<Model
         let info = engine.info();
         tracing::info!(
             precision = ?info.precision,
-            isa = ?info.isa,
-            threads = info.threads,
+            hardware = %info.hardware,
             kv_cache_bytes = info.kv_cache_bytes,
             limits = ?info.limits,
             digest = %folder.digest,

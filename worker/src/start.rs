@@ -8,8 +8,9 @@ use std::num::NonZeroUsize;
 use std::path::Path;
 use std::thread::JoinHandle;
 
-use millrace_crds::config::{Dtype, EngineConfig, Quantization};
+use millrace_crds::config::{Device, Dtype, EngineConfig, Quantization};
 use millrace_kernels::cpu::{Cpu, CpuOptions, Precision, Unsupported};
+use millrace_kernels::cuda::{self, Cuda, CudaOptions, DeviceError};
 use millrace_kernels::isa::Isa;
 use millrace_kernels::ops::{BLOCK_TOKENS, Ops, PlanError};
 
@@ -44,6 +45,9 @@ pub enum StartError {
     /// The processor.
     #[error(transparent)]
     Unsupported(#[from] Unsupported),
+    /// The GPU.
+    #[error("engine.device: {0}")]
+    Device(#[from] DeviceError),
     /// The sizes, as the device sees them.
     #[error("engine: {0}")]
     Plan(#[from] PlanError),
@@ -84,11 +88,13 @@ pub struct Tuning {
     pub longest_first_window: usize,
     /// Instructions to use; the widest that the processor has when absent.
     pub isa: Option<Isa>,
+    /// Whether a GPU captures steps of decodes.
+    pub graphs: bool,
 }
 
 impl Default for Tuning {
     fn default() -> Self {
-        Self { output_reserve: 1.0, longest_first_window: 1, isa: None }
+        Self { output_reserve: 1.0, longest_first_window: 1, isa: None, graphs: true }
     }
 }
 
@@ -100,6 +106,34 @@ pub struct Engine {
     info: Info,
 }
 
+/// What steps run on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Hardware {
+    /// The processor.
+    Cpu {
+        /// Instructions in use.
+        isa: Isa,
+        /// Threads that work on a step.
+        threads: usize,
+    },
+    /// A GPU.
+    Cuda {
+        /// Its number.
+        index: usize,
+        /// Its name.
+        name: String,
+    },
+}
+
+impl std::fmt::Display for Hardware {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Hardware::Cpu { isa, threads } => write!(formatter, "{isa}, {threads} threads"),
+            Hardware::Cuda { index, name } => write!(formatter, "{name}, device {index}"),
+        }
+    }
+}
+
 /// What an engine settled on.
 #[derive(Debug, Clone)]
 pub struct Info {
@@ -107,10 +141,8 @@ pub struct Info {
     pub model: DecoderConfig,
     /// What matrix products compute with.
     pub precision: Precision,
-    /// Instructions in use.
-    pub isa: Isa,
-    /// Threads that work on a step.
-    pub threads: usize,
+    /// What steps run on.
+    pub hardware: Hardware,
     /// Bytes of the KV cache.
     pub kv_cache_bytes: u64,
     /// Sizes.
@@ -163,38 +195,12 @@ impl Engine {
         observer: Box<dyn Observer>,
     ) -> Result<Self, StartError> {
         check(config)?;
-        let isa = tuning.isa.unwrap_or_else(Isa::detect);
-        let precision = precision(config, model, source, isa)?;
-        let threads = config.threads.and_then(|threads| NonZeroUsize::new(threads as usize));
-        let mut ops = Cpu::new(CpuOptions { precision, threads, isa: Some(isa) })?;
-        let decoder = Decoder::load(model, source, &mut ops)?;
-        let sizes = sizes(model, config, ops.kv_block_bytes(&kv_plan(model, 1)))?;
-        let limits = sizes.limits;
-        ops.allocate(arena_plan(model, sizes.arena))?;
-        let info = Info {
-            model: model.clone(),
-            precision,
-            isa,
-            threads: ops.threads(),
-            kv_cache_bytes: sizes.cache_bytes,
-            limits,
-            max_batch_tokens: config.max_batch_tokens as usize,
-        };
-        let policy = Policy {
-            max_sequences: config.max_sequences as usize,
-            max_batch_tokens: config.max_batch_tokens as usize,
-            output_reserve: tuning.output_reserve,
-            longest_first_window: tuning.longest_first_window,
-        };
-        let blocks = Blocks::new(sizes.arena.kv_blocks, BLOCK_TOKENS, config.prefix_cache);
-        let (handle, inbox) = channel(limits);
-        let runner = Runner::new(ops, decoder, config.max_batch_tokens as usize);
-        let core = Core::new(Scheduler::new(policy, blocks), runner, inbox, observer);
-        let thread = std::thread::Builder::new()
-            .name(THREAD_NAME.to_owned())
-            .spawn(move || core.run())
-            .map_err(StartError::Thread)?;
-        Ok(Self { handle, thread: Some(thread), info })
+        let setup = Setup { model, source, config, tuning, observer };
+        match config.device {
+            Device::Cpu => setup.on_cpu(),
+            Device::Auto if !cuda::is_present() || setup.wants_cpu_alone() => setup.on_cpu(),
+            Device::Auto | Device::Cuda => setup.on_cuda(),
+        }
     }
 
     /// The engine from outside, for async callers.
@@ -236,6 +242,84 @@ impl Engine {
         if let Some(Err(panic)) = thread.map(JoinHandle::join) {
             std::panic::resume_unwind(panic);
         }
+    }
+}
+
+/// What an engine is started from.
+struct Setup<'a> {
+    model: &'a DecoderConfig,
+    source: &'a dyn TensorSource,
+    config: &'a EngineConfig,
+    tuning: Tuning,
+    observer: Box<dyn Observer>,
+}
+
+impl Setup<'_> {
+    /// Whether the configuration asks for what only the processor does.
+    fn wants_cpu_alone(&self) -> bool {
+        self.config.quantization == Quantization::Int8
+            || self.config.dtype == Dtype::F32
+            || self.config.threads.is_some()
+            || self.tuning.isa.is_some()
+    }
+
+    fn on_cpu(self) -> Result<Engine, StartError> {
+        let isa = self.tuning.isa.unwrap_or_else(Isa::detect);
+        let precision = precision(self.config, self.model, self.source, isa)?;
+        let threads = self.config.threads.and_then(|threads| NonZeroUsize::new(threads as usize));
+        let ops = Cpu::new(CpuOptions { precision, threads, isa: Some(isa) })?;
+        let hardware = Hardware::Cpu { isa, threads: ops.threads() };
+        self.run(ops, (precision, hardware), |_| available_bytes())
+    }
+
+    fn on_cuda(self) -> Result<Engine, StartError> {
+        if self.config.quantization != Quantization::None {
+            return refuse("quantization", "int8", "none on a GPU");
+        }
+        if self.config.dtype == Dtype::F32 {
+            return refuse("dtype", "f32", "auto or bf16 on a GPU");
+        }
+        let index = self.config.device_index as usize;
+        let ops = Cuda::new(CudaOptions { graphs: self.tuning.graphs, ..CudaOptions::new(index) })?;
+        let hardware = Hardware::Cuda { index, name: ops.name().to_owned() };
+        self.run(ops, (Precision::Bf16, hardware), |ops| ops.free_bytes().ok().map(|bytes| bytes as u64))
+    }
+
+    /// Loads the weights, takes the memory, and starts the thread.
+    fn run<O: Ops + Send + 'static>(
+        self,
+        mut ops: O,
+        (precision, hardware): (Precision, Hardware),
+        available: impl FnOnce(&O) -> Option<u64>,
+    ) -> Result<Engine, StartError> {
+        let Self { model, source, config, tuning, observer } = self;
+        let decoder = Decoder::load(model, source, &mut ops)?;
+        let sizes = sizes(model, config, ops.kv_block_bytes(&kv_plan(model, 1)), available(&ops))?;
+        let limits = sizes.limits;
+        ops.allocate(arena_plan(model, sizes.arena))?;
+        let info = Info {
+            model: model.clone(),
+            precision,
+            hardware,
+            kv_cache_bytes: sizes.cache_bytes,
+            limits,
+            max_batch_tokens: config.max_batch_tokens as usize,
+        };
+        let policy = Policy {
+            max_sequences: config.max_sequences as usize,
+            max_batch_tokens: config.max_batch_tokens as usize,
+            output_reserve: tuning.output_reserve,
+            longest_first_window: tuning.longest_first_window,
+        };
+        let blocks = Blocks::new(sizes.arena.kv_blocks, BLOCK_TOKENS, config.prefix_cache);
+        let (handle, inbox) = channel(limits);
+        let runner = Runner::new(ops, decoder, config.max_batch_tokens as usize);
+        let core = Core::new(Scheduler::new(policy, blocks), runner, inbox, observer);
+        let thread = std::thread::Builder::new()
+            .name(THREAD_NAME.to_owned())
+            .spawn(move || core.run())
+            .map_err(StartError::Thread)?;
+        Ok(Engine { handle, thread: Some(thread), info })
     }
 }
 
@@ -310,7 +394,12 @@ struct Sizes {
 
 /// Sizes of the cache and what follows from them. Without `maxModelLen` the model's own limit holds, or what
 /// the cache can take if that is less.
-fn sizes(model: &DecoderConfig, config: &EngineConfig, block_bytes: usize) -> Result<Sizes, StartError> {
+fn sizes(
+    model: &DecoderConfig,
+    config: &EngineConfig,
+    block_bytes: usize,
+    available: Option<u64>,
+) -> Result<Sizes, StartError> {
     let longest = match config.max_model_len {
         None => model.positions_max as usize,
         Some(len) if len >= 2 && len <= model.positions_max => len as usize,
@@ -324,10 +413,10 @@ fn sizes(model: &DecoderConfig, config: &EngineConfig, block_bytes: usize) -> Re
     let useful = sequences.saturating_mul(longest.div_ceil(BLOCK_TOKENS));
     let bytes = match config.kv_cache_bytes {
         Some(bytes) => bytes.0,
-        None => match available_bytes() {
+        None => match available {
             Some(bytes) => (bytes as f64 * f64::from(config.kv_cache_fraction)) as u64,
             None => {
-                return refuse("kvCacheBytes", "absent", "given, for this system's free memory is unknown");
+                return refuse("kvCacheBytes", "absent", "given, for the free memory is unknown");
             }
         },
     };

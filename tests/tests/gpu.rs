@@ -1,0 +1,226 @@
+//! The engine on a GPU: the same bytes under any circumstance, as graphs and op by op, and the CPU's answers.
+//!
+//! The same 64 requests run alone and in batches of 7 and 64, cut into chunks, with prefix hits, and with too few KV
+//! blocks, so that sequences are preempted. Without a GPU the tests say that they were skipped; with
+//! MILLRACE_REQUIRE_CUDA they fail.
+
+use anyhow::{Context, Result, ensure};
+use millrace_crds::config::{Device, Dtype, EngineConfig};
+use millrace_crds::units::Bytes;
+use millrace_kernels::cuda;
+use millrace_tests::checkpoint;
+use millrace_tests::random::Random;
+use millrace_worker::engine::handle::Load;
+use millrace_worker::engine::request::{Request, Sampling};
+use millrace_worker::model::config::DecoderConfig;
+use millrace_worker::model::files::Files;
+use millrace_worker::start::{Engine, Generated, Tuning};
+use serde_json::{Value, json};
+
+const REQUESTS: usize = 64;
+const VOCABULARY: u32 = 5003;
+/// Longest prompt plus output: over one split of attention.
+const POSITIONS: u32 = 1024;
+/// Enough for every sequence at its longest.
+const PLENTY: u64 = 256 << 20;
+/// Blocks for the longest sequence and one or two more.
+const SCARCE_BLOCKS: u64 = 80;
+/// A difference of log probabilities that another order of additions explains.
+const TIE: f32 = 3e-2;
+
+fn missing() -> bool {
+    let missing = !cuda::is_present();
+    assert!(!missing || std::env::var_os("MILLRACE_REQUIRE_CUDA").is_none(), "a GPU is required");
+    if missing {
+        eprintln!("SKIPPED: there is no GPU, or no kernels in this build");
+    }
+    missing
+}
+
+fn models() -> [(&'static str, Value); 3] {
+    let sizes = json!({
+        "hidden_size": 192, "intermediate_size": 328, "num_hidden_layers": 3, "num_attention_heads": 6,
+        "num_key_value_heads": 2, "head_dim": 64, "vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": true, "torch_dtype": "bfloat16",
+    });
+    let with = |changes: Value| {
+        let mut config = sizes.clone();
+        for (field, value) in changes.as_object().expect("changes are an object") {
+            config[field] = value.clone();
+        }
+        config
+    };
+    [
+        ("llama", with(json!({"architectures": ["LlamaForCausalLM"]}))),
+        (
+            "mistral",
+            with(
+                json!({"architectures": ["MistralForCausalLM"], "sliding_window": 100, "tie_word_embeddings": false}),
+            ),
+        ),
+        (
+            "qwen3",
+            with(json!({"architectures": ["Qwen3ForCausalLM"], "num_attention_heads": 8, "head_dim": 128,
+            "attention_bias": true})),
+        ),
+    ]
+}
+
+/// Prompts of 1 to 700 tokens, some behind a shared prefix; greedy and drawn, with every option.
+fn requests() -> Vec<Request> {
+    let mut random = Random::new(5);
+    let mut draw = |end: u64| random.within(0..end) as u32;
+    let prefix: Vec<u32> = (0..100).map(|_| draw(VOCABULARY.into())).collect();
+    (0..REQUESTS)
+        .map(|number| {
+            let mut prompt = if number % 2 == 0 { prefix.clone() } else { Vec::new() };
+            let own = 1 + draw(if number % 8 == 0 { 600 } else { 60 });
+            prompt.extend((0..own).map(|_| draw(VOCABULARY.into())));
+            let drawn = number % 3 != 0;
+            Request {
+                max_tokens: 1 + draw(50),
+                stop_tokens: Vec::new(),
+                sampling: Sampling {
+                    temperature: if drawn { 0.5 + number as f32 / 64.0 } else { 0.0 },
+                    top_p: if number % 5 == 1 { 0.9 } else { 1.0 },
+                    top_k: if number % 5 == 2 { 20 } else { 0 },
+                    min_p: if number % 5 == 4 { 0.05 } else { 0.0 },
+                    repetition_penalty: if number % 7 == 0 { 1.2 } else { 1.0 },
+                    presence_penalty: if number % 7 == 1 { 0.5 } else { 0.0 },
+                    frequency_penalty: if number % 7 == 2 { 0.5 } else { 0.0 },
+                    logit_bias: if number % 7 == 3 { vec![(5, 2.0), (9, -3.0)] } else { Vec::new() },
+                    logprobs: (number % 4 != 3).then_some(number as u32 % 4),
+                },
+                seed: number as u64 * 977,
+                prompt,
+            }
+        })
+        .collect()
+}
+
+/// What may not matter.
+#[derive(Debug, Clone, Copy)]
+struct Circumstances {
+    sequences: u32,
+    budget: u32,
+    prefix_cache: bool,
+    scarce: bool,
+    graphs: bool,
+}
+
+const fn under(sequences: u32, budget: u32) -> Circumstances {
+    Circumstances { sequences, budget, prefix_cache: false, scarce: false, graphs: true }
+}
+
+fn engine(config: &Value, device: Device, at: Circumstances, kv_cache_bytes: u64) -> Result<Engine> {
+    let folder = tempfile::tempdir()?;
+    checkpoint::write(folder.path(), config, 21)?;
+    let model = DecoderConfig::read(folder.path())?;
+    let settings = EngineConfig {
+        device,
+        dtype: Dtype::Bf16,
+        max_sequences: at.sequences,
+        max_batch_tokens: at.budget,
+        prefix_cache: at.prefix_cache,
+        kv_cache_bytes: Some(Bytes(kv_cache_bytes)),
+        ..EngineConfig::default()
+    };
+    let tuning =
+        Tuning { output_reserve: if at.scarce { 0.0 } else { 1.0 }, graphs: at.graphs, ..Tuning::default() };
+    Ok(Engine::start(&model, &Files::read(folder.path())?, &settings, tuning, Box::new(()))?)
+}
+
+/// Every token and log probability, bit for bit.
+fn bits(all: &[Generated]) -> Vec<Vec<(u32, Vec<u32>)>> {
+    let of = |generated: &Generated| {
+        let tokens = generated.tokens.iter().map(|token| {
+            let logprobs = token.logprobs.iter();
+            let numbers = logprobs.flat_map(|l| {
+                [l.chosen.to_bits()].into_iter().chain(l.top.iter().flat_map(|t| [t.0, t.1.to_bits()]))
+            });
+            (token.id, numbers.collect())
+        });
+        tokens.collect()
+    };
+    all.iter().map(of).collect()
+}
+
+fn answers(engine: &Engine, requests: Vec<Request>) -> Result<Vec<Generated>> {
+    Ok(engine.generate_batch(requests).into_iter().collect::<Result<_, _>>()?)
+}
+
+#[test]
+fn no_circumstance_changes_a_byte_on_a_gpu() -> Result<()> {
+    if missing() {
+        return Ok(());
+    }
+    let cached = Circumstances { prefix_cache: true, ..under(64, 512) };
+    let circumstances = [
+        under(7, 64),
+        under(64, 4096),
+        under(64, 96),
+        Circumstances { graphs: false, ..under(64, 4096) },
+        cached,
+        Circumstances { scarce: true, ..under(64, 512) },
+        Circumstances { scarce: true, graphs: false, ..cached },
+    ];
+    for (name, config) in models() {
+        let alone = engine(&config, Device::Cuda, under(1, 4096), PLENTY)?;
+        let block_bytes = alone.info().kv_cache_bytes / u64::from(alone.info().limits.kv_blocks);
+        let expected = bits(&answers(&alone, requests())?);
+        alone.join();
+        for at in circumstances {
+            let bytes = if at.scarce { SCARCE_BLOCKS * block_bytes } else { PLENTY };
+            let engine = engine(&config, Device::Cuda, at, bytes)?;
+            let found = bits(&answers(&engine, requests())?);
+            let load = engine.handle().load();
+            ensure!((Load::get(&load.preemptions) > 0) == at.scarce, "{name} under {at:?}: preemptions");
+            for (number, (found, expected)) in found.iter().zip(&expected).enumerate() {
+                let place = found.iter().zip(expected).position(|(a, b)| a != b);
+                ensure!(found == expected, "{name}, request {number} under {at:?} differs at {place:?}");
+            }
+            engine.join();
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_gpu_answers_as_the_cpu_does() -> Result<()> {
+    if missing() {
+        return Ok(());
+    }
+    let greedy = |request: Request| Request {
+        sampling: Sampling { logprobs: Some(2), ..Sampling::default() },
+        ..request
+    };
+    for (name, config) in models() {
+        let run = |device| -> Result<Vec<Generated>> {
+            let engine = engine(&config, device, under(64, 4096), PLENTY)?;
+            let all = answers(&engine, requests().into_iter().map(greedy).collect())?;
+            engine.join();
+            Ok(all)
+        };
+        let (cpu, gpu) = (run(Device::Cpu).context("on the CPU")?, run(Device::Cuda)?);
+        let mut ties = 0;
+        for (number, (cpu, gpu)) in cpu.iter().zip(&gpu).enumerate() {
+            for (place, (expected, found)) in cpu.tokens.iter().zip(&gpu.tokens).enumerate() {
+                let (expected_of, found_of) = (
+                    expected.logprobs.as_ref().context("asked for")?,
+                    found.logprobs.as_ref().context("asked for")?,
+                );
+                if expected.id != found.id {
+                    let gap = expected_of.top[0].1 - expected_of.top[1].1;
+                    ensure!(gap < TIE, "{name}, request {number}, token {place}: another token, gap {gap}");
+                    ties += 1;
+                    break;
+                }
+                let difference = (expected_of.chosen - found_of.chosen).abs();
+                ensure!(difference < 0.05, "{name}, request {number}, token {place}: {difference}");
+            }
+        }
+        println!("{name}: {ties} of {REQUESTS} answers part at a tie");
+        ensure!(ties < REQUESTS / 4, "{name}: {ties} ties");
+    }
+    Ok(())
+}
