@@ -5,7 +5,12 @@
 
 pub mod audit;
 pub mod certificates;
+pub mod cluster;
 pub mod control_plane;
+pub mod faults;
 pub mod helm;
 pub mod node;
+pub mod operator;
+pub mod platform;
 pub mod programs;
+pub mod timeline;

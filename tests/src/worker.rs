@@ -119,7 +119,7 @@ impl Worker {
     }
 }
 
-fn sum_of(page: &str, name: &str) -> f64 {
+pub(crate) fn sum_of(page: &str, name: &str) -> f64 {
     page.lines()
         .filter_map(|line| line.strip_prefix(name))
         .filter(|rest| rest.starts_with(['{', ' ']))

@@ -53,6 +53,9 @@ pub struct Answer {
     pub code: u16,
 }
 
+/// The status code of an apply that made an object.
+const CREATED: u16 = 201;
+
 /// What a rule of a role allows: API group, resource (with its subresource) and verb.
 pub type Right = (String, String, String);
 
@@ -88,9 +91,15 @@ pub fn read(log: &Path) -> Result<Vec<Entry>> {
     whole.lines().map(|line| serde_json::from_str(line).with_context(|| line.to_owned())).collect()
 }
 
-/// The rights that the entries used.
+/// The rights that the entries used. A server-side apply that makes an object needs `create` beside `patch`.
 pub fn rights_used(entries: &[Entry]) -> BTreeSet<Right> {
-    entries.iter().filter_map(Entry::right).collect()
+    let used = |entry: &Entry| {
+        let right = entry.right()?;
+        let made = (entry.verb == "patch" && entry.code() == CREATED)
+            .then(|| (right.0.clone(), right.1.clone(), "create".to_owned()));
+        Some([Some(right), made])
+    };
+    entries.iter().filter_map(used).flatten().flatten().collect()
 }
 
 #[cfg(test)]

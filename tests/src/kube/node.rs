@@ -7,9 +7,9 @@
 //! would; there need be no GPU.
 //!
 //! What differs: images are names of programs that are already here; all pods share the machine's loopback
-//! interface, each with an address of its own, which the variable `MILLRACE_LISTEN_ADDRESS` tells its programs;
-//! back-off is ten times shorter; volumes do not follow later changes; limits and network policies are not
-//! enforced. A pod that needs more than that fails with the field's name.
+//! interface, each with an address of its own, which the variables `MILLRACE_LISTEN_ADDRESS` and `MILLRACE_LISTEN`
+//! tell our worker and operator; back-off is ten times shorter; volumes do not follow later changes; limits and
+//! network policies are not enforced. A pod that needs more than that fails with the field's name.
 
 mod addresses;
 mod container;
@@ -52,6 +52,8 @@ use self::addresses::Addresses;
 use self::pod::{Life, Seen};
 use super::control_plane::ControlPlane;
 
+/// The operator's port, as the chart probes it.
+const OPERATOR_PORT: u16 = 8080;
 /// As a kubelet's.
 const LEASE_NAMESPACE: &str = "kube-node-lease";
 const LEASE_RENEWAL: Duration = Duration::from_secs(10);
@@ -114,6 +116,7 @@ impl Shared {
             ("HOSTNAME", hostname),
             ("KUBERNETES_SERVICE_HOST", Ipv4Addr::LOCALHOST.to_string()),
             ("KUBERNETES_SERVICE_PORT", port),
+            ("MILLRACE_LISTEN", format!("{ip}:{OPERATOR_PORT}")),
             ("MILLRACE_LISTEN_ADDRESS", ip.to_string()),
         ]
         .map(|(name, value)| (name.to_owned(), value))

@@ -25,6 +25,9 @@ const BACKOFF_RESET: Duration = Duration::from_secs(120);
 /// After SIGKILL a process is gone at once, unless a device holds it.
 const KILL_LIMIT: Duration = Duration::from_secs(30);
 
+/// The part of its log that a kubelet takes for a termination message.
+const LAST_WORDS_BYTES: usize = 2048;
+
 /// How a container ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ended {
@@ -159,7 +162,7 @@ impl Run {
             Ok(status) => {
                 let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or_default());
                 let reason = if code == 0 { "Completed" } else { "Error" };
-                let message = String::new();
+                let message = if code == 0 { String::new() } else { self.last_words() };
                 Ended { code, reason: reason.into(), message, started, finished: Timestamp::now() }
             }
             Err(error) => {
@@ -167,6 +170,16 @@ impl Run {
                 Ended { code: 128, reason, message, started, finished: Timestamp::now() }
             }
         }
+    }
+
+    /// The end of its log, where the container asks for that as its termination message.
+    fn last_words(&self) -> String {
+        if self.spec.termination_message_policy.as_deref() != Some("FallbackToLogsOnError") {
+            return String::new();
+        }
+        let log = std::fs::read(&self.log).unwrap_or_default();
+        let start = log.len().saturating_sub(LAST_WORDS_BYTES);
+        String::from_utf8_lossy(&log[start..]).into_owned()
     }
 
     async fn start_and_wait(&mut self, since: Timestamp) -> Result<ExitStatus> {
