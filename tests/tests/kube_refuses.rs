@@ -16,7 +16,10 @@ use serde_json::{Value, json};
 /// A spec that is accepted; the cases change one thing of it.
 fn valid() -> Value {
     json!({
-        "model": {"uri": "s3://models/tiny", "endpoint": "http://s3.storage.svc:8333", "credentialsSecretRef": {"name": "s3"}},
+        "model": {
+            "uri": "s3://models/tiny", "endpoint": "http://s3.storage.svc:8333",
+            "credentialsSecretRef": {"name": "s3"},
+        },
         "scaling": {"minReplicas": 0, "maxReplicas": 2},
     })
 }

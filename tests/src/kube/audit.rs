@@ -6,11 +6,9 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde::Deserialize;
 
-/// A rule that logs each finished request of one user without bodies.
+/// A rule that logs each request of one user without bodies: when it is answered, and a watch when it begins.
 pub fn rule_for(user: &str) -> String {
-    format!(
-        "- level: Metadata\n  users: [\"{user}\"]\n  omitStages: [RequestReceived, ResponseStarted]\n- level: None"
-    )
+    format!("- level: Metadata\n  users: [\"{user}\"]\n  omitStages: [RequestReceived]\n- level: None")
 }
 
 /// One finished request.

@@ -61,7 +61,8 @@ impl FaultyApi {
     /// # Errors
     /// When it cannot listen.
     pub async fn start(plane: &ControlPlane, user: &str, faults: Faults) -> Result<Self> {
-        let (sender, counted) = watch::channel(0);
+        let sender = watch::Sender::new(0);
+        let counted = sender.subscribe();
         let proxy = Arc::new(Proxy {
             client: plane.client(user, Some("system:masters")).await?,
             faults,
