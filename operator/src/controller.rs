@@ -35,6 +35,8 @@ use crate::status::{self, StatusWriter, View, Written};
 use crate::validate::{self, Plan, Refusal, Sizing};
 use crate::wake::Wakes;
 
+/// Pause until a model whose job has come, and whose stream still looks empty, is looked at again.
+const WOKEN_PAUSE: Duration = Duration::from_millis(100);
 /// How long one reconcile may take: a server that hangs must not hold the few that run at once for ever.
 const RECONCILE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Pause after the first failure; doubled for each further one.
@@ -252,6 +254,9 @@ impl Reconcile<'_> {
         let idle = facts.queue.as_ref().is_ok_and(|reading| reading.left() == 0) && sized.replicas == 0;
         let follows = matches!(plan.sizing, Sizing::Follow(_));
         let pods = !facts.pods.is_empty();
+        if idle && self.context.wakes.just_heard(&plan.model) {
+            return WOKEN_PAUSE;
+        }
         match (follows, idle, pods) {
             (true, false, _) | (_, _, true) => self.context.config.poll_active.0,
             _ => self.context.config.poll_idle.0,

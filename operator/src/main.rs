@@ -140,6 +140,7 @@ async fn forward_wakes(
 ) {
     while let Some(model) = woken.recv().await {
         context.metrics.wakes.inc();
+        context.wakes.hear(&model);
         if changes.send(controller::key_of(&model)).await.is_err() {
             return;
         }

@@ -4,9 +4,13 @@
 //! server is told to end the subscription after one message. So a busy model costs nothing here, and a sleeping
 //! one is woken in the time of a message. The subscription is made before the queue is read, so no job falls
 //! between the two; a message that is lost all the same is found by the slow look at the queue.
+//!
+//! The message may be faster than the stream, which still looks empty then: a model that was just woken is looked
+//! at again after a moment.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use async_nats::Client;
 use futures::StreamExt;
@@ -14,6 +18,8 @@ use millrace_crds::names::ModelRef;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
+/// For so long after a message, an empty stream is looked at again soon.
+const JUST: Duration = Duration::from_secs(3);
 /// Models that may wait to be woken; a sender waits beyond it.
 pub const WAKES_MAX: usize = 1024;
 
@@ -23,13 +29,14 @@ pub struct Wakes {
     client: Client,
     woken: mpsc::Sender<ModelRef>,
     armed: Mutex<HashMap<ModelRef, JoinHandle<()>>>,
+    heard: Mutex<HashMap<ModelRef, Instant>>,
 }
 
 impl Wakes {
     /// Without any subscription. Woken models come out of the receiver.
     pub fn new(client: Client) -> (Self, mpsc::Receiver<ModelRef>) {
         let (woken, receiver) = mpsc::channel(WAKES_MAX);
-        (Self { client, woken, armed: Mutex::default() }, receiver)
+        (Self { client, woken, armed: Mutex::default(), heard: Mutex::default() }, receiver)
     }
 
     /// Subscribes to the jobs of a model, unless that was done and nothing came since.
@@ -62,8 +69,21 @@ impl Wakes {
         }
     }
 
+    /// A message of a model has come.
+    pub fn hear(&self, model: &ModelRef) {
+        let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        heard.insert(model.clone(), Instant::now());
+    }
+
+    /// Whether a message of a model has just come.
+    pub fn just_heard(&self, model: &ModelRef) -> bool {
+        let heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        heard.get(model).is_some_and(|at| at.elapsed() < JUST)
+    }
+
     /// Ends the subscription of a model.
     pub fn disarm(&self, model: &ModelRef) {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner).remove(model);
         let task = self.armed.lock().unwrap_or_else(PoisonError::into_inner).remove(model);
         if let Some(task) = task {
             task.abort();
