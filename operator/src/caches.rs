@@ -5,7 +5,6 @@
 //! moment old; fixed names and server-side apply make that harmless.
 
 use std::fmt::Debug;
-use std::future::Future;
 use std::hash::Hash;
 
 use futures::{StreamExt, future::BoxFuture};
@@ -193,12 +192,11 @@ where
         .touched_objects()
 }
 
-fn forward<K: Send + 'static>(
+async fn forward<K: Send + 'static>(
     watch: impl futures::Stream<Item = Result<K, watcher::Error>> + Send,
     key: impl Fn(&K) -> Option<ModelKey> + Send,
     changes: mpsc::Sender<ModelKey>,
-) -> impl Future<Output = ()> + Send {
-    async move {
+) {
         let mut watch = std::pin::pin!(watch);
         while let Some(change) = watch.next().await {
             match change {
@@ -211,5 +209,4 @@ fn forward<K: Send + 'static>(
                 Err(error) => tracing::warn!(%error, "watch; trying again"),
             }
         }
-    }
 }
