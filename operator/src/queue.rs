@@ -77,7 +77,8 @@ impl Queue {
     /// # Errors
     /// When an address, the credentials or the authority's file is wrong.
     pub async fn connect(config: &config::Config) -> anyhow::Result<Self> {
-        let (sender, connections) = watch::channel(0);
+        let sender = watch::Sender::new(0);
+        let connections = sender.subscribe();
         let mut options = ConnectOptions::new()
             .name(format!("millrace-operator {}", config.identity))
             .max_reconnects(None)

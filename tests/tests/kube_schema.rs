@@ -2,7 +2,8 @@
 //! breaks a resource that is already stored.
 //!
 //! `MILLRACE_UPDATE=1` writes the generated files anew. The frozen schema in `crds/frozen` is what users
-//! have; it is replaced by hand when a release widens it, and never to make a breaking change pass.
+//! have; it is replaced by hand when a release widens it, and never to make a breaking change pass. Until the
+//! first release nobody has any, and it follows the code.
 
 use std::fs;
 use std::path::{Path, PathBuf};

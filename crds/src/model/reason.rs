@@ -156,9 +156,7 @@ impl Reason {
                  spec.queue.maxBytes, fewer servers than spec.queue.replicas, missing rights, or a setting that \
                  an existing stream cannot change; then drain it and delete it."
             }
-            Reason::FixedReplicas => {
-                "Nothing, if that is meant. Replace spec.replicas by spec.scaling to follow the queue."
-            }
+            Reason::FixedReplicas => "Nothing, or replace spec.replicas by spec.scaling to follow the queue.",
             Reason::InvalidSpec => "Correct the field that the message names.",
             Reason::NameConflict => {
                 "Rename the model, or delete or rename the object that the message names. The operator never \
