@@ -1,15 +1,19 @@
 # What people type daily. Each target is the plain commands that stand under it.
 .DEFAULT_GOAL := help
-.PHONY: help tools build demo test soak bench fmt lint
+.PHONY: help tools kube build demo demo-k8s test soak bench sim kernels gpu-kit fmt lint
 
 # A run that counts may not skip a test for want of a tool.
 export MILLRACE_REQUIRE_TOOLS = 1
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | expand -t 8
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):[^#]*## /\1\t/' | expand -t 12
 
-tools: ## fetch nats-server, SeaweedFS and SmolLM2 into ~/.cache/millrace
+tools: ## fetch nats-server, SeaweedFS, SmolLM2 and the CUDA compiler into ~/.cache/millrace
 	scripts/tools
+	scripts/cuda
+
+kube: ## build etcd, Kubernetes and helm from Go modules into ~/.cache/millrace
+	scripts/kube
 
 build: ## the programs, optimised, in target/release
 	cargo build --release --locked --workspace --bins
@@ -17,7 +21,10 @@ build: ## the programs, optimised, in target/release
 demo: tools build ## 64 prompts through broker, S3 and worker; ends with a summary
 	target/release/millrace-demo
 
-test: tools ## all tests that take a few minutes, with real processes
+demo-k8s: tools kube build ## control plane, chart, 200 jobs from zero to zero, then a new revision under load
+	target/release/millrace-demo-k8s
+
+test: tools kube ## all tests that take a few minutes, with real processes
 	cargo build --locked --workspace --bins
 	cargo test --locked --workspace --no-fail-fast
 
@@ -27,6 +34,15 @@ soak: tools build ## the long crash run: 2000 jobs, 3 workers, 200 kills
 bench: build ## the README's figures, on this machine, in one table and as JSON
 	scripts/tools bench
 	target/release/millrace-figures
+
+sim: build ## real traffic through the autoscaler and its rivals; writes the plots
+	target/release/millrace-sim --plots operator/assets
+
+kernels: tools ## compile the CUDA kernels; registers, shared memory and spills of each
+	cargo run --locked -p millrace-kernels --example resources
+
+gpu-kit: tools ## worker, GPU tests and benchmarks for a CUDA host, in one archive
+	scripts/gpu-kit
 
 fmt: ## format the code
 	cargo fmt --all
