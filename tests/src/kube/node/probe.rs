@@ -164,6 +164,9 @@ mod tests {
             let number = listener.local_addr().unwrap().port();
             let served = tokio::spawn(async move {
                 let (mut stream, _) = listener.accept().await.unwrap();
+                // A request that is left unread makes the close a reset.
+                let mut request = [0; 1024];
+                assert!(stream.read(&mut request).await.unwrap() > 0);
                 stream.write_all(answer.as_bytes()).await.unwrap();
             });
             let container: Container = serde_json::from_value(

@@ -167,8 +167,8 @@ mod tests {
         ]});
         let mounts = sandbox(&pod(json!({"containers": [container]}))).unwrap().mounts;
         let targets: Vec<&str> = mounts.iter().map(|mount| mount.target.to_str().unwrap()).collect();
-        assert_eq!(targets, ["/worker", "/etc", "/usr/local/bin/worker", "/etc/a/b"]);
-        assert_eq!(mounts[3].source, Path::new("/volumes/v/x"));
+        assert_eq!(targets, ["/worker", "/etc", "/etc/a/b", "/usr/local/bin/worker"]);
+        assert_eq!(mounts[2].source, Path::new("/volumes/v/x"));
         let container = json!({"name": "c", "volumeMounts": [{"name": "w", "mountPath": "/w"}]});
         let error = sandbox(&pod(json!({"containers": [container]}))).unwrap_err();
         assert_eq!(error.to_string(), "no volume \"w\"");
