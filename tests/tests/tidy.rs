@@ -148,7 +148,7 @@ fn names(file: &File, found: &mut Vec<Finding>) {
         for pair in words.windows(2) {
             let vague = |suffix: &&str| pair[1].ends_with(*suffix);
             if matches!(pair[0], "struct" | "enum" | "trait" | "type")
-                && ["Manager", "Helper", "Handler", "Service", "Util", "Utils"].iter().any(|s| vague(s))
+                && ["Manager", "Helper", "Handler", "Service", "Util", "Utils"].iter().any(vague)
             {
                 found.push(file.finding("names", at + 1, format!("{} says nothing", pair[1])));
             }

@@ -296,7 +296,7 @@ mod tests {
         fill(source, (0, 3, columns), row_bytes, head);
         fill(source, (3, rows - 3, columns), row_bytes, tail);
         let value = |raw: &[u8]| bf16::from_le_bytes([raw[0], raw[1]]).to_f32();
-        target.chunks_exact(row_bytes).map(|row| value(row)).collect()
+        target.chunks_exact(row_bytes).map(value).collect()
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! A pod is deleted from the API server only after its processes are gone, as a kubelet does it.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -288,7 +288,7 @@ impl Work {
         &self,
         surroundings: &Surroundings<'_>,
         (place, container): (usize, &Container),
-        folder: &PathBuf,
+        folder: &Path,
     ) -> Result<Run> {
         let root = folder.join("roots").join(&container.name);
         std::fs::create_dir_all(&root)?;
