@@ -117,6 +117,35 @@ pub enum PlanError {
     },
 }
 
+impl ArenaPlan {
+    /// Checks what every device asks of a plan; `rows_most` and `blocks_most` are what this one can do.
+    ///
+    /// # Errors
+    /// When a size is out of its bounds; the error names it.
+    pub fn check(&self, rows_most: usize, blocks_most: usize) -> Result<(), PlanError> {
+        bound("rows_max", self.rows_max, 1, rows_most)?;
+        bound("logits_rows_max", self.logits_rows_max, 1, self.rows_max)?;
+        bound("positions_max", self.positions_max, 1, 1 << 20)?;
+        bound("vocabulary", self.vocabulary, 1, 1 << 24)?;
+        bound("kv.layers", self.kv.layers, 1, 1 << 12)?;
+        bound("kv.kv_heads", self.kv.kv_heads, 1, 1 << 10)?;
+        bound("kv.blocks", self.kv.blocks, 1, blocks_most)?;
+        for buffer in &self.buffers {
+            bound("buffer width", buffer.width, 1, 1 << 20)?;
+        }
+        let turned = self.rope.inverse_frequencies.len() * 2;
+        if turned > self.kv.head_dim {
+            return Err(PlanError::Rope { turned, head_dim: self.kv.head_dim });
+        }
+        Ok(())
+    }
+}
+
+/// A size of a plan within its bounds.
+pub(crate) fn bound(field: &'static str, value: usize, least: usize, most: usize) -> Result<(), PlanError> {
+    if (least..=most).contains(&value) { Ok(()) } else { Err(PlanError::Size { field, value, least, most }) }
+}
+
 /// The rows of one sequence in a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Span {

@@ -9,6 +9,7 @@
 pub mod chaos;
 pub mod checkpoint;
 pub mod cluster;
+pub mod demo;
 pub mod http;
 pub mod jobs;
 pub mod kube;

@@ -6,7 +6,7 @@ use super::Precision;
 use super::attention::{HEAD_DIM_MAX, Scratch};
 use super::rows::Run;
 use super::tile::LANES;
-use crate::ops::{ArenaPlan, BLOCK_TOKENS, Batch, BufferKind, KvPlan, PlanError, Span};
+use crate::ops::{ArenaPlan, BLOCK_TOKENS, Batch, BufferKind, KvPlan, PlanError, Span, bound};
 use crate::tensor::Aligned;
 
 /// Rows of activations.
@@ -126,30 +126,9 @@ pub fn kv_block_bytes(kv: &KvPlan, precision: Precision) -> usize {
 }
 
 fn check(plan: &ArenaPlan) -> Result<(), PlanError> {
-    let bound = |field, value: usize, least: usize, most: usize| {
-        if (least..=most).contains(&value) {
-            Ok(())
-        } else {
-            Err(PlanError::Size { field, value, least, most })
-        }
-    };
-    bound("rows_max", plan.rows_max, 1, 1 << 20)?;
-    bound("logits_rows_max", plan.logits_rows_max, 1, plan.rows_max)?;
-    bound("positions_max", plan.positions_max, 1, 1 << 20)?;
-    bound("vocabulary", plan.vocabulary, 1, 1 << 24)?;
-    bound("kv.layers", plan.kv.layers, 1, 1 << 12)?;
-    bound("kv.kv_heads", plan.kv.kv_heads, 1, 1 << 10)?;
+    plan.check(1 << 20, 1 << 28)?;
     bound("kv.head_dim", plan.kv.head_dim, 2, HEAD_DIM_MAX)?;
-    bound("kv.head_dim modulo 2", plan.kv.head_dim % 2, 0, 0)?;
-    bound("kv.blocks", plan.kv.blocks, 1, 1 << 28)?;
-    for buffer in &plan.buffers {
-        bound("buffer width", buffer.width, 1, 1 << 20)?;
-    }
-    let turned = plan.rope.inverse_frequencies.len() * 2;
-    if turned > plan.kv.head_dim {
-        return Err(PlanError::Rope { turned, head_dim: plan.kv.head_dim });
-    }
-    Ok(())
+    bound("kv.head_dim modulo 2", plan.kv.head_dim % 2, 0, 0)
 }
 
 impl Arena {

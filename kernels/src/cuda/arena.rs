@@ -11,7 +11,7 @@ use super::device::{Device, DeviceError, Memory, Pinned};
 use super::plan::{Capacity, GRAPH_ROWS_MAX, Layout, Packing, splits};
 use super::sampling::{ADJUSTMENT_BYTES, LOGPROBS_BYTES, PART_TOKENS, RESULT_BYTES};
 use super::weights::tensor_map;
-use crate::ops::{ArenaPlan, BLOCK_TOKENS, BufferKind, KvPlan, PlanError};
+use crate::ops::{ArenaPlan, BLOCK_TOKENS, BufferKind, KvPlan, PlanError, bound};
 
 /// Sizes of heads that attention is compiled for.
 pub const HEAD_DIMS: [usize; 4] = [64, 96, 128, 256];
@@ -120,31 +120,11 @@ pub fn kv_block_bytes(kv: &KvPlan) -> usize {
 }
 
 fn check(plan: &ArenaPlan) -> Result<(), PlanError> {
-    let bound = |field, value: usize, least: usize, most: usize| {
-        if (least..=most).contains(&value) {
-            Ok(())
-        } else {
-            Err(PlanError::Size { field, value, least, most })
-        }
-    };
-    bound("rows_max", plan.rows_max, 1, 1 << 17)?;
-    bound("logits_rows_max", plan.logits_rows_max, 1, plan.rows_max)?;
-    bound("positions_max", plan.positions_max, 1, 1 << 20)?;
-    bound("vocabulary", plan.vocabulary, 1, 1 << 24)?;
-    bound("kv.layers", plan.kv.layers, 1, 1 << 12)?;
-    bound("kv.kv_heads", plan.kv.kv_heads, 1, 1 << 10)?;
-    bound("kv.blocks", plan.kv.blocks, 1, 1 << 26)?;
+    plan.check(1 << 17, 1 << 26)?;
     bound("heads modulo kv.kv_heads", plan.heads % plan.kv.kv_heads, 0, 0)?;
     bound("heads per key-value head", plan.heads / plan.kv.kv_heads, 1, GROUP_MAX)?;
     if !HEAD_DIMS.contains(&plan.kv.head_dim) {
         return Err(PlanError::HeadDim { value: plan.kv.head_dim, known: &HEAD_DIMS });
-    }
-    for buffer in &plan.buffers {
-        bound("buffer width", buffer.width, 1, 1 << 20)?;
-    }
-    let turned = plan.rope.inverse_frequencies.len() * 2;
-    if turned > plan.kv.head_dim {
-        return Err(PlanError::Rope { turned, head_dim: plan.kv.head_dim });
     }
     Ok(())
 }

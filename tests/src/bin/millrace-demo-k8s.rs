@@ -14,13 +14,13 @@ use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use millrace_crds::job::header;
 use millrace_crds::names::ModelRef;
+use millrace_tests::demo::{self, say};
 use millrace_tests::jobs::{Job, Queue, Record};
 use millrace_tests::kube::cluster::ready_reason;
 use millrace_tests::kube::platform::{BUCKET, NAMESPACE, Platform};
 use millrace_tests::kube::timeline::Timeline;
 use millrace_tests::model;
 use serde_json::{Value, json};
-use tokio::signal::unix::{SignalKind, signal};
 
 /// The prefix of the weights, as the manifest names it.
 const PREFIX: &str = "smollm2-135m-instruct";
@@ -50,29 +50,9 @@ struct Args {
     jobs: u32,
 }
 
-#[tokio::main]
-async fn main() -> Result<()> {
+fn main() -> Result<()> {
     let args = Args::parse();
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut terminate = signal(SignalKind::terminate())?;
-    // Whichever ends first: everything that runs belongs to the future and is ended and removed with it.
-    let ended = tokio::select! {
-        result = run(&args) => result.map(Some),
-        _ = interrupt.recv() => Ok(None),
-        _ = terminate.recv() => Ok(None),
-    };
-    match ended? {
-        Some(summary) => println!("{summary}"),
-        None => {
-            eprintln!("interrupted: everything is stopped and removed");
-            std::process::exit(130);
-        }
-    }
-    Ok(())
-}
-
-fn say(start: Instant, text: &str) {
-    eprintln!("[{:6.1} s] {text}", start.elapsed().as_secs_f64());
+    demo::show(run(&args))
 }
 
 async fn run(args: &Args) -> Result<Value> {

@@ -16,12 +16,12 @@ use clap::Parser;
 use futures::StreamExt;
 use millrace_crds::config::{Dtype, Quantization, WorkerConfig};
 use millrace_crds::load::{ColdStart, LoadReport};
+use millrace_tests::demo::{self, say};
 use millrace_tests::nats::NatsServer;
 use millrace_tests::s3::S3;
 use millrace_tests::worker::Worker;
 use millrace_tests::{model, place, process, tools};
 use serde_json::{Value, json};
-use tokio::signal::unix::{SignalKind, signal};
 
 const MODEL: &str = "smollm2";
 const BUCKET: &str = "models";
@@ -31,8 +31,6 @@ const MODEL_LEN_MAX: u32 = 2048;
 const ANSWERS_SHOWN: usize = 4;
 /// Characters of an answer that are printed.
 const ANSWER_CHARACTERS: usize = 300;
-/// The longest step of a start that cannot be cut short: the import of the model.
-const CLEAN_UP_LIMIT: Duration = Duration::from_secs(60);
 /// A load report comes each second.
 const REPORT_LIMIT: Duration = Duration::from_secs(10);
 
@@ -53,33 +51,7 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    // Whichever ends first: what runs belongs to the future and is ended and removed with it.
-    let ended = runtime.block_on(async {
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let mut terminate = signal(SignalKind::terminate())?;
-        tokio::select! {
-            result = run(&args) => result.map(Some),
-            _ = interrupt.recv() => Ok(None),
-            _ = terminate.recv() => Ok(None),
-        }
-    });
-    // What is still being started belongs to a thread of its own, which drops it as soon as it may.
-    process::stop_waiting();
-    runtime.shutdown_timeout(CLEAN_UP_LIMIT);
-    place::leave();
-    match ended? {
-        Some(summary) => println!("{summary}"),
-        None => {
-            eprintln!("interrupted: everything is stopped and removed");
-            std::process::exit(130);
-        }
-    }
-    Ok(())
-}
-
-fn say(start: Instant, text: &str) {
-    eprintln!("[{:6.1} s] {text}", start.elapsed().as_secs_f64());
+    demo::show(run(&args))
 }
 
 async fn run(args: &Args) -> Result<Value> {
