@@ -179,6 +179,24 @@ fn workers_on_their_way_count_before_their_pods_exist() {
 }
 
 #[test]
+fn a_start_is_learned_once_though_pods_tell_whole_seconds() {
+    let spec = ScalingSpec::default();
+    let reading = |at_ms, state| {
+        let mut pod = worker(0, state, 10_000, None);
+        pod.ready_ms = pod.ready_ms.map(|_| 15_000);
+        Reading { at_ms, replicas: 1, queue: queue(9, 0, 1, 0), workers: vec![pod] }
+    };
+    // Ready at 15.4 s, which the pod tells as 15: before the reading at 15.2 s that did not show it.
+    let moments =
+        [(15_200, WorkerState::Starting), (15_700, WorkerState::Ready), (16_700, WorkerState::Ready)];
+    let mut memory = Memory::default();
+    for (at_ms, state) in moments {
+        memory = decide(&spec, &memory, &reading(at_ms, state)).1;
+    }
+    assert_eq!(memory.cold_starts_ms, [5_000]);
+}
+
+#[test]
 fn a_start_that_never_ends_is_replaced() {
     let spec = ScalingSpec::default();
     let mut reading = Reading {

@@ -67,6 +67,9 @@ pub struct LastReading {
     pub published: u64,
     /// Jobs pending then.
     pub pending: u64,
+    /// The workers that were ready by then.
+    #[serde(default)]
+    pub ready: Vec<String>,
     /// Jobs finished by each ready worker by then.
     pub finished: Vec<(String, u64)>,
 }
@@ -135,20 +138,25 @@ impl Memory {
             at_ms: reading.at_ms,
             published: queue.published,
             pending: queue.pending(),
+            ready: reading.ready().map(|worker| worker.name.clone()).collect(),
             finished: reading.ready().filter_map(finished).collect(),
         });
         next
     }
 
-    /// Takes in the starts that ended since the last reading.
+    /// Takes in the starts that ended since the last reading. Names tell which: a pod's moments are whole seconds,
+    /// so that by its clock a start may have ended before a reading that did not show it.
     fn learn_cold_starts(&mut self, reading: &Reading) {
-        let since_ms = self.last.as_ref().map_or(0, |last| last.at_ms);
-        let ended = reading.ready().filter_map(|worker| worker.ready_ms.map(|at| (at, worker.created_ms)));
-        for (ready_ms, created_ms) in ended.filter(|&(at, _)| at > since_ms && at <= reading.at_ms) {
-            self.cold_starts_ms.push(ready_ms.saturating_sub(created_ms));
-        }
+        let started = reading.ready().filter(|worker| !self.was_ready(&worker.name));
+        let took_ms = started.filter_map(|worker| Some(worker.ready_ms?.saturating_sub(worker.created_ms)));
+        let took_ms: Vec<u64> = took_ms.collect();
+        self.cold_starts_ms.extend(took_ms);
         let surplus = self.cold_starts_ms.len().saturating_sub(COLD_STARTS_MAX);
         self.cold_starts_ms.drain(..surplus);
+    }
+
+    fn was_ready(&self, name: &str) -> bool {
+        self.last.as_ref().is_some_and(|last| last.ready.iter().any(|ready| ready == name))
     }
 
     /// Books the jobs published since the last reading, and forgets those that were pulled since.
