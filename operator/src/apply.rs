@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Api, DeleteParams, DynamicObject, Patch, PatchParams, Preconditions};
-use kube::{Client, Resource, ResourceExt};
 use kube::core::NamespaceResourceScope;
+use kube::{Client, Resource, ResourceExt};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -284,8 +284,7 @@ impl Applier {
         K: Resource + Clone + DeserializeOwned + Debug,
     {
         let name = object.name_any();
-        let patch =
-            json!({"metadata": {"finalizers": list, "resourceVersion": object.resource_version()}});
+        let patch = json!({"metadata": {"finalizers": list, "resourceVersion": object.resource_version()}});
         let params = PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() };
         match api.patch(&name, &params, &Patch::Merge(patch)).await {
             Ok(_) => Ok(()),
@@ -324,12 +323,15 @@ fn same<K: Resource + Serialize>(found: &K, form: &Value, hash: &str) -> bool {
 /// Whether every wanted field has the wanted value. Fields that others set, and defaults, do not count.
 fn holds(found: &Value, wanted: &Value) -> bool {
     match (found, wanted) {
-        (Value::Object(found), Value::Object(wanted)) => wanted.iter().all(|(key, wanted)| match found.get(key) {
-            Some(found) => holds(found, wanted),
-            None => is_empty(wanted),
-        }),
+        (Value::Object(found), Value::Object(wanted)) => {
+            wanted.iter().all(|(key, wanted)| match found.get(key) {
+                Some(found) => holds(found, wanted),
+                None => is_empty(wanted),
+            })
+        }
         (Value::Array(found), Value::Array(wanted)) => {
-            found.len() == wanted.len() && found.iter().zip(wanted).all(|(found, wanted)| holds(found, wanted))
+            found.len() == wanted.len()
+                && found.iter().zip(wanted).all(|(found, wanted)| holds(found, wanted))
         }
         _ => found == wanted,
     }

@@ -93,7 +93,11 @@ impl Caches {
         let mut watches: Watches = Vec::new();
         let (models, writer) = kube_runtime::reflector::store();
         let watch = watch(scope.api::<Guarded>(), watcher::Config::default(), writer, |_| {});
-        watches.push(Box::pin(forward(watch, |model: &Guarded| Some(ObjectRef::from_obj(model)), changes.clone())));
+        watches.push(Box::pin(forward(
+            watch,
+            |model: &Guarded| Some(ObjectRef::from_obj(model)),
+            changes.clone(),
+        )));
         let caches = Self {
             models,
             service_accounts: owned(scope, &mut watches, changes),
@@ -197,16 +201,16 @@ async fn forward<K: Send + 'static>(
     key: impl Fn(&K) -> Option<ModelKey> + Send,
     changes: mpsc::Sender<ModelKey>,
 ) {
-        let mut watch = std::pin::pin!(watch);
-        while let Some(change) = watch.next().await {
-            match change {
-                Ok(object) => {
-                    if let Some(key) = key(&object) {
-                        // The receiver lives as long as the operator.
-                        let _ = changes.send(key).await;
-                    }
+    let mut watch = std::pin::pin!(watch);
+    while let Some(change) = watch.next().await {
+        match change {
+            Ok(object) => {
+                if let Some(key) = key(&object) {
+                    // The receiver lives as long as the operator.
+                    let _ = changes.send(key).await;
                 }
-                Err(error) => tracing::warn!(%error, "watch; trying again"),
             }
+            Err(error) => tracing::warn!(%error, "watch; trying again"),
         }
+    }
 }

@@ -119,8 +119,11 @@ impl Config {
                 }
             }
         }
-        let polls =
-            [("poll-active", self.poll_active), ("poll-idle", self.poll_idle), ("poll-queue", self.poll_queue)];
+        let polls = [
+            ("poll-active", self.poll_active),
+            ("poll-idle", self.poll_idle),
+            ("poll-queue", self.poll_queue),
+        ];
         for (option, span) in polls {
             if !(POLL_MIN..=POLL_MAX).contains(&span.0) {
                 let expected = "between 100ms and 1h";
@@ -141,7 +144,8 @@ pub(crate) mod tests {
     use super::*;
 
     pub(crate) fn sample(extra: &[&str]) -> Config {
-        let base = ["millrace-operator", "--nats-servers", "nats://nats.nats.svc:4222", "--worker-image", "w:1"];
+        let base =
+            ["millrace-operator", "--nats-servers", "nats://nats.nats.svc:4222", "--worker-image", "w:1"];
         Config::parse_from(base.iter().chain(extra))
     }
 
@@ -150,7 +154,8 @@ pub(crate) mod tests {
         sample(&[]).check().unwrap();
         let error = sample(&["--poll-idle", "1ms"]).check().unwrap_err().to_string();
         assert!(error.contains("--poll-idle is \"1ms\"") && error.contains("100ms"), "{error}");
-        let error = sample(&["--worker-nats-servers", "nats://u:secret@h:1"]).check().unwrap_err().to_string();
+        let error =
+            sample(&["--worker-nats-servers", "nats://u:secret@h:1"]).check().unwrap_err().to_string();
         assert!(error.contains("worker-nats-servers") && !error.contains("secret"), "{error}");
         assert!(sample(&["--worker-nats-servers", "h:port"]).check().is_err());
     }

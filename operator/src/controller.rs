@@ -15,9 +15,9 @@ use kube::core::DeserializeGuard;
 use kube::{Client, Resource, ResourceExt};
 use kube_runtime::controller::{Action, Config as Concurrency, Error as RunError, applier};
 use kube_runtime::reflector::ObjectRef;
+use millrace_crds::model::InferenceModel;
 use millrace_crds::model::reason::Reason;
 use millrace_crds::names::ModelRef;
-use millrace_crds::model::InferenceModel;
 use tokio::sync::mpsc;
 
 use crate::apply::{Applier, ApplyError};
@@ -332,7 +332,8 @@ impl Reconcile<'_> {
 
     async fn apply(&mut self, plan: &Plan, facts: &Facts, sized: &Sized) -> Result<(), ApplyError> {
         let context = self.context;
-        let count = |what: &str, writes: u32| context.metrics.writes.with_label_values(&[what]).inc_by(writes.into());
+        let count =
+            |what: &str, writes: u32| context.metrics.writes.with_label_values(&[what]).inc_by(writes.into());
         if sized.replicas < sized.before
             && let Some(decision) = &sized.decision
         {

@@ -70,9 +70,10 @@ pub fn existing(caches: &Caches, model: &ModelRef) -> Existing {
         config_map: caches.config_maps.get(&ObjectRef::new(&name).within(namespace)),
         network_policy: caches.network_policies.get(&ObjectRef::new(&name).within(namespace)),
         disruption_budget: caches.disruption_budgets.get(&ObjectRef::new(&name).within(namespace)),
-        pod_monitor: caches.pod_monitors.as_ref().and_then(|store| {
-            store.get(&ObjectRef::new_with(&name, pod_monitor_kind()).within(namespace))
-        }),
+        pod_monitor: caches
+            .pod_monitors
+            .as_ref()
+            .and_then(|store| store.get(&ObjectRef::new_with(&name, pod_monitor_kind()).within(namespace))),
         deployment: caches.deployments.get(&ObjectRef::new(&name).within(namespace)),
     }
 }

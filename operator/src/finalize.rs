@@ -38,7 +38,11 @@ pub enum End {
 ///
 /// # Errors
 /// When the API server refuses, or the object changed meanwhile.
-pub async fn ensure(applier: &Applier, client: &Client, object: &InferenceModel) -> Result<u32, FinalizeError> {
+pub async fn ensure(
+    applier: &Applier,
+    client: &Client,
+    object: &InferenceModel,
+) -> Result<u32, FinalizeError> {
     let wanted = object.spec.queue.on_delete == OnDelete::Delete;
     let held = object.finalizers().iter().any(|name| name == QUEUE_FINALIZER);
     if wanted == held {

@@ -8,44 +8,35 @@
 //!
 //! The operator may not panic: one bad model must not stop the others.
 
-macro_rules! careful {
-    ($($(#[$doc:meta])* $name:ident)+) => {
-        $(
-            $(#[$doc])*
-            #[cfg_attr(
-                not(test),
-                deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)
-            )]
-            pub mod $name;
-        )+
-    };
-}
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)
+)]
 
-careful! {
-    apply
-    build
-    caches
-    config
-    controller
-    error
-    fetch
-    finalize
-    lease
-    load
-    metrics
-    names
-    network
-    pod_template
-    workers
-    queue
-    scaling
-    server
-    status
-    telemetry
-    validate
-    wake
-    worker_config
-}
-
+pub mod apply;
+pub mod build;
+pub mod caches;
+pub mod config;
+pub mod controller;
+pub mod error;
+pub mod fetch;
+pub mod finalize;
+pub mod lease;
+pub mod load;
+pub mod metrics;
+pub mod names;
+pub mod network;
+pub mod pod_template;
+pub mod queue;
 pub mod scale;
+pub mod scaling;
+pub mod server;
+/// Runs in a program of its own, for whom an end with a message is as good.
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 pub mod sim;
+pub mod status;
+pub mod telemetry;
+pub mod validate;
+pub mod wake;
+pub mod worker_config;
+pub mod workers;

@@ -54,11 +54,12 @@ impl Metrics {
             registry.register(Box::new(metric.clone()))?;
             Ok(metric)
         };
-        let counters = |name: &str, help: &str, labels: &[&str]| -> Result<IntCounterVec, prometheus::Error> {
-            let metric = IntCounterVec::new(Opts::new(name, help), labels)?;
-            registry.register(Box::new(metric.clone()))?;
-            Ok(metric)
-        };
+        let counters =
+            |name: &str, help: &str, labels: &[&str]| -> Result<IntCounterVec, prometheus::Error> {
+                let metric = IntCounterVec::new(Opts::new(name, help), labels)?;
+                registry.register(Box::new(metric.clone()))?;
+                Ok(metric)
+            };
         let gauges = |name: &str, help: &str, labels: &[&str]| -> Result<IntGaugeVec, prometheus::Error> {
             let metric = IntGaugeVec::new(Opts::new(name, help), labels)?;
             registry.register(Box::new(metric.clone()))?;
@@ -84,7 +85,11 @@ impl Metrics {
             )?,
             desired: gauges("millrace_desired_replicas", "Workers asked for.", &model)?,
             ready: gauges("millrace_ready_replicas", "Workers that take jobs.", &model)?,
-            backlog: gauges("millrace_backlog", "Jobs without an outcome.", &["namespace", "model", "class"])?,
+            backlog: gauges(
+                "millrace_backlog",
+                "Jobs without an outcome.",
+                &["namespace", "model", "class"],
+            )?,
             registry,
         })
     }

@@ -142,8 +142,10 @@ fn destination(place: &Place) -> Option<Vec<NetworkPolicyPeer>> {
         }
         Place::Namespace(name) => {
             let label = ("kubernetes.io/metadata.name".to_owned(), name.clone());
-            let selector =
-                LabelSelector { match_labels: Some([label].into_iter().collect()), ..LabelSelector::default() };
+            let selector = LabelSelector {
+                match_labels: Some([label].into_iter().collect()),
+                ..LabelSelector::default()
+            };
             Some(vec![NetworkPolicyPeer {
                 namespace_selector: Some(selector),
                 ..NetworkPolicyPeer::default()

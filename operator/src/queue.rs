@@ -210,9 +210,7 @@ impl Queue {
                 Ok(Some((info.config.clone(), info.state.clone())))
             }
             Err(error) => match error.kind() {
-                GetStreamErrorKind::JetStream(inner)
-                    if inner.error_code() == ErrorCode::STREAM_NOT_FOUND =>
-                {
+                GetStreamErrorKind::JetStream(inner) if inner.error_code() == ErrorCode::STREAM_NOT_FOUND => {
                     Ok(None)
                 }
                 GetStreamErrorKind::JetStream(inner) => {
@@ -249,7 +247,8 @@ impl Queue {
         };
         let published = state.last_sequence;
         if state.messages == 0 {
-            let classes = Class::ALL.map(|class| ClassReading { class, pending: 0, unacked: 0, oldest_age_ms: None });
+            let classes =
+                Class::ALL.map(|class| ClassReading { class, pending: 0, unacked: 0, oldest_age_ms: None });
             return Ok(QueueReading { published, classes: classes.to_vec() });
         }
         let infos = try_join_all(Class::ALL.map(|class| self.consumer(model, class))).await?;

@@ -14,9 +14,7 @@ use kube_runtime::events::{Event, EventType, Recorder, Reporter};
 use millrace_crds::load::Phase;
 use millrace_crds::model::InferenceModel;
 use millrace_crds::model::reason::{ConditionType, Reason};
-use millrace_crds::model::status::{
-    ClassBacklogs, Condition, ConditionStatus, InferenceModelStatus,
-};
+use millrace_crds::model::status::{ClassBacklogs, Condition, ConditionStatus, InferenceModelStatus};
 use millrace_crds::names::Class;
 use serde_json::json;
 
@@ -99,7 +97,8 @@ pub fn status(view: &View<'_>, now: Timestamp) -> InferenceModelStatus {
             kind,
             status,
             observed_generation: generation,
-            last_transition_time: since.map_or_else(|| whole_seconds(now), |b| b.last_transition_time.clone()),
+            last_transition_time: since
+                .map_or_else(|| whole_seconds(now), |b| b.last_transition_time.clone()),
             reason,
             message,
         }
@@ -156,9 +155,10 @@ impl<'a> Found<'a> {
             ready: count(&workers::is_ready),
             leaving: count(&leaving),
             rolling: view.plan.is_ok() && count(&old) > 0,
-            trouble: view.facts.and_then(|facts| workers::trouble(&facts.pods, facts.at_ms)).or_else(|| {
-                view.facts.and_then(replica_failure)
-            }),
+            trouble: view
+                .facts
+                .and_then(|facts| workers::trouble(&facts.pods, facts.at_ms))
+                .or_else(|| view.facts.and_then(replica_failure)),
         }
     }
 
@@ -171,7 +171,9 @@ impl<'a> Found<'a> {
             return Some((Reason::InvalidSpec, refusal.to_string()));
         }
         match self.view.unapplied {
-            Some(error @ ApplyError::Foreign { .. }) => return Some((Reason::NameConflict, error.to_string())),
+            Some(error @ ApplyError::Foreign { .. }) => {
+                return Some((Reason::NameConflict, error.to_string()));
+            }
             Some(error) => return Some((Reason::ApiRefused, error.to_string())),
             None => {}
         }
@@ -180,7 +182,9 @@ impl<'a> Found<'a> {
 
     fn queue_obstacle(&self) -> Option<(Reason, String)> {
         match self.view.queue {
-            Some(Err(error @ QueueError::Unreachable(_))) => Some((Reason::QueueUnreachable, error.to_string())),
+            Some(Err(error @ QueueError::Unreachable(_))) => {
+                Some((Reason::QueueUnreachable, error.to_string()))
+            }
             Some(Err(error)) => Some((Reason::QueueRefused, error.to_string())),
             _ => None,
         }
@@ -303,9 +307,11 @@ impl<'a> Found<'a> {
     fn scaling(&self) -> Finding {
         match (self.view.plan.map(|plan| &plan.sizing), self.view.facts.map(|facts| &facts.queue)) {
             (Err(refusal), _) => finding(ConditionStatus::Unknown, Reason::InvalidSpec, refusal.to_string()),
-            (Ok(Sizing::Fixed(_)), _) => {
-                finding(ConditionStatus::False, Reason::FixedReplicas, "spec.replicas sets the number of workers")
-            }
+            (Ok(Sizing::Fixed(_)), _) => finding(
+                ConditionStatus::False,
+                Reason::FixedReplicas,
+                "spec.replicas sets the number of workers",
+            ),
             (Ok(Sizing::Follow(_)), Some(Err(error))) => {
                 finding(ConditionStatus::False, Reason::SignalLost, error.to_string())
             }

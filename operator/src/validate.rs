@@ -110,7 +110,8 @@ pub fn plan(object: &InferenceModel, config: &Config) -> Result<Plan, Refusal> {
         return Err(refuse("metadata.name", message));
     }
     let namespace = object.namespace().unwrap_or_default();
-    let model = ModelRef::new(&namespace, &name).map_err(|error| refuse("metadata.name", error.to_string()))?;
+    let model =
+        ModelRef::new(&namespace, &name).map_err(|error| refuse("metadata.name", error.to_string()))?;
     let uid = object.uid().unwrap_or_default();
     let owner = object
         .controller_owner_ref(&())

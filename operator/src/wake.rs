@@ -41,7 +41,8 @@ impl Wakes {
 
     /// Subscribes to the jobs of a model, unless that was done and nothing came since.
     pub async fn arm(&self, model: &ModelRef) {
-        let armed = |map: &HashMap<ModelRef, JoinHandle<()>>| map.get(model).is_some_and(|t| !t.is_finished());
+        let armed =
+            |map: &HashMap<ModelRef, JoinHandle<()>>| map.get(model).is_some_and(|t| !t.is_finished());
         if armed(&self.armed.lock().unwrap_or_else(PoisonError::into_inner)) {
             return;
         }

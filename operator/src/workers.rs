@@ -127,9 +127,7 @@ fn trouble_of(pod: &Pod, at_ms: u64) -> Option<Trouble> {
         return None;
     }
     let name = pod.name_any();
-    let say = |reason, words: &str| {
-        Some(Trouble { reason, message: format!("pod {name}: {}", cut(words)) })
-    };
+    let say = |reason, words: &str| Some(Trouble { reason, message: format!("pod {name}: {}", cut(words)) });
     if let Some(("False", _, message)) = condition(pod, "PodScheduled") {
         return say(Reason::Unschedulable, message);
     }
@@ -150,7 +148,8 @@ fn trouble_of(pod: &Pod, at_ms: u64) -> Option<Trouble> {
     }
     let age_ms = at_ms.saturating_sub(pod.metadata.creation_timestamp.as_ref().map_or(at_ms, millis));
     if why == "ContainerCreating" && age_ms > CREATING_MAX_MS {
-        let text = "its container waits for over a minute; a Secret or claim that the spec names may be missing";
+        let text =
+            "its container waits for over a minute; a Secret or claim that the spec names may be missing";
         return say(Reason::WorkersFailing, text);
     }
     None
@@ -183,9 +182,8 @@ mod tests {
     use super::*;
 
     fn pod(status: &str) -> Arc<Pod> {
-        let text = format!(
-            "metadata: {{name: p, creationTimestamp: '1970-01-01T00:00:10Z'}}\nstatus: {status}\n"
-        );
+        let text =
+            format!("metadata: {{name: p, creationTimestamp: '1970-01-01T00:00:10Z'}}\nstatus: {status}\n");
         Arc::new(serde_yaml::from_str(&text).expect("a pod"))
     }
 
@@ -231,9 +229,13 @@ mod tests {
 
     #[test]
     fn a_pod_is_a_worker_in_a_state() {
-        let ready = "{conditions: [{type: Ready, status: 'True', lastTransitionTime: '1970-01-01T00:00:30Z'}]}";
+        let ready =
+            "{conditions: [{type: Ready, status: 'True', lastTransitionTime: '1970-01-01T00:00:30Z'}]}";
         let worker = reading(&pod(ready), None).unwrap();
-        assert_eq!((worker.state, worker.created_ms, worker.ready_ms), (WorkerState::Ready, 10_000, Some(30_000)));
+        assert_eq!(
+            (worker.state, worker.created_ms, worker.ready_ms),
+            (WorkerState::Ready, 10_000, Some(30_000))
+        );
         let worker = reading(&pod("{phase: Pending}"), None).unwrap();
         assert_eq!((worker.state, worker.ready_ms), (WorkerState::Starting, None));
         assert_eq!(reading(&pod("{phase: Failed}"), None), None);

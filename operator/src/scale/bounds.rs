@@ -55,17 +55,20 @@ fn stabilise(spec: &ScalingSpec, memory: &mut Memory, at_ms: u64, now: u32, want
     };
     let up_from = within(&memory.wanted, up_ms);
     let down_from = within(&memory.wanted, down_ms);
-    let least = memory.wanted[up_from..].iter().map(|entry| entry.replicas).min().unwrap_or(wanted);
-    let most = memory.wanted[down_from..].iter().map(|entry| entry.replicas).max().unwrap_or(wanted);
+    let since = |from: usize| memory.wanted.iter().skip(from).map(|entry| entry.replicas);
+    let least = since(up_from).min().unwrap_or(wanted);
+    let most = since(down_from).max().unwrap_or(wanted);
     // Without an entry as old as the window, what was wanted before is not known: the current number counts.
-    let known = |span_ms: u128| memory.wanted[0].at_ms as u128 + span_ms <= u128::from(at_ms);
+    let oldest_ms = memory.wanted.first().map_or(at_ms, |entry| entry.at_ms);
+    let known = |span_ms: u128| u128::from(oldest_ms) + span_ms <= u128::from(at_ms);
     let least = if known(up_ms) { least } else { least.min(now) };
     let most = if known(down_ms) { most } else { most.max(now) };
     memory.wanted.drain(..up_from.min(down_from));
     while memory.wanted.len() > WANTED_MAX {
         let oldest = memory.wanted.remove(0);
-        memory.wanted[0] =
-            Wanted { at_ms: oldest.at_ms, replicas: memory.wanted[0].replicas.max(oldest.replicas) };
+        if let Some(next) = memory.wanted.first_mut() {
+            *next = Wanted { at_ms: oldest.at_ms, replicas: next.replicas.max(oldest.replicas) };
+        }
     }
     if wanted > now { least.clamp(now, wanted) } else { most.clamp(wanted, now) }
 }

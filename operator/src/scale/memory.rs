@@ -178,17 +178,19 @@ impl Memory {
             }
         }
         // Jobs leave in the order in which they came, so the backlog is what came last.
-        let mut newer = 0u64;
-        let mut first = self.arrivals.len();
-        while first > 0 && newer < queue.pending() {
-            first -= 1;
-            newer += self.arrivals[first].jobs;
-        }
-        self.arrivals.drain(..first);
+        let mut waiting = queue.pending();
+        let of_the_backlog = self.arrivals.iter().rev().take_while(|step| {
+            let some_wait = waiting > 0;
+            waiting = waiting.saturating_sub(step.jobs);
+            some_wait
+        });
+        let left = of_the_backlog.count();
+        self.arrivals.drain(..self.arrivals.len() - left);
         while self.arrivals.len() > ARRIVALS_MAX {
             let oldest = self.arrivals.remove(0);
-            self.arrivals[0].since_ms = oldest.since_ms;
-            self.arrivals[0].jobs += oldest.jobs;
+            if let Some(next) = self.arrivals.first_mut() {
+                *next = Arrivals { since_ms: oldest.since_ms, jobs: next.jobs + oldest.jobs };
+            }
         }
     }
 
