@@ -46,6 +46,18 @@ pub fn write(folder: &Path, config: &Value, seed: u64) -> Result<()> {
     Ok(())
 }
 
+/// A configuration with some of its fields changed.
+///
+/// # Panics
+/// When the changes are no object.
+pub fn with(config: &Value, changes: &Value) -> Value {
+    let mut config = config.clone();
+    for (field, value) in changes.as_object().expect("changes are an object") {
+        config[field] = value.clone();
+    }
+    config
+}
+
 fn draw(random: &mut Random, name: &str, shape: &[usize]) -> f32 {
     let normal = random.normal();
     match shape {

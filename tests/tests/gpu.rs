@@ -43,13 +43,7 @@ fn models() -> [(&'static str, Value); 3] {
         "num_key_value_heads": 2, "head_dim": 64, "vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS,
         "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": true, "torch_dtype": "bfloat16",
     });
-    let with = |changes: Value| {
-        let mut config = sizes.clone();
-        for (field, value) in changes.as_object().expect("changes are an object") {
-            config[field] = value.clone();
-        }
-        config
-    };
+    let with = |changes: Value| checkpoint::with(&sizes, &changes);
     [
         ("llama", with(json!({"architectures": ["LlamaForCausalLM"]}))),
         (
@@ -175,6 +169,10 @@ fn no_circumstance_changes_a_byte_on_a_gpu() -> Result<()> {
             let found = bits(&answers(&engine, requests())?);
             let load = engine.handle().load();
             ensure!((Load::get(&load.preemptions) > 0) == at.scarce, "{name} under {at:?}: preemptions");
+            ensure!(
+                (Load::get(&load.cached_tokens) > 0) == at.prefix_cache,
+                "{name} under {at:?}: prefix hits"
+            );
             for (number, (found, expected)) in found.iter().zip(&expected).enumerate() {
                 let place = found.iter().zip(expected).position(|(a, b)| a != b);
                 ensure!(found == expected, "{name}, request {number} under {at:?} differs at {place:?}");

@@ -69,13 +69,7 @@ fn models() -> [(&'static str, Value); 3] {
         "num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS,
         "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": true, "torch_dtype": "bfloat16",
     });
-    let with = |changes: Value| {
-        let mut config = sizes.clone();
-        for (field, value) in changes.as_object().expect("changes are an object") {
-            config[field] = value.clone();
-        }
-        config
-    };
+    let with = |changes: Value| checkpoint::with(&sizes, &changes);
     [
         ("llama", with(json!({"architectures": ["LlamaForCausalLM"]}))),
         (

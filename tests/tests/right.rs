@@ -185,16 +185,13 @@ fn argmax(logits: &[f32]) -> u32 {
 
 /// A small decoder with grouped queries, sizes that fill no tile, and the given differences.
 fn config(architecture: &str, changes: Value) -> Value {
-    let mut config = json!({
+    let sizes = json!({
         "architectures": [architecture], "hidden_size": 72, "intermediate_size": 100,
         "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2, "vocab_size": 131,
         "max_position_embeddings": POSITIONS, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
         "hidden_act": "silu", "tie_word_embeddings": false, "attention_bias": false,
     });
-    for (field, value) in changes.as_object().expect("changes are an object") {
-        config[field] = value.clone();
-    }
-    config
+    checkpoint::with(&sizes, &changes)
 }
 
 fn families() -> Vec<(&'static str, Value)> {
