@@ -2,6 +2,7 @@
 //!
 //! The codes are a promise to whoever starts the process: an operator tells from them whether to change the
 //! configuration, to replace the model's files, or to wait. What is none of the known refusals is `FAILED`.
+//! The message beside the code says each cause once.
 
 use std::fmt;
 use std::process::ExitCode;
@@ -99,6 +100,19 @@ impl Ending {
     }
 }
 
+/// An error and its causes in one line. Many errors already say what caused them; what was said is not repeated.
+pub fn message(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |said, cause| {
+        if said.is_empty() {
+            cause
+        } else if said.ends_with(&cause) {
+            said
+        } else {
+            format!("{said}: {cause}")
+        }
+    })
+}
+
 impl From<Ending> for ExitCode {
     fn from(ending: Ending) -> Self {
         ExitCode::from(ending.number())
@@ -125,6 +139,16 @@ mod tests {
         assert_eq!(Ending::of(&anyhow::anyhow!("a broken pipe")), Ending::Failed);
         let store = PullError::Store(StoreError::Address("s3:/x".into()));
         assert_eq!(Ending::of(&store.into()), Ending::ConfigInvalid);
+    }
+
+    #[test]
+    fn each_cause_is_said_once() {
+        let missing = || std::io::Error::from(std::io::ErrorKind::NotFound);
+        let says_its_cause = PullError::Io { path: "/models/a".into(), source: missing() };
+        let error = anyhow::Error::from(says_its_cause).context("the model");
+        assert_eq!(message(&error), "the model: /models/a: entity not found");
+        let error = anyhow::Error::from(missing()).context("the model");
+        assert_eq!(message(&error), "the model: entity not found");
     }
 
     #[test]

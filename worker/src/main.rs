@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use millrace_worker::batch::{self, BatchArgs};
 use millrace_worker::bench::{self, BenchArgs};
-use millrace_worker::ending::{EXIT_CODES, Ending};
+use millrace_worker::ending::{self, EXIT_CODES, Ending};
 use millrace_worker::worker::{self, ServeArgs};
 
 /// Runs prompt jobs through a paged-attention engine.
@@ -36,7 +36,7 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             let ending = Ending::of(&error);
-            eprintln!("millrace-worker: {ending}: {error:#}");
+            eprintln!("millrace-worker: {ending}: {}", ending::message(&error));
             ending.into()
         }
     }

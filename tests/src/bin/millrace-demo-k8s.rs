@@ -7,6 +7,7 @@
 //! line of standard output is one JSON object. Nothing of it is left afterwards, also after Ctrl-C.
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -100,7 +101,6 @@ struct Demo {
 }
 
 /// What one step counted.
-#[derive(Debug)]
 struct Step {
     published: usize,
     completed: usize,
@@ -108,6 +108,18 @@ struct Step {
     replicas_max: u32,
     back_to_zero: Duration,
     revisions: BTreeSet<String>,
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Step { published, completed, wake, back_to_zero, .. } = self;
+        write!(
+            f,
+            "{completed} of {published} jobs completed; awake {:.0} ms after the first, asleep {:.1} s after the last",
+            wake.as_secs_f64() * 1e3,
+            back_to_zero.as_secs_f64()
+        )
+    }
 }
 
 impl Demo {
@@ -126,11 +138,11 @@ impl Demo {
         timeline.wait("asleep at zero", REST_LIMIT, |seen| asleep(seen.asked, &seen.status)).await?;
         say(start, &format!("the model sleeps; {} jobs come", self.jobs));
         let first = self.step("first", &timeline, None).await?;
-        say(start, &format!("{first:?}"));
+        say(start, &first.to_string());
         spec["model"]["revision"] = json!("v2");
         say(start, &format!("{} more jobs; the revision changes while they run", self.jobs));
         let second = self.step("second", &timeline, Some(&spec)).await?;
-        say(start, &format!("{second:?}"));
+        say(start, &second.to_string());
         for step in [&first, &second] {
             ensure!(
                 step.completed == step.published,
