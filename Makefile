@@ -1,6 +1,6 @@
 # What people type daily. Each target is the plain commands that stand under it.
 .DEFAULT_GOAL := help
-.PHONY: help tools kube build demo demo-k8s test soak bench sim kernels gpu-kit fmt lint
+.PHONY: help tools kube build demo demo-k8s test soak fuzz bench sim kernels gpu-kit fmt lint
 
 # A run that counts may not skip a test for want of a tool.
 export MILLRACE_REQUIRE_TOOLS = 1
@@ -30,6 +30,9 @@ test: tools kube ## all tests that take a few minutes, with real processes
 
 soak: tools build ## the long crash run: 2000 jobs, 3 workers, 200 kills
 	MILLRACE_SOAK=1 cargo test --release --locked --workspace --test crash -- --nocapture
+
+fuzz: ## each reader of outside input for MILLRACE_FUZZ_S seconds (60), guided by coverage
+	scripts/fuzz
 
 bench: build ## the README's figures, on this machine, in one table and as JSON
 	scripts/tools bench

@@ -1,0 +1,14 @@
+//! A model's `config.json`: what is taken has sizes that the engine can compute with.
+
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use millrace_worker::model::config::DecoderConfig;
+
+fuzz_target!(|text: &str| {
+    if let Ok(config) = DecoderConfig::parse(text, None) {
+        assert!(config.heads % config.kv_heads == 0 && config.head_dim % 2 == 0 && config.layers() > 0);
+        assert!(config.parameters() > 0 && config.qkv_width() > 0);
+        assert!(config.rope.inverse_frequencies(config.head_dim).iter().all(|f| f.is_finite()));
+    }
+});

@@ -1,0 +1,22 @@
+//! A chat template: it compiles and renders within its limits, or is refused.
+
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use millrace_worker::job::{Chat, Message};
+use millrace_worker::template::Template;
+
+fn message(role: &str, content: &str) -> Message {
+    Message { role: role.into(), content: content.into(), name: None, reasoning_content: None }
+}
+
+fuzz_target!(|source: &str| {
+    let Ok(template) = Template::new(source, vec![("bos_token".into(), "<s>".into())]) else { return };
+    let chat = Chat {
+        messages: vec![message("system", "Be brief."), message("user", "Hi")],
+        add_generation_prompt: true,
+        continue_final_message: false,
+        variables: serde_json::Map::new(),
+    };
+    let _ = template.render(&chat, 1_700_000_000);
+});
