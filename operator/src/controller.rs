@@ -222,7 +222,7 @@ impl Reconcile<'_> {
         let (context, object) = (self.context, self.object);
         let plan = validate::plan(object, &context.config);
         if object.meta().deletion_timestamp.is_some() {
-            return self.end().await;
+            return self.end(plan.as_ref()).await;
         }
         let plan = match plan {
             Ok(plan) => plan,
@@ -263,7 +263,8 @@ impl Reconcile<'_> {
         }
     }
 
-    async fn end(&mut self) -> Result<Action, Error> {
+    /// One step of the end. Its status says that workers drain, as long as they do.
+    async fn end(&mut self, plan: Result<&Plan, &Refusal>) -> Result<Action, Error> {
         let context = self.context;
         let Ok(model) = model_of(&ObjectRef::from_obj(&DeserializeGuard(Ok(self.object.clone())))) else {
             return Ok(Action::await_change());
@@ -277,7 +278,22 @@ impl Reconcile<'_> {
         };
         match finalizer.end(self.object, &model).await? {
             End::Done => Ok(Action::await_change()),
-            End::Draining => Ok(Action::requeue(DRAIN_PAUSE)),
+            End::Draining => {
+                let facts = fetch::facts(&context.caches, &context.queue, &context.load, &model).await;
+                let former = status::former(self.object, &self.state.written);
+                self.write(&view_status(&View {
+                    object: self.object,
+                    former: &former,
+                    plan,
+                    facts: Some(&facts),
+                    sized: None,
+                    queue: self.state.queue.result.as_ref(),
+                    unapplied: None,
+                    scaling: &self.state.scaling,
+                }))
+                .await?;
+                Ok(Action::requeue(DRAIN_PAUSE))
+            }
         }
     }
 

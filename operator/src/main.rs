@@ -21,7 +21,7 @@ use millrace_operator::metrics::Metrics;
 use millrace_operator::queue::Queue;
 use millrace_operator::status::StatusWriter;
 use millrace_operator::wake::Wakes;
-use millrace_operator::{server, telemetry};
+use millrace_operator::{build, server, telemetry};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
@@ -29,6 +29,9 @@ use tokio::sync::{mpsc, watch};
 const SWEEP: Duration = Duration::from_secs(30);
 /// How long a reconcile that is under way may take at the end.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
+/// Why an operator that shall make PodMonitors ends at once.
+const NO_POD_MONITORS: &str = "--pod-monitors: the API server does not know PodMonitors (monitoring.coreos.com/v1); \
+                               install the definitions of the Prometheus operator, or leave the option out";
 
 fn main() -> ExitCode {
     let config = Config::parse();
@@ -81,12 +84,26 @@ async fn run(config: Config) -> anyhow::Result<()> {
     ended
 }
 
+/// Without the definition, a watch of PodMonitors would fail for ever, and no model would be looked at.
+async fn knows_pod_monitors(client: &Client) -> anyhow::Result<()> {
+    let kind = build::pod_monitor_kind();
+    match client.list_api_group_resources(&kind.api_version).await {
+        Ok(list) if list.resources.iter().any(|found| found.name == kind.plural) => Ok(()),
+        Ok(_) => bail!(NO_POD_MONITORS),
+        Err(kube::Error::Api(status)) if status.code == 404 => bail!(NO_POD_MONITORS),
+        Err(error) => Err(error).context("the API server's resources"),
+    }
+}
+
 async fn work(
     config: Config,
     client: Client,
     metrics: Arc<Metrics>,
     stop: watch::Receiver<bool>,
 ) -> anyhow::Result<()> {
+    if config.pod_monitors {
+        knows_pod_monitors(&client).await?;
+    }
     let queue = Queue::connect(&config).await.context("the broker")?;
     let (changes, receiver) = mpsc::channel(CHANGES_MAX);
     let scope = Scope { client: client.clone(), namespace: config.watch_namespace.clone() };

