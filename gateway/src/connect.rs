@@ -96,15 +96,18 @@ async fn options(global: &Global) -> Result<ConnectOptions, Failure> {
 }
 
 fn explain(error: &async_nats::ConnectError) -> String {
+    let text = error.to_string();
     let fix = match error.kind() {
         ConnectErrorKind::AuthorizationViolation | ConnectErrorKind::Authentication => {
             "; give the right file with --creds"
         }
         ConnectErrorKind::Tls => "; give the certificate authority with --ca",
+        // What the TLS library refuses is told as an input/output error.
+        ConnectErrorKind::Io if text.contains("certificate") => "; give the certificate authority with --ca",
         ConnectErrorKind::ServerParse => "; it must look like nats://host:4222",
         _ => "; is the server running, and is the port open?",
     };
-    format!("{error}{fix}")
+    format!("{text}{fix}")
 }
 
 /// The address without a password, for messages.

@@ -6,6 +6,7 @@
 //!
 //! Starting, killing and waiting for a child block the thread, so async tests run on several threads.
 
+pub mod accounts;
 pub mod chaos;
 pub mod checkpoint;
 pub mod cluster;

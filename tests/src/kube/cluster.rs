@@ -53,9 +53,17 @@ impl Cluster {
     pub async fn start(options: &Options) -> Result<Self> {
         let nats = tokio::task::spawn_blocking(NatsServer::start);
         let plane = ControlPlane::start(options).await?;
+        Self::of(plane, nats.await??).await
+    }
+
+    /// Of parts that run. Makes InferenceModels known to the API server.
+    ///
+    /// # Errors
+    /// When the API server does not answer.
+    pub async fn of(plane: ControlPlane, nats: NatsServer) -> Result<Self> {
         let client = plane.admin().await?;
         define(&client).await?;
-        Ok(Self { plane, nats: nats.await??, client: Access(client) })
+        Ok(Self { plane, nats, client: Access(client) })
     }
 
     /// A client that may do everything.
