@@ -31,7 +31,7 @@ pub mod queue;
 pub mod scale;
 pub mod scaling;
 pub mod server;
-/// Runs in a program of its own, for whom an end with a message is as good.
+// It runs in a program of its own, for whom an end with a message is as good.
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 pub mod sim;
 pub mod status;
