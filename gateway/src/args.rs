@@ -310,7 +310,7 @@ pub enum DeadCommand {
         /// Job id
         job: String,
     },
-    /// Publish again under the id <JOB>-r<N>, since a job's outcome never changes; then remove the letter
+    /// Publish again under the id JOB-rN, since a job's outcome never changes; then remove the letter
     Requeue {
         /// Job ids
         jobs: Vec<String>,

@@ -39,7 +39,7 @@ pub fn is_named(args: &InputArgs) -> bool {
 /// Reads a file of job ids, together with ids as typed.
 ///
 /// # Errors
-/// As [`plan`].
+/// As [`plan()`].
 pub fn job_ids(typed: &[String], file: Option<&Path>) -> Result<Vec<JobId>, Failure> {
     let mut text = typed.join("\n") + "\n";
     let name = file.map_or("command line".to_owned(), |path| path.display().to_string());

@@ -194,7 +194,7 @@ impl PullPlan {
         due
     }
 
-    /// Classes whose requests have failed [`FAILING_AFTER`] times or more in a row.
+    /// Classes whose requests have failed `FAILING_AFTER` times or more in a row.
     pub fn failing(&self) -> PerClass<bool> {
         self.errors.map(|errors| errors >= FAILING_AFTER)
     }

@@ -53,7 +53,7 @@ impl Matrix {
         }
     }
 
-    /// Panels of [`PANEL`] rows.
+    /// Panels of `PANEL` rows.
     pub fn panel_count(&self) -> usize {
         self.rows.div_ceil(PANEL)
     }
