@@ -1,8 +1,9 @@
 //! How fast weights come from S3: the worker's own pull beside a plain download of the same object by s5cmd,
 //! the well-known parallel client, in turns over the same server and disk.
 //!
-//! The two are not alike: the pull also hashes every byte, syncs the file and renames it into the cache. Both
-//! write to a fresh folder each time, and what the last one wrote is on the disk before the next begins.
+//! The two are not alike: the pull also hashes every byte before the file is used. Neither waits for the disk: the
+//! client does not sync, and the pull leaves that to a thread that goes on behind it, whose time is not counted.
+//! Both write to a fresh folder each time, and what the last one wrote is on the disk before the next begins.
 
 use std::fs::File;
 use std::io::Write;

@@ -132,6 +132,33 @@ pub struct Head {
     pub etag: String,
 }
 
+/// The bytes of a range, in their order.
+#[derive(Debug)]
+pub struct RangeBody {
+    uri: S3Uri,
+    body: ByteStream,
+    count: u64,
+    left: u64,
+}
+
+impl RangeBody {
+    /// The next bytes, as many as one read of the connection gave; none after the last.
+    ///
+    /// # Errors
+    /// When the transfer breaks off, or more or fewer bytes come than were asked for.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, StoreError> {
+        let chunk = self.body.try_next().await.map_err(|error| broken(&self.uri, &error))?;
+        let came = chunk.as_ref().map_or(0, Bytes::len) as u64;
+        if came > self.left || (chunk.is_none() && self.left > 0) {
+            let reason =
+                format!("a range of {} bytes came with {}", self.count, self.count - self.left + came);
+            return Err(StoreError::Service { uri: self.uri.clone(), reason });
+        }
+        self.left -= came;
+        Ok(chunk)
+    }
+}
+
 /// One object store. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Store {
@@ -207,7 +234,7 @@ impl Store {
         Ok(whole.freeze())
     }
 
-    /// The bytes `first..first + count` of an object, of the version that `head` saw.
+    /// The bytes `first..first + count` of an object, of the version that `head` saw, as they come.
     ///
     /// # Errors
     /// When the object changed, or what the service said.
@@ -217,26 +244,14 @@ impl Store {
         head: &Head,
         first: u64,
         count: u64,
-    ) -> Result<Bytes, StoreError> {
+    ) -> Result<RangeBody, StoreError> {
         let range = format!("bytes={first}-{}", first + count - 1);
         let mut request = self.client.get_object().bucket(&uri.bucket).key(&uri.key).range(range);
         if !head.etag.is_empty() {
             request = request.if_match(&head.etag);
         }
         let answer = request.send().await.map_err(|error| failed(uri, &error))?;
-        let mut body = answer.body;
-        let mut part = BytesMut::with_capacity(count as usize);
-        while let Some(chunk) = body.try_next().await.map_err(|error| broken(uri, &error))? {
-            part.extend_from_slice(&chunk);
-            if part.len() as u64 > count {
-                break;
-            }
-        }
-        if part.len() as u64 != count {
-            let reason = format!("a range of {count} bytes came with {}", part.len());
-            return Err(StoreError::Service { uri: uri.clone(), reason });
-        }
-        Ok(part.freeze())
+        Ok(RangeBody { uri: uri.clone(), body: answer.body, count, left: count })
     }
 
     /// Names and sizes of the objects directly below a prefix.

@@ -18,6 +18,9 @@ use millrace_crds::config::ModelConfig;
 use crate::store::{Store, StoreError};
 use manifest::{FileEntry, MANIFEST_NAME, Manifest, ManifestError, ModelDigest};
 
+/// Threads of a pull at most: each takes about a GiB a second from its connections.
+const PULL_THREADS_MAX: usize = 8;
+
 /// A verified model folder on this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Folder {
@@ -115,14 +118,46 @@ pub async fn pull(config: &ModelConfig) -> Result<Folder, PullError> {
                 .expect("verifying does not panic")?
         }
         None if config.uri.starts_with("s3://") => {
-            let store = Store::connect(&config.store).await?;
-            pull::Pull { store: &store, config, wanted: wanted.as_ref() }.run().await?
+            let (config, wanted) = (config.clone(), wanted.clone());
+            on_own_threads(async move {
+                let store = Store::connect(&config.store).await?;
+                pull::Pull { store, config, wanted }.run().await
+            })
+            .await?
         }
         _ => return Err(PullError::Scheme(config.uri.chars().take(200).collect())),
     };
     match wanted {
         Some(wanted) if wanted != folder.digest => Err(PullError::Digest { wanted, found: folder.digest }),
         _ => Ok(folder),
+    }
+}
+
+/// Runs a pull on threads of its own, because it writes and hashes there, and a slow disk must not keep others
+/// from running: half as many as there are processors, since a hash and the store's side of the machine's work go
+/// on beside them. Dropping the future ends the pull.
+async fn on_own_threads(
+    pull: impl Future<Output = Result<Folder, PullError>> + Send + 'static,
+) -> Result<Folder, PullError> {
+    let threads = std::thread::available_parallelism().map_or(1, |count| count.get() / 2);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(threads.clamp(1, PULL_THREADS_MAX))
+        .thread_name("pull")
+        .enable_all()
+        .build()
+        .map_err(io(Path::new("the pull's threads")))?;
+    let runtime = Background(Some(runtime));
+    runtime.0.as_ref().expect("taken only at the end").spawn(pull).await.expect("a pull does not panic")
+}
+
+/// A runtime that ends without being waited for, which async code may not do.
+struct Background(Option<tokio::runtime::Runtime>);
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
     }
 }
 

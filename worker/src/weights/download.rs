@@ -1,72 +1,87 @@
-//! One file from the object store: parallel ranges, written in place, hashed as they come.
+//! One file from the object store: parallel ranges, written in place as they come, hashed part by part behind.
 //!
 //! A journal beside the file names the parts that are written, tied to the object's version, so that a
 //! download that was cut off goes on where it stopped. The journal is not trusted: the SHA-256 of the whole
-//! file decides, and a resumed file that fails is pulled once more from the start. Memory is bounded by the
-//! permits that all files of a pull share.
+//! file decides, and a resumed file that fails is pulled once more from the start. Bytes are kept nowhere but in
+//! the system's page cache: a connection's read is written at once, while the processor's cache has it, and the
+//! hash reads the mapped file. Memory is bounded by one read for each of the permits that all files of a pull
+//! share.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
-use bytes::Bytes;
-use futures::{StreamExt, TryStreamExt};
 use sha2::{Digest, Sha256};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
 
 use super::manifest::FileEntry;
+use super::map::MappedFile;
 use super::{PullError, io};
 use crate::store::{Head, S3Uri, Store, StoreError};
 
-/// Bytes of one ranged request: large enough to hide the round trip, small enough to retry.
-pub const PART_BYTES: u64 = 8 << 20;
-/// Parts in flight over all files of a pull; with [`PART_BYTES`] this bounds the memory to 64 MiB.
-pub const PARTS_AT_ONCE: usize = 8;
-/// Tries of one part, each of which the client has retried already.
-const PART_ATTEMPTS_MAX: u32 = 5;
+/// Bytes of a part: what the journal counts and what is mapped at once to be hashed.
+const PART_BYTES: u64 = 8 << 20;
+/// Parts of one request at most. Long requests cost the server less; what breaks off is not asked for again, so
+/// that they cost no more when they fail.
+const REQUEST_PARTS_MAX: u64 = 4;
+/// Requests in flight over all files of a pull: enough for a store that limits each connection.
+pub const REQUESTS_AT_ONCE: usize = 8;
+/// Failures of one request, each of which the client has retried already.
+const REQUEST_ATTEMPTS_MAX: u32 = 5;
 /// Wait before the second try; doubled for each further one.
-const PART_BACKOFF: Duration = Duration::from_millis(200);
-/// Bytes read at once when hashing: fits the second-level cache.
+const REQUEST_BACKOFF: Duration = Duration::from_millis(200);
+/// Bytes read at once when hashing a file of which nothing is known: fits the second-level cache.
 const HASH_CHUNK_BYTES: usize = 256 << 10;
 
 /// A file to pull into a folder.
-pub struct Download<'a> {
+#[derive(Clone)]
+pub struct Download {
     /// The store.
-    pub store: &'a Store,
+    pub store: Store,
     /// The object.
     pub uri: S3Uri,
     /// Where the file and its journal go.
-    pub folder: &'a Path,
+    pub folder: PathBuf,
     /// Name, and what the manifest says; an empty hash is not known yet.
-    pub wanted: &'a FileEntry,
-    /// Permits for parts in flight.
-    pub permits: Arc<Semaphore>,
+    pub wanted: FileEntry,
+    /// What the pull's other files use too.
+    pub shared: Arc<Shared>,
 }
 
-/// A part that is written. One that came just now is hashed from its bytes, which count as in flight until
-/// then: parts are begun in order, so the one that all wait for is always on its way.
-struct Written {
-    part: u64,
-    fresh: Option<(Bytes, OwnedSemaphorePermit)>,
+/// What all files of a pull share.
+pub struct Shared {
+    /// Permits for requests in flight.
+    pub permits: Semaphore,
+    /// The lock on the folder, held for as long as anything may write to it.
+    pub _lock: File,
 }
 
-impl Download<'_> {
+/// The file that is being written, and its journal.
+struct Target {
+    head: Head,
+    file: File,
+    journal: Mutex<File>,
+}
+
+impl Download {
     /// Pulls the file; gives its true size and hash, and the bytes that came over the network.
-    pub async fn run(&self) -> Result<(FileEntry, u64), PullError> {
+    pub async fn run(self) -> Result<(FileEntry, u64), PullError> {
         let head = self.store.head(&self.uri).await?;
         let announced = FileEntry { bytes: head.bytes, ..self.wanted.clone() };
-        compare(&self.uri.to_string(), &announced, self.wanted)?;
+        compare(&self.uri.to_string(), &announced, &self.wanted)?;
         let (found, pulled, resumed) = self.attempt(&head).await?;
-        match compare(&self.uri.to_string(), &found, self.wanted) {
+        match compare(&self.uri.to_string(), &found, &self.wanted) {
             Ok(()) => Ok((found, pulled)),
             Err(_) if resumed => {
                 std::fs::remove_file(self.journal_path()).map_err(io(&self.journal_path()))?;
                 let (found, again, _) = self.attempt(&head).await?;
-                compare(&self.uri.to_string(), &found, self.wanted)?;
+                compare(&self.uri.to_string(), &found, &self.wanted)?;
                 Ok((found, pulled + again))
             }
             Err(error) => Err(error),
@@ -82,79 +97,122 @@ impl Download<'_> {
     }
 
     async fn attempt(&self, head: &Head) -> Result<(FileEntry, u64, bool), PullError> {
-        let path = self.path();
-        let (file, journal, done) = open(&path, &self.journal_path(), head)?;
-        let (file, journal) = (Arc::new(file), &std::sync::Mutex::new(journal));
+        let (target, done) = open(&self.path(), &self.journal_path(), head)?;
+        let target = Arc::new(target);
         let parts = head.bytes.div_ceil(PART_BYTES);
         // One message for each part at most, so that a sender never waits.
         let (written, to_hash) = mpsc::sync_channel(parts as usize + 1);
         for &part in &done {
-            written.send(Written { part, fresh: None }).expect("the receiver is here");
+            written.send(part).expect("the receiver is here");
         }
         let hasher = {
-            let (file, bytes) = (file.clone(), head.bytes);
-            tokio::task::spawn_blocking(move || hash_in_order(&file, bytes, &to_hash))
+            let target = target.clone();
+            tokio::task::spawn_blocking(move || hash_in_order(&target.file, target.head.bytes, &to_hash))
         };
-        let missing = (0..parts).filter(|part| !done.contains(part));
-        let pulled = futures::stream::iter(missing)
-            .map(|part| {
-                let (file, written) = (file.clone(), written.clone());
-                async move {
-                    let (bytes, permit) = self.part(head, part, file).await?;
-                    let count = bytes.len() as u64;
-                    writeln!(journal.lock().expect("no writer panics"), "{part}")
-                        .map_err(io(&self.journal_path()))?;
-                    // The hasher ends early only when reading fails, which its result tells.
-                    let _ = written.send(Written { part, fresh: Some((bytes, permit)) });
-                    Ok::<u64, PullError>(count)
-                }
-            })
-            .buffer_unordered(PARTS_AT_ONCE)
-            .try_fold(0, async |sum, count| Ok(sum + count))
-            .await;
-        drop(written);
-        let hash = hasher.await.expect("hashing does not panic").map_err(io(&path))?;
+        let pulled = self.fetch_all(&target, missing(parts, &done), written).await;
+        let hash = hasher.await.expect("hashing does not panic").map_err(io(&self.path()))?;
         let pulled = pulled?;
         let found = FileEntry { name: self.wanted.name.clone(), bytes: head.bytes, sha256: hash };
         Ok((found, pulled, !done.is_empty()))
     }
 
-    /// Gets a part and writes it to its place.
-    async fn part(
+    /// Gets all parts that are missing. When one cannot be had, no request is in flight any more at the end.
+    async fn fetch_all(
         &self,
-        head: &Head,
-        part: u64,
-        file: Arc<File>,
-    ) -> Result<(Bytes, OwnedSemaphorePermit), PullError> {
-        let first = part * PART_BYTES;
-        let count = PART_BYTES.min(head.bytes - first);
-        let permit = self.permits.clone().acquire_owned().await.expect("the permits are never closed");
-        let mut backoff = PART_BACKOFF;
-        let mut attempt = 1;
+        target: &Arc<Target>,
+        missing: Vec<Range<u64>>,
+        written: mpsc::SyncSender<u64>,
+    ) -> Result<u64, PullError> {
+        let (mut requests, mut pulled) = (JoinSet::new(), 0);
+        let mut missing = missing.into_iter();
         loop {
-            match self.store.get_range(&self.uri, head, first, count).await {
-                Ok(bytes) => {
-                    let written = bytes.clone();
-                    tokio::task::spawn_blocking(move || file.write_all_at(&written, first))
-                        .await
-                        .expect("writing does not panic")
-                        .map_err(io(&self.path()))?;
-                    return Ok((bytes, permit));
-                }
-                Err(error @ StoreError::Service { .. }) if attempt < PART_ATTEMPTS_MAX => {
-                    tracing::warn!(%error, attempt, "a range failed and is asked for again");
+            while requests.len() < REQUESTS_AT_ONCE
+                && let Some(parts) = missing.next()
+            {
+                let (download, target, written) = (self.clone(), target.clone(), written.clone());
+                requests.spawn(async move { download.fetch(&target, parts, &written).await });
+            }
+            match requests.join_next().await {
+                None => return Ok(pulled),
+                Some(fetched) => match fetched.expect("a request does not panic") {
+                    Ok(bytes) => pulled += bytes,
+                    Err(error) => {
+                        requests.shutdown().await;
+                        return Err(error);
+                    }
+                },
+            }
+        }
+    }
+
+    /// Gets consecutive parts; where the transfer breaks off, it goes on from there.
+    async fn fetch(
+        &self,
+        target: &Target,
+        parts: Range<u64>,
+        written: &mpsc::SyncSender<u64>,
+    ) -> Result<u64, PullError> {
+        let _permit = self.shared.permits.acquire().await.expect("the permits are never closed");
+        let first = parts.start * PART_BYTES;
+        let mut at = first;
+        let (mut backoff, mut attempt) = (REQUEST_BACKOFF, 1);
+        loop {
+            match self.transfer(target, &mut at, parts.end, written).await {
+                Ok(()) => return Ok(at - first),
+                Err(PullError::Store(error @ StoreError::Service { .. }))
+                    if attempt < REQUEST_ATTEMPTS_MAX =>
+                {
+                    tracing::warn!(%error, attempt, at, "a range broke off and goes on");
                     tokio::time::sleep(backoff).await;
                     backoff *= 2;
                     attempt += 1;
                 }
-                Err(error) => return Err(error.into()),
+                Err(error) => return Err(error),
             }
         }
     }
+
+    /// Writes what comes from `at` to the end of a part, and reports the parts that are whole with it.
+    async fn transfer(
+        &self,
+        target: &Target,
+        at: &mut u64,
+        end_part: u64,
+        written: &mpsc::SyncSender<u64>,
+    ) -> Result<(), PullError> {
+        let end = target.head.bytes.min(end_part * PART_BYTES);
+        let mut body = self.store.get_range(&self.uri, &target.head, *at, end - *at).await?;
+        while let Some(chunk) = body.next().await? {
+            // Into the page cache, in less time than it takes to wake another thread for it.
+            target.file.write_all_at(&chunk, *at).map_err(io(&self.path()))?;
+            let part = *at / PART_BYTES;
+            *at += chunk.len() as u64;
+            let whole = if *at == end { end_part } else { *at / PART_BYTES };
+            for part in part..whole {
+                let mut journal = target.journal.lock().expect("no writer panics");
+                writeln!(journal, "{part}").map_err(io(&self.journal_path()))?;
+                // The hasher ends early only when mapping fails, which its result tells.
+                let _ = written.send(part);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Runs of parts that are not written yet, none longer than a request may be.
+fn missing(parts: u64, done: &BTreeSet<u64>) -> Vec<Range<u64>> {
+    let mut runs: Vec<Range<u64>> = Vec::new();
+    for part in (0..parts).filter(|part| !done.contains(part)) {
+        match runs.last_mut() {
+            Some(run) if run.end == part && run.end - run.start < REQUEST_PARTS_MAX => run.end += 1,
+            _ => runs.push(part..part + 1),
+        }
+    }
+    runs
 }
 
 /// Opens the file and its journal; gives the parts that are written already.
-fn open(path: &Path, journal_path: &Path, head: &Head) -> Result<(File, File, BTreeSet<u64>), PullError> {
+fn open(path: &Path, journal_path: &Path, head: &Head) -> Result<(Target, BTreeSet<u64>), PullError> {
     let title = format!("{} {}", head.bytes, head.etag);
     let text = std::fs::read_to_string(journal_path).unwrap_or_default();
     let (first, rest) = text.split_once('\n').unwrap_or_default();
@@ -177,29 +235,18 @@ fn open(path: &Path, journal_path: &Path, head: &Head) -> Result<(File, File, BT
     let mut journal = File::create(journal_path).map_err(io(journal_path))?;
     let lines: String = done.iter().map(|part| format!("{part}\n")).collect();
     write!(journal, "{title}\n{lines}").map_err(io(journal_path))?;
-    Ok((file, journal, done))
+    Ok((Target { head: head.clone(), file, journal: Mutex::new(journal) }, done))
 }
 
 /// Hashes the parts in their order, each as soon as it and all before it are written.
-fn hash_in_order(file: &File, bytes: u64, written: &mpsc::Receiver<Written>) -> std::io::Result<String> {
-    let (mut ready, mut next) = (BTreeMap::new(), 0);
-    let (mut hash, mut chunk) = (Sha256::new(), vec![0; HASH_CHUNK_BYTES]);
-    while let Ok(Written { part, fresh }) = written.recv() {
-        ready.insert(part, fresh);
-        while let Some(fresh) = ready.remove(&next) {
+fn hash_in_order(file: &File, bytes: u64, written: &mpsc::Receiver<u64>) -> std::io::Result<String> {
+    let (mut ready, mut next, mut hash) = (BTreeSet::new(), 0, Sha256::new());
+    while let Ok(part) = written.recv() {
+        ready.insert(part);
+        while ready.remove(&next) {
+            let first = next * PART_BYTES;
+            hash.update(&*MappedFile::part(file, first, PART_BYTES.min(bytes - first) as usize)?);
             next += 1;
-            if let Some((bytes, _permit)) = fresh {
-                hash.update(&bytes);
-                continue;
-            }
-            let part = next - 1;
-            let (mut at, end) = (part * PART_BYTES, bytes.min((part + 1) * PART_BYTES));
-            while at < end {
-                let count = HASH_CHUNK_BYTES.min((end - at) as usize);
-                file.read_exact_at(&mut chunk[..count], at)?;
-                hash.update(&chunk[..count]);
-                at += count as u64;
-            }
         }
     }
     Ok(hex::encode(hash.finalize()))
@@ -231,4 +278,36 @@ pub fn compare(file: &str, found: &FileEntry, wanted: &FileEntry) -> Result<(), 
         return differs("SHA-256", found.sha256.clone(), wanted.sha256.clone());
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn requests_are_for_each_missing_part_once_and_in_order(
+            parts in 0u64..100,
+            done in proptest::collection::btree_set(0u64..100, 0..60),
+        ) {
+            let runs = missing(parts, &done);
+            prop_assert!(runs.iter().all(|run| (1..=REQUEST_PARTS_MAX).contains(&(run.end - run.start))));
+            let asked: Vec<u64> = runs.into_iter().flatten().collect();
+            prop_assert_eq!(asked, (0..parts).filter(|part| !done.contains(part)).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn parts_are_hashed_in_their_order_whenever_they_come() {
+        let file = tempfile::tempfile().unwrap();
+        let bytes: Vec<u8> = (0..2 * PART_BYTES + 5).map(|n| (n / 1000) as u8).collect();
+        file.write_all_at(&bytes, 0).unwrap();
+        let (written, to_hash) = mpsc::sync_channel(3);
+        [2, 0, 1].map(|part| written.send(part).unwrap());
+        drop(written);
+        let hash = hash_in_order(&file, bytes.len() as u64, &to_hash).unwrap();
+        assert_eq!(hash, hex::encode(Sha256::digest(&bytes)));
+    }
 }

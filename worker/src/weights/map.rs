@@ -1,15 +1,16 @@
 //! Weight files as read-only memory maps: pages come from the file as they are read and can be dropped again,
 //! so that loading a model takes no memory beside what the engine keeps.
 //!
-//! The one place outside of the kernels with `unsafe`. It refuses what is no plain file. Files are mapped after
-//! their digests were checked, and the cache's are read-only from then on.
+//! The one place outside of the kernels with `unsafe`. It refuses what is no plain file. Files are mapped whole
+//! after their digests were checked, and the cache's are read-only from then on; a pull maps the parts that it has
+//! written to hash them.
 
 use std::fs::File;
 use std::io;
 use std::ops::Deref;
 use std::path::Path;
 
-use memmap2::Mmap;
+use memmap2::{Mmap, MmapOptions};
 
 /// A file's bytes.
 #[derive(Debug)]
@@ -36,6 +37,20 @@ impl MappedFile {
         let map = unsafe { Mmap::map(&file)? };
         Ok(Self(Some(map)))
     }
+
+    /// Maps the bytes `first..first + count` of a file that is being pulled, with all their pages. They must be
+    /// written already, and not be written again while they are mapped.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn part(file: &File, first: u64, count: usize) -> io::Result<Self> {
+        let mut options = MmapOptions::new();
+        options.offset(first).len(count).populate();
+        // SAFETY: the map is read-only. A part is handed on when its last byte is written, no request asks for it
+        // again, and the lock of the cache keeps other workers from the file.
+        let map = unsafe { options.map(file)? };
+        Ok(Self(Some(map)))
+    }
 }
 
 impl Deref for MappedFile {
@@ -48,6 +63,8 @@ impl Deref for MappedFile {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
     use super::*;
 
     #[test]
@@ -60,6 +77,16 @@ mod tests {
         std::fs::rename(folder.path().join("b"), &path).unwrap();
         assert_eq!(&*map, b"first");
         assert_eq!(&*MappedFile::open(&path).unwrap(), b"other");
+    }
+
+    #[test]
+    fn a_part_is_what_was_written_there() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(3 << 16).unwrap();
+        let written: Vec<u8> = (0..70_000u32).map(|n| n as u8).collect();
+        file.write_all_at(&written, 1 << 16).unwrap();
+        assert!(*MappedFile::part(&file, 1 << 16, written.len()).unwrap() == written[..]);
+        assert!(MappedFile::part(&file, 1, 10).is_ok_and(|part| part.iter().all(|&byte| byte == 0)));
     }
 
     #[test]

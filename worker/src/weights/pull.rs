@@ -18,27 +18,27 @@ use millrace_crds::config::ModelConfig;
 use sha2::{Digest, Sha256};
 use tokio::sync::Semaphore;
 
-use super::download::{Download, PARTS_AT_ONCE, compare, hash_file};
+use super::download::{Download, REQUESTS_AT_ONCE, Shared, compare, hash_file};
 use super::manifest::{FileEntry, MANIFEST_BYTES_MAX, MANIFEST_NAME, Manifest, ModelDigest};
 use super::{Folder, PullError, belongs, io, read_manifest};
 use crate::store::{S3Uri, Store, StoreError};
 
 /// The mark of a folder whose bytes have all reached the disk.
 const SETTLED_NAME: &str = ".settled";
-/// Files that are pulled at once; their parts share the permits.
+/// Files that are pulled at once; their requests share the permits.
 const FILES_AT_ONCE: usize = 4;
 
 /// One pull.
-pub struct Pull<'a> {
+pub struct Pull {
     /// Where the files are.
-    pub store: &'a Store,
+    pub store: Store,
     /// What to pull, and into which cache.
-    pub config: &'a ModelConfig,
+    pub config: ModelConfig,
     /// The digest that the manifest must have.
-    pub wanted: Option<&'a ModelDigest>,
+    pub wanted: Option<ModelDigest>,
 }
 
-impl Pull<'_> {
+impl Pull {
     /// Pulls what the cache does not have.
     pub async fn run(&self) -> Result<Folder, PullError> {
         let uri: S3Uri = self.config.uri.parse()?;
@@ -49,7 +49,8 @@ impl Pull<'_> {
         }
         let cache = &self.config.cache_dir;
         fs::create_dir_all(cache).map_err(io(cache))?;
-        let _lock = lock(cache.join(format!("{key}.lock"))).await?;
+        let lock = lock(cache.join(format!("{key}.lock"))).await?;
+        let shared = Arc::new(Shared { permits: Semaphore::new(REQUESTS_AT_ONCE), _lock: lock });
         let ready = cache.join(&key);
         let place = ready.clone();
         let cached =
@@ -60,7 +61,7 @@ impl Pull<'_> {
         let partial = cache.join(format!("{key}.partial"));
         fs::create_dir_all(&partial).map_err(io(&partial))?;
         check_disk(cache, &partial, bytes)?;
-        let (manifest, pulled_bytes) = self.download(&uri, &partial, &files).await?;
+        let (manifest, pulled_bytes) = self.download(&uri, &partial, &files, &shared).await?;
         finish(&partial, &ready, &manifest)?;
         settle(ready.clone());
         Ok(Folder { path: ready, digest: manifest.digest(), bytes, pulled_bytes })
@@ -72,7 +73,7 @@ impl Pull<'_> {
             Ok(bytes) => {
                 let manifest = Manifest::parse(&bytes)?;
                 let found = manifest.digest();
-                match self.wanted {
+                match &self.wanted {
                     Some(wanted) if *wanted != found => {
                         Err(PullError::Digest { wanted: wanted.clone(), found })
                     }
@@ -102,15 +103,20 @@ impl Pull<'_> {
         uri: &S3Uri,
         partial: &Path,
         files: &[FileEntry],
+        shared: &Arc<Shared>,
     ) -> Result<(Manifest, u64), PullError> {
-        let permits = &Arc::new(Semaphore::new(PARTS_AT_ONCE));
-        let found: Vec<(FileEntry, u64)> = futures::stream::iter(files)
-            .map(|wanted| async move {
-                let uri = uri.join(&wanted.name);
-                Download { store: self.store, uri, folder: partial, wanted, permits: permits.clone() }
-                    .run()
-                    .await
+        let downloads: Vec<Download> = files
+            .iter()
+            .map(|wanted| Download {
+                store: self.store.clone(),
+                uri: uri.join(&wanted.name),
+                folder: partial.to_owned(),
+                wanted: wanted.clone(),
+                shared: shared.clone(),
             })
+            .collect();
+        let found: Vec<(FileEntry, u64)> = futures::stream::iter(downloads)
+            .map(Download::run)
             .buffer_unordered(FILES_AT_ONCE)
             .try_collect()
             .await?;
