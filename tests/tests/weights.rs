@@ -2,6 +2,8 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use anyhow::Result;
 use millrace_crds::config::ModelConfig;
@@ -11,6 +13,8 @@ use millrace_tests::scripted::until;
 use millrace_worker::store::Store;
 use millrace_worker::weights::{self, Folder, PullError};
 use tempfile::TempDir;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
 
 /// Several parts, the last one partial.
 const TENSORS_BYTES: usize = (40 << 20) + 12_345;
@@ -93,6 +97,7 @@ async fn models_are_pulled_once_verified_and_resumed() -> Result<()> {
 
     not_on_the_disk(&setup, &put).await?;
     resumes(&setup, &put).await?;
+    goes_on(&setup, &put).await?;
     refuses(&setup, &put).await?;
     without_manifest(&setup).await
 }
@@ -144,6 +149,68 @@ async fn resumes(setup: &Setup, put: &Folder) -> Result<()> {
         setup.assert_equal(&folder)?;
         assert_eq!(folder.pulled_bytes, pulled, "damaged: {damage}");
     }
+    Ok(())
+}
+
+/// Transfers that break off.
+const CUTS: usize = 3;
+/// Bytes after which each of them does.
+const CUT_BYTES: usize = 3 << 20;
+
+/// A way to the server that breaks off its first transfers.
+struct Brittle {
+    endpoint: String,
+    /// Bytes that came from the server.
+    passed: Arc<AtomicUsize>,
+    cuts_left: Arc<AtomicUsize>,
+}
+
+impl Brittle {
+    async fn to(upstream: String) -> Result<Self> {
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        let endpoint = format!("http://{}", listener.local_addr()?);
+        let (passed, cuts_left) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(CUTS)));
+        let way = Self { endpoint, passed: passed.clone(), cuts_left: cuts_left.clone() };
+        tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                let Ok(server) = TcpStream::connect(&upstream).await else { continue };
+                tokio::spawn(relay(client, server, passed.clone(), cuts_left.clone()));
+            }
+        });
+        Ok(way)
+    }
+}
+
+async fn relay(client: TcpStream, server: TcpStream, passed: Arc<AtomicUsize>, cuts_left: Arc<AtomicUsize>) {
+    let (mut from_client, mut to_client) = client.into_split();
+    let (mut from_server, mut to_server) = server.into_split();
+    let up = tokio::spawn(async move { tokio::io::copy(&mut from_client, &mut to_server).await });
+    let (mut buffer, mut here) = (vec![0; 1 << 16], 0);
+    while let Ok(count @ 1..) = from_server.read(&mut buffer).await {
+        if to_client.write_all(&buffer[..count]).await.is_err() {
+            break;
+        }
+        here += count;
+        passed.fetch_add(count, Relaxed);
+        let cut = |left: usize| left.checked_sub(1);
+        if here > CUT_BYTES && cuts_left.fetch_update(Relaxed, Relaxed, cut).is_ok() {
+            break;
+        }
+    }
+    up.abort();
+}
+
+/// What breaks off goes on from there: no byte comes twice.
+async fn goes_on(setup: &Setup, put: &Folder) -> Result<()> {
+    let way = Brittle::to(setup.s3.endpoint().replace("http://", "")).await?;
+    let cache = TempDir::new()?;
+    let mut config = setup.config("whole", cache.path());
+    config.store.endpoint = Some(way.endpoint.clone());
+    let folder = weights::pull(&config).await?;
+    setup.assert_equal(&folder)?;
+    assert_eq!((folder.pulled_bytes, way.cuts_left.load(Relaxed)), (put.bytes, 0));
+    let passed = way.passed.load(Relaxed);
+    assert!(passed < put.bytes as usize + CUT_BYTES / 2, "{passed} bytes came for {}", put.bytes);
     Ok(())
 }
 
