@@ -143,6 +143,21 @@ pub enum Quantization {
     Int8,
 }
 
+/// Numeric type of keys and values in the KV cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+pub enum KvCacheDtype {
+    /// What attention computes with: f32 where `dtype` is, else bf16.
+    #[default]
+    #[serde(rename = "auto")]
+    Auto,
+    /// 16-bit brain floats; beside f32 weights it is refused.
+    #[serde(rename = "bf16")]
+    Bf16,
+    /// 8-bit floats (e4m3, to 448) with the checkpoint's scales: twice the tokens of bf16 in the same memory.
+    #[serde(rename = "fp8_e4m3")]
+    Fp8E4m3,
+}
+
 /// The engine's sizes. All memory is taken at start.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
@@ -155,6 +170,8 @@ pub struct EngineConfig {
     pub dtype: Dtype,
     /// Quantisation of the linear layers.
     pub quantization: Quantization,
+    /// Numeric type of the KV cache.
+    pub kv_cache_dtype: KvCacheDtype,
     /// Longest prompt plus output, in tokens; the model's own limit when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_model_len: Option<u32>,
@@ -185,6 +202,7 @@ impl Default for EngineConfig {
             device_index: 0,
             dtype: Dtype::Auto,
             quantization: Quantization::None,
+            kv_cache_dtype: KvCacheDtype::Auto,
             max_model_len: None,
             max_sequences: 64,
             max_batch_tokens: 512,

@@ -88,6 +88,7 @@ engine:
   deviceIndex: 1
   dtype: bf16
   quantization: int8
+  kvCacheDtype: fp8_e4m3
   maxModelLen: 4096
   maxSequences: 256
   maxBatchTokens: 8192

@@ -5,6 +5,8 @@
 //! at multiples of `SPLIT_KEYS` (absolute positions), walks a split in tiles of `tile_keys(head_dim)` keys with
 //! an online softmax, and merges the splits in ascending order. Nothing in that depends on the batch.
 //!
+//! The same numbers in the cache give the same bytes, whatever type it has.
+//!
 //! The kernels check no bounds: whoever writes the plan has checked the batch (`Batch::check`).
 
 #pragma once
@@ -55,6 +57,24 @@ __host__ __device__ constexpr uint64_t page_start(uint32_t block, uint32_t value
     return ((uint64_t(block) * 2 + value) * kv_heads + kv_head) * (PAGE_TOKENS * head_dim);
 }
 
+// A cache of 8-bit floats (e4m3.cuh) has the same pages, one byte an element, in groups of 16 elements of the head:
+// `[head_dim / 16][16][16]`. A group of keys has a row per token, a group of values a row per element, so that either
+// is read as rows of the dot product by ldmatrix, without transposing bytes and without bank conflicts. In a row,
+// columns 2t, 2t + 1, 2t + 8 and 2t + 9 lie side by side: they are what one thread holds of an operand.
+
+/// Where in its row of 16 the column `c` lies. Columns `c` and `c + 1` are neighbours where `c` is even.
+__host__ __device__ constexpr uint32_t fp8_place(uint32_t c) { return c % 8 / 2 * 4 + c / 8 * 2 + c % 2; }
+
+/// Where in its page the element `d` of the key of `token` (0 to 15) lies, in bytes.
+__host__ __device__ constexpr uint32_t fp8_key_offset(uint32_t token, uint32_t d) {
+    return d / 16 * 256 + token * 16 + fp8_place(d % 16);
+}
+
+/// The same of a value.
+__host__ __device__ constexpr uint32_t fp8_value_offset(uint32_t token, uint32_t d) {
+    return d * 16 + fp8_place(token);
+}
+
 // ---- The plan of a step -----------------------------------------------------------------------------------
 //
 // Written once per step, read by every layer. Counts live in device memory, so that a captured graph replays
@@ -95,8 +115,8 @@ struct AttentionArguments {
     const __nv_bfloat16* queries;
     /// Row `r`, head `h` at `out + r * out_stride + h * head_dim`; the stride in elements, a multiple of 8.
     __nv_bfloat16* out;
-    /// This layer's pages.
-    const __nv_bfloat16* cache;
+    /// This layer's pages, of what the kernel is made for.
+    const void* cache;
     const AttentionSpan* spans;
     const uint32_t* tables;
     const DecodeItem* decode_items;
@@ -115,9 +135,10 @@ struct AttentionArguments {
     uint32_t window;
     /// Decode items for which `partials` has room.
     uint32_t items_max;
-    /// Factor on the scores times log2(e).
+    /// Factor on the scores times log2(e); that of the keys' codes, if any, is in it.
     float scale_log2;
-    uint32_t reserved;
+    /// Factor on the values' codes, if they are any.
+    float value_scale;
 };
 
 /// Floats of `AttentionArguments::partials`.
@@ -136,6 +157,8 @@ __host__ __device__ constexpr uint64_t counter_words(uint64_t spans_max, uint64_
 //   attention_decode_h{64,96,128,256}       sm_80 and up; spans of one row
 //   attention_prefill_h{64,96,128,256}      sm_80 and up; spans of any number of rows
 //   attention_prefill_wgmma_h{64,128}       sm_90a alone (elsewhere an empty kernel); as the one before, faster
+//   attention_decode_fp8_h{64,96,128,256}   as attention_decode, over a cache of 8-bit floats
+//   attention_prefill_fp8_h{64,96,128,256}  as attention_prefill, over such a cache
 // All take one AttentionArguments. Raise the limit of dynamic shared memory to the bytes below, once per kernel.
 // Grids need not follow the batch: what finds no work leaves. Launches that share `partials` and `counters` must
 // be ordered (one stream). Every kernel may be launched as a programmatic dependent: it reads the plan (spans,

@@ -20,10 +20,10 @@ namespace {
 
 /// A consumer warp's state. A thread holds rows `2 * (lane % 4)` and the one after of the group, and of a page or
 /// part the tokens or columns `lane / 4` and that plus 8.
-template <int HEAD>
+template <int HEAD, Kv KV>
 struct Consumer {
     uint32_t query[HEAD / 16][2];
-    float out[Shape<HEAD>::PARTS_PER_WARP][4];
+    float out[Shape<HEAD, KV>::PARTS_PER_WARP][4];
     RowSum rows[2];
     uint32_t ring;
     uint32_t warp;
@@ -37,8 +37,8 @@ struct Consumer {
 __device__ __forceinline__ void meet() { asm volatile("bar.sync 1, 128;" ::: "memory"); }
 
 /// Takes the group's queries as the B operand; rows beyond the group are zero.
-template <int HEAD>
-__device__ __forceinline__ void take_queries(Consumer<HEAD>& me, const Board<HEAD>& board, uint32_t group) {
+template <int HEAD, Kv KV>
+__device__ __forceinline__ void take_queries(Consumer<HEAD, KV>& me, const Board<HEAD, KV>& board, uint32_t group) {
     const bool live = me.lane / 4 < group;
     const bf16* from = &board.queries[me.count % NOTES][me.lane / 4][me.lane % 4 * 2];
 #pragma unroll
@@ -49,27 +49,44 @@ __device__ __forceinline__ void take_queries(Consumer<HEAD>& me, const Board<HEA
 }
 
 /// Scores of a tile. Its stages are this warp's alone, so four lanes arrive for the four consumers.
-template <int HEAD>
-__device__ __forceinline__ void score_tile(float (&s)[Shape<HEAD>::PAGES][4], const Consumer<HEAD>& me,
-                                           Board<HEAD>& board, const UnitNote& note, uint32_t tile) {
-    using S = Shape<HEAD>;
+template <int HEAD, Kv KV>
+__device__ __forceinline__ void score_tile(float (&s)[Shape<HEAD, KV>::PAGES][4], const Consumer<HEAD, KV>& me,
+                                           Board<HEAD, KV>& board, const UnitNote& note, uint32_t tile) {
+    using S = Shape<HEAD, KV>;
     const uint32_t page_first = note.page_first + tile * S::PAGES;
 #pragma unroll
     for (uint32_t i = 0; i < S::PAGES; ++i) s[i][0] = s[i][1] = s[i][2] = s[i][3] = 0.f;
 #pragma unroll
     for (uint32_t part = 0; part < S::STAGES_PER_TILE; ++part) {
         if (page_first + part * S::STAGE_PAGES >= note.page_end) break;
-        const Place<HEAD> place = {me.base + tile * S::STAGES_PER_TILE + part};
+        const Place<HEAD, KV> place = {me.base + tile * S::STAGES_PER_TILE + part};
         const uint32_t stage = me.ring + place.stage() * S::STAGE_BYTES;
         barrier_wait(shared_address(&board.full[place.stage()]), place.parity());
+        // Pages that do not exist hold what an earlier stage left; their scores are hidden.
+        if constexpr (KV == Kv::Bf16) {
 #pragma unroll
-        for (int step = 0; step < HEAD / 16; ++step) {
+            for (int step = 0; step < HEAD / 16; ++step) {
 #pragma unroll
-            for (uint32_t i = 0; i < S::STAGE_PAGES; ++i) {
-                // Pages that do not exist hold what an earlier stage left; their scores are hidden.
-                uint32_t keys[4];
-                load_matrices(keys, stage + i * S::PAGE_BYTES + key_rows<HEAD>(me.lane, step));
-                multiply(s[part * S::STAGE_PAGES + i], keys, me.query[step][0], me.query[step][1]);
+                for (uint32_t i = 0; i < S::STAGE_PAGES; ++i) {
+                    uint32_t keys[4];
+                    load_matrices(keys, stage + i * S::PAGE_BYTES + key_rows<HEAD>(me.lane, step));
+                    multiply(s[part * S::STAGE_PAGES + i], keys, me.query[step][0], me.query[step][1]);
+                }
+            }
+        } else {
+#pragma unroll
+            for (int step = 0; step < HEAD / 16; step += 2) {
+#pragma unroll
+                for (uint32_t i = 0; i < S::STAGE_PAGES; ++i) {
+                    uint32_t codes[4], keys[4];
+                    load_codes(codes, stage + i * S::PAGE_BYTES + step * 256 + me.lane * 16);
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        widen_rows(keys, codes[2 * half], codes[2 * half + 1]);
+                        multiply(s[part * S::STAGE_PAGES + i], keys, me.query[step + half][0],
+                                 me.query[step + half][1]);
+                    }
+                }
             }
         }
         __syncwarp();
@@ -87,9 +104,9 @@ __device__ __forceinline__ void score_tile(float (&s)[Shape<HEAD>::PAGES][4], co
 
 /// Clears this warp's columns of a page of values from token `first` on: unwritten memory may hold what is no
 /// number, and 0 times that is no number either.
-template <int HEAD>
-__device__ __forceinline__ void clear_tokens(const Consumer<HEAD>& me, uint32_t page, uint32_t first) {
-    using S = Shape<HEAD>;
+template <int HEAD, Kv KV>
+__device__ __forceinline__ void clear_tokens(const Consumer<HEAD, KV>& me, uint32_t page, uint32_t first) {
+    using S = Shape<HEAD, KV>;
     for (uint32_t part = me.warp; part < S::PARTS; part += CONSUMERS) {
         const uint32_t token = first + me.lane / 2;
         if (token < PAGE_TOKENS)
@@ -100,28 +117,36 @@ __device__ __forceinline__ void clear_tokens(const Consumer<HEAD>& me, uint32_t 
 }
 
 /// Adds a tile's weighted values to this warp's columns.
-template <int HEAD>
-__device__ __forceinline__ void accumulate_tile(Consumer<HEAD>& me, Board<HEAD>& board, const UnitNote& note,
+template <int HEAD, Kv KV>
+__device__ __forceinline__ void accumulate_tile(Consumer<HEAD, KV>& me, Board<HEAD, KV>& board, const UnitNote& note,
                                                 uint32_t tile, uint32_t values_base) {
-    using S = Shape<HEAD>;
+    using S = Shape<HEAD, KV>;
     const uint32_t page_first = note.page_first + tile * S::PAGES;
     for (uint32_t part = 0; part < S::STAGES_PER_TILE; ++part) {
         const uint32_t first = page_first + part * S::STAGE_PAGES;
         if (first >= note.page_end) return;
-        const Place<HEAD> place = {values_base + tile * S::STAGES_PER_TILE + part};
+        const Place<HEAD, KV> place = {values_base + tile * S::STAGES_PER_TILE + part};
         const uint32_t stage = me.ring + place.stage() * S::STAGE_BYTES;
         barrier_wait(shared_address(&board.full[place.stage()]), place.parity());
 #pragma unroll
         for (uint32_t i = 0; i < S::STAGE_PAGES; ++i) {
             if (first + i >= note.page_end) break;
             const uint32_t page = stage + i * S::PAGE_BYTES;
-            if ((first + i + 1) * PAGE_TOKENS > note.end) clear_tokens<HEAD>(me, page, note.end % PAGE_TOKENS);
+            const bool partial = (first + i + 1) * PAGE_TOKENS > note.end;
+            if (KV == Kv::Bf16 && partial) clear_tokens<HEAD, KV>(me, page, note.end % PAGE_TOKENS);
+            const uint32_t live = KV == Kv::Fp8 && partial ? live_codes(me.lane, note.end % PAGE_TOKENS) : 0xffffffffu;
             const uint2 weights = board.weights[first + i - note.page_first][me.lane];
 #pragma unroll
             for (uint32_t k = 0; k < S::PARTS_PER_WARP; ++k) {
                 if (S::PARTS % CONSUMERS != 0 && me.warp + k * CONSUMERS >= S::PARTS) break;
                 uint32_t values[4];
-                load_matrices_transposed(values, page + value_rows<HEAD>(me.lane, me.warp + k * CONSUMERS));
+                if constexpr (KV == Kv::Bf16) {
+                    load_matrices_transposed(values, page + value_rows<HEAD>(me.lane, me.warp + k * CONSUMERS));
+                } else {
+                    uint32_t codes[2];
+                    load_codes(codes, page + (me.warp + k * CONSUMERS) * 256 + me.lane % 16 * 16);
+                    widen_rows(values, codes[0] & live, codes[1] & live);
+                }
                 multiply(me.out[k], values, weights.x, weights.y);
             }
         }
@@ -131,10 +156,10 @@ __device__ __forceinline__ void accumulate_tile(Consumer<HEAD>& me, Board<HEAD>&
 }
 
 /// Scores this warp's tiles and puts their weights and sums on the board.
-template <int HEAD>
-__device__ __forceinline__ void score_unit(const Consumer<HEAD>& me, const AttentionArguments& arguments,
-                                           Board<HEAD>& board, const UnitNote& note, uint32_t tiles) {
-    using S = Shape<HEAD>;
+template <int HEAD, Kv KV>
+__device__ __forceinline__ void score_unit(const Consumer<HEAD, KV>& me, const AttentionArguments& arguments,
+                                           Board<HEAD, KV>& board, const UnitNote& note, uint32_t tiles) {
+    using S = Shape<HEAD, KV>;
     float(&all_tops)[S::TILES][ROWS] = board.tops[me.count % 2];
     float s[S::TILES_PER_WARP][S::PAGES][4];
 #pragma unroll
@@ -142,7 +167,7 @@ __device__ __forceinline__ void score_unit(const Consumer<HEAD>& me, const Atten
         const uint32_t tile = me.warp + i * CONSUMERS;
         if (i > 0) meet();
         if (tile >= tiles) continue;
-        score_tile<HEAD>(s[i], me, board, note, tile);
+        score_tile<HEAD, KV>(s[i], me, board, note, tile);
         const float even = __fmul_rn(tile_max_transposed<S::PAGES, 0>(s[i]), arguments.scale_log2);
         const float odd = __fmul_rn(tile_max_transposed<S::PAGES, 1>(s[i]), arguments.scale_log2);
         if (me.lane < 4) {
@@ -173,12 +198,12 @@ __device__ __forceinline__ void score_unit(const Consumer<HEAD>& me, const Atten
 }
 
 /// Accumulates this warp's columns over the unit's tiles, in ascending order.
-template <int HEAD>
-__device__ __forceinline__ void accumulate_unit(Consumer<HEAD>& me, Board<HEAD>& board, const UnitNote& note,
+template <int HEAD, Kv KV>
+__device__ __forceinline__ void accumulate_unit(Consumer<HEAD, KV>& me, Board<HEAD, KV>& board, const UnitNote& note,
                                                 uint32_t tiles, uint32_t values_base) {
     me.rows[0] = me.rows[1] = empty_row();
 #pragma unroll
-    for (uint32_t k = 0; k < Shape<HEAD>::PARTS_PER_WARP; ++k)
+    for (uint32_t k = 0; k < Shape<HEAD, KV>::PARTS_PER_WARP; ++k)
         me.out[k][0] = me.out[k][1] = me.out[k][2] = me.out[k][3] = 0.f;
     for (uint32_t tile = 0; tile < tiles; ++tile) {
         const float2 sums = board.sums[tile][me.lane];
@@ -191,21 +216,21 @@ __device__ __forceinline__ void accumulate_unit(Consumer<HEAD>& me, Board<HEAD>&
             me.rows[row].sum = __fmaf_rn(me.rows[row].sum, factors[row], row == 0 ? sums.x : sums.y);
         }
 #pragma unroll
-        for (uint32_t k = 0; k < Shape<HEAD>::PARTS_PER_WARP; ++k) {
+        for (uint32_t k = 0; k < Shape<HEAD, KV>::PARTS_PER_WARP; ++k) {
 #pragma unroll
             for (int e = 0; e < 4; ++e) me.out[k][e] = __fmul_rn(me.out[k][e], factors[e % 2]);
         }
-        accumulate_tile<HEAD>(me, board, note, tile, values_base);
+        accumulate_tile<HEAD, KV>(me, board, note, tile, values_base);
     }
 #pragma unroll
     for (int row = 0; row < 2; ++row) me.rows[row].sum = row_sum_transposed(me.rows[row].sum);
 }
 
 /// Stores this warp's columns of a unit's unfinished result under its item.
-template <int HEAD>
-__device__ __forceinline__ void store_partial(const Consumer<HEAD>& me, const AttentionArguments& arguments,
+template <int HEAD, Kv KV>
+__device__ __forceinline__ void store_partial(const Consumer<HEAD, KV>& me, const AttentionArguments& arguments,
                                               const UnitNote& note) {
-    using S = Shape<HEAD>;
+    using S = Shape<HEAD, KV>;
     const uint32_t heads = arguments.kv_heads * arguments.group;
     float* stats = arguments.partials + uint64_t(arguments.items_max) * heads * HEAD;
 #pragma unroll
@@ -227,11 +252,12 @@ __device__ __forceinline__ void store_partial(const Consumer<HEAD>& me, const At
 }
 
 /// Writes this warp's columns of the output of a unit that is its span's only split.
-template <int HEAD>
-__device__ __forceinline__ void store_output(const Consumer<HEAD>& me, const AttentionArguments& arguments,
+template <int HEAD, Kv KV>
+__device__ __forceinline__ void store_output(const Consumer<HEAD, KV>& me, const AttentionArguments& arguments,
                                              const UnitNote& note) {
-    using S = Shape<HEAD>;
-    const float inverse[2] = {__frcp_rn(me.rows[0].sum), __frcp_rn(me.rows[1].sum)};
+    using S = Shape<HEAD, KV>;
+    const float inverse[2] = {output_factor<KV>(me.rows[0].sum, arguments),
+                              output_factor<KV>(me.rows[1].sum, arguments)};
     bf16* to = arguments.out + uint64_t(note.row) * arguments.out_stride +
                (note.kv_head * arguments.group + me.lane / 4) * HEAD + me.lane % 4 * 2;
 #pragma unroll
@@ -248,11 +274,11 @@ __device__ __forceinline__ void store_output(const Consumer<HEAD>& me, const Att
 }
 
 /// A consumer warp: unit after unit, until there are no more.
-template <int HEAD>
-__device__ __forceinline__ void consume(const AttentionArguments& arguments, Board<HEAD>& board, uint32_t ring,
+template <int HEAD, Kv KV>
+__device__ __forceinline__ void consume(const AttentionArguments& arguments, Board<HEAD, KV>& board, uint32_t ring,
                                         uint32_t warp, uint32_t lane) {
-    using S = Shape<HEAD>;
-    Consumer<HEAD> me;
+    using S = Shape<HEAD, KV>;
+    Consumer<HEAD, KV> me;
     me.ring = ring;
     me.warp = warp;
     me.lane = lane;
@@ -265,12 +291,12 @@ __device__ __forceinline__ void consume(const AttentionArguments& arguments, Boa
         const uint32_t pages = note.page_end - note.page_first;
         const uint32_t stages = (pages + S::STAGE_PAGES - 1) / S::STAGE_PAGES;
         const uint32_t tiles = (pages + S::PAGES - 1) / S::PAGES;
-        take_queries<HEAD>(me, board, arguments.group);
-        score_unit<HEAD>(me, arguments, board, note, tiles);
-        accumulate_unit<HEAD>(me, board, note, tiles, me.base + stages);
+        take_queries<HEAD, KV>(me, board, arguments.group);
+        score_unit<HEAD, KV>(me, arguments, board, note, tiles);
+        accumulate_unit<HEAD, KV>(me, board, note, tiles, me.base + stages);
         me.base += 2 * stages;
-        if (note.splits == 1) store_output<HEAD>(me, arguments, note);
-        else store_partial<HEAD>(me, arguments, note);
+        if (note.splits == 1) store_output<HEAD, KV>(me, arguments, note);
+        else store_partial<HEAD, KV>(me, arguments, note);
         __syncwarp();
         if (lane == 0) barrier_arrive(shared_address(&board.stored[slot]));
     }
@@ -279,7 +305,7 @@ __device__ __forceinline__ void consume(const AttentionArguments& arguments, Boa
 // ---- The closers ----
 
 /// Merges a span's splits for one key-value head and writes the output; all closers take part.
-template <int HEAD>
+template <int HEAD, Kv KV>
 __device__ __forceinline__ void merge_splits(const AttentionArguments& arguments, const UnitNote& note,
                                              uint32_t thread) {
     constexpr uint32_t AHEAD = 8;
@@ -308,7 +334,7 @@ __device__ __forceinline__ void merge_splits(const AttentionArguments& arguments
                 sum[3] = merged(sum[3], part[i].w, factors);
             }
         }
-        const float inverse = __frcp_rn(total.sum);
+        const float inverse = output_factor<KV>(total.sum, arguments);
         const uint2 packed = {pack_bf16(finished(sum[0], inverse), finished(sum[1], inverse)),
                               pack_bf16(finished(sum[2], inverse), finished(sum[3], inverse))};
         bf16* to = arguments.out + uint64_t(note.row) * arguments.out_stride + head * HEAD + at % HEAD;
@@ -318,8 +344,8 @@ __device__ __forceinline__ void merge_splits(const AttentionArguments& arguments
 
 /// A closer warp, of two that act together: counts each unit of a span of several, and merges them after the last.
 /// It gives the notes back, too.
-template <int HEAD>
-__device__ __forceinline__ void close(const AttentionArguments& arguments, Board<HEAD>& board, uint32_t thread) {
+template <int HEAD, Kv KV>
+__device__ __forceinline__ void close(const AttentionArguments& arguments, Board<HEAD, KV>& board, uint32_t thread) {
     for (uint32_t count = 0;; ++count) {
         const uint32_t slot = count % NOTES, parity = count / NOTES % 2;
         barrier_wait(shared_address(&board.note_full[slot]), parity);
@@ -338,17 +364,17 @@ __device__ __forceinline__ void close(const AttentionArguments& arguments, Board
             asm volatile("bar.sync 2, 64;" ::: "memory");
             const bool last = board.ended == note.splits;
             asm volatile("bar.sync 2, 64;" ::: "memory");
-            if (last) merge_splits<HEAD>(arguments, note, thread);
+            if (last) merge_splits<HEAD, KV>(arguments, note, thread);
         }
         __syncwarp();
         if (thread % 32 == 0) barrier_arrive(shared_address(&board.note_free[slot]));
     }
 }
 
-template <int HEAD>
+template <int HEAD, Kv KV>
 __device__ __forceinline__ void decode(const AttentionArguments& arguments) {
     extern __shared__ __align__(1024) unsigned char memory[];
-    Board<HEAD>& board = *reinterpret_cast<Board<HEAD>*>(memory);
+    Board<HEAD, KV>& board = *reinterpret_cast<Board<HEAD, KV>*>(memory);
     const uint32_t ring = shared_address(memory) + BOARD_BYTES;
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #ifdef MILLRACE_BULK_COPY
@@ -356,7 +382,7 @@ __device__ __forceinline__ void decode(const AttentionArguments& arguments) {
 #else
     constexpr uint32_t PRODUCED = 32, PUBLISHED = 33;
 #endif
-    if (threadIdx.x < Shape<HEAD>::STAGES) {
+    if (threadIdx.x < Shape<HEAD, KV>::STAGES) {
         barrier_init(shared_address(&board.full[threadIdx.x]), PRODUCED);
         barrier_init(shared_address(&board.free[threadIdx.x]), CONSUMERS);
     }
@@ -368,22 +394,26 @@ __device__ __forceinline__ void decode(const AttentionArguments& arguments) {
     fence_async_proxy();
     __syncthreads();
     release_successor();
-    if (warp < CONSUMERS) consume<HEAD>(arguments, board, ring, warp, lane);
-    else if (warp == CONSUMERS) produce<HEAD>(arguments, board, ring, lane);
-    else close<HEAD>(arguments, board, threadIdx.x - 32 * (CONSUMERS + 1));
+    if (warp < CONSUMERS) consume<HEAD, KV>(arguments, board, ring, warp, lane);
+    else if (warp == CONSUMERS) produce<HEAD, KV>(arguments, board, ring, lane);
+    else close<HEAD, KV>(arguments, board, threadIdx.x - 32 * (CONSUMERS + 1));
     await_predecessor();
 }
 
 }  // namespace
 }  // namespace millrace
 
-#define MILLRACE_DECODE(HEAD)                                                                       \
-    extern "C" __global__ void __launch_bounds__(millrace::DECODE_THREADS, 1)                       \
-        attention_decode_h##HEAD(const __grid_constant__ millrace::AttentionArguments arguments) { \
-        millrace::decode<HEAD>(arguments);                                                         \
+#define MILLRACE_DECODE(NAME, HEAD, KV)                                                 \
+    extern "C" __global__ void __launch_bounds__(millrace::DECODE_THREADS, 1)           \
+        NAME##HEAD(const __grid_constant__ millrace::AttentionArguments arguments) {    \
+        millrace::decode<HEAD, millrace::Kv::KV>(arguments);                            \
     }
 
-MILLRACE_DECODE(64)
-MILLRACE_DECODE(96)
-MILLRACE_DECODE(128)
-MILLRACE_DECODE(256)
+MILLRACE_DECODE(attention_decode_h, 64, Bf16)
+MILLRACE_DECODE(attention_decode_h, 96, Bf16)
+MILLRACE_DECODE(attention_decode_h, 128, Bf16)
+MILLRACE_DECODE(attention_decode_h, 256, Bf16)
+MILLRACE_DECODE(attention_decode_fp8_h, 64, Fp8)
+MILLRACE_DECODE(attention_decode_fp8_h, 96, Fp8)
+MILLRACE_DECODE(attention_decode_fp8_h, 128, Fp8)
+MILLRACE_DECODE(attention_decode_fp8_h, 256, Fp8)

@@ -5,7 +5,7 @@
 //! refilled only when its consumers have given it back.
 #pragma once
 
-#include "attention_tile.cuh"
+#include "attention_fp8.cuh"
 
 namespace millrace {
 namespace {
@@ -27,9 +27,9 @@ constexpr uint32_t RING_BYTES = 128 * 1024;
 constexpr uint32_t BOARD_BYTES = 32 * 1024;
 static_assert(BOARD_BYTES + RING_BYTES <= decode_shared_bytes(RING_BYTES > 128 * 1024 ? 227 * 1024 : 163 * 1024));
 
-template <int HEAD>
+template <int HEAD, Kv KV>
 struct Shape {
-    static constexpr uint32_t PAGE_BYTES = HEAD * PAGE_TOKENS * 2;
+    static constexpr uint32_t PAGE_BYTES = HEAD * PAGE_TOKENS * element_bytes(KV);
     static constexpr uint32_t PAGES = tile_keys(HEAD) / PAGE_TOKENS;
     static constexpr uint32_t TILES = SPLIT_KEYS / tile_keys(HEAD);
     /// Tiles that a warp scores: `warp`, `warp + CONSUMERS`, ...
@@ -38,8 +38,8 @@ struct Shape {
     /// Parts of 16 columns of the values that a warp accumulates: `warp`, `warp + CONSUMERS`, ...
     static constexpr uint32_t PARTS = HEAD / 16;
     static constexpr uint32_t PARTS_PER_WARP = (PARTS + CONSUMERS - 1) / CONSUMERS;
-    /// A stage of the ring: four pages of keys or of values.
-    static constexpr uint32_t STAGE_PAGES = 4;
+    /// A stage of the ring: four pages of keys or of values in bf16, or eight in 8 bits.
+    static constexpr uint32_t STAGE_PAGES = KV == Kv::Bf16 || PAGES < 8 ? 4 : 8;
     static constexpr uint32_t STAGES_PER_TILE = PAGES / STAGE_PAGES;
     static constexpr uint32_t STAGE_BYTES = STAGE_PAGES * PAGE_BYTES;
     static constexpr uint32_t STAGES = RING_BYTES / STAGE_BYTES < 16 ? RING_BYTES / STAGE_BYTES : 16;
@@ -67,7 +67,7 @@ struct UnitNote {
 constexpr uint32_t NO_ITEM = 0xffffffffu;
 
 /// Shared memory before the ring.
-template <int HEAD>
+template <int HEAD, Kv KV>
 struct Board {
     uint64_t full[16];
     uint64_t free[16];
@@ -81,20 +81,20 @@ struct Board {
     /// Units of the span that had ended when this one had.
     uint32_t ended;
     /// Greatest score of each tile and row, times the scale; of a unit and the one before.
-    float tops[2][Shape<HEAD>::TILES][ROWS];
+    float tops[2][Shape<HEAD, KV>::TILES][ROWS];
     /// Each lane's share of the weights' sums of its two rows.
-    float2 sums[Shape<HEAD>::TILES][32];
+    float2 sums[Shape<HEAD, KV>::TILES][32];
     /// The weights of each page as the B operand.
     uint2 weights[SPLIT_PAGES][32];
 };
-static_assert(sizeof(Board<128>) <= BOARD_BYTES && sizeof(Board<256>) <= BOARD_BYTES);
+static_assert(sizeof(Board<128, Kv::Bf16>) <= BOARD_BYTES && sizeof(Board<256, Kv::Bf16>) <= BOARD_BYTES);
 
 /// A place in the ring, which both sides count up alike.
-template <int HEAD>
+template <int HEAD, Kv KV>
 struct Place {
     uint32_t count;
-    __device__ uint32_t stage() const { return count % Shape<HEAD>::STAGES; }
-    __device__ uint32_t parity() const { return count / Shape<HEAD>::STAGES % 2; }
+    __device__ uint32_t stage() const { return count % Shape<HEAD, KV>::STAGES; }
+    __device__ uint32_t parity() const { return count / Shape<HEAD, KV>::STAGES % 2; }
 };
 
 // ---- The producer ----
@@ -125,11 +125,11 @@ __device__ __forceinline__ UnitNote look_up(const AttentionArguments& arguments,
 }
 
 /// Streams a unit's keys (`value` 0) or values (1) into the ring.
-template <int HEAD>
-__device__ __forceinline__ void stream(const AttentionArguments& arguments, Board<HEAD>& board, uint32_t ring,
-                                       Place<HEAD>& place, const UnitNote& note, uint32_t value, uint32_t block,
+template <int HEAD, Kv KV>
+__device__ __forceinline__ void stream(const AttentionArguments& arguments, Board<HEAD, KV>& board, uint32_t ring,
+                                       Place<HEAD, KV>& place, const UnitNote& note, uint32_t value, uint32_t block,
                                        uint32_t lane) {
-    using S = Shape<HEAD>;
+    using S = Shape<HEAD, KV>;
     for (uint32_t page = note.page_first; page < note.page_end; page += S::STAGE_PAGES, ++place.count) {
         const uint32_t stage = place.stage(), full = shared_address(&board.full[stage]);
         const uint32_t pages = min(S::STAGE_PAGES, note.page_end - page);
@@ -140,15 +140,14 @@ __device__ __forceinline__ void stream(const AttentionArguments& arguments, Boar
         if (lane == 0) barrier_expect(full, pages * S::PAGE_BYTES);
         __syncwarp();
         if (lane < pages)
-            copy_bulk(to + lane * S::PAGE_BYTES,
-                      arguments.cache + page_start(mine, value, arguments.kv_heads, note.kv_head, HEAD),
+            copy_bulk(to + lane * S::PAGE_BYTES, page_address<HEAD, KV>(arguments, mine, value, note.kv_head),
                       S::PAGE_BYTES, full);
 #else
         for (uint32_t i = 0; i < pages; ++i) {
             const uint32_t other = __shfl_sync(0xffffffffu, block, (page + i) % 32);
-            const bf16* from = arguments.cache + page_start(other, value, arguments.kv_heads, note.kv_head, HEAD);
+            const char* from = page_address<HEAD, KV>(arguments, other, value, note.kv_head);
             for (uint32_t at = lane * 16; at < S::PAGE_BYTES; at += 512)
-                copy16_async(to + i * S::PAGE_BYTES + at, reinterpret_cast<const char*>(from) + at);
+                copy16_async(to + i * S::PAGE_BYTES + at, from + at);
         }
         barrier_arrive_after_copies(full);
 #endif
@@ -156,8 +155,8 @@ __device__ __forceinline__ void stream(const AttentionArguments& arguments, Boar
 }
 
 /// Puts a unit on the board, its queries with it.
-template <int HEAD>
-__device__ __forceinline__ void publish(const AttentionArguments& arguments, Board<HEAD>& board, uint32_t count,
+template <int HEAD, Kv KV>
+__device__ __forceinline__ void publish(const AttentionArguments& arguments, Board<HEAD, KV>& board, uint32_t count,
                                         const UnitNote& note, uint32_t lane) {
     const uint32_t slot = count % NOTES, full = shared_address(&board.note_full[slot]);
     barrier_wait(shared_address(&board.note_free[slot]), count / NOTES % 2 ^ 1);
@@ -189,11 +188,11 @@ __device__ __forceinline__ uint32_t draw(const AttentionArguments& arguments, ui
 
 /// The producer warp: deals itself units and streams them. While one streams, the next is looked up and the one
 /// after that is drawn.
-template <int HEAD>
-__device__ __forceinline__ void produce(const AttentionArguments& arguments, Board<HEAD>& board, uint32_t ring,
+template <int HEAD, Kv KV>
+__device__ __forceinline__ void produce(const AttentionArguments& arguments, Board<HEAD, KV>& board, uint32_t ring,
                                         uint32_t lane) {
     const uint32_t units = arguments.counts->decode_items * arguments.kv_heads;
-    Place<HEAD> place = {0};
+    Place<HEAD, KV> place = {0};
     uint32_t count = 0, block = 0, next_block = 0;
     UnitNote note = {}, next_note = {};
     if (blockIdx.x < units) {
@@ -207,9 +206,9 @@ __device__ __forceinline__ void produce(const AttentionArguments& arguments, Boa
                 next_note = look_up(arguments, next, tile_keys(HEAD), lane, next_block);
             }
             if (note.item != NO_ITEM) {
-                publish<HEAD>(arguments, board, count++, note, lane);
-                stream<HEAD>(arguments, board, ring, place, note, 0, block, lane);
-                stream<HEAD>(arguments, board, ring, place, note, 1, block, lane);
+                publish<HEAD, KV>(arguments, board, count++, note, lane);
+                stream<HEAD, KV>(arguments, board, ring, place, note, 0, block, lane);
+                stream<HEAD, KV>(arguments, board, ring, place, note, 1, block, lane);
             }
             if (next >= units) break;
             note = next_note;
@@ -218,7 +217,7 @@ __device__ __forceinline__ void produce(const AttentionArguments& arguments, Boa
         }
     }
     note.item = NO_ITEM;
-    publish<HEAD>(arguments, board, count, note, lane);
+    publish<HEAD, KV>(arguments, board, count, note, lane);
 }
 
 }  // namespace

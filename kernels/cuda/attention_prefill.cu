@@ -26,6 +26,10 @@ struct Shape {
     static constexpr uint32_t TOTAL_AT = VALUE_AT + KEYS * HEAD * 2;
 };
 
+/// Bytes of a page of the cache; codes take half of the room of bf16.
+template <int HEAD, Kv KV>
+constexpr uint32_t PAGE_SIZE = PAGE_TOKENS * HEAD * element_bytes(KV);
+
 /// The state of a warp: 16 packed rows, of which a thread holds `lane / 4` and that plus 8.
 template <int HEAD>
 struct Unit {
@@ -50,16 +54,16 @@ __device__ __forceinline__ void copy_queries(const AttentionArguments& arguments
 }
 
 /// Starts copying the pages of a tile of keys (`value` 0) or values (1).
-template <int HEAD>
+template <int HEAD, Kv KV>
 __device__ __forceinline__ void copy_tile(const AttentionArguments& arguments, const Work& work, uint32_t value,
                                           uint32_t tile, uint32_t to) {
-    constexpr uint32_t CHUNKS = Shape<HEAD>::PAGE_BYTES / 16;
+    constexpr uint32_t CHUNKS = PAGE_SIZE<HEAD, KV> / 16;
     const uint32_t first = tile * Shape<HEAD>::PAGES;
     const uint32_t pages = min(Shape<HEAD>::PAGES, work.position_last / PAGE_TOKENS + 1 - first);
     for (uint32_t at = threadIdx.x; at < pages * CHUNKS; at += Shape<HEAD>::THREADS) {
         const uint32_t block = arguments.tables[work.span.table + first + at / CHUNKS];
-        const bf16* page = arguments.cache + page_start(block, value, arguments.kv_heads, work.kv_head, HEAD);
-        copy16_async(to + at * 16, page + at % CHUNKS * 8);
+        const char* page = page_address<HEAD, KV>(arguments, block, value, work.kv_head);
+        copy16_async(to + at * 16, page + at % CHUNKS * 16);
     }
 }
 
@@ -76,23 +80,66 @@ __device__ __forceinline__ void clear_tokens(uint32_t values, uint32_t first) {
     }
 }
 
-/// Scores of a tile and, from them, weights; rescales what the rows have accumulated.
+/// `s = Q * K^T` for a tile's keys in bf16.
 template <int HEAD>
+__device__ __forceinline__ void multiply_keys(float (&s)[Shape<HEAD>::COLUMNS][4], uint32_t queries, uint32_t keys,
+                                              uint32_t lane) {
+    using S = Shape<HEAD>;
+#pragma unroll
+    for (uint32_t step = 0; step < HEAD / 16; ++step) {
+        uint32_t q[4];
+        // The four 8 x 8 matrices of A stand as those of V do: rows 0 and 8, then the next 8 elements.
+        load_matrices(q, queries + key_rows<HEAD>(lane, step));
+#pragma unroll
+        for (uint32_t page = 0; page < S::PAGES; ++page)
+            score_step<HEAD>(s[2 * page], s[2 * page + 1], q, keys + page * S::PAGE_BYTES, lane, step);
+    }
+}
+
+/// The same for codes: a step of 16 elements of all keys of a page at a time.
+template <int HEAD>
+__device__ __forceinline__ void multiply_key_codes(float (&s)[Shape<HEAD>::COLUMNS][4], uint32_t queries,
+                                                   uint32_t keys, uint32_t lane) {
+#pragma unroll
+    for (uint32_t step = 0; step < HEAD / 16; ++step) {
+        uint32_t q[4];
+        load_matrices(q, queries + key_rows<HEAD>(lane, step));
+#pragma unroll
+        for (uint32_t page = 0; page < Shape<HEAD>::PAGES; ++page) {
+            uint32_t codes[2], k[4];
+            load_codes(codes, keys + page * PAGE_SIZE<HEAD, Kv::Fp8> + step * 256 + lane % 16 * 16);
+            widen_rows(k, codes[0], codes[1]);
+            multiply(s[2 * page], q, k[0], k[2]);
+            multiply(s[2 * page + 1], q, k[1], k[3]);
+        }
+    }
+}
+
+/// `o += p * V` for the 16 keys of a page of codes; `live` has ones where codes are those of tokens that exist.
+template <int HEAD>
+__device__ __forceinline__ void accumulate_codes(float (&o)[HEAD / 8][4], const uint32_t (&p)[4], uint32_t page,
+                                                 uint32_t lane, uint32_t live) {
+#pragma unroll
+    for (int group = 0; group < HEAD / 16; ++group) {
+        uint32_t codes[2], v[4];
+        load_codes(codes, page + group * 256 + lane % 16 * 16);
+        widen_rows(v, codes[0] & live, codes[1] & live);
+        multiply(o[2 * group], p, v[0], v[2]);
+        multiply(o[2 * group + 1], p, v[1], v[3]);
+    }
+}
+
+/// Scores of a tile and, from them, weights; rescales what the rows have accumulated.
+template <int HEAD, Kv KV>
 __device__ __forceinline__ void score_tile(float (&s)[Shape<HEAD>::COLUMNS][4], Unit<HEAD>& unit, const Work& work,
                                            uint32_t tile, uint32_t shared, float scale_log2, bool windowed) {
     using S = Shape<HEAD>;
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
     for (int j = 0; j < int(S::COLUMNS); ++j) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0.f;
-#pragma unroll
-    for (uint32_t step = 0; step < HEAD / 16; ++step) {
-        uint32_t q[4];
-        // The four 8 x 8 matrices of A stand as those of V do: rows 0 and 8, then the next 8 elements.
-        load_matrices(q, shared + warp * S::PAGE_BYTES + key_rows<HEAD>(lane, step));
-#pragma unroll
-        for (uint32_t page = 0; page < S::PAGES; ++page)
-            score_step<HEAD>(s[2 * page], s[2 * page + 1], q, shared + S::KEY_AT + page * S::PAGE_BYTES, lane, step);
-    }
+    const uint32_t queries = shared + warp * S::PAGE_BYTES;
+    if constexpr (KV == Kv::Bf16) multiply_keys<HEAD>(s, queries, shared + S::KEY_AT, lane);
+    else multiply_key_codes<HEAD>(s, queries, shared + S::KEY_AT, lane);
     const uint32_t key = tile * S::KEYS;
     if (key + S::KEYS > work.position_first + 1 || windowed) {
         hide<S::COLUMNS, 0>(s, key + lane % 4 * 2, unit.rows.first[0], unit.rows.end[0]);
@@ -107,9 +154,10 @@ __device__ __forceinline__ void score_tile(float (&s)[Shape<HEAD>::COLUMNS][4], 
     }
 }
 
-template <int HEAD>
+/// Adds a tile's weighted values; `live` of its tokens exist.
+template <int HEAD, Kv KV>
 __device__ __forceinline__ void accumulate_tile(const float (&s)[Shape<HEAD>::COLUMNS][4], Unit<HEAD>& unit,
-                                                uint32_t shared) {
+                                                uint32_t shared, uint32_t live) {
     using S = Shape<HEAD>;
 #pragma unroll
     for (uint32_t page = 0; page < S::PAGES; ++page) {
@@ -117,11 +165,17 @@ __device__ __forceinline__ void accumulate_tile(const float (&s)[Shape<HEAD>::CO
         const float(&b)[4] = s[2 * page + 1];
         const uint32_t weights[4] = {pack_bf16(a[0], a[1]), pack_bf16(a[2], a[3]), pack_bf16(b[0], b[1]),
                                      pack_bf16(b[2], b[3])};
-        accumulate_page<HEAD>(unit.out, weights, shared + S::VALUE_AT + page * S::PAGE_BYTES, threadIdx.x % 32);
+        const uint32_t values = shared + S::VALUE_AT + page * PAGE_SIZE<HEAD, KV>, lane = threadIdx.x % 32;
+        if constexpr (KV == Kv::Bf16) {
+            accumulate_page<HEAD>(unit.out, weights, values, lane);
+        } else {
+            const uint32_t first = page * PAGE_TOKENS;
+            accumulate_codes<HEAD>(unit.out, weights, values, lane, live_codes(lane, live > first ? live - first : 0));
+        }
     }
 }
 
-template <int HEAD>
+template <int HEAD, Kv KV>
 __device__ __forceinline__ void prefill(const AttentionArguments& arguments) {
     using S = Shape<HEAD>;
     extern __shared__ __align__(1024) unsigned char memory[];
@@ -138,44 +192,48 @@ __device__ __forceinline__ void prefill(const AttentionArguments& arguments) {
     const uint32_t first = window_first(work.position_first, arguments.window) / S::KEYS;
     const uint32_t last = work.position_last / S::KEYS;
     copy_queries<HEAD>(arguments, work, shared);
-    copy_tile<HEAD>(arguments, work, 0, first, shared + S::KEY_AT);
+    copy_tile<HEAD, KV>(arguments, work, 0, first, shared + S::KEY_AT);
     commit_copies();
     bool first_split = true;
     for (uint32_t tile = first; tile <= last; ++tile) {
         float s[S::COLUMNS][4];
         await_copies<0>();
         __syncthreads();
-        copy_tile<HEAD>(arguments, work, 1, tile, shared + S::VALUE_AT);
+        copy_tile<HEAD, KV>(arguments, work, 1, tile, shared + S::VALUE_AT);
         commit_copies();
-        score_tile<HEAD>(s, unit, work, tile, shared, arguments.scale_log2, arguments.window != 0);
+        score_tile<HEAD, KV>(s, unit, work, tile, shared, arguments.scale_log2, arguments.window != 0);
         await_copies<0>();
         __syncthreads();
-        if (tile < last) copy_tile<HEAD>(arguments, work, 0, tile + 1, shared + S::KEY_AT);
+        if (tile < last) copy_tile<HEAD, KV>(arguments, work, 0, tile + 1, shared + S::KEY_AT);
         commit_copies();
         const uint32_t live = min(work.span.context, (work.position_last / PAGE_TOKENS + 1) * PAGE_TOKENS);
-        if (live < (tile + 1) * S::KEYS) {
+        if (KV == Kv::Bf16 && live < (tile + 1) * S::KEYS) {
             clear_tokens<HEAD>(shared + S::VALUE_AT, live - tile * S::KEYS);
             __syncthreads();
         }
-        accumulate_tile<HEAD>(s, unit, shared);
+        accumulate_tile<HEAD, KV>(s, unit, shared, live - tile * S::KEYS);
         if (tile == last || (tile + 1) * S::KEYS % SPLIT_KEYS == 0) {
             end_split<HEAD, S::THREADS>(unit.out, unit.rows.split, unit.rows.total, totals, first_split, tile == last);
             first_split = false;
         }
     }
-    store_output<HEAD>(unit.out, unit.rows, arguments, work, row);
+    store_output<HEAD, KV>(unit.out, unit.rows, arguments, work, row);
 }
 
 }  // namespace
 }  // namespace millrace
 
-#define MILLRACE_PREFILL(HEAD)                                                                      \
-    extern "C" __global__ void __launch_bounds__(millrace::prefill_threads(HEAD), 1)                \
-        attention_prefill_h##HEAD(const __grid_constant__ millrace::AttentionArguments arguments) { \
-        millrace::prefill<HEAD>(arguments);                                                         \
+#define MILLRACE_PREFILL(NAME, HEAD, KV)                                                \
+    extern "C" __global__ void __launch_bounds__(millrace::prefill_threads(HEAD), 1)    \
+        NAME##HEAD(const __grid_constant__ millrace::AttentionArguments arguments) {    \
+        millrace::prefill<HEAD, millrace::Kv::KV>(arguments);                           \
     }
 
-MILLRACE_PREFILL(64)
-MILLRACE_PREFILL(96)
-MILLRACE_PREFILL(128)
-MILLRACE_PREFILL(256)
+MILLRACE_PREFILL(attention_prefill_h, 64, Bf16)
+MILLRACE_PREFILL(attention_prefill_h, 96, Bf16)
+MILLRACE_PREFILL(attention_prefill_h, 128, Bf16)
+MILLRACE_PREFILL(attention_prefill_h, 256, Bf16)
+MILLRACE_PREFILL(attention_prefill_fp8_h, 64, Fp8)
+MILLRACE_PREFILL(attention_prefill_fp8_h, 96, Fp8)
+MILLRACE_PREFILL(attention_prefill_fp8_h, 128, Fp8)
+MILLRACE_PREFILL(attention_prefill_fp8_h, 256, Fp8)

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "attention_tile.cuh"
+#include "attention_fp8.cuh"
 
 namespace millrace {
 
@@ -102,7 +102,7 @@ __device__ __forceinline__ void end_split(float (&out)[HEAD / 8][4], RowSum (&sp
 }
 
 /// Writes the thread's share of two finished rows.
-template <int HEAD>
+template <int HEAD, Kv KV>
 __device__ __forceinline__ void store_output(const float (&out)[HEAD / 8][4], const RowPair& rows,
                                              const AttentionArguments& arguments, const Work& work,
                                              uint32_t packed_row) {
@@ -110,7 +110,7 @@ __device__ __forceinline__ void store_output(const float (&out)[HEAD / 8][4], co
     for (int half = 0; half < 2; ++half) {
         const uint32_t packed = packed_row + half * 8;
         if (packed >= work.packed_rows) continue;
-        const float inverse = __frcp_rn(rows.total[half].sum);
+        const float inverse = output_factor<KV>(rows.total[half].sum, arguments);
         bf16* to = arguments.out + row_place<HEAD>(arguments, work, packed, arguments.out_stride) +
                    threadIdx.x % 4 * 2;
 #pragma unroll

@@ -143,7 +143,7 @@ __device__ __forceinline__ void produce(const AttentionArguments& arguments, uin
             const uint32_t pages = min(S::PAGES, work.position_last / PAGE_TOKENS + 1 - first);
             const uint32_t page = min(first + lane / S::PARTS, work.position_last / PAGE_TOKENS);
             const uint32_t block = arguments.tables[work.span.table + page];
-            const bf16* keys = arguments.cache +
+            const bf16* keys = static_cast<const bf16*>(arguments.cache) +
                                page_start(block, 0, arguments.kv_heads, work.kv_head, HEAD) +
                                lane % S::PARTS * (S::PAGE_PART_BYTES / 2);
             const bf16* values = keys + uint64_t(arguments.kv_heads) * PAGE_TOKENS * HEAD;
@@ -327,7 +327,7 @@ __device__ __forceinline__ void walk_unit(Group<HEAD>& group, const AttentionArg
     give_back<HEAD>(group, VALUES_FREE, group.count);
     ++group.count;
     end_split<HEAD, 256>(group.out, group.rows.split, group.rows.total, totals, first_split, true);
-    store_output<HEAD>(group.out, group.rows, arguments, work, row);
+    store_output<HEAD, Kv::Bf16>(group.out, group.rows, arguments, work, row);
 }
 
 template <int HEAD>

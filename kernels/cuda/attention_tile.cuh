@@ -19,6 +19,19 @@ namespace millrace {
 
 using bf16 = __nv_bfloat16;
 
+/// What a cache holds: bf16, or 8-bit floats.
+enum class Kv { Bf16, Fp8 };
+
+__host__ __device__ constexpr uint32_t element_bytes(Kv kv) { return kv == Kv::Bf16 ? 2 : 1; }
+
+/// A page of a layer's cache in global memory.
+template <int HEAD, Kv KV>
+__device__ __forceinline__ const char* page_address(const AttentionArguments& arguments, uint32_t block,
+                                                    uint32_t value, uint32_t kv_head) {
+    return static_cast<const char*>(arguments.cache) +
+           page_start(block, value, arguments.kv_heads, kv_head, HEAD) * element_bytes(KV);
+}
+
 __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
 
 /// 2^x. Exact at 0 and at minus infinity. Volatile, so that the compiler keeps its place.
@@ -326,6 +339,13 @@ __device__ __forceinline__ MergeFactors merge_rows(RowSum& total, const RowSum& 
 
 __device__ __forceinline__ float merged(float total, float split, const MergeFactors& factors) {
     return __fmaf_rn(split, factors.later, __fmul_rn(total, factors.earlier));
+}
+
+/// One over a row's sum of weights, times the factor on the values' codes if there is one.
+template <Kv KV>
+__device__ __forceinline__ float output_factor(float sum, const AttentionArguments& arguments) {
+    const float inverse = __frcp_rn(sum);
+    return KV == Kv::Bf16 ? inverse : __fmul_rn(inverse, arguments.value_scale);
 }
 
 /// A finished element: the weighted sum over the sum of weights. Adding 0 turns -0 into 0: whether a row has gone

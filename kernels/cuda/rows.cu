@@ -4,6 +4,7 @@
 // residual stream is f32; operands of products are bf16.
 #include "attention.cuh"
 #include "common.cuh"
+#include "e4m3.cuh"
 
 namespace {
 
@@ -62,13 +63,44 @@ struct RopeShape {
     int qkv_stride;
     int query_stride;
     float eps;
+    /// One over the scales of a cache in 8 bits.
+    float key_factor;
+    float value_factor;
 };
 
-/// Norms (if weights are given) and turns queries and keys; writes queries as bf16 rows, keys and values into the
-/// cache of one layer, in the pages of attention.cuh. One warp per head. Grid: (rows, heads / 8).
-extern "C" __global__ void __launch_bounds__(ROPE_WARPS * 32)
-rope_cache(const float *qkv, const Row *rows, const float *table, const float *q_norm, const float *k_norm,
-           __nv_bfloat16 *queries, __nv_bfloat16 *cache, RopeShape shape) {
+namespace {
+
+/// Writes a head of a key or value into its page, in bf16.
+__device__ __forceinline__ void write_page(__nv_bfloat16 *cache, const float *values, uint32_t slot, uint32_t kv_head,
+                                           bool is_value, const RopeShape &shape, int lane) {
+    __nv_bfloat16 *page =
+        cache + millrace::page_start(slot / 16, is_value ? 1 : 0, shape.kv_heads, kv_head, shape.head_dim);
+    for (int i = lane * 2; i < shape.head_dim; i += 64)
+        *reinterpret_cast<uint32_t *>(page + millrace::page_offset(shape.head_dim, slot % 16, i)) =
+            pack_bf16(values[i], values[i + 1]);
+}
+
+/// The same in 8 bits. The elements of a value lie apart, for its page is read along the tokens.
+__device__ __forceinline__ void write_page(uint8_t *cache, const float *values, uint32_t slot, uint32_t kv_head,
+                                           bool is_value, const RopeShape &shape, int lane) {
+    uint8_t *page =
+        cache + millrace::page_start(slot / 16, is_value ? 1 : 0, shape.kv_heads, kv_head, shape.head_dim);
+    const float factor = is_value ? shape.value_factor : shape.key_factor;
+    for (int i = lane * 2; i < shape.head_dim; i += 64) {
+        const uint32_t codes = millrace::e4m3_of(values[i] * factor, values[i + 1] * factor);
+        if (is_value) {
+            page[millrace::fp8_value_offset(slot % 16, i)] = uint8_t(codes);
+            page[millrace::fp8_value_offset(slot % 16, i + 1)] = uint8_t(codes >> 8);
+        } else {
+            *reinterpret_cast<uint16_t *>(page + millrace::fp8_key_offset(slot % 16, i)) = uint16_t(codes);
+        }
+    }
+}
+
+template <class Element>
+__device__ __forceinline__ void rope(const float *qkv, const Row *rows, const float *table, const float *q_norm,
+                                     const float *k_norm, __nv_bfloat16 *queries, Element *cache,
+                                     const RopeShape &shape) {
     __shared__ float staged[ROPE_WARPS][HEAD_DIM_MAX];
     launch_dependents();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -109,11 +141,24 @@ rope_cache(const float *qkv, const Row *rows, const float *table, const float *q
     }
     if (row.slot == NO_SLOT) return;
     const uint32_t kv_head = is_value ? head - shape.heads - shape.kv_heads : head - shape.heads;
-    __nv_bfloat16 *page =
-        cache + millrace::page_start(row.slot / 16, is_value ? 1 : 0, shape.kv_heads, kv_head, shape.head_dim);
-    for (int i = lane * 2; i < shape.head_dim; i += 64)
-        *reinterpret_cast<uint32_t *>(page + millrace::page_offset(shape.head_dim, row.slot % 16, i)) =
-            pack_bf16(values[i], values[i + 1]);
+    write_page(cache, values, row.slot, kv_head, is_value, shape, lane);
+}
+
+}  // namespace
+
+/// Norms (if weights are given) and turns queries and keys; writes queries as bf16 rows, keys and values into the
+/// cache of one layer, in the pages of attention.cuh. One warp per head. Grid: (rows, heads / 8).
+extern "C" __global__ void __launch_bounds__(ROPE_WARPS * 32)
+rope_cache(const float *qkv, const Row *rows, const float *table, const float *q_norm, const float *k_norm,
+           __nv_bfloat16 *queries, __nv_bfloat16 *cache, RopeShape shape) {
+    rope(qkv, rows, table, q_norm, k_norm, queries, cache, shape);
+}
+
+/// The same for a cache of 8-bit floats.
+extern "C" __global__ void __launch_bounds__(ROPE_WARPS * 32)
+rope_cache_fp8(const float *qkv, const Row *rows, const float *table, const float *q_norm, const float *k_norm,
+               __nv_bfloat16 *queries, uint8_t *cache, RopeShape shape) {
+    rope(qkv, rows, table, q_norm, k_norm, queries, cache, shape);
 }
 
 /// out[i] = x[index[i]], rows of `words` 4-byte words. Grid: rows of out.

@@ -1,5 +1,5 @@
 //! Times the ops of SmolLM2-135M on random weights: `cargo run --release -p millrace-kernels --example decoder
-//! -- bf16 64 [context [threads]]` runs decode steps of 64 sequences and a prefill step, and prints the best of
+//! -- bf16 64 [context [threads [fp8]]]` runs decode steps of 64 sequences and a prefill step, and prints the best of
 //! several beside the limit that is measured in the same run. With one thread the clock is the thread's
 //! processor time, which other load on the machine disturbs least.
 
@@ -8,7 +8,8 @@ use std::num::NonZeroUsize;
 use millrace_kernels::bounds::{ModelShape, Work};
 use millrace_kernels::cpu::{Cpu, CpuOptions, Matrix, Precision, Vector};
 use millrace_kernels::ops::{
-    ArenaPlan, AttentionShape, Batch, Buffer, BufferKind, BufferPlan, KvPlan, Ops, RopePlan, Span,
+    ArenaPlan, AttentionShape, Batch, Buffer, BufferKind, BufferPlan, KvDtype, KvPlan, KvScales, Ops,
+    RopePlan, Span,
 };
 use millrace_kernels::sampling::{SampleRow, Sampled};
 use millrace_kernels::tensor::{DType, HostTensor};
@@ -51,7 +52,7 @@ fn matrix(cpu: &mut Cpu, rows: usize, columns: usize) -> Matrix {
 }
 
 impl Model {
-    fn new(options: CpuOptions, rows_max: usize, blocks: usize) -> Self {
+    fn new(options: CpuOptions, rows_max: usize, kv: KvPlan) -> Self {
         let mut cpu = Cpu::new(options).expect("widest instructions");
         let (hidden, ffn) = (SHAPE.hidden, SHAPE.ffn);
         let qkv = (SHAPE.heads + 2 * SHAPE.kv_heads) * SHAPE.head_dim;
@@ -69,7 +70,7 @@ impl Model {
             vocabulary: SHAPE.vocabulary,
             heads: SHAPE.heads,
             buffers: buffers.map(|(width, kind)| BufferPlan { width, kind }).to_vec(),
-            kv: KvPlan { layers: 30, kv_heads: 3, head_dim: 64, blocks },
+            kv,
             rope: RopePlan {
                 inverse_frequencies: (0..32).map(|i| 1e5_f32.powf(-i as f32 / 32.0)).collect(),
                 amplitude: 1.0,
@@ -96,8 +97,14 @@ impl Model {
 
     fn step(&mut self, batch: &Batch<'_>, out: &mut Vec<Sampled>) {
         let [x, normed, qkv, mixed, gated] = [0, 1, 2, 3, 4].map(Buffer);
-        let shape =
-            AttentionShape { heads: 9, kv_heads: 3, head_dim: 64, scale: 0.125, sliding_window: None };
+        let shape = AttentionShape {
+            heads: 9,
+            kv_heads: 3,
+            head_dim: 64,
+            scale: 0.125,
+            sliding_window: None,
+            kv_scales: KvScales::ONE,
+        };
         let Self { cpu, seconds, .. } = self;
         cpu.begin(batch).expect("batch in bounds");
         let alone = cpu.threads() == 1;
@@ -140,7 +147,7 @@ impl Model {
 }
 
 /// Runs steps of one kind and prints the best step.
-fn time(model: &mut Model, name: &str, spans: &[Span], logits: bool, precision: Precision) {
+fn time(model: &mut Model, name: &str, spans: &[Span], logits: bool, types: (Precision, KvDtype)) {
     let rows = spans.iter().map(|span| span.rows).sum::<u32>();
     let tokens: Vec<u32> = (0..rows).map(|row| row * 97 % 49152).collect();
     let blocks: Vec<u32> = (0..spans.iter().map(|span| span.context.div_ceil(16)).sum()).collect();
@@ -164,10 +171,10 @@ fn time(model: &mut Model, name: &str, spans: &[Span], logits: bool, precision: 
         cached: spans.iter().map(|span| f64::from(span.context)).sum(),
     };
     let bounds = model.cpu.measure();
-    let cost = SHAPE.cost(&work, precision);
+    let cost = SHAPE.cost(&work, types.0, types.1);
     let share = bounds.least_s(&cost) / best[9];
     println!(
-        "{name} {precision:?}: {:.2} ms, {:.0} tok/s, {:.0} G/s; limits {:.0} G/s, {:.1} GB/s; share {share:.2}",
+        "{name} {types:?}: {:.2} ms, {:.0} tok/s, {:.0} G/s; limits {:.0} G/s, {:.1} GB/s; share {share:.2}",
         best[9] * 1e3,
         f64::from(rows) / best[9],
         cost.operations / best[9] / 1e9,
@@ -192,7 +199,9 @@ fn main() {
     let blocks = (rows * context.div_ceil(16)).max(64) as usize;
     let threads = arguments.get(4).and_then(|threads| threads.parse().ok()).and_then(NonZeroUsize::new);
     let options = CpuOptions { threads, ..CpuOptions::new(precision) };
-    let mut model = Model::new(options, rows.max(512) as usize, blocks);
+    let dtype = if arguments.get(5).is_some() { KvDtype::Fp8E4m3 } else { KvDtype::Operand };
+    let kv = KvPlan { layers: 30, kv_heads: 3, head_dim: 64, blocks, dtype };
+    let mut model = Model::new(options, rows.max(512) as usize, kv);
     let mut table = 0;
     let decodes: Vec<Span> = (0..rows)
         .map(|row| {
@@ -201,7 +210,7 @@ fn main() {
             span
         })
         .collect();
-    time(&mut model, &format!("decode {rows}"), &decodes, true, precision);
+    time(&mut model, &format!("decode {rows}"), &decodes, true, (precision, dtype));
     let prefill = Span { first_row: 0, rows: 512, context: 512, table: 0 };
-    time(&mut model, "prefill 512", &[prefill], false, precision);
+    time(&mut model, "prefill 512", &[prefill], false, (precision, dtype));
 }

@@ -6,6 +6,7 @@
 //! over these rates is the least time it could take.
 
 use crate::cpu::Precision;
+use crate::ops::KvDtype;
 
 /// Rates of this machine with all threads.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -71,13 +72,14 @@ impl ModelShape {
         (self.vocabulary * self.hidden) as f64
     }
 
-    /// Cost of some work.
-    pub fn cost(&self, work: &Work, precision: Precision) -> Cost {
-        let (weight_bytes, cache_bytes) = match precision {
+    /// Cost of some work, with weights and a cache of these types.
+    pub fn cost(&self, work: &Work, precision: Precision, kv: KvDtype) -> Cost {
+        let (weight_bytes, operand_bytes) = match precision {
             Precision::F32 => (4.0, 4.0),
             Precision::Bf16 => (2.0, 2.0),
             Precision::Int8 => (1.0, 2.0),
         };
+        let cache_bytes = if kv == KvDtype::Fp8E4m3 { 1.0 } else { operand_bytes };
         let weights = self.layer_weights() + self.head_weights();
         let attention = (4 * self.layers * self.heads * self.head_dim) as f64;
         let position = (2 * self.layers * self.kv_heads * self.head_dim) as f64;
@@ -117,8 +119,10 @@ mod tests {
         assert_eq!(SMOLLM2.layer_weights(), 106_168_320.0);
         assert_eq!(SMOLLM2.head_weights(), 28_311_552.0);
         let work = Work { steps: 1.0, rows: 1.0, logits_rows: 1.0, attended: 100.0, cached: 100.0 };
-        let cost = SMOLLM2.cost(&work, Precision::Bf16);
+        let cost = SMOLLM2.cost(&work, Precision::Bf16, KvDtype::Operand);
         assert_eq!(cost.bytes, 2.0 * 134_479_872.0 + 23_040.0 * 100.0);
+        let fp8 = SMOLLM2.cost(&work, Precision::Bf16, KvDtype::Fp8E4m3);
+        assert_eq!(fp8, Cost { bytes: 2.0 * 134_479_872.0 + 11_520.0 * 100.0, ..cost });
         assert_eq!(cost.operations, 2.0 * 134_479_872.0 + 69_120.0 * 100.0);
     }
 

@@ -9,6 +9,7 @@
 pub mod bounds;
 pub mod cpu;
 pub mod cuda;
+pub mod e4m3;
 pub mod isa;
 pub mod ops;
 pub mod pool;

@@ -37,6 +37,17 @@ pub struct BufferPlan {
     pub kind: BufferKind,
 }
 
+/// Number format of keys and values in the cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KvDtype {
+    /// What attention computes with: f32 beside f32 weights, else bf16.
+    #[default]
+    Operand,
+    /// [`e4m3`](crate::e4m3) codes, a byte each, of values over the scales of [`AttentionShape`]. Attention computes
+    /// with what it would without.
+    Fp8E4m3,
+}
+
 /// The paged key-value cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KvPlan {
@@ -48,6 +59,8 @@ pub struct KvPlan {
     pub head_dim: usize,
     /// Blocks of [`BLOCK_TOKENS`] tokens in the pool.
     pub blocks: usize,
+    /// Number format of the elements.
+    pub dtype: KvDtype,
 }
 
 /// Rotary position embedding by a table of inverse frequencies (the rotate-half convention of Hugging Face:
@@ -258,6 +271,23 @@ pub struct AttentionShape {
     pub scale: f32,
     /// A row sees only this many positions up to its own; none is unlimited.
     pub sliding_window: Option<u32>,
+    /// Scales of a cache in 8 bits.
+    pub kv_scales: KvScales,
+}
+
+/// What an 8-bit code of the cache is multiplied with: a value `x` is kept as the code nearest to `x / scale`. A cache
+/// of another type has no scales and these are not read.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct KvScales {
+    /// Of keys, above 0.
+    pub key: f32,
+    /// Of values, above 0.
+    pub value: f32,
+}
+
+impl KvScales {
+    /// Values are kept as they are.
+    pub const ONE: Self = Self { key: 1.0, value: 1.0 };
 }
 
 /// RMS norms of each query and key head before RoPE (Qwen3).

@@ -47,6 +47,7 @@ list="--requests bench/nano-vllm-256.jsonl --concurrency 256 --max-batch-tokens 
 one="--synthetic 1,128,256 --concurrency 1 --temperature 0.6 --repeat 3"
 bench qwen3-0.6b-list 120 $small $list --repeat 3
 bench qwen3-0.6b-list-eager 60 $small $list --eager
+bench qwen3-0.6b-list-fp8-kv 120 $small $list --kv-cache-dtype fp8_e4m3 --repeat 3
 bench qwen3-0.6b-one 60 $small $one
 bench llama-3.1-8b-list 180 $large $list
 bench llama-3.1-8b-one 90 $large $one

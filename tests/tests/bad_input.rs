@@ -320,6 +320,10 @@ fn bad_fields() -> Vec<FolderCase> {
             &["engine.quantization is int8", "f32"],
         ),
         of_config(
+            json!({"engine": {"dtype": "f32", "kvCacheDtype": "bf16"}}),
+            &["engine.kvCacheDtype is bf16", "auto or fp8_e4m3"],
+        ),
+        of_config(
             json!({"engine": {"kvCacheBytes": "512Ki", "maxModelLen": 2048, "dtype": "f32"}}),
             &["524288 bytes", "2048", "kvCacheBytes"],
         ),

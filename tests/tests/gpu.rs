@@ -5,7 +5,7 @@
 //! MILLRACE_REQUIRE_CUDA they fail.
 
 use anyhow::{Context, Result, ensure};
-use millrace_crds::config::{Device, Dtype, EngineConfig};
+use millrace_crds::config::{Device, Dtype, EngineConfig, KvCacheDtype};
 use millrace_crds::units::Bytes;
 use millrace_kernels::cuda;
 use millrace_tests::checkpoint;
@@ -25,8 +25,13 @@ const POSITIONS: u32 = 1024;
 const PLENTY: u64 = 256 << 20;
 /// Blocks for the longest sequence and one or two more.
 const SCARCE_BLOCKS: u64 = 80;
-/// A difference of log probabilities that another order of additions explains.
+/// A difference of log probabilities that another order of additions explains: between the two greatest, and between
+/// those of one token.
 const TIE: f32 = 3e-2;
+const NEAR: f32 = 5e-2;
+/// The same over a cache of 8 bits, where another order may round a key or a value to the neighbouring code.
+const FP8_TIE: f32 = 3e-1;
+const FP8_NEAR: f32 = 5e-1;
 
 fn missing() -> bool {
     let missing = !cuda::is_present();
@@ -106,13 +111,24 @@ const fn under(sequences: u32, budget: u32) -> Circumstances {
     Circumstances { sequences, budget, prefix_cache: false, scarce: false, graphs: true }
 }
 
-fn engine(config: &Value, device: Device, at: Circumstances, kv_cache_bytes: u64) -> Result<Engine> {
+/// Where, and with what in the KV cache.
+type Place = (Device, KvCacheDtype);
+
+const KV_DTYPES: [KvCacheDtype; 2] = [KvCacheDtype::Auto, KvCacheDtype::Fp8E4m3];
+
+fn engine(
+    config: &Value,
+    (device, kv_cache_dtype): Place,
+    at: Circumstances,
+    kv_cache_bytes: u64,
+) -> Result<Engine> {
     let folder = tempfile::tempdir()?;
     checkpoint::write(folder.path(), config, 21)?;
     let model = DecoderConfig::read(folder.path())?;
     let settings = EngineConfig {
         device,
         dtype: Dtype::Bf16,
+        kv_cache_dtype,
         max_sequences: at.sequences,
         max_batch_tokens: at.budget,
         prefix_cache: at.prefix_cache,
@@ -159,26 +175,31 @@ fn no_circumstance_changes_a_byte_on_a_gpu() -> Result<()> {
         Circumstances { scarce: true, graphs: false, ..cached },
     ];
     for (name, config) in models() {
-        let alone = engine(&config, Device::Cuda, under(1, 4096), PLENTY)?;
-        let block_bytes = alone.info().kv_cache_bytes / u64::from(alone.info().limits.kv_blocks);
-        let expected = bits(&answers(&alone, requests())?);
-        alone.join();
-        for at in circumstances {
-            let bytes = if at.scarce { SCARCE_BLOCKS * block_bytes } else { PLENTY };
-            let engine = engine(&config, Device::Cuda, at, bytes)?;
-            let found = bits(&answers(&engine, requests())?);
-            let load = engine.handle().load();
-            ensure!((Load::get(&load.preemptions) > 0) == at.scarce, "{name} under {at:?}: preemptions");
-            ensure!(
-                (Load::get(&load.cached_tokens) > 0) == at.prefix_cache,
-                "{name} under {at:?}: prefix hits"
-            );
-            for (number, (found, expected)) in found.iter().zip(&expected).enumerate() {
-                let place = found.iter().zip(expected).position(|(a, b)| a != b);
-                ensure!(found == expected, "{name}, request {number} under {at:?} differs at {place:?}");
-            }
-            engine.join();
+        for kv in KV_DTYPES {
+            check_invariance(&config, kv, &circumstances).with_context(|| format!("{name}, {kv:?}"))?;
         }
+    }
+    Ok(())
+}
+
+fn check_invariance(config: &Value, kv: KvCacheDtype, circumstances: &[Circumstances]) -> Result<()> {
+    let place = (Device::Cuda, kv);
+    let alone = engine(config, place, under(1, 4096), PLENTY)?;
+    let block_bytes = alone.info().kv_cache_bytes / u64::from(alone.info().limits.kv_blocks);
+    let expected = bits(&answers(&alone, requests())?);
+    alone.join();
+    for &at in circumstances {
+        let bytes = if at.scarce { SCARCE_BLOCKS * block_bytes } else { PLENTY };
+        let engine = engine(config, place, at, bytes)?;
+        let found = bits(&answers(&engine, requests())?);
+        let load = engine.handle().load();
+        ensure!((Load::get(&load.preemptions) > 0) == at.scarce, "preemptions under {at:?}");
+        ensure!((Load::get(&load.cached_tokens) > 0) == at.prefix_cache, "prefix hits under {at:?}");
+        for (number, (found, expected)) in found.iter().zip(&expected).enumerate() {
+            let place = found.iter().zip(expected).position(|(a, b)| a != b);
+            ensure!(found == expected, "request {number} under {at:?} differs at {place:?}");
+        }
+        engine.join();
     }
     Ok(())
 }
@@ -188,37 +209,46 @@ fn a_gpu_answers_as_the_cpu_does() -> Result<()> {
     if missing() {
         return Ok(());
     }
+    for (name, config) in models() {
+        for kv in KV_DTYPES {
+            check_answers(&config, kv).with_context(|| format!("{name}, {kv:?}"))?;
+        }
+    }
+    Ok(())
+}
+
+fn check_answers(config: &Value, kv: KvCacheDtype) -> Result<()> {
     let greedy = |request: Request| Request {
         sampling: Sampling { logprobs: Some(2), ..Sampling::default() },
         ..request
     };
-    for (name, config) in models() {
-        let run = |device| -> Result<Vec<Generated>> {
-            let engine = engine(&config, device, under(64, 4096), PLENTY)?;
-            let all = answers(&engine, requests().into_iter().map(greedy).collect())?;
-            engine.join();
-            Ok(all)
-        };
-        let (cpu, gpu) = (run(Device::Cpu).context("on the CPU")?, run(Device::Cuda)?);
-        let mut ties = 0;
-        for (number, (cpu, gpu)) in cpu.iter().zip(&gpu).enumerate() {
-            for (place, (expected, found)) in cpu.tokens.iter().zip(&gpu.tokens).enumerate() {
-                let (expected_of, found_of) = (
-                    expected.logprobs.as_ref().context("asked for")?,
-                    found.logprobs.as_ref().context("asked for")?,
-                );
-                if expected.id != found.id {
-                    let gap = expected_of.top[0].1 - expected_of.top[1].1;
-                    ensure!(gap < TIE, "{name}, request {number}, token {place}: another token, gap {gap}");
-                    ties += 1;
-                    break;
-                }
-                let difference = (expected_of.chosen - found_of.chosen).abs();
-                ensure!(difference < 0.05, "{name}, request {number}, token {place}: {difference}");
+    let run = |device| -> Result<Vec<Generated>> {
+        let engine = engine(config, (device, kv), under(64, 4096), PLENTY)?;
+        let all = answers(&engine, requests().into_iter().map(greedy).collect())?;
+        engine.join();
+        Ok(all)
+    };
+    let (tie, near) = if kv == KvCacheDtype::Fp8E4m3 { (FP8_TIE, FP8_NEAR) } else { (TIE, NEAR) };
+    let (cpu, gpu) = (run(Device::Cpu).context("on the CPU")?, run(Device::Cuda)?);
+    let mut ties = 0;
+    for (number, (cpu, gpu)) in cpu.iter().zip(&gpu).enumerate() {
+        for (place, (expected, found)) in cpu.tokens.iter().zip(&gpu.tokens).enumerate() {
+            let (expected_of, found_of) = (
+                expected.logprobs.as_ref().context("asked for")?,
+                found.logprobs.as_ref().context("asked for")?,
+            );
+            if expected.id != found.id {
+                let gap = expected_of.top[0].1 - expected_of.top[1].1;
+                ensure!(gap < tie, "request {number}, token {place}: another token, gap {gap}");
+                ties += 1;
+                break;
             }
+            let difference = (expected_of.chosen - found_of.chosen).abs();
+            ensure!(difference < near, "request {number}, token {place}: {difference}");
         }
-        println!("{name}: {ties} of {REQUESTS} answers part at a tie");
-        ensure!(ties < REQUESTS / 4, "{name}: {ties} ties");
     }
+    println!("{kv:?}: {ties} of {REQUESTS} answers part at a tie");
+    let most = if kv == KvCacheDtype::Fp8E4m3 { REQUESTS } else { REQUESTS / 4 };
+    ensure!(ties < most, "{ties} ties");
     Ok(())
 }

@@ -19,7 +19,7 @@ use millrace_crds::config::{Dtype, EngineConfig};
 use millrace_crds::units::Bytes;
 use millrace_kernels::cpu::{Cpu, CpuOptions, Precision};
 use millrace_kernels::isa::Isa;
-use millrace_kernels::ops::{BLOCK_TOKENS, Batch, Ops, Span};
+use millrace_kernels::ops::{BLOCK_TOKENS, Batch, KvDtype, Ops, Span};
 use millrace_tests::random::Random;
 use millrace_tests::{checkpoint, model, tools};
 use millrace_worker::engine::request::Request;
@@ -37,6 +37,14 @@ const F32_ERROR_MAX: f32 = 1e-4;
 const BF16_ERROR_MAX: f32 = 2e-2;
 /// Largest error with int8 weights and operands: seven bits and a sign on either side of every product.
 const INT8_ERROR_MAX: f32 = 1e-1;
+/// Largest error with keys and values in 8 bits and the rest in bf16: three bits of mantissa, so up to 6 % of each
+/// number. That attention over the rounded numbers is right to bf16's accuracy is tested beside the kernels.
+const FP8_KV_ERROR_MAX: f32 = 2e-1;
+/// Each precision with the cache of its own type.
+const F32: Types = (Precision::F32, KvDtype::Operand);
+const BF16: Types = (Precision::Bf16, KvDtype::Operand);
+const INT8: Types = (Precision::Int8, KvDtype::Operand);
+const FP8_KV: Types = (Precision::Bf16, KvDtype::Fp8E4m3);
 /// Tokens of the random sequences: several blocks, a part of one, and more than any window here.
 const TOKENS: usize = 53;
 /// Longest sequence of the real model's tests.
@@ -112,6 +120,9 @@ fn candles_window(mut config: Value) -> Value {
 
 // --- the engine's model, without the scheduler ---
 
+/// What matrix products compute with, and what the cache holds.
+type Types = (Precision, KvDtype);
+
 struct Ours {
     cpu: Cpu,
     decoder: Decoder<Cpu>,
@@ -120,16 +131,17 @@ struct Ours {
 }
 
 impl Ours {
-    fn load(folder: &Path, precision: Precision, isa: Isa) -> Result<Self> {
+    fn load(folder: &Path, (precision, kv_dtype): Types, isa: Isa) -> Result<Self> {
         let config = DecoderConfig::read(folder)?;
         let mut cpu = Cpu::new(CpuOptions { precision, threads: NonZeroUsize::new(2), isa: Some(isa) })?;
-        let decoder = Decoder::load(&config, &Files::read(folder)?, &mut cpu)?;
+        let decoder = Decoder::load(&config, &Files::read(folder)?, &mut cpu, kv_dtype)?;
         let kv_blocks = POSITIONS.div_ceil(BLOCK_TOKENS) + 3;
         let sizes = ArenaSizes {
             rows_max: POSITIONS,
             logits_rows_max: POSITIONS,
             positions_max: POSITIONS,
             kv_blocks,
+            kv_dtype,
         };
         cpu.allocate(arena_plan(&config, sizes))?;
         // Blocks lie anywhere in the pool: 5 has no divisor in common with any number of blocks here.
@@ -168,11 +180,12 @@ fn error(ours: &[f32], reference: &[f32]) -> f32 {
     difference / largest
 }
 
-fn error_max(precision: Precision) -> f32 {
-    match precision {
-        Precision::F32 => F32_ERROR_MAX,
-        Precision::Bf16 => BF16_ERROR_MAX,
-        Precision::Int8 => INT8_ERROR_MAX,
+fn error_max(types: Types) -> f32 {
+    match types {
+        (_, KvDtype::Fp8E4m3) => FP8_KV_ERROR_MAX,
+        (Precision::F32, _) => F32_ERROR_MAX,
+        (Precision::Bf16, _) => BF16_ERROR_MAX,
+        (Precision::Int8, _) => INT8_ERROR_MAX,
     }
 }
 
@@ -239,9 +252,7 @@ fn families() -> Vec<(&'static str, Value)> {
 fn each_family_computes_what_the_reference_computes() -> Result<()> {
     let mut random = Random::new(11);
     for (number, (name, config)) in families().into_iter().enumerate() {
-        for (stored, precisions) in
-            [("float32", &[Precision::F32][..]), ("bfloat16", &[Precision::Bf16, Precision::Int8][..])]
-        {
+        for (stored, kinds) in [("float32", &[F32][..]), ("bfloat16", &[BF16, INT8, FP8_KV][..])] {
             let folder = tempfile::tempdir()?;
             let mut config = config.clone();
             config["torch_dtype"] = json!(stored);
@@ -250,10 +261,10 @@ fn each_family_computes_what_the_reference_computes() -> Result<()> {
             let mut reference = Reference::load(folder.path())?;
             let expected: Vec<Vec<f32>> =
                 (1..=TOKENS).map(|end| reference.logits(&tokens[..end])).collect::<Result<_>>()?;
-            for &precision in precisions {
+            for &types in kinds {
                 for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
-                    check(folder.path(), (precision, isa), &tokens, &expected)
-                        .with_context(|| format!("{name}, {precision:?}, {isa}"))?;
+                    check(folder.path(), (types, isa), &tokens, &expected)
+                        .with_context(|| format!("{name}, {types:?}, {isa}"))?;
                 }
             }
         }
@@ -261,17 +272,12 @@ fn each_family_computes_what_the_reference_computes() -> Result<()> {
     Ok(())
 }
 
-fn check(
-    folder: &Path,
-    (precision, isa): (Precision, Isa),
-    tokens: &[u32],
-    expected: &[Vec<f32>],
-) -> Result<()> {
-    let mut ours = Ours::load(folder, precision, isa)?;
+fn check(folder: &Path, (types, isa): (Types, Isa), tokens: &[u32], expected: &[Vec<f32>]) -> Result<()> {
+    let mut ours = Ours::load(folder, types, isa)?;
     let whole = ours.logits(tokens, &[tokens.len()])?;
     let worst = error(&whole.concat(), &expected.concat());
-    println!("{precision:?} {isa}: error {worst:.1e}");
-    anyhow::ensure!(worst <= error_max(precision), "error {worst:e}, at most {:e}", error_max(precision));
+    println!("{types:?} {isa}: error {worst:.1e}");
+    anyhow::ensure!(worst <= error_max(types), "error {worst:e}, at most {:e}", error_max(types));
     for chunks in [vec![1; tokens.len()], vec![16, 1, 1, 30, 5], vec![7, 46]] {
         let again = ours.logits(tokens, &chunks)?;
         let bits = |rows: &[Vec<f32>]| rows.concat().iter().map(|logit| logit.to_bits()).collect::<Vec<_>>();
@@ -294,7 +300,7 @@ fn the_reference_finds_each_forgotten_part() -> Result<()> {
         let tokens: Vec<u32> = (0..TOKENS as u32).map(|i| i * 7 % 131).collect();
         let expected = Reference::load(folder.path())?.logits(&tokens)?;
         checkpoint::write(folder.path(), &config(architecture, wrong.clone()), 3)?;
-        let mut ours = Ours::load(folder.path(), Precision::F32, Isa::detect())?;
+        let mut ours = Ours::load(folder.path(), F32, Isa::detect())?;
         let found = ours.logits(&tokens, &[TOKENS])?;
         let error = error(&found[TOKENS - 1], &expected);
         anyhow::ensure!(error > F32_ERROR_MAX, "{architecture} with {wrong} differs by {error:e} only");
@@ -339,14 +345,18 @@ fn smollm2_computes_what_the_reference_computes() -> Result<()> {
     let mut reference = Reference::load(&folder)?;
     let expected: Vec<Vec<f32>> =
         prompts.iter().map(|prompt| reference.logits(prompt)).collect::<Result<_>>()?;
-    for precision in [Precision::F32, Precision::Bf16, Precision::Int8] {
-        let mut ours = Ours::load(&folder, precision, Isa::detect())?;
+    for types in [F32, BF16, INT8, FP8_KV] {
+        let mut ours = Ours::load(&folder, types, Isa::detect())?;
         for (prompt, expected) in prompts.iter().zip(&expected) {
             let found = ours.logits(prompt, &[prompt.len()])?;
             let error = error(&found[prompt.len() - 1], expected);
-            println!("{precision:?}, {} tokens: error {error:.1e}", prompt.len());
-            let most = if precision == Precision::Int8 { 0.15 } else { error_max(precision) };
-            anyhow::ensure!(error <= most, "{precision:?}: error {error:e}");
+            println!("{types:?}, {} tokens: error {error:.1e}", prompt.len());
+            let most = match types {
+                INT8 => 0.15,
+                FP8_KV => 0.1,
+                _ => error_max(types),
+            };
+            anyhow::ensure!(error <= most, "{types:?}: error {error:e}");
         }
     }
     Ok(())
@@ -447,7 +457,7 @@ fn the_imported_folder_is_the_model_of_the_gguf_file() -> Result<()> {
     let mut reference = quantized_llama::ModelWeights::from_gguf(content, &mut file, &Device::Cpu)?;
     let text = Text::open(&imported, "smollm2")?;
     assert_eq!(text.encode("<|im_start|>", false)?, [tokens_of_file["<|im_start|>"]]);
-    let mut ours = Ours::load(&imported, Precision::F32, Isa::detect())?;
+    let mut ours = Ours::load(&imported, F32, Isa::detect())?;
     for prompt in prompts(&text, 4)? {
         let input = Tensor::new(&prompt[..], &Device::Cpu)?.unsqueeze(0)?;
         reference.clear_kv_cache();

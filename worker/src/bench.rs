@@ -13,11 +13,12 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use clap::Args;
-use millrace_crds::config::{Device, Dtype, EngineConfig, Quantization};
+use millrace_crds::config::{Device, Dtype, EngineConfig, KvCacheDtype, Quantization};
 use millrace_crds::units::Bytes;
 use millrace_kernels::bounds::{Bounds, ModelShape};
-use millrace_kernels::cpu::{Cpu, CpuOptions};
+use millrace_kernels::cpu::{Cpu, CpuOptions, Precision};
 use millrace_kernels::cuda::{Cuda, CudaOptions};
+use millrace_kernels::ops::KvDtype;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
@@ -75,6 +76,9 @@ pub struct BenchArgs {
     /// none or int8.
     #[arg(long, default_value = "none", value_parser = lowercase::<Quantization>)]
     quantization: Quantization,
+    /// auto, bf16 or fp8_e4m3.
+    #[arg(long, default_value = "auto", value_parser = lowercase::<KvCacheDtype>)]
+    kv_cache_dtype: KvCacheDtype,
     /// Threads that compute; all cores when absent.
     #[arg(long)]
     threads: Option<u32>,
@@ -177,6 +181,7 @@ fn start(
         device: args.device,
         dtype: args.dtype,
         quantization: args.quantization,
+        kv_cache_dtype: args.kv_cache_dtype,
         max_model_len: Some(max_model_len as u32),
         max_sequences: args.concurrency,
         max_batch_tokens: args.max_batch_tokens.max(args.concurrency).max(16),
@@ -255,7 +260,7 @@ fn report(run: &Run, info: &Info, bounds: Bounds, more: Value) -> Value {
         ffn: model.intermediate,
         vocabulary: model.vocabulary,
     };
-    let share = run.steps.share(&shape, info.precision, &bounds);
+    let share = run.steps.share(&shape, (info.precision, info.kv_dtype), &bounds);
     json!({
         "output_tokens_per_s": run.output_tokens_per_s(),
         "prompt_tokens_per_s": run.prompt_tokens as f64 / run.wall_s,
@@ -273,10 +278,22 @@ fn report(run: &Run, info: &Info, bounds: Bounds, more: Value) -> Value {
         "concurrency": info.limits.max_sequences,
         "max_batch_tokens": info.max_batch_tokens,
         "precision": format!("{:?}", info.precision).to_lowercase(),
+        "kv_cache_dtype": kv_name(info),
+        "kv_cache_bytes": info.kv_cache_bytes,
+        "kv_blocks": info.limits.kv_blocks,
         "hardware": info.hardware.to_string(),
         "parameters": model.parameters(),
         "run": more,
     })
+}
+
+/// What the cache holds, as the configuration spells it.
+fn kv_name(info: &Info) -> &'static str {
+    match (info.kv_dtype, info.precision) {
+        (KvDtype::Fp8E4m3, _) => "fp8_e4m3",
+        (KvDtype::Operand, Precision::F32) => "f32",
+        (KvDtype::Operand, _) => "bf16",
+    }
 }
 
 fn print_text(report: &Value) {
@@ -300,10 +317,11 @@ fn print_text(report: &Value) {
         number("compute_gop_per_s"),
     );
     println!(
-        "{:.1} tokens/s in steps of decodes alone; {:.0} us of host work a step; {} on {}",
+        "{:.1} tokens/s in steps of decodes alone; {:.0} us of host work a step; {} with {} keys and values on {}",
         number("decode_tokens_per_s"),
         number("host_us_per_step"),
         report["precision"].as_str().unwrap_or_default(),
+        report["kv_cache_dtype"].as_str().unwrap_or_default(),
         report["hardware"].as_str().unwrap_or_default(),
     );
     for (kind, steps) in report["steps"].as_object().into_iter().flatten() {

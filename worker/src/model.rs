@@ -6,6 +6,7 @@ pub mod binding;
 pub mod config;
 pub mod decoder;
 pub mod files;
+mod kv_scales;
 pub mod random;
 pub mod rope;
 pub mod source;

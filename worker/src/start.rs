@@ -8,11 +8,11 @@ use std::num::NonZeroUsize;
 use std::path::Path;
 use std::thread::JoinHandle;
 
-use millrace_crds::config::{Device, Dtype, EngineConfig, Quantization};
+use millrace_crds::config::{Device, Dtype, EngineConfig, KvCacheDtype, Quantization};
 use millrace_kernels::cpu::{Cpu, CpuOptions, Precision, Unsupported};
 use millrace_kernels::cuda::{self, Cuda, CudaOptions, DeviceError};
 use millrace_kernels::isa::Isa;
-use millrace_kernels::ops::{BLOCK_TOKENS, Ops, PlanError};
+use millrace_kernels::ops::{BLOCK_TOKENS, KvDtype, Ops, PlanError};
 
 use crate::engine::blocks::Blocks;
 use crate::engine::handle::{EngineHandle, Generation, Limits, channel};
@@ -143,6 +143,8 @@ pub struct Info {
     pub precision: Precision,
     /// What steps run on.
     pub hardware: Hardware,
+    /// What the KV cache holds.
+    pub kv_dtype: KvDtype,
     /// Bytes of the KV cache.
     pub kv_cache_bytes: u64,
     /// Sizes.
@@ -293,14 +295,17 @@ impl Setup<'_> {
         available: impl FnOnce(&O) -> Option<u64>,
     ) -> Result<Engine, StartError> {
         let Self { model, source, config, tuning, observer } = self;
-        let decoder = Decoder::load(model, source, &mut ops)?;
-        let sizes = sizes(model, config, ops.kv_block_bytes(&kv_plan(model, 1)), available(&ops))?;
+        let kv_dtype = kv_dtype(config, precision)?;
+        let decoder = Decoder::load(model, source, &mut ops, kv_dtype)?;
+        let block_bytes = ops.kv_block_bytes(&kv_plan(model, 1, kv_dtype));
+        let sizes = sizes(model, config, (kv_dtype, block_bytes), available(&ops))?;
         let limits = sizes.limits;
         ops.allocate(arena_plan(model, sizes.arena))?;
         let info = Info {
             model: model.clone(),
             precision,
             hardware,
+            kv_dtype,
             kv_cache_bytes: sizes.cache_bytes,
             limits,
             max_batch_tokens: config.max_batch_tokens as usize,
@@ -386,6 +391,17 @@ fn precision(
     })
 }
 
+/// What the cache holds. `bf16` is what it holds anyway beside weights of 16 or 8 bits.
+fn kv_dtype(config: &EngineConfig, precision: Precision) -> Result<KvDtype, StartError> {
+    match config.kv_cache_dtype {
+        KvCacheDtype::Bf16 if precision == Precision::F32 => {
+            refuse("kvCacheDtype", "bf16", "auto or fp8_e4m3 where the engine computes in f32")
+        }
+        KvCacheDtype::Auto | KvCacheDtype::Bf16 => Ok(KvDtype::Operand),
+        KvCacheDtype::Fp8E4m3 => Ok(KvDtype::Fp8E4m3),
+    }
+}
+
 struct Sizes {
     arena: ArenaSizes,
     limits: Limits,
@@ -397,7 +413,7 @@ struct Sizes {
 fn sizes(
     model: &DecoderConfig,
     config: &EngineConfig,
-    block_bytes: usize,
+    (kv_dtype, block_bytes): (KvDtype, usize),
     available: Option<u64>,
 ) -> Result<Sizes, StartError> {
     let longest = match config.max_model_len {
@@ -439,6 +455,7 @@ fn sizes(
         logits_rows_max: sequences,
         positions_max: longest,
         kv_blocks,
+        kv_dtype,
     };
     Ok(Sizes { arena, limits, cache_bytes: (kv_blocks * block_bytes) as u64 })
 }

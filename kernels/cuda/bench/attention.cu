@@ -1,6 +1,6 @@
 //! Checks and times the attention kernels on the machine's first GPU.
 //!
-//! `attention check [seed]`   every kernel against f64 on random inputs, and batch invariance byte by byte
+//! `attention check [seed]`   every kernel against f64 on random inputs, and batch invariance byte by byte, bf16 and 8 bits
 //! `attention small [seed]`   the same on few and short sequences, for compute-sanitizer
 //! `attention time`           decode against measured bandwidth, prefill in TFLOP/s; `time-decode`, `time-prefill`
 //!
@@ -20,7 +20,8 @@ void expect(bool holds, const char* what) {
     std::printf("FAILED: %s\n", what);
 }
 
-bool has_wgmma(uint32_t head_dim) { return head_dim == 64 || head_dim == 128; }
+constexpr Kernel ALL_KERNELS[] = {Kernel::Decode, Kernel::Prefill, Kernel::Wgmma, Kernel::DecodeFp8,
+                                  Kernel::PrefillFp8};
 
 /// Compares the spans' rows with f64: the relative error over all of them, and over the worst row and head.
 void compare(const Case& batch, const std::vector<uint16_t>& out, const std::vector<AttentionSpan>& spans,
@@ -70,20 +71,27 @@ void compare(const Case& batch, const std::vector<uint16_t>& out, const std::vec
 }
 
 /// Ragged spans of all sequences: the last row of each for decodes, a random piece of each for prefills.
+void check_kernel(const Device& device, const Case& batch, Kernel kernel, Random& random) {
+    const std::vector<uint32_t>& lengths = batch.lengths;
+    std::vector<AttentionSpan> spans;
+    std::vector<uint32_t> sequences;
+    for (uint32_t s = 0; s < lengths.size(); ++s) {
+        const uint32_t rows = is_decode(kernel) ? 1 : 1 + random.below(lengths[s]);
+        const uint32_t first = s % 2 ? lengths[s] - rows : random.below(lengths[s] - rows + 1);
+        spans.push_back(batch.span(s, first, rows));
+        sequences.push_back(s);
+    }
+    compare(batch, batch.run(device, kernel, spans, 2), spans, sequences, name_of(kernel));
+}
+
+/// Every kernel over numbers of 16 bits, and over numbers of 8.
 void check_against_reference(const Device& device, const Shape& shape, const std::vector<uint32_t>& lengths,
                              Random& random) {
-    const Case batch(shape, lengths, random, random.below(2) ? 1.f : 4.f);
-    for (const Kernel kernel : {Kernel::Decode, Kernel::Prefill, Kernel::Wgmma}) {
-        if (kernel == Kernel::Wgmma && !has_wgmma(shape.head_dim)) continue;
-        std::vector<AttentionSpan> spans;
-        std::vector<uint32_t> sequences;
-        for (uint32_t s = 0; s < lengths.size(); ++s) {
-            const uint32_t rows = kernel == Kernel::Decode ? 1 : 1 + random.below(lengths[s]);
-            const uint32_t first = s % 2 ? lengths[s] - rows : random.below(lengths[s] - rows + 1);
-            spans.push_back(batch.span(s, first, rows));
-            sequences.push_back(s);
-        }
-        compare(batch, batch.run(device, kernel, spans, 2), spans, sequences, name_of(kernel));
+    for (const bool codes : {false, true}) {
+        const Case batch(shape, lengths, random, random.below(2) ? 1.f : 4.f, codes);
+        for (const Kernel kernel : ALL_KERNELS)
+            if (exists(kernel, shape.head_dim) && (codes || !reads_codes(kernel)))
+                check_kernel(device, batch, kernel, random);
     }
 }
 
@@ -109,9 +117,10 @@ std::vector<uint16_t> in_chunks(const Device& device, const Case& batch, Kernel 
     return all;
 }
 
-/// Every row of a sequence as decode, in chunks of several sizes, by every kernel, alone and not: equal bytes.
-void check_invariance(const Device& device, const Shape& shape, uint32_t length, Random& random) {
-    const Case batch(shape, {length, 1, 700 % length + 1, length / 2 + 1}, random, 2.f);
+/// Every row of a sequence as decode, in chunks of several sizes, by every kernel, alone and not: equal bytes. Over
+/// numbers of 8 bits that holds between the two types of cache, too.
+void check_invariance(const Device& device, const Shape& shape, uint32_t length, Random& random, bool codes) {
+    const Case batch(shape, {length, 1, 700 % length + 1, length / 2 + 1}, random, 2.f, codes);
     const std::vector<uint16_t> decoded = in_chunks(device, batch, Kernel::Decode, 1, true);
     const auto same = [&](Kernel kernel, uint32_t chunk, bool alone) {
         const std::vector<uint16_t> other = in_chunks(device, batch, kernel, chunk, alone);
@@ -126,11 +135,15 @@ void check_invariance(const Device& device, const Shape& shape, uint32_t length,
         expect(different == 0, "batch invariance");
     };
     same(Kernel::Decode, 1, false);
+    if (codes) {
+        same(Kernel::DecodeFp8, 1, true);
+        same(Kernel::DecodeFp8, 1, false);
+    }
     Device crowded = device;
     crowded.decode_grid = 3;
     expect(in_chunks(crowded, batch, Kernel::Decode, 1, true) == decoded, "decode on three multiprocessors");
-    for (const Kernel kernel : {Kernel::Prefill, Kernel::Wgmma}) {
-        if (kernel == Kernel::Wgmma && !has_wgmma(shape.head_dim)) continue;
+    for (const Kernel kernel : {Kernel::Prefill, Kernel::Wgmma, Kernel::PrefillFp8}) {
+        if (!exists(kernel, shape.head_dim) || (reads_codes(kernel) && !codes)) continue;
         for (const uint32_t chunk : {length, 333u, 64u, 7u, 1u}) same(kernel, chunk, chunk % 2);
     }
 }
@@ -149,12 +162,12 @@ void check(const Device& device, bool small, uint64_t seed) {
             if (group % 4 == 3) check_against_reference(device, {head_dim, kv_heads, group, 640}, lengths, random);
         }
         if (small) {
-            check_invariance(device, {head_dim, 1, 3, 0}, 150, random);
+            check_invariance(device, {head_dim, 1, 3, 0}, 150, random, true);
             continue;
         }
-        check_invariance(device, {head_dim, 2, 2, 0}, 1337, random);
-        check_invariance(device, {head_dim, 1, 7, 0}, 1100, random);
-        check_invariance(device, {head_dim, 2, 3, 200}, 1300, random);
+        check_invariance(device, {head_dim, 2, 2, 0}, 1337, random, false);
+        check_invariance(device, {head_dim, 1, 7, 0}, 1100, random, true);
+        check_invariance(device, {head_dim, 2, 3, 200}, 1300, random, true);
     }
     std::printf("%s: %d failures\n", failures ? "FAILED" : "passed", failures);
 }
@@ -236,9 +249,11 @@ double time_attention(const Device& device, Kernel kernel, const Load& load) {
                                     tables_device.data,   items.data,  tiles.data,    counts.data,
                                     partials.data,        counters.data, uint32_t(width), uint32_t(width),
                                     shape.kv_heads,       shape.group, shape.window,  uint32_t(plan.items.size()),
-                                    1.44269504f / std::sqrt(float(shape.head_dim)), 0};
+                                    1.44269504f / std::sqrt(float(shape.head_dim)), 1.f};
+    // Codes take half of the room; any bits will do for them.
+    const uint64_t layer_bytes = reads_codes(kernel) ? layer : 2 * layer;
     return time_us(std::max(load.layers, 4u), [&](uint32_t i, cudaStream_t stream) {
-        arguments.cache = cache.data + i % load.layers * layer;
+        arguments.cache = reinterpret_cast<const char*>(cache.data) + i % load.layers * layer_bytes;
         launch(device, kernel, shape, arguments, uint32_t(plan.tiles.size()), stream);
     });
 }
@@ -283,13 +298,16 @@ void time_decode(const Device& device, double reading) {
         {{{64, 3, 3, 0}, 256, 800, 1, 4}, 0},      {{{96, 8, 4, 0}, 256, 800, 1, 2}, 0},
         {{{256, 4, 2, 0}, 256, 800, 1, 2}, 0},     {{{128, 8, 8, 0}, 256, 800, 1, 2}, 0},
     };
-    std::printf("decode: batch context head kv group |      us  GB/s  of reading  FlashAttention 3: us, ours faster by\n");
+    std::printf("decode: batch context head kv group |      us  GB/s  of reading  |  8 bits: us  GB/s  of reading |"
+                " FlashAttention 3 (bf16): us, ours faster by\n");
     for (const auto& [load, flash3] : loads) {
         const double us = time_attention(device, Kernel::Decode, load);
         const double bytes = 4.0 * load.batch * load.context * load.shape.kv_heads * load.shape.head_dim;
         std::printf("        %5u %7u %4u %2u %5u | %7.1f %5.0f  %7.0f %%", load.batch, load.context,
                     load.shape.head_dim, load.shape.kv_heads, load.shape.group, us, bytes / us * 1e-3,
                     bytes / us * 0.1 / reading);
+        const double fp8_us = time_attention(device, Kernel::DecodeFp8, load);
+        std::printf("  | %7.1f %5.0f  %7.0f %% |", fp8_us, bytes / 2 / fp8_us * 1e-3, bytes / 2 / fp8_us * 0.1 / reading);
         if (flash3 > 0) std::printf("    %6.0f %.2fx", flash3, flash3 / us);
         std::printf("\n");
     }
@@ -304,14 +322,15 @@ void time_prefill(const Device& device) {
         {{{128, 8, 4, 0}, 1, 4096, 512, 1}, 0},    {{{64, 3, 3, 0}, 16, 1024, 1024, 1}, 0},
         {{{256, 4, 2, 0}, 4, 2048, 2048, 1}, 0},
     };
-    std::printf("prefill, causal: batch context rows head kv group | mma us TFLOP/s | wgmma us TFLOP/s | FlashAttention 3\n");
+    std::printf("prefill, causal: batch context rows head kv group | mma us TFLOP/s | mma, 8 bits us TFLOP/s |"
+                " wgmma us TFLOP/s | FlashAttention 3\n");
     for (const auto& [load, flash3] : loads) {
         const double keys = double(load.rows) * (load.context - load.rows) + 0.5 * load.rows * (load.rows + 1.0);
         const double flops = 4.0 * load.batch * load.shape.heads() * load.shape.head_dim * keys;
         std::printf("                 %5u %7u %4u %4u %2u %5u |", load.batch, load.context, load.rows,
                     load.shape.head_dim, load.shape.kv_heads, load.shape.group);
-        for (const Kernel kernel : {Kernel::Prefill, Kernel::Wgmma}) {
-            if (kernel == Kernel::Wgmma && !has_wgmma(load.shape.head_dim)) continue;
+        for (const Kernel kernel : {Kernel::Prefill, Kernel::PrefillFp8, Kernel::Wgmma}) {
+            if (!exists(kernel, load.shape.head_dim)) continue;
             const double us = time_attention(device, kernel, load);
             std::printf(" %8.1f %5.0f |", us, flops / us * 1e-6);
         }

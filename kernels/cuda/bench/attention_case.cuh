@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "../attention.cuh"
+#include "../e4m3.cuh"
 
 #define CHECK(call)                                                                            \
     do {                                                                                       \
@@ -39,6 +40,14 @@ DECLARE(attention_prefill_h64);
 DECLARE(attention_prefill_h96);
 DECLARE(attention_prefill_h128);
 DECLARE(attention_prefill_h256);
+DECLARE(attention_decode_fp8_h64);
+DECLARE(attention_decode_fp8_h96);
+DECLARE(attention_decode_fp8_h128);
+DECLARE(attention_decode_fp8_h256);
+DECLARE(attention_prefill_fp8_h64);
+DECLARE(attention_prefill_fp8_h96);
+DECLARE(attention_prefill_fp8_h128);
+DECLARE(attention_prefill_fp8_h256);
 DECLARE(attention_prefill_wgmma_h64);
 DECLARE(attention_prefill_wgmma_h128);
 #undef DECLARE
@@ -86,9 +95,30 @@ struct Shape {
     uint32_t heads() const { return kv_heads * group; }
 };
 
-enum class Kernel { Decode, Prefill, Wgmma };
+enum class Kernel { Decode, Prefill, Wgmma, DecodeFp8, PrefillFp8 };
+inline bool is_decode(Kernel kernel) { return kernel == Kernel::Decode || kernel == Kernel::DecodeFp8; }
+inline bool reads_codes(Kernel kernel) { return kernel == Kernel::DecodeFp8 || kernel == Kernel::PrefillFp8; }
 inline const char* name_of(Kernel kernel) {
-    return kernel == Kernel::Decode ? "decode" : kernel == Kernel::Prefill ? "prefill" : "wgmma";
+    switch (kernel) {
+        case Kernel::Decode: return "decode";
+        case Kernel::Prefill: return "prefill";
+        case Kernel::Wgmma: return "wgmma";
+        case Kernel::DecodeFp8: return "decode fp8";
+        default: return "prefill fp8";
+    }
+}
+/// Whether the kernel is made for heads of this size.
+inline bool exists(Kernel kernel, uint32_t head_dim) {
+    return kernel != Kernel::Wgmma || head_dim == 64 || head_dim == 128;
+}
+
+/// The value of a code (e4m3.cuh).
+inline float e4m3_value(uint32_t code) {
+    const uint32_t exponent = code >> 3 & 15, mantissa = code & 7;
+    const float magnitude = exponent == 15 && mantissa == 7 ? NAN
+                            : exponent == 0                 ? std::ldexp(float(mantissa), -9)
+                                                            : std::ldexp(float(8 + mantissa), int(exponent) - 10);
+    return code & 0x80 ? -magnitude : magnitude;
 }
 
 using Entry = void (*)(AttentionArguments);
@@ -105,6 +135,16 @@ inline Entry entry_of(Kernel kernel, uint32_t head_dim) {
                    : head_dim == 96  ? attention_prefill_h96
                    : head_dim == 128 ? attention_prefill_h128
                                      : attention_prefill_h256;
+        case Kernel::DecodeFp8:
+            return head_dim == 64    ? attention_decode_fp8_h64
+                   : head_dim == 96  ? attention_decode_fp8_h96
+                   : head_dim == 128 ? attention_decode_fp8_h128
+                                     : attention_decode_fp8_h256;
+        case Kernel::PrefillFp8:
+            return head_dim == 64    ? attention_prefill_fp8_h64
+                   : head_dim == 96  ? attention_prefill_fp8_h96
+                   : head_dim == 128 ? attention_prefill_fp8_h128
+                                     : attention_prefill_fp8_h256;
         default: return head_dim == 64 ? attention_prefill_wgmma_h64 : attention_prefill_wgmma_h128;
     }
 }
@@ -128,11 +168,11 @@ inline void launch(const Device& device, Kernel kernel, const Shape& shape, cons
     const Entry entry = entry_of(kernel, shape.head_dim);
     dim3 grid(device.multiprocessors);
     uint32_t threads = PREFILL_WGMMA_THREADS, shared = prefill_wgmma_shared_bytes(shape.head_dim);
-    if (kernel == Kernel::Decode) {
+    if (is_decode(kernel)) {
         grid = dim3(device.decode_grid);
         threads = DECODE_THREADS;
         shared = decode_shared_bytes(device.shared_limit);
-    } else if (kernel == Kernel::Prefill) {
+    } else if (kernel != Kernel::Wgmma) {
         grid = dim3(shape.kv_heads, std::max(tiles, 1u));
         threads = prefill_threads(shape.head_dim);
         shared = prefill_shared_bytes(shape.head_dim);
@@ -152,7 +192,7 @@ struct Plan {
     Plan(const Shape& shape, Kernel kernel, std::vector<AttentionSpan> from) : spans(std::move(from)) {
         std::vector<uint64_t> ends;
         for (uint32_t s = 0; s < spans.size(); ++s) {
-            if (kernel == Kernel::Decode) {
+            if (is_decode(kernel)) {
                 for (uint32_t split = 0; split <= (spans[s].context - 1) / SPLIT_KEYS; ++split)
                     items.push_back({s, split});
             } else {
@@ -171,18 +211,21 @@ struct Plan {
     }
 };
 
-/// A cache with the keys and values of several sequences, and queries for every position of each.
+/// A cache with the keys and values of several sequences, and queries for every position of each. With `codes` the keys
+/// and values are numbers of 8 bits, and the cache is there in bf16 and in codes: all kernels must agree then.
 struct Case {
     Shape shape;
     std::vector<uint32_t> lengths, table_of, row_of, tables;
     uint32_t blocks = 0, rows = 0;
     float scale;
     std::vector<bf16> cache, queries;
+    std::vector<uint8_t> codes;
     DeviceArray<bf16>* cache_device;
+    DeviceArray<uint8_t>* codes_device;
     DeviceArray<bf16>* queries_device;
     DeviceArray<uint32_t>* tables_device;
 
-    Case(const Shape& with, std::vector<uint32_t> contexts, Random& random, float sharpness)
+    Case(const Shape& with, std::vector<uint32_t> contexts, Random& random, float sharpness, bool with_codes)
         : shape(with), lengths(std::move(contexts)), scale(1.f / std::sqrt(float(with.head_dim))) {
         for (const uint32_t length : lengths) {
             table_of.push_back(blocks);
@@ -194,21 +237,32 @@ struct Case {
         for (uint32_t i = blocks; i > 1; --i) std::swap(tables[i - 1], tables[random.below(i)]);
         cache.resize(uint64_t(blocks) * 2 * shape.kv_heads * PAGE_TOKENS * shape.head_dim);
         std::memset(cache.data(), 0xff, cache.size() * sizeof(bf16));
+        codes.assign(with_codes ? cache.size() : 0, 0xff);
         queries.resize(uint64_t(rows) * stride());
         for (bf16& q : queries) q = __float2bfloat16(random.normal() * sharpness);
         for (uint32_t s = 0; s < lengths.size(); ++s)
             for (uint32_t position = 0; position < lengths[s]; ++position)
                 for (uint32_t head = 0; head < shape.kv_heads; ++head)
                     for (uint32_t d = 0; d < shape.head_dim; ++d)
-                        for (uint32_t value = 0; value < 2; ++value)
-                            cache[place(s, position, value, head, d)] = __float2bfloat16(random.normal());
+                        for (uint32_t value = 0; value < 2; ++value) {
+                            float number = random.normal();
+                            if (with_codes) {
+                                // Small ones, too: below 2^-6 codes have fewer bits.
+                                const uint32_t code = e4m3_of(random.below(8) ? number : number * 0.01f);
+                                codes[code_place(s, position, value, head, d)] = uint8_t(code);
+                                number = e4m3_value(code);
+                            }
+                            cache[place(s, position, value, head, d)] = __float2bfloat16(number);
+                        }
         cache_device = new DeviceArray<bf16>(cache);
+        codes_device = new DeviceArray<uint8_t>(codes);
         queries_device = new DeviceArray<bf16>(queries);
         tables_device = new DeviceArray<uint32_t>(tables);
     }
     Case(const Case&) = delete;
     ~Case() {
         delete cache_device;
+        delete codes_device;
         delete queries_device;
         delete tables_device;
     }
@@ -216,10 +270,15 @@ struct Case {
     /// A row of queries is followed by keys and values, as in a worker.
     uint32_t stride() const { return (shape.heads() + 2 * shape.kv_heads) * shape.head_dim; }
     uint64_t width() const { return uint64_t(shape.heads()) * shape.head_dim; }
+    uint64_t page(uint32_t s, uint32_t position, uint32_t value, uint32_t head) const {
+        return page_start(tables[table_of[s] + position / PAGE_TOKENS], value, shape.kv_heads, head, shape.head_dim);
+    }
     uint64_t place(uint32_t s, uint32_t position, uint32_t value, uint32_t head, uint32_t d) const {
-        return page_start(tables[table_of[s] + position / PAGE_TOKENS], value, shape.kv_heads, head,
-                          shape.head_dim) +
-               page_offset(shape.head_dim, position % PAGE_TOKENS, d);
+        return page(s, position, value, head) + page_offset(shape.head_dim, position % PAGE_TOKENS, d);
+    }
+    uint64_t code_place(uint32_t s, uint32_t position, uint32_t value, uint32_t head, uint32_t d) const {
+        const uint32_t token = position % PAGE_TOKENS;
+        return page(s, position, value, head) + (value ? fp8_value_offset(token, d) : fp8_key_offset(token, d));
     }
 
     /// A span of sequence `s` with its rows where the queries of those positions lie.
@@ -244,7 +303,7 @@ struct Case {
         AttentionArguments arguments = {};
         arguments.queries = queries_device->data;
         arguments.out = reinterpret_cast<bf16*>(out.data);
-        arguments.cache = cache_device->data;
+        arguments.cache = reads_codes(kernel) ? static_cast<const void*>(codes_device->data) : cache_device->data;
         arguments.spans = spans_device.data;
         arguments.tables = tables_device->data;
         arguments.decode_items = items.data;
@@ -259,6 +318,7 @@ struct Case {
         arguments.window = shape.window;
         arguments.items_max = uint32_t(plan.items.size());
         arguments.scale_log2 = scale * 1.44269504f;
+        arguments.value_scale = 1.f;
         for (uint32_t time = 0; time < times; ++time) {
             CHECK(cudaMemset(out.data, 0xff, out.size * sizeof(uint16_t)));
             // Two tiles more than there are: surplus CTAs must leave.

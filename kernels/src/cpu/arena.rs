@@ -4,9 +4,10 @@
 
 use super::Precision;
 use super::attention::{HEAD_DIM_MAX, Scratch};
+use super::fp8::Widened;
 use super::rows::Run;
 use super::tile::LANES;
-use crate::ops::{ArenaPlan, BLOCK_TOKENS, Batch, BufferKind, KvPlan, PlanError, Span, bound};
+use crate::ops::{ArenaPlan, BLOCK_TOKENS, Batch, BufferKind, KvDtype, KvPlan, PlanError, Span, bound};
 use crate::tensor::Aligned;
 
 /// Rows of activations.
@@ -38,11 +39,14 @@ pub enum Rows {
 
 /// The paged keys and values. A block of one head holds 16 keys as `[dim / 2][16][2]` and 16 values as
 /// `[8][dim][2]` in bf16, or `[dim][16]` and `[16][dim]` in f32: both are right-hand operands of a product.
-/// `dim` is the head's size rounded up to whole lanes; what is beyond the head is zero.
+/// `dim` is the head's size rounded up to whole lanes; what is beyond the head is zero. Codes of 8 bits lie in the
+/// order of what they are widened to.
 #[derive(Debug)]
 pub struct Cache {
     /// Sizes.
     pub plan: KvPlan,
+    /// Elements in 32 bits of what attention multiplies: 1 of f32, 2 of bf16.
+    pub pack: usize,
     /// `[layers][blocks][kv_heads][2 (keys, values)][16 * dim]`
     pub blocks: CacheBlocks,
 }
@@ -54,6 +58,8 @@ pub enum CacheBlocks {
     F32(Aligned<f32>),
     /// With bf16 and int8 operands; bf16 bits.
     Bf16(Aligned<u16>),
+    /// With any operands, where the plan asks for it; codes.
+    E4m3(Aligned<u8>),
 }
 
 /// Where things lie in the cache.
@@ -73,6 +79,26 @@ impl Places {
 }
 
 impl Cache {
+    fn new(plan: KvPlan, precision: Precision) -> Self {
+        let elements = kv_block_elements(&plan) * plan.blocks;
+        let pack = if precision == Precision::F32 { 1 } else { 2 };
+        let blocks = match (plan.dtype, pack) {
+            (KvDtype::Fp8E4m3, _) => CacheBlocks::E4m3(Aligned::zeroed(elements)),
+            (KvDtype::Operand, 1) => CacheBlocks::F32(Aligned::zeroed(elements)),
+            (KvDtype::Operand, _) => CacheBlocks::Bf16(Aligned::zeroed(elements)),
+        };
+        Self { plan, pack, blocks }
+    }
+
+    /// Room for a thread's tile of widened codes, if there are any to widen.
+    fn widened(&self) -> Widened {
+        match (&self.blocks, self.pack) {
+            (CacheBlocks::E4m3(_), 1) => Widened::f32(self.places().dim),
+            (CacheBlocks::E4m3(_), _) => Widened::bf16(self.places().dim),
+            _ => Widened::Nothing,
+        }
+    }
+
     /// Where things lie.
     pub fn places(&self) -> Places {
         Places {
@@ -119,10 +145,18 @@ pub struct Arena {
     pub unquantised: Aligned<f32>,
 }
 
+fn kv_block_elements(kv: &KvPlan) -> usize {
+    kv.layers * kv.kv_heads * 2 * BLOCK_TOKENS * kv.head_dim.next_multiple_of(LANES)
+}
+
 /// Bytes of one KV block over all layers.
 pub fn kv_block_bytes(kv: &KvPlan, precision: Precision) -> usize {
-    let element = if precision == Precision::F32 { 4 } else { 2 };
-    kv.layers * kv.kv_heads * 2 * BLOCK_TOKENS * kv.head_dim.next_multiple_of(LANES) * element
+    let element = match (kv.dtype, precision) {
+        (KvDtype::Fp8E4m3, _) => 1,
+        (KvDtype::Operand, Precision::F32) => 4,
+        (KvDtype::Operand, _) => 2,
+    };
+    kv_block_elements(kv) * element
 }
 
 fn check(plan: &ArenaPlan) -> Result<(), PlanError> {
@@ -143,12 +177,7 @@ impl Arena {
             .iter()
             .map(|buffer| Activation::new(buffer.width, buffer.kind, plan.rows_max, precision))
             .collect();
-        let elements = kv_block_bytes(&plan.kv, Precision::F32) / 4 * plan.kv.blocks;
-        let blocks = match precision {
-            Precision::F32 => CacheBlocks::F32(Aligned::zeroed(elements)),
-            Precision::Bf16 | Precision::Int8 => CacheBlocks::Bf16(Aligned::zeroed(elements)),
-        };
-        let cache = Cache { plan: plan.kv, blocks };
+        let cache = Cache::new(plan.kv, precision);
         let rope = rope_table(&plan);
         let step = Step {
             tokens: Vec::with_capacity(plan.rows_max),
@@ -159,13 +188,14 @@ impl Arena {
         };
         let quantised = buffers.iter().filter(|buffer| matches!(buffer.rows, Rows::Int8 { .. }));
         let stride = quantised.map(|buffer| buffer.stride).max().unwrap_or(0);
+        let attention = (0..threads).map(|_| Scratch::new(cache.widened())).collect();
         Ok(Self {
             buffers,
             cache,
             rope,
             step,
             runs: Vec::with_capacity(plan.rows_max),
-            attention: (0..threads).map(|_| Scratch::new()).collect(),
+            attention,
             unquantised: Aligned::zeroed(plan.rows_max * stride),
             plan,
         })

@@ -4,22 +4,24 @@
 //! The query heads that share a key-value head, for a few neighbouring rows, are the rows of the tile product;
 //! the blocks of the cache already lie as its panels. Tiles start at multiples of [`TILE_TOKENS`] positions and
 //! end with the block that holds the row itself, and rows are grouped inside aligned runs of positions that lie
-//! in one block: a row goes through the same operations alone, in a chunk and in any batch.
+//! in one block: a row goes through the same operations alone, in a chunk and in any batch. A cache of 8-bit codes is
+//! widened tile by tile; its scales are factors on the scores and on the result.
 
 use std::f32::consts::LOG2_E;
 use std::ops::Range;
 
 use super::arena::{Arena, Cache, CacheBlocks, Places};
+use super::fp8::Widened;
 use super::lanes::{self, versions};
 use super::linear::{Forms, GROUPS_AHEAD};
 use super::rows::{Run, Store, cut};
 use super::tile::{LANES, TILE_PANELS, TILE_ROWS, TILE_SEGMENTS, Tile, WIDE_TILE_ROWS};
 use crate::isa::Isa;
-use crate::ops::{AttentionShape, BLOCK_TOKENS, Buffer};
+use crate::ops::{AttentionShape, BLOCK_TOKENS, Buffer, KvScales};
 use crate::pool::{Pool, Scattered};
 
 /// Positions of a tile.
-const TILE_TOKENS: usize = 64;
+pub const TILE_TOKENS: usize = 64;
 /// Blocks of a tile.
 const TILE_BLOCKS: usize = TILE_TOKENS / BLOCK_TOKENS;
 /// Most elements of a head.
@@ -50,6 +52,7 @@ pub struct Scratch {
     maxima: [f32; TILE_ROWS],
     /// Sums of weights, lane by lane.
     totals: [[f32; LANES]; TILE_ROWS],
+    widened: Widened,
 }
 
 impl std::fmt::Debug for Scratch {
@@ -72,7 +75,7 @@ impl<const WIDTH: usize> Left<WIDTH> {
 
 impl Scratch {
     /// All zero, on the heap.
-    pub fn new() -> Box<Self> {
+    pub fn new(widened: Widened) -> Box<Self> {
         Box::new(Self {
             queries: Left::ZERO,
             weights: Left::ZERO,
@@ -80,6 +83,7 @@ impl Scratch {
             results: [[0.0; LANES]; TILE_ROWS * HEAD_PANELS],
             maxima: [0.0; TILE_ROWS],
             totals: [[0.0; LANES]; TILE_ROWS],
+            widened,
         })
     }
 }
@@ -106,6 +110,14 @@ struct Task<'a> {
     group: usize,
     /// Elements in a group of 32 bits.
     pack: usize,
+    scales: KvScales,
+}
+
+/// Which half of a block.
+#[derive(Clone, Copy)]
+enum Half {
+    Keys = 0,
+    Values = 1,
 }
 
 /// Rows of a run: as many as fit into a tile with all heads of the group, a power of two below a block's size.
@@ -137,7 +149,8 @@ pub fn attention(
     let runs = &runs[..];
     let cache = &*cache;
     let places = cache.places();
-    let pack = if matches!(cache.blocks, CacheBlocks::F32(_)) { 1 } else { 2 };
+    let (pack, coded) = (cache.pack, matches!(cache.blocks, CacheBlocks::E4m3(_)));
+    let scales = if coded { shape.kv_scales } else { KvScales::ONE };
     // The heads of a block lie next to each other, so a task takes all heads of a run if there are enough runs.
     let heads = if runs.len() >= RUNS_PER_THREAD * pool.threads() { shape.kv_heads } else { 1 };
     let parts = shape.kv_heads / heads;
@@ -146,7 +159,7 @@ pub fn attention(
         let scratch = unsafe { &mut *scratch.range(thread, 1)[0] };
         let (run, first_head) = (runs[index / parts], index % parts * heads);
         let table = &step.block_tables[step.spans[run.span].table as usize..];
-        let task = Task { forms, shape, run, table, layer, cache, places, group, pack };
+        let task = Task { forms, shape, run, table, layer, cache, places, group, pack, scales };
         for head in first_head..first_head + heads {
             task.load_queries(head, (qkv.values(), qkv.stride), scratch);
             task.stream(head, scratch);
@@ -189,31 +202,63 @@ impl Task<'_> {
         scratch.totals.fill([0.0; LANES]);
         let end_block = (self.run.position + self.run.rows - 1) / BLOCK_TOKENS + 1;
         let first_block = (self.run.position + 1).saturating_sub(self.window()) / BLOCK_TOKENS;
+        let tile_from = |block: usize| block..end_block.min((block / TILE_BLOCKS + 1) * TILE_BLOCKS);
         let mut block = first_block;
         while block < end_block {
-            let blocks = block..end_block.min((block / TILE_BLOCKS + 1) * TILE_BLOCKS);
-            let keys = self.keys(head, blocks.clone());
-            let keys = &keys[..blocks.len()];
-            self.score(keys, scratch);
+            let blocks = tile_from(block);
+            let next = tile_from(if blocks.end < end_block { blocks.end } else { first_block });
+            let next_head = head + usize::from(blocks.end == end_block);
+            self.ask_for(next_head, &next, Half::Keys);
+            let keys = self.operands(head, &blocks, Half::Keys, &mut scratch.widened);
+            self.score(&keys[..blocks.len()], scratch);
             self.weigh(&blocks, block == first_block, scratch);
-            self.add_values(keys, block == first_block, scratch);
+            self.ask_for(next_head, &next, Half::Values);
+            let values = self.operands(head, &blocks, Half::Values, &mut scratch.widened);
+            self.add_values(&values[..blocks.len()], block == first_block, scratch);
             block = blocks.end;
         }
     }
 
-    /// Where the keys of a tile's blocks start; the values follow. Entries of blocks that a tile lacks repeat
-    /// the first.
-    fn keys(&self, head: usize, blocks: Range<usize>) -> [*const u32; TILE_BLOCKS] {
-        let base: *const u32 = match &self.cache.blocks {
-            CacheBlocks::F32(blocks) => blocks.as_ptr().cast(),
-            CacheBlocks::Bf16(blocks) => blocks.as_ptr().cast(),
-        };
-        std::array::from_fn(|index| {
-            let index = if index < blocks.len() { blocks.start + index } else { blocks.start };
-            let start = self.places.offset(self.layer, self.table[index] as usize, head);
-            // SAFETY: the batch was checked: the block is one of the cache's.
-            unsafe { base.add(start / self.pack) }
-        })
+    /// Where the keys or the values of a tile's blocks start, widened if they have to be. Entries of blocks that a
+    /// tile lacks repeat the first.
+    fn operands(
+        &self,
+        head: usize,
+        blocks: &Range<usize>,
+        half: Half,
+        widened: &mut Widened,
+    ) -> [*const u32; TILE_BLOCKS] {
+        let elements = BLOCK_TOKENS * self.places.dim;
+        let mut operands = [std::ptr::null(); TILE_BLOCKS];
+        for (index, operand) in operands.iter_mut().enumerate().take(blocks.len()) {
+            let block = self.table[blocks.start + index] as usize;
+            let start = self.places.offset(self.layer, block, head) + half as usize * elements;
+            let place = start..start + elements;
+            *operand = match &self.cache.blocks {
+                CacheBlocks::F32(all) => all[place].as_ptr().cast(),
+                CacheBlocks::Bf16(all) => all[place].as_ptr().cast(),
+                CacheBlocks::E4m3(all) => widened.block(self.forms.isa, index, &all[place]),
+            };
+        }
+        let first = operands[0];
+        operands[blocks.len()..].fill(first);
+        operands
+    }
+
+    /// Asks for the keys or the values of a tile that comes next: blocks lie anywhere, where no processor looks ahead.
+    fn ask_for(&self, head: usize, blocks: &Range<usize>, half: Half) {
+        if head == self.shape.kv_heads {
+            return;
+        }
+        let elements = BLOCK_TOKENS * self.places.dim;
+        for &block in &self.table[blocks.clone()] {
+            let start = self.places.offset(self.layer, block as usize, head) + half as usize * elements;
+            match &self.cache.blocks {
+                CacheBlocks::F32(all) => lanes::prefetch(all[start..].as_ptr().cast(), elements * 4),
+                CacheBlocks::Bf16(all) => lanes::prefetch(all[start..].as_ptr().cast(), elements * 2),
+                CacheBlocks::E4m3(all) => lanes::prefetch(all[start..].as_ptr(), elements),
+            }
+        }
     }
 
     /// `scores[row][block] = queries * keys`.
@@ -261,7 +306,7 @@ impl Task<'_> {
         let tile = Weighing {
             blocks: blocks.len(),
             seen: &seen[..rows],
-            scale: self.shape.scale * LOG2_E,
+            scale: self.shape.scale * self.scales.key * LOG2_E,
             scores: &mut scratch.scores,
             maxima: &mut scratch.maxima,
             totals: &mut scratch.totals,
@@ -275,36 +320,34 @@ impl Task<'_> {
     }
 
     /// `results += weights * values`; the first tile of a head starts from zero.
-    fn add_values(&self, keys: &[*const u32], first: bool, scratch: &mut Scratch) {
+    fn add_values(&self, values: &[*const u32], first: bool, scratch: &mut Scratch) {
         let (rows, panels) = (self.rows(), self.places.dim / LANES);
         let (a, a_stride) = scratch.weights.operand(self.pack);
         let mut panel = 0;
         while panel < panels {
             let chunk = panels_of(rows, panels - panel);
-            // The values of a block follow its keys, and `chunk` panels of them are left.
-            let start = BLOCK_TOKENS * self.places.dim / self.pack + panel * LANES;
-            let values = |from: usize| {
-                let mut values = [[keys[0]; TILE_PANELS]; TILE_SEGMENTS];
-                for (values, keys) in values.iter_mut().zip(keys) {
-                    for (index, value) in values.iter_mut().enumerate().take(chunk) {
-                        *value = keys.wrapping_add(from + index * LANES);
+            let panels_from = |groups: usize| {
+                let mut panels = [[values[0]; TILE_PANELS]; TILE_SEGMENTS];
+                for (panels, values) in panels.iter_mut().zip(values) {
+                    for (index, place) in panels.iter_mut().enumerate().take(chunk) {
+                        *place = values.wrapping_add(groups * self.places.dim + (panel + index) * LANES);
                     }
                 }
-                values
+                panels
             };
             let tile = Tile {
                 a,
                 a_stride,
                 rows,
-                b: values(start),
-                segments: keys.len(),
+                b: panels_from(0),
+                segments: values.len(),
                 b_stride: self.places.dim,
                 panels: chunk,
                 groups: BLOCK_TOKENS / self.pack,
                 sums_stride: panels,
                 accumulate: !first,
                 later: a,
-                next: values(start + GROUPS_AHEAD * self.places.dim),
+                next: panels_from(GROUPS_AHEAD),
             };
             let results = &mut scratch.results[panel..rows * panels];
             // SAFETY: the weights have `rows` rows, each block 16 values of `dim` elements.
@@ -318,7 +361,7 @@ impl Task<'_> {
         let panels = self.places.dim / LANES;
         for row in 0..rows {
             let results = &mut scratch.results[row * panels..][..panels];
-            lanes::scale(self.forms.isa, results, 1.0 / lanes::sum(scratch.totals[row]));
+            lanes::scale(self.forms.isa, results, self.scales.value / lanes::sum(scratch.totals[row]));
             let head = head * group + row % group;
             let first = (self.run.row + row / group) * target.stride + head * dim;
             // SAFETY: each head of a row belongs to one task.

@@ -40,6 +40,19 @@ macro_rules! versions {
 }
 pub(super) use versions;
 
+/// Asks for memory to be brought near, to be read soon. Any place will do: nothing is read.
+#[inline]
+pub fn prefetch(start: *const u8, bytes: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..bytes).step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: a prefetch never faults, wherever it points.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(start.wrapping_add(line).cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (start, bytes);
+}
+
 /// Nearest bf16, ties to even; a value that is not a number stays one.
 #[inline(always)]
 pub fn bf16_bits(value: f32) -> u16 {

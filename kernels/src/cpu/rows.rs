@@ -3,6 +3,7 @@
 //! Rows are spread over the threads in small runs; a few rows are not worth a dispatch and stay on the caller.
 
 use super::arena::{Activation, Arena, CacheBlocks, Rows};
+use super::fp8::{self, Entry};
 use super::lanes;
 use super::pack::Matrix;
 use crate::isa::Isa;
@@ -183,6 +184,10 @@ pub fn rope_cache(
     let slots = match &mut cache.blocks {
         CacheBlocks::F32(blocks) => Slots::F32(Scattered::new(blocks)),
         CacheBlocks::Bf16(blocks) => Slots::Bf16(Scattered::new(blocks)),
+        CacheBlocks::E4m3(blocks) => {
+            let scales = (1.0 / shape.kv_scales.key, 1.0 / shape.kv_scales.value);
+            Slots::E4m3(Scattered::new(blocks), cache.pack, scales)
+        }
     };
     let runs = &runs[..];
     let tasks = runs.len().div_ceil(4);
@@ -219,6 +224,8 @@ pub fn rope_cache(
 enum Slots {
     F32(Scattered<f32>),
     Bf16(Scattered<u16>),
+    /// Codes, the elements in 32 bits of what they are widened to, and one over the scales of keys and values.
+    E4m3(Scattered<u8>, usize, (f32, f32)),
 }
 
 impl Slots {
@@ -249,6 +256,20 @@ impl Slots {
                 }
                 let (keys, values) = block.split_at_mut(half);
                 write_bf16(isa, row, slot, (keys, &mut values[slot / 2 * 2 * dim..][..2 * dim]));
+            }
+            Slots::E4m3(blocks, pack, inverse_scales) => {
+                // SAFETY: passed on.
+                let block = unsafe { blocks.range(start, 2 * half) };
+                if slot == 0 {
+                    block.fill(0);
+                }
+                let (keys, values) = block.split_at_mut(half);
+                let entry = Entry { key: row.0, value: row.1, inverse_scales: *inverse_scales, slot };
+                if *pack == 1 {
+                    fp8::write_single(isa, entry, keys, &mut values[slot * dim..][..dim]);
+                } else {
+                    fp8::write_paired(isa, entry, keys, &mut values[slot / 2 * 2 * dim..][..2 * dim]);
+                }
             }
         }
     }

@@ -11,7 +11,7 @@ use super::device::{Device, DeviceError, Memory, Pinned};
 use super::plan::{Capacity, GRAPH_ROWS_MAX, Layout, Packing, splits};
 use super::sampling::{ADJUSTMENT_BYTES, LOGPROBS_BYTES, PART_TOKENS, RESULT_BYTES};
 use super::weights::tensor_map;
-use crate::ops::{ArenaPlan, BLOCK_TOKENS, BufferKind, KvPlan, PlanError, bound};
+use crate::ops::{ArenaPlan, BLOCK_TOKENS, BufferKind, KvDtype, KvPlan, PlanError, bound};
 
 /// Sizes of heads that attention is compiled for.
 pub const HEAD_DIMS: [usize; 4] = [64, 96, 128, 256];
@@ -116,7 +116,8 @@ pub struct SamplingPlaces {
 
 /// Bytes of one KV block over all layers.
 pub fn kv_block_bytes(kv: &KvPlan) -> usize {
-    kv.layers * kv.kv_heads * 2 * BLOCK_TOKENS * kv.head_dim * 2
+    let element = if kv.dtype == KvDtype::Fp8E4m3 { 1 } else { 2 };
+    kv.layers * kv.kv_heads * 2 * BLOCK_TOKENS * kv.head_dim * element
 }
 
 fn check(plan: &ArenaPlan) -> Result<(), PlanError> {

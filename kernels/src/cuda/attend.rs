@@ -1,12 +1,13 @@
 //! Launching attention, as `attention.cuh` says.
 //!
 //! Spans of one row go to the decode kernel, longer ones to a prefill kernel; both read the same plan, and what finds
-//! no work leaves at once. All give a row the same bytes.
+//! no work leaves at once. All give a row the same bytes. A cache of 8-bit floats has kernels of its own; its scales
+//! are factors on the scores and on the result.
 
 use super::arena::{Activation, HEAD_DIMS, Place};
 use super::device::{Device, DeviceError, Kernel, Launch, arguments};
 use super::step::Run;
-use crate::ops::AttentionShape;
+use crate::ops::{AttentionShape, KvDtype, KvScales};
 
 /// As in `attention.cuh`.
 const DECODE_THREADS: u32 = 224;
@@ -48,13 +49,14 @@ struct AttentionArguments {
     window: u32,
     items_max: u32,
     scale_log2: f32,
-    reserved: u32,
+    value_scale: f32,
 }
 
-/// The kernels for one size of heads.
+/// The kernels for one size of heads and one type of cache.
 #[derive(Debug, Clone, Copy)]
 struct Kernels {
     head_dim: u32,
+    kv: KvDtype,
     decode: Kernel,
     prefill: Kernel,
     /// Whether `prefill` is the Hopper kernel.
@@ -76,18 +78,24 @@ impl Attend {
     pub fn new(device: &Device, portable: bool) -> Result<Self, DeviceError> {
         let decode_shared_bytes = decode_shared_bytes(device.shared_bytes_max);
         let mut kernels = Vec::new();
-        for head_dim in HEAD_DIMS.map(|head_dim| head_dim as u32) {
-            let wgmma = device.hopper && !portable && WGMMA_HEAD_DIMS.contains(&head_dim);
-            let prefill = if wgmma { "attention_prefill_wgmma" } else { "attention_prefill" };
-            let entry = Kernels {
-                head_dim,
-                decode: device.kernel(&format!("attention_decode_h{head_dim}"))?,
-                prefill: device.kernel(&format!("{prefill}_h{head_dim}"))?,
-                wgmma,
-            };
-            device.allow_shared(entry.decode, decode_shared_bytes)?;
-            device.allow_shared(entry.prefill, entry.prefill_shared_bytes())?;
-            kernels.push(entry);
+        for (kv, suffix) in [(KvDtype::Operand, ""), (KvDtype::Fp8E4m3, "_fp8")] {
+            for head_dim in HEAD_DIMS.map(|head_dim| head_dim as u32) {
+                let wgmma = device.hopper
+                    && !portable
+                    && kv == KvDtype::Operand
+                    && WGMMA_HEAD_DIMS.contains(&head_dim);
+                let prefill = if wgmma { "attention_prefill_wgmma" } else { "attention_prefill" };
+                let entry = Kernels {
+                    head_dim,
+                    kv,
+                    decode: device.kernel(&format!("attention_decode{suffix}_h{head_dim}"))?,
+                    prefill: device.kernel(&format!("{prefill}{suffix}_h{head_dim}"))?,
+                    wgmma,
+                };
+                device.allow_shared(entry.decode, decode_shared_bytes)?;
+                device.allow_shared(entry.prefill, entry.prefill_shared_bytes())?;
+                kernels.push(entry);
+            }
         }
         Ok(Self { kernels, decode_shared_bytes })
     }
@@ -103,7 +111,8 @@ impl Attend {
         shape: &AttentionShape,
         (out, place): (&Activation, &Place),
     ) -> Result<(), DeviceError> {
-        let (arena, layout) = (run.arena, run.layout);
+        let (arena, layout, kv) = (run.arena, run.layout, run.arena.plan.kv.dtype);
+        let scales = if kv == KvDtype::Fp8E4m3 { shape.kv_scales } else { KvScales::ONE };
         let attention = AttentionArguments {
             queries: arena.queries,
             out: place.pointer,
@@ -121,10 +130,11 @@ impl Attend {
             group: arena.packing().group as u32,
             window: shape.sliding_window.unwrap_or(0),
             items_max: arena.items_max as u32,
-            scale_log2: shape.scale * std::f32::consts::LOG2_E,
-            reserved: 0,
+            scale_log2: shape.scale * scales.key * std::f32::consts::LOG2_E,
+            value_scale: scales.value,
         };
-        let kernels = self.kernels.iter().find(|entry| entry.head_dim as usize == shape.head_dim);
+        let fits = |entry: &&Kernels| entry.head_dim as usize == shape.head_dim && entry.kv == kv;
+        let kernels = self.kernels.iter().find(fits);
         let kernels = kernels.expect("the arena refuses other sizes of heads");
         let multiprocessors = run.device.multiprocessors;
         if layout.capacity.items > 0 {

@@ -11,7 +11,7 @@ use super::gemm::{BatchMap, Epilogue, Gemm, Output, splits};
 use super::plan::Layout;
 use super::weights::DeviceMatrix;
 use super::{Attend, Weights};
-use crate::ops::{AttentionShape, Buffer};
+use crate::ops::{AttentionShape, Buffer, KvDtype};
 
 const NORM_THREADS: u32 = 256;
 const ROPE_WARPS: usize = 8;
@@ -45,6 +45,7 @@ pub struct Kernels {
     embed: Kernel,
     rms_norm: Kernel,
     rope_cache: Kernel,
+    rope_cache_fp8: Kernel,
     gather_rows: Kernel,
     logprobs: Kernel,
     adjust: Kernel,
@@ -65,6 +66,7 @@ impl Kernels {
             embed: device.kernel("embed")?,
             rms_norm: device.kernel("rms_norm")?,
             rope_cache: device.kernel("rope_cache")?,
+            rope_cache_fp8: device.kernel("rope_cache_fp8")?,
             gather_rows: device.kernel("gather_rows")?,
             logprobs: device.kernel("sample_logprobs")?,
             adjust: device.kernel("sample_adjust")?,
@@ -88,6 +90,8 @@ struct RopeShape {
     qkv_stride: i32,
     query_stride: i32,
     eps: f32,
+    key_factor: f32,
+    value_factor: f32,
 }
 
 /// Everything that commands need to run.
@@ -257,13 +261,19 @@ impl<'a> Run<'a> {
             qkv_stride: int(qkv.stride),
             query_stride: int(self.arena.query_width()),
             eps,
+            key_factor: 1.0 / shape.kv_scales.key,
+            value_factor: 1.0 / shape.kv_scales.value,
+        };
+        let kernel = match self.arena.plan.kv.dtype {
+            KvDtype::Operand => self.kernels.rope_cache,
+            KvDtype::Fp8E4m3 => self.kernels.rope_cache_fp8,
         };
         let heads = (shape.heads + 2 * shape.kv_heads).div_ceil(ROPE_WARPS) as u32;
         let launch = Launch::grid([self.rows as u32, heads, 1], 32 * ROPE_WARPS as u32);
         let (rows, queries, cache) = (self.section(self.layout.rows), self.arena.queries, self.cache(layer));
         let table = self.arena.rope;
         let arguments = arguments![from.pointer, rows, table, q_norm, k_norm, queries, cache, numbers];
-        self.launch(self.kernels.rope_cache, launch, arguments)
+        self.launch(kernel, launch, arguments)
     }
 
     /// Where a layer's pages start.

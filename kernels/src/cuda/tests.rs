@@ -4,7 +4,8 @@
 use half::bf16;
 
 use super::*;
-use crate::ops::{BufferKind, BufferPlan, RopePlan};
+use crate::e4m3;
+use crate::ops::{BufferKind, BufferPlan, KvDtype, KvScales, RopePlan};
 use crate::sampling::{Choice, Scratch, sample_row, uniform};
 use crate::tensor::DType;
 
@@ -44,7 +45,7 @@ fn vector(cuda: &mut Cuda, values: &[f32]) -> Vector {
     cuda.vector(&[HostTensor::new(DType::F32, &[values.len()], &raw).unwrap()]).unwrap()
 }
 
-const NO_KV: KvPlan = KvPlan { layers: 1, kv_heads: 1, head_dim: 64, blocks: 256 };
+const NO_KV: KvPlan = KvPlan { layers: 1, kv_heads: 1, head_dim: 64, blocks: 256, dtype: KvDtype::Operand };
 
 fn plan(widths: &[(usize, BufferKind)], kv: KvPlan, heads: usize, rows_max: usize) -> ArenaPlan {
     ArenaPlan {
@@ -206,7 +207,14 @@ fn small_sizes_of_every_kernel() {
         let Some(mut cuda) = open(portable) else { return };
         check_products(&mut cuda, (72, 1032), &[1, 9, 20, 40, 70, 130, 200]);
     }
-    let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 64, scale: 0.125, sliding_window: None };
+    let shape = AttentionShape {
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 64,
+        scale: 0.125,
+        sliding_window: None,
+        kv_scales: KvScales::ONE,
+    };
     check_attention(shape, 40);
     let Some(mut cuda) = sampling_device(9001) else { return };
     let (logits, output) = (random(3, 9001 * 3), [1, 2, 3, 1]);
@@ -251,6 +259,7 @@ fn norms_and_embeddings_are_right() {
 /// A sequence's rows through RoPE and attention in chunks, against f64.
 struct Attended {
     shape: AttentionShape,
+    kv: KvDtype,
     context: usize,
     qkv: Vec<f32>,
     norms: [Vec<f32>; 2],
@@ -280,7 +289,15 @@ impl Attended {
                 values[i + head_dim / 2] = b * angle.cos() + a * angle.sin();
             }
         }
-        values.iter().map(|&v| f64::from(bf16::from_f32(v as f32).to_f32())).collect()
+        let AttentionShape { kv_scales: KvScales { key, value }, .. } = self.shape;
+        let scale = if head < heads + kv_heads { key } else { value };
+        let kept = |value: f64| match self.kv {
+            KvDtype::Fp8E4m3 if head >= heads => {
+                f64::from(e4m3::decode(e4m3::encode(value as f32 * (1.0 / scale)))) * f64::from(scale)
+            }
+            _ => f64::from(bf16::from_f32(value as f32).to_f32()),
+        };
+        values.into_iter().map(kept).collect()
     }
 
     fn expected(&self, row: usize) -> Vec<f64> {
@@ -313,7 +330,13 @@ impl Attended {
         let mut cuda = open(portable)?;
         let (shape, out_width) = (&self.shape, self.shape.heads * self.shape.head_dim);
         let (q, k) = (vector(&mut cuda, &self.norms[0]), vector(&mut cuda, &self.norms[1]));
-        let kv = KvPlan { layers: 2, kv_heads: shape.kv_heads, head_dim: shape.head_dim, blocks: 300 };
+        let kv = KvPlan {
+            layers: 2,
+            kv_heads: shape.kv_heads,
+            head_dim: shape.head_dim,
+            blocks: 300,
+            dtype: self.kv,
+        };
         let (qkv, out) = (Buffer(0), Buffer(1));
         let widths = [(self.width(), Values), (out_width, Operand)];
         cuda.allocate(plan(&widths, kv, shape.heads, chunk)).unwrap();
@@ -339,10 +362,20 @@ impl Attended {
     }
 }
 
+/// Not powers of two: these would change no code.
+const SCALES: KvScales = KvScales { key: 0.013, value: 0.003 };
+
 fn check_attention(shape: AttentionShape, context: usize) {
+    for kv in [KvDtype::Operand, KvDtype::Fp8E4m3] {
+        check_attention_over(kv, AttentionShape { kv_scales: SCALES, ..shape }, context);
+    }
+}
+
+fn check_attention_over(kv: KvDtype, shape: AttentionShape, context: usize) {
     let width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
     let attended = Attended {
         shape,
+        kv,
         context,
         qkv: random(11, context * width),
         norms: [random(12, shape.head_dim), random(13, shape.head_dim)],
@@ -356,13 +389,13 @@ fn check_attention(shape: AttentionShape, context: usize) {
         let out = shape.heads * shape.head_dim;
         for row in (0..context).step_by((context / 9).max(1)).chain([context - 1]) {
             let error = distance(&found[row * out..][..out], &attended.expected(row));
-            assert!(error < 1e-2, "{shape:?} chunk {chunk} row {row} portable {portable}: {error}");
+            assert!(error < 1e-2, "{shape:?} {kv:?} chunk {chunk} row {row} portable {portable}: {error}");
         }
         assert!(found.iter().all(|value| value.is_finite()));
         match known.iter().find(|(other, _)| *other == portable) {
             Some((_, first)) => {
                 let differ = found.iter().zip(first).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
-                assert_eq!(differ, 0, "{shape:?} in chunks of {chunk}: bytes depend on the chunk");
+                assert_eq!(differ, 0, "{shape:?} {kv:?} in chunks of {chunk}: bytes depend on the chunk");
             }
             None => known.push((portable, found)),
         }
@@ -377,6 +410,7 @@ fn attention_is_right_in_any_chunks() {
         head_dim,
         scale: (head_dim as f32).powf(-0.5),
         sliding_window: None,
+        kv_scales: KvScales::ONE,
     };
     check_attention(shape(9, 3, 64), 250);
     check_attention(shape(4, 2, 128), 250);
@@ -385,6 +419,44 @@ fn attention_is_right_in_any_chunks() {
     check_attention(shape(2, 2, 256), 130);
     check_attention(shape(2, 1, 128), 1200);
     check_attention(AttentionShape { sliding_window: Some(50), ..shape(4, 2, 64) }, 250);
+}
+
+/// Every value of 16 bits through the cache of 8: with one position, attention gives the value itself. What is not a
+/// number poisons its own head alone; infinity saturates, as in [`e4m3::encode`].
+#[test]
+fn values_are_rounded_as_on_the_host() {
+    use BufferKind::{Operand, Values};
+    let shape = AttentionShape {
+        heads: 64,
+        kv_heads: 64,
+        head_dim: 64,
+        scale: 0.125,
+        sliding_window: None,
+        kv_scales: KvScales::ONE,
+    };
+    let Some(mut cuda) = open(false) else { return };
+    let (heads, row) = (shape.heads * shape.head_dim, 3 * shape.heads * shape.head_dim);
+    let rows = 65_536 / heads;
+    let kv = KvPlan { layers: 1, kv_heads: 64, head_dim: 64, blocks: rows, dtype: KvDtype::Fp8E4m3 };
+    cuda.allocate(plan(&[(row, Values), (heads, Operand)], kv, shape.heads, rows)).unwrap();
+    let (tokens, tables) = (vec![0; rows], (0..rows as u32).collect::<Vec<_>>());
+    let spans: Vec<Span> =
+        tables.iter().map(|&row| Span { first_row: row, rows: 1, context: 1, table: row }).collect();
+    let batch = Batch { tokens: &tokens, spans: &spans, block_tables: &tables, logits_rows: &[] };
+    cuda.begin(&batch).unwrap();
+    let value = |bits: usize| f32::from_bits((bits as u32) << 16);
+    let mut qkv = vec![0.0; rows * row];
+    for (index, line) in qkv.chunks_exact_mut(row).enumerate() {
+        line[2 * heads..].iter_mut().enumerate().for_each(|(at, into)| *into = value(index * heads + at));
+    }
+    put(&cuda, Buffer(0), &qkv);
+    cuda.rope_cache(0, Buffer(0), &shape, None);
+    cuda.attention(0, Buffer(0), &shape, Buffer(1));
+    for (bits, found) in take(&mut cuda, Buffer(1), rows).into_iter().enumerate() {
+        let expected = e4m3::decode(e4m3::encode(value(bits)));
+        let same = if expected.is_nan() { found.is_nan() } else { found == expected };
+        assert!(same, "{:e}: {found} for {expected}", value(bits));
+    }
 }
 
 /// Samples given logits on the device.

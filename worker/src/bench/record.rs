@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use millrace_kernels::bounds::{Bounds, ModelShape, Work};
 use millrace_kernels::cpu::Precision;
+use millrace_kernels::ops::KvDtype;
 use serde_json::{Map, Value, json};
 
 use crate::engine::{Moment, Observer, StepShape};
@@ -72,11 +73,11 @@ pub(super) struct Share {
 }
 
 impl Steps {
-    /// The least time of all steps.
-    pub fn share(&self, shape: &ModelShape, precision: Precision, bounds: &Bounds) -> Share {
+    /// The least time of all steps, with weights and a cache of these types.
+    pub fn share(&self, shape: &ModelShape, (precision, kv): (Precision, KvDtype), bounds: &Bounds) -> Share {
         let mut share = Share::default();
         for step in &self.0 {
-            let cost = shape.cost(&work(&step.shape), precision);
+            let cost = shape.cost(&work(&step.shape), precision, kv);
             share.least_s += bounds.least_s(&cost);
             share.read_s += cost.bytes / bounds.read_bytes_per_s;
             share.compute_s += cost.operations / bounds.operations_per_s;
@@ -175,7 +176,7 @@ mod tests {
         let shape =
             ModelShape { layers: 1, hidden: 4, heads: 1, kv_heads: 1, head_dim: 4, ffn: 4, vocabulary: 8 };
         let bounds = Bounds { read_bytes_per_s: 1e3, operations_per_s: 1e3 };
-        let share = steps.share(&shape, Precision::F32, &bounds);
+        let share = steps.share(&shape, (Precision::F32, KvDtype::Operand), &bounds);
         assert!(share.least_s >= share.read_s.max(share.compute_s));
     }
 }

@@ -25,6 +25,22 @@ pub enum BindError {
         /// The shape that it must have.
         expected: Vec<usize>,
     },
+    /// A scale of the KV cache cannot be divided by.
+    #[error("tensor {name:?} is {value}; a scale must be above 0 and finite, as must be its inverse")]
+    Scale {
+        /// The tensor.
+        name: String,
+        /// Its value.
+        value: f32,
+    },
+    /// A scale of the KV cache stands without its counterpart.
+    #[error("tensor {name:?} is there and {missing:?} is not; scales of values need those of keys")]
+    Alone {
+        /// The tensor.
+        name: String,
+        /// What is missing.
+        missing: String,
+    },
     /// The device does not take a tensor.
     #[error("tensor {name:?}: {source}")]
     Load {
@@ -146,6 +162,7 @@ impl<'a, O: Ops> Binding<'a, O> {
     }
 }
 
-fn load_error(name: &str, source: LoadError) -> BindError {
+/// The device's refusal of a tensor.
+pub(super) fn load_error(name: &str, source: LoadError) -> BindError {
     BindError::Load { name: name.to_owned(), source }
 }

@@ -6,13 +6,14 @@
 //! samples: past the last attention only those rows go on.
 
 use millrace_kernels::ops::{
-    ArenaPlan, AttentionShape, Batch, Buffer, BufferKind, BufferPlan, KvPlan, Ops, QkNorm, RopePlan,
-    StepError,
+    ArenaPlan, AttentionShape, Batch, Buffer, BufferKind, BufferPlan, KvDtype, KvPlan, KvScales, Ops, QkNorm,
+    RopePlan, StepError,
 };
 use millrace_kernels::sampling::{SampleRow, Sampled};
 
 use super::binding::{BindError, Binding};
 use super::config::DecoderConfig;
+use super::kv_scales::kv_scales;
 use super::source::TensorSource;
 
 /// The residual stream.
@@ -37,6 +38,8 @@ pub struct ArenaSizes {
     pub positions_max: usize,
     /// KV blocks.
     pub kv_blocks: usize,
+    /// Numeric type of these.
+    pub kv_dtype: KvDtype,
 }
 
 struct Layer<O: Ops> {
@@ -63,14 +66,23 @@ pub struct Decoder<O: Ops> {
 }
 
 impl<O: Ops> Decoder<O> {
-    /// Puts the weights onto the device.
+    /// Puts the weights onto the device. A cache in 8 bits gets the scales that the checkpoint has for it.
     ///
     /// # Errors
     /// When a tensor is missing or has another shape than the configuration implies.
-    pub fn load(config: &DecoderConfig, source: &dyn TensorSource, ops: &mut O) -> Result<Self, BindError> {
+    pub fn load(
+        config: &DecoderConfig,
+        source: &dyn TensorSource,
+        ops: &mut O,
+        kv_dtype: KvDtype,
+    ) -> Result<Self, BindError> {
         let mut binding = Binding { config, source, ops };
+        let scales = |layer| match kv_dtype {
+            KvDtype::Operand => Ok(KvScales::ONE),
+            KvDtype::Fp8E4m3 => kv_scales(source, layer),
+        };
         let layers = (0..config.layers())
-            .map(|layer| load_layer(&mut binding, layer))
+            .map(|layer| load_layer(&mut binding, layer, scales(layer)?))
             .collect::<Result<Vec<_>, _>>()?;
         Ok(Self {
             embedding: binding.matrix("model.", &["embed_tokens.weight"])?,
@@ -144,8 +156,9 @@ impl<O: Ops> Decoder<O> {
 }
 
 /// The cache that a model needs, of this many blocks.
-pub fn kv_plan(config: &DecoderConfig, blocks: usize) -> KvPlan {
-    KvPlan { layers: config.layers(), kv_heads: config.kv_heads, head_dim: config.head_dim, blocks }
+pub fn kv_plan(config: &DecoderConfig, blocks: usize, dtype: KvDtype) -> KvPlan {
+    let DecoderConfig { kv_heads, head_dim, .. } = *config;
+    KvPlan { layers: config.layers(), kv_heads, head_dim, blocks, dtype }
 }
 
 /// Everything that steps of these sizes need on the device.
@@ -165,7 +178,7 @@ pub fn arena_plan(config: &DecoderConfig, sizes: ArenaSizes) -> ArenaPlan {
             operand(config.heads * config.head_dim),
             operand(config.intermediate),
         ],
-        kv: kv_plan(config, sizes.kv_blocks),
+        kv: kv_plan(config, sizes.kv_blocks, sizes.kv_dtype),
         rope: RopePlan {
             inverse_frequencies: config.rope.inverse_frequencies(config.head_dim),
             amplitude: 1.0,
@@ -173,7 +186,11 @@ pub fn arena_plan(config: &DecoderConfig, sizes: ArenaSizes) -> ArenaPlan {
     }
 }
 
-fn load_layer<O: Ops>(binding: &mut Binding<'_, O>, layer: usize) -> Result<Layer<O>, BindError> {
+fn load_layer<O: Ops>(
+    binding: &mut Binding<'_, O>,
+    layer: usize,
+    kv_scales: KvScales,
+) -> Result<Layer<O>, BindError> {
     let config = binding.config;
     let prefix = &format!("model.layers.{layer}.");
     let bias = ["self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"];
@@ -204,6 +221,7 @@ fn load_layer<O: Ops>(binding: &mut Binding<'_, O>, layer: usize) -> Result<Laye
             head_dim: config.head_dim,
             scale: (config.head_dim as f32).powf(-0.5),
             sliding_window: config.windows[layer],
+            kv_scales,
         },
     })
 }
