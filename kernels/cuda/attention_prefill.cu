@@ -80,23 +80,7 @@ __device__ __forceinline__ void clear_tokens(uint32_t values, uint32_t first) {
     }
 }
 
-/// `s = Q * K^T` for a tile's keys in bf16.
-template <int HEAD>
-__device__ __forceinline__ void multiply_keys(float (&s)[Shape<HEAD>::COLUMNS][4], uint32_t queries, uint32_t keys,
-                                              uint32_t lane) {
-    using S = Shape<HEAD>;
-#pragma unroll
-    for (uint32_t step = 0; step < HEAD / 16; ++step) {
-        uint32_t q[4];
-        // The four 8 x 8 matrices of A stand as those of V do: rows 0 and 8, then the next 8 elements.
-        load_matrices(q, queries + key_rows<HEAD>(lane, step));
-#pragma unroll
-        for (uint32_t page = 0; page < S::PAGES; ++page)
-            score_step<HEAD>(s[2 * page], s[2 * page + 1], q, keys + page * S::PAGE_BYTES, lane, step);
-    }
-}
-
-/// The same for codes: a step of 16 elements of all keys of a page at a time.
+/// `s = Q * K^T` for a tile of keys in codes.
 template <int HEAD>
 __device__ __forceinline__ void multiply_key_codes(float (&s)[Shape<HEAD>::COLUMNS][4], uint32_t queries,
                                                    uint32_t keys, uint32_t lane) {
@@ -137,9 +121,20 @@ __device__ __forceinline__ void score_tile(float (&s)[Shape<HEAD>::COLUMNS][4], 
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
     for (int j = 0; j < int(S::COLUMNS); ++j) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0.f;
-    const uint32_t queries = shared + warp * S::PAGE_BYTES;
-    if constexpr (KV == Kv::Bf16) multiply_keys<HEAD>(s, queries, shared + S::KEY_AT, lane);
-    else multiply_key_codes<HEAD>(s, queries, shared + S::KEY_AT, lane);
+    if constexpr (KV == Kv::Bf16) {
+#pragma unroll
+        for (uint32_t step = 0; step < HEAD / 16; ++step) {
+            uint32_t q[4];
+            // The four 8 x 8 matrices of A stand as those of V do: rows 0 and 8, then the next 8 elements.
+            load_matrices(q, shared + warp * S::PAGE_BYTES + key_rows<HEAD>(lane, step));
+#pragma unroll
+            for (uint32_t page = 0; page < S::PAGES; ++page)
+                score_step<HEAD>(s[2 * page], s[2 * page + 1], q, shared + S::KEY_AT + page * S::PAGE_BYTES, lane,
+                                 step);
+        }
+    } else {
+        multiply_key_codes<HEAD>(s, shared + warp * S::PAGE_BYTES, shared + S::KEY_AT, lane);
+    }
     const uint32_t key = tile * S::KEYS;
     if (key + S::KEYS > work.position_first + 1 || windowed) {
         hide<S::COLUMNS, 0>(s, key + lane % 4 * 2, unit.rows.first[0], unit.rows.end[0]);
@@ -165,10 +160,10 @@ __device__ __forceinline__ void accumulate_tile(const float (&s)[Shape<HEAD>::CO
         const float(&b)[4] = s[2 * page + 1];
         const uint32_t weights[4] = {pack_bf16(a[0], a[1]), pack_bf16(a[2], a[3]), pack_bf16(b[0], b[1]),
                                      pack_bf16(b[2], b[3])};
-        const uint32_t values = shared + S::VALUE_AT + page * PAGE_SIZE<HEAD, KV>, lane = threadIdx.x % 32;
         if constexpr (KV == Kv::Bf16) {
-            accumulate_page<HEAD>(unit.out, weights, values, lane);
+            accumulate_page<HEAD>(unit.out, weights, shared + S::VALUE_AT + page * S::PAGE_BYTES, threadIdx.x % 32);
         } else {
+            const uint32_t values = shared + S::VALUE_AT + page * PAGE_SIZE<HEAD, KV>, lane = threadIdx.x % 32;
             const uint32_t first = page * PAGE_TOKENS;
             accumulate_codes<HEAD>(unit.out, weights, values, lane, live_codes(lane, live > first ? live - first : 0));
         }

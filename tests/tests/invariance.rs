@@ -2,7 +2,8 @@
 //!
 //! The same 64 requests run alone and in batches of 7, 16 and 64; with and without prefix hits; under step
 //! budgets that cut prompts into chunks; and with too few KV blocks, so that sequences are preempted and
-//! computed again; in f32, bf16 and int8, and with a KV cache in 8 bits. Retries, resumption and exactly-once results rest on this.
+//! computed again; in f32, bf16 and int8, and with a KV cache in 8 bits. Retries, resumption and exactly-once
+//! results rest on this.
 
 use std::collections::HashSet;
 use std::path::Path;

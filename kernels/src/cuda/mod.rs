@@ -1,10 +1,10 @@
 //! The ops on an NVIDIA GPU, sm_80 and up, tuned for Hopper.
 //!
-//! Weights and operands are bf16, keys and values bf16 or 8-bit floats, sums and the residual stream f32. The ops record
-//! a step; it runs when its result is asked for: one upload, then kernels one by one, or a captured graph when every row
-//! is a decode that is sampled. The driver's library is loaded at run time, and no other CUDA library is needed. Refused:
-//! chips before sm_80, head sizes that attention is not compiled for. Invariant: kernels differ by the number of rows in
-//! speed alone, never in the order in which a row's numbers are added.
+//! Weights and operands are bf16, keys and values bf16 or 8-bit floats, sums and the residual stream f32. The ops
+//! record a step; it runs when its result is asked for: one upload, then kernels one by one, or a captured graph when
+//! every row is a decode that is sampled. The driver's library is loaded at run time, and no other CUDA library is
+//! needed. Refused: chips before sm_80, head sizes that attention is not compiled for. Invariant: kernels differ by
+//! the number of rows in speed alone, never in the order in which a row's numbers are added.
 
 mod arena;
 mod attend;
