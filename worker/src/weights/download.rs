@@ -305,7 +305,9 @@ mod tests {
         let bytes: Vec<u8> = (0..2 * PART_BYTES + 5).map(|n| (n / 1000) as u8).collect();
         file.write_all_at(&bytes, 0).unwrap();
         let (written, to_hash) = mpsc::sync_channel(3);
-        [2, 0, 1].map(|part| written.send(part).unwrap());
+        for part in [2, 0, 1] {
+            written.send(part).unwrap();
+        }
         drop(written);
         let hash = hash_in_order(&file, bytes.len() as u64, &to_hash).unwrap();
         assert_eq!(hash, hex::encode(Sha256::digest(&bytes)));
