@@ -197,6 +197,25 @@ fn a_start_is_learned_once_though_pods_tell_whole_seconds() {
 }
 
 #[test]
+fn arrivals_alone_order_nothing_while_no_job_waits() {
+    let spec = ScalingSpec::default();
+    let memory = Memory { cold_starts_ms: vec![120_000], ..learned(9.0, NOW_MS - 600_000) };
+    let reading = |replicas, pending| Reading {
+        at_ms: NOW_MS,
+        replicas,
+        queue: queue(500, pending, 0, 0),
+        workers: (0..replicas).map(|i| worker(i, WorkerState::Ready, 0, held(0))).collect(),
+    };
+    for replicas in [0, 2] {
+        let decision = decide(&spec, &memory, &reading(replicas, 0)).0;
+        assert_eq!((decision.terms.queue_wait, decision.replicas), (0, replicas), "{}", decision.sentence);
+    }
+    // With one that waits, what comes during a start counts: nine jobs a second keep more than two workers busy.
+    let decision = decide(&spec, &memory, &reading(2, 1)).0;
+    assert!(decision.terms.queue_wait > 2, "{}", decision.sentence);
+}
+
+#[test]
 fn a_start_that_never_ends_is_replaced() {
     let spec = ScalingSpec::default();
     let mut reading = Reading {

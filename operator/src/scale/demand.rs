@@ -17,11 +17,14 @@ const REPLICAS_SEARCH_MAX: u32 = millrace_crds::scaling::REPLICAS_LIMIT;
 const LOST_AFTER: u64 = 3;
 /// Points at which future arrivals are tested, besides the due times of the backlog.
 const FUTURE_POINTS: u32 = 8;
+/// An order that comes with its jobs is early enough when it leaves the new worker this share of the target.
+/// Only those arrivals are foreseen for which it would leave less: a burst may end before it asks for more.
+const ANSWER_SHARE: f64 = 0.5;
 /// An order is put off while the same workers, ordered this much later, would still do: two periods of
 /// the operator, so that one late decision breaks no deadline.
 const PATIENCE_S: f64 = 4.0;
-/// What is late whatever is ordered now is to start within this share of the target after the new workers are
-/// there. Less would buy little wait with many workers, each of which costs a start.
+/// What is late whatever is ordered now is to start within this share of the target, or of a start where that is
+/// longer, after the new workers are there. Less would buy little wait with many workers, each of which costs a start.
 const GRACE_SHARE: f64 = 1.0 / 3.0;
 
 /// Jobs that must have started by a time.
@@ -82,15 +85,19 @@ impl Demand {
     }
 
     /// New workers to order now: as many as would be needed if the order came a little later, rounded. For less
-    /// than half a worker the order is put off, as what misses its deadline then misses it by little.
+    /// than half a worker the order is put off, as what misses its deadline then misses it by little. None while
+    /// nothing is pending: the workers that are there keep up, and the mean of arrivals outlives a burst.
     pub fn new_workers(&self) -> u32 {
+        if self.backlog.is_empty() {
+            return 0;
+        }
         (self.needed(PATIENCE_S).round() as u32).min(REPLICAS_SEARCH_MAX)
     }
 
     /// New workers with which every deadline holds where new workers can still help, when they are ordered
     /// `delay_s` from now. A fraction: the last one's share of a worker.
     fn needed(&self, delay_s: f64) -> f64 {
-        let soonest_s = self.lead_s + self.queue_wait_s * GRACE_SHARE;
+        let soonest_s = self.lead_s + self.queue_wait_s.max(self.lead_s) * GRACE_SHARE;
         let most = |needed: f64, due: Due| {
             let at_s = due.in_s.max(soonest_s);
             let each = self.slots.max(1.0) + self.rate * (at_s - self.lead_s - delay_s).max(0.0);
@@ -122,11 +129,12 @@ impl Demand {
         growth <= 0.0 || rest == 0 || needed_again_s >= self.lead_s
     }
 
-    /// The due times to test: the backlog's, then those of the jobs that arrive while a new worker starts.
+    /// The due times to test: the backlog's, then those of the jobs that come too soon for an order of their own.
     fn points(&self) -> impl Iterator<Item = Due> + '_ {
         let pending = self.backlog.last().map_or(0.0, |due| due.jobs);
+        let foreseen_s = (self.lead_s - self.queue_wait_s * ANSWER_SHARE).max(0.0);
         let future = (1..=FUTURE_POINTS).map(move |part| {
-            let after_s = self.lead_s * f64::from(part) / f64::from(FUTURE_POINTS);
+            let after_s = foreseen_s * f64::from(part) / f64::from(FUTURE_POINTS);
             Due { in_s: self.queue_wait_s + after_s, jobs: pending + self.arrival_rate * after_s }
         });
         self.backlog.iter().copied().chain(future)

@@ -8,9 +8,11 @@ use serde::{Deserialize, Serialize};
 use super::inputs::{QueueReading, Reading, WorkerReading};
 use millrace_crds::scaling::{REPLICAS_LIMIT, ScalingSpec};
 
-/// The arrival rate is an exponential mean over this span: long enough that chance does not stop a busy
-/// worker, and short enough that the workers of a burst do not outlive it by much.
+/// The arrival rate is an exponential mean over this span, or over two starts where they take longer: long enough
+/// that chance does not stop a worker whose restart costs as much as it saves, and short enough that the workers of
+/// a burst do not outlive it by much.
 const ARRIVAL_MEMORY_S: f64 = 60.0;
+const ARRIVAL_MEMORY_STARTS: f64 = 2.0;
 /// The rate of a worker forgets with this much busy time: several hundred jobs of common size.
 const RATE_MEMORY_S: f64 = 600.0;
 /// Busy time after which a measured rate is believed: a handful of jobs of common size.
@@ -166,7 +168,8 @@ impl Memory {
             let elapsed_ms = at_ms.saturating_sub(last.at_ms);
             if (1..=GAP_MAX_MS).contains(&elapsed_ms) {
                 let elapsed_s = elapsed_ms as f64 / 1e3;
-                let kept = (-elapsed_s / ARRIVAL_MEMORY_S).exp();
+                let starts_s = ARRIVAL_MEMORY_STARTS * self.cold_start_p90_ms() as f64 / 1e3;
+                let kept = (-elapsed_s / ARRIVAL_MEMORY_S.max(starts_s)).exp();
                 let seen = jobs as f64 / elapsed_s;
                 self.arrival_rate = rounded(self.arrival_rate * kept + seen * (1.0 - kept));
             }
