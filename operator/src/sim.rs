@@ -14,4 +14,5 @@ pub mod millrace;
 pub mod optimum;
 pub mod plot;
 pub mod report;
+pub mod sweep;
 pub mod tune;

@@ -7,10 +7,10 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use clap::Parser;
-use millrace_operator::sim::compare::{Comparison, compare, compare_tuned};
+use millrace_operator::sim::compare::{Comparison, compare};
 use millrace_operator::sim::load::{Load, SPEED, Speed};
 use millrace_operator::sim::report::{HEAD, line};
-use millrace_operator::sim::{plot, report::Row};
+use millrace_operator::sim::{plot, report::Row, sweep};
 
 /// Replays traffic through the autoscaler, KEDA's rule, the HPA's rule and the clairvoyant optimum.
 #[derive(Debug, Parser)]
@@ -36,11 +36,14 @@ struct Args {
     /// Folder for the plots; none are written when absent.
     #[arg(long)]
     plots: Option<PathBuf>,
-    /// Instead of the table: the Azure traces over these multiples of the rates above, at each of --cold-starts.
-    #[arg(long, value_delimiter = ',')]
-    sweep: Vec<f64>,
+    /// Instead of the table: the Azure traces over all of --rates and --cold-starts; one JSON object a cell.
+    #[arg(long)]
+    sweep: bool,
+    /// Multiples of the rates above that the sweep goes over.
+    #[arg(long, value_delimiter = ',', default_values_t = [0.25, 0.5, 1.0, 2.0, 4.0])]
+    rates: Vec<f64>,
     /// Cold starts of the sweep, in seconds.
-    #[arg(long, value_delimiter = ',', default_values_t = [10.0, 30.0, 60.0])]
+    #[arg(long, value_delimiter = ',', default_values_t = [5.0, 15.0, 30.0, 60.0, 120.0])]
     cold_starts: Vec<f64>,
 }
 
@@ -58,7 +61,7 @@ fn main() -> anyhow::Result<()> {
         "A worker: {} prompt and {} output tokens/s, {} jobs at once, {} s to start.",
         args.prompt_rate, args.output_rate, args.slots, args.cold_start
     )?;
-    if !args.sweep.is_empty() {
+    if args.sweep {
         return sweep(&mut out, &args, &speed);
     }
     let mut rows: Vec<Row> = Vec::new();
@@ -100,13 +103,11 @@ fn print(out: &mut impl Write, load: &Load, comparison: &Comparison) -> anyhow::
     for row in &comparison.rows {
         writeln!(out, "{}", line(row))?;
     }
-    for (name, pick) in [("tuned", &comparison.keda_tuned), ("equal", &comparison.keda_equal)] {
-        match pick {
-            Some(pick) => writeln!(out, "keda-{name}: {:?}", pick.settings)?,
-            None => writeln!(out, "keda-{name}: no setting of the grid keeps that wait")?,
-        }
+    match &comparison.keda_tuned {
+        Some(pick) => writeln!(out, "keda-tuned: {:?}", pick.settings)?,
+        None => writeln!(out, "keda-tuned: no setting of the grid keeps the wait")?,
     }
-    for policy in ["keda-sized", "keda-tuned", "keda-equal", "clairvoyant"] {
+    for policy in ["keda-tuned", "keda-sized", "clairvoyant-run", "clairvoyant"] {
         if let Some(ratio) = comparison.ratio(policy) {
             writeln!(out, "GPU time of millrace / {policy}: {ratio:.3}")?;
         }
@@ -114,39 +115,25 @@ fn print(out: &mut impl Write, load: &Load, comparison: &Comparison) -> anyhow::
     Ok(())
 }
 
-/// The bars over a grid of rates and cold starts: GPU time over that of KEDA's rule tuned with hindsight to the
-/// target, over the optimum's, and the optimum's over that of KEDA's rule, below which no rule can come.
+/// The bars over a grid of rates and cold starts.
 fn sweep(out: &mut impl Write, args: &Args, speed: &Speed) -> anyhow::Result<()> {
-    writeln!(
-        out,
-        "trace        rate  start s   work s    GPU-s  p95 s  events  /keda  /clairvoyant  clairvoyant/keda"
-    )?;
-    for mut load in [Load::azure_code()?, Load::azure_conv()?] {
+    let mut loads = [Load::azure_code()?, Load::azure_conv()?];
+    for load in &mut loads {
         load.queue_wait_s = args.queue_wait.unwrap_or(load.queue_wait_s);
-        for &cold_start_s in &args.cold_starts {
-            for &rate in &args.sweep {
-                let (prompt, output) = (speed.prompt_tokens_per_s * rate, speed.output_tokens_per_s * rate);
-                let (prompt_tokens_per_s, output_tokens_per_s) = (prompt, output);
-                let speed = Speed { prompt_tokens_per_s, output_tokens_per_s, cold_start_s, ..*speed };
-                let comparison = compare_tuned(&load, &speed)?;
-                let own = &comparison.rows[0];
-                let (keda, best) = (comparison.ratio("keda-tuned"), comparison.ratio("clairvoyant"));
-                let least = keda.zip(best).map(|(keda, best)| keda / best);
-                let text = |ratio: Option<f64>| ratio.map_or("-".into(), |ratio| format!("{ratio:.3}"));
-                writeln!(
-                    out,
-                    "{:<11} {rate:>5} {cold_start_s:>8} {:>8.0} {:>8.0} {:>6.1} {:>7} {:>6} {:>13} {:>17}",
-                    load.name,
-                    load.work_s(&speed),
-                    own.gpu_seconds,
-                    own.wait_p95_s,
-                    own.scale_events,
-                    text(keda),
-                    text(best),
-                    text(least)
-                )?;
+    }
+    writeln!(out, "GPU time over that of ..., each at the same wait\n{}", sweep::HEAD)?;
+    let mut cells = Vec::new();
+    for &cold_start_s in &args.cold_starts {
+        for &rate in &args.rates {
+            for cell in sweep::point(&loads, &Speed { cold_start_s, ..*speed }, rate)? {
+                writeln!(out, "{}", sweep::line(&cell))?;
+                cells.push(cell);
             }
         }
+    }
+    writeln!(out, "\n{}", sweep::summary(&cells))?;
+    for cell in &cells {
+        writeln!(out, "{}", serde_json::to_string(cell)?)?;
     }
     Ok(())
 }

@@ -71,6 +71,12 @@ pub struct Outcome {
     pub waits_ms: Vec<u64>,
     /// What the workers cost, in milliseconds.
     pub gpu_ms: u64,
+    /// Of that, the time in which workers started.
+    pub starting_ms: u64,
+    /// Of that, the share of the time of workers that drained in which slots were empty.
+    pub draining_ms: u64,
+    /// Of that, the work itself.
+    pub working_ms: u64,
     /// Changes of the number of workers.
     pub scale_events: u64,
     /// Workers started.
@@ -131,7 +137,12 @@ pub fn run(load: &Load, speed: &Speed, policy: &mut dyn Policy) -> anyhow::Resul
     }
     for worker in std::mem::take(&mut run.workers) {
         run.outcome.gpu_ms += run.now_ms - worker.created_ms;
+        if !worker.draining {
+            run.outcome.starting_ms += run.now_ms.min(worker.ready_ms) - worker.created_ms;
+        }
     }
+    // A job's share of its worker is one slot.
+    run.outcome.working_ms /= u64::from(speed.slots.max(1));
     run.outcome.replicas.push((run.now_ms, 0));
     Ok(run.outcome)
 }
@@ -170,9 +181,20 @@ impl Run<'_> {
             };
             if let Some(worker) = live.min_by_key(|worker| rank(worker)) {
                 worker.draining = true;
+                let id = worker.id;
+                self.outcome.starting_ms += now_ms.min(worker.ready_ms) - worker.created_ms;
+                self.outcome.draining_ms += self.drain_waste_ms(id);
             }
         }
         self.release_drained();
+    }
+
+    /// What the slots of a worker that is told to go will idle until its last job is done.
+    fn drain_waste_ms(&self, id: u64) -> u64 {
+        let left = self.finishes.iter().filter(|Reverse((_, worker))| *worker == id);
+        let left_ms: Vec<u64> = left.map(|Reverse((at_ms, _))| at_ms - self.now_ms).collect();
+        let last_ms = left_ms.iter().max().copied().unwrap_or(0);
+        last_ms.saturating_sub(left_ms.iter().sum::<u64>() / u64::from(self.speed.slots.max(1)))
     }
 
     /// Lets go of the workers that drain and hold nothing.
@@ -237,6 +259,7 @@ impl Run<'_> {
             let job = &self.load.jobs[self.started];
             worker.held += 1;
             let service_ms = (job.work_s(self.speed) * f64::from(slots) * 1e3).ceil() as u64;
+            self.outcome.working_ms += service_ms.max(1);
             self.finishes.push(Reverse((now_ms + service_ms.max(1), worker.id)));
             self.outcome.waits_ms.push(now_ms - job.at_ms);
             self.started += 1;

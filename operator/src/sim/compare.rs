@@ -8,7 +8,7 @@ use super::hpa::{Behavior, HpaPolicy};
 use super::keda::{Keda, KedaSettings};
 use super::load::{Load, Speed};
 use super::millrace::Millrace;
-use super::optimum::optimum;
+use super::optimum;
 use super::plot::Series;
 use super::report::Row;
 use super::tune::{self, Tried};
@@ -23,10 +23,14 @@ pub struct Comparison {
     pub rows: Vec<Row>,
     /// Workers over time.
     pub series: Vec<Series>,
-    /// The setting of KEDA's rule that hindsight finds cheapest at the autoscaler's own 95th percentile.
-    pub keda_equal: Option<Tried>,
-    /// The setting of KEDA's rule that hindsight finds cheapest at the wait target.
+    /// The setting of KEDA's rule that hindsight finds cheapest at [`wait_limit_s`].
     pub keda_tuned: Option<Tried>,
+}
+
+/// The 95th percentile of the wait that every policy of a comparison is to keep: the target, or the autoscaler's own
+/// where that is longer. So no rival is held to a shorter wait than the autoscaler.
+pub fn wait_limit_s(load: &Load, own: &Row) -> f64 {
+    own.wait_p95_s.max(load.queue_wait_s as f64)
 }
 
 /// The spec that the simulation runs with: the defaults, but for the load's wait target and as many workers
@@ -42,41 +46,29 @@ pub fn run_own(load: &Load, speed: &Speed) -> anyhow::Result<Outcome> {
     run(load, speed, &mut Millrace::new(spec(load.queue_wait_s)))
 }
 
-/// Runs the autoscaler, KEDA's rule tuned with hindsight, and the optimum: what the bars are about.
-pub fn compare_tuned(load: &Load, speed: &Speed) -> anyhow::Result<Comparison> {
-    let mut comparison = Comparison::default();
-    comparison.add(load, "millrace", &run_own(load, speed)?);
-    let wait_p95_s = comparison.rows[0].wait_p95_s;
-    let tried = tune::try_all(load, speed, &tune::grid(load, speed, REPLICAS_MAX))?;
-    let mut pick = |name: &str, limit_s: f64| -> anyhow::Result<Option<Tried>> {
-        let pick = tune::cheapest(&tried, limit_s).cloned();
-        if let Some(pick) = &pick {
-            comparison.add(load, name, &run(load, speed, &mut Keda::new(name, pick.settings))?);
-        }
-        Ok(pick)
-    };
-    let keda_tuned = pick("keda-tuned", load.queue_wait_s as f64)?;
-    let keda_equal = pick("keda-equal", wait_p95_s)?;
-    (comparison.keda_tuned, comparison.keda_equal) = (keda_tuned, keda_equal);
-    if let Some(best) = optimum(load, speed, wait_p95_s) {
-        comparison.rows.push(Row::of_optimum(load, &best));
-        comparison.series.push(Series { name: "clairvoyant".into(), replicas: best.replicas });
-    }
-    Ok(comparison)
-}
-
 /// Runs all policies.
 pub fn compare(load: &Load, speed: &Speed) -> anyhow::Result<Comparison> {
-    let mut comparison = compare_tuned(load, speed)?;
-    for (name, settings) in [
-        ("keda-default", KedaSettings::defaults(REPLICAS_MAX)),
-        ("keda-sized", KedaSettings::sized(load, speed, REPLICAS_MAX)),
-    ] {
+    let mut comparison = Comparison::default();
+    comparison.add(load, "millrace", &run_own(load, speed)?);
+    let limit_s = wait_limit_s(load, &comparison.rows[0]);
+    let tried = tune::try_all(load, speed, &tune::grid(&[load], speed, REPLICAS_MAX))?;
+    comparison.keda_tuned = tune::cheapest(&tried, limit_s).cloned();
+    let tuned = comparison.keda_tuned.as_ref().map(|pick| ("keda-tuned", pick.settings));
+    let sized = ("keda-sized", KedaSettings::sized(load, speed, REPLICAS_MAX));
+    let defaults = ("keda-default", KedaSettings::defaults(REPLICAS_MAX));
+    for (name, settings) in tuned.into_iter().chain([sized, defaults]) {
         comparison.add(load, name, &run(load, speed, &mut Keda::new(name, settings))?);
     }
     let behavior = Behavior { min: 1, max: REPLICAS_MAX, up_window_ms: 0, down_window_ms: 300_000 };
     let hpa = run(load, speed, &mut HpaPolicy::new(HPA_TARGET, behavior))?;
     comparison.add(load, "hpa-default", &hpa);
+    if let Some(outcome) = optimum::executed(load, speed, limit_s)? {
+        comparison.add(load, "clairvoyant-run", &outcome);
+    }
+    if let Some(best) = optimum::optimum(load, speed, limit_s) {
+        comparison.rows.push(Row::of_optimum(load, &best));
+        comparison.series.push(Series { name: "clairvoyant".into(), replicas: best.replicas });
+    }
     Ok(comparison)
 }
 

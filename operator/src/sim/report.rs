@@ -29,16 +29,26 @@ pub struct Row {
     pub starts: u64,
     /// Most workers at once.
     pub replicas_max: u32,
+    /// Of the GPU time, that in which workers started.
+    pub starting_s: f64,
+    /// Of it, that in which slots of workers that drained were of no use.
+    pub draining_s: f64,
+    /// Of it, that in which slots of other workers stood empty; the rest is work.
+    pub idle_s: f64,
 }
 
 impl Row {
     /// The figures of a run.
     pub fn new(load: &Load, policy: &str, outcome: &Outcome) -> Self {
-        let gpu_seconds = outcome.gpu_ms as f64 / 1e3;
-        Self::of(load, policy, gpu_seconds, &outcome.waits_ms, &outcome.replicas)
+        let [gpu_seconds, starting_s, draining_s, working_s] =
+            [outcome.gpu_ms, outcome.starting_ms, outcome.draining_ms, outcome.working_ms]
+                .map(|ms| ms as f64 / 1e3);
+        let row = Self::of(load, policy, gpu_seconds, &outcome.waits_ms, &outcome.replicas);
+        let idle_s = gpu_seconds - starting_s - draining_s - working_s;
+        Self { starting_s, draining_s, idle_s, ..row }
     }
 
-    /// The figures of the optimum's plan; its GPU time is the bound.
+    /// The figures of the optimum's plan; its GPU time is the bound, of which no parts are told.
     pub fn of_optimum(load: &Load, optimum: &Optimum) -> Self {
         Self::of(load, "clairvoyant", optimum.gpu_s, &optimum.waits_ms, &optimum.replicas)
     }
@@ -63,6 +73,9 @@ impl Row {
                 + u64::from(first > 0),
             starts: u64::from(first) + decided.windows(2).map(up).sum::<u64>(),
             replicas_max: decided.iter().map(|&(_, n)| n).max().unwrap_or(0),
+            starting_s: 0.0,
+            draining_s: 0.0,
+            idle_s: 0.0,
         }
     }
 }
@@ -74,13 +87,12 @@ fn percentile_s(sorted_ms: &[u64], share: f64) -> f64 {
 }
 
 /// The head of the table.
-pub const HEAD: &str =
-    "load          policy        GPU-s  p50 s   p95 s   p99 s  missed  events  starts  most";
+pub const HEAD: &str = "load        policy            GPU-s  p50 s   p95 s   p99 s  missed  events  starts  most  starting  draining  idle";
 
 /// One line of the table.
 pub fn line(row: &Row) -> String {
     format!(
-        "{:<13} {:<12} {:>7.0} {:>6.1} {:>7.1} {:>7.1} {:>7} {:>7} {:>7} {:>5}",
+        "{:<11} {:<15} {:>7.0} {:>6.1} {:>7.1} {:>7.1} {:>7} {:>7} {:>7} {:>5} {:>9.0} {:>9.0} {:>5.0}",
         row.trace,
         row.policy,
         row.gpu_seconds,
@@ -90,6 +102,9 @@ pub fn line(row: &Row) -> String {
         row.missed_targets,
         row.scale_events,
         row.starts,
-        row.replicas_max
+        row.replicas_max,
+        row.starting_s,
+        row.draining_s,
+        row.idle_s
     )
 }
