@@ -87,7 +87,8 @@ fn percentile_s(sorted_ms: &[u64], share: f64) -> f64 {
 }
 
 /// The head of the table.
-pub const HEAD: &str = "load        policy            GPU-s  p50 s   p95 s   p99 s  missed  events  starts  most  starting  draining  idle";
+pub const HEAD: &str = "load        policy            GPU-s  p50 s   p95 s   p99 s  missed  events  starts  most  \
+starting  draining  idle";
 
 /// One line of the table.
 pub fn line(row: &Row) -> String {

@@ -7,7 +7,7 @@ use super::keda::{Keda, KedaSettings};
 use super::load::{Load, Speed};
 use super::report::Row;
 
-/// Lags that one pod is to have, as shares of what a worker finishes within the wait target: the least and the most, ...
+/// Lags that one pod is to have, as shares of what a worker finishes within the wait target: the least, the most, ...
 const LAG_SHARES: [f64; 2] = [0.1, 2.0];
 /// ... and each over the one before.
 const LAG_STEP: f64 = 1.17;
