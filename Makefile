@@ -28,8 +28,8 @@ test: tools kube ## all tests that take a few minutes, with real processes
 	cargo build --locked --workspace --bins
 	cargo test --locked --workspace --no-fail-fast
 
-soak: tools build ## the long crash run: 2000 jobs, 3 workers, 200 kills
-	MILLRACE_SOAK=1 cargo test --release --locked --workspace --test crash -- --nocapture
+soak: tools kube build ## the long runs: 2000 jobs, 3 workers and 200 kills; 500 models under one operator
+	MILLRACE_SOAK=1 cargo test --release --locked --workspace --test crash --test kube_operator -- --nocapture
 
 fuzz: ## each reader of outside input for MILLRACE_FUZZ_S seconds (60), guided by coverage
 	scripts/fuzz

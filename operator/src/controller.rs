@@ -26,7 +26,7 @@ use crate::caches::{Caches, Guarded, ModelKey};
 use crate::config::Config;
 use crate::error::Error;
 use crate::fetch::{self, Facts};
-use crate::finalize::{self, End, Finalizer};
+use crate::finalize::{self, End, FinalizeError, Finalizer};
 use crate::load::LoadBook;
 use crate::metrics::Metrics;
 use crate::queue::{Queue, QueueError};
@@ -263,7 +263,7 @@ impl Reconcile<'_> {
         }
     }
 
-    /// One step of the end. Its status says that workers drain, as long as they do.
+    /// One step of the end. The status says what it waits for: workers that drain, or the broker.
     async fn end(&mut self, plan: Result<&Plan, &Refusal>) -> Result<Action, Error> {
         let context = self.context;
         let Ok(model) = model_of(&ObjectRef::from_obj(&DeserializeGuard(Ok(self.object.clone())))) else {
@@ -276,25 +276,27 @@ impl Reconcile<'_> {
             caches: &context.caches,
             queue: &context.queue,
         };
-        match finalizer.end(self.object, &model).await? {
-            End::Done => Ok(Action::await_change()),
-            End::Draining => {
-                let facts = fetch::facts(&context.caches, &context.queue, &context.load, &model).await;
-                let former = status::former(self.object, &self.state.written);
-                self.write(&view_status(&View {
-                    object: self.object,
-                    former: &former,
-                    plan,
-                    facts: Some(&facts),
-                    sized: None,
-                    queue: self.state.queue.result.as_ref(),
-                    unapplied: None,
-                    scaling: &self.state.scaling,
-                }))
-                .await?;
-                Ok(Action::requeue(DRAIN_PAUSE))
-            }
-        }
+        let deleted = match finalizer.end(self.object, &model).await {
+            Ok(End::Done) => return Ok(Action::await_change()),
+            Ok(End::Draining) => Ok(()),
+            Err(FinalizeError::Queue(error)) => Err(error),
+            Err(error) => return Err(error.into()),
+        };
+        let facts = fetch::facts(&context.caches, &context.queue, &context.load, &model).await;
+        let former = status::former(self.object, &self.state.written);
+        self.write(&view_status(&View {
+            object: self.object,
+            former: &former,
+            plan,
+            facts: Some(&facts),
+            sized: None,
+            queue: Some(&deleted),
+            unapplied: None,
+            scaling: &self.state.scaling,
+        }))
+        .await?;
+        deleted.map_err(FinalizeError::Queue)?;
+        Ok(Action::requeue(DRAIN_PAUSE))
     }
 
     async fn refused(&mut self, refusal: &Refusal) -> Result<Action, Error> {

@@ -165,7 +165,11 @@ impl<'a> Found<'a> {
     /// What stands in the way of everything else.
     fn obstacle(&self) -> Option<(Reason, String)> {
         if self.view.object.meta().deletion_timestamp.is_some() {
-            return Some((Reason::Deleting, "workers drain before the model goes".into()));
+            let message = match self.view.queue {
+                Some(Err(error)) => format!("the streams cannot be deleted yet: {error}"),
+                _ => "workers drain before the model goes".into(),
+            };
+            return Some((Reason::Deleting, message));
         }
         if let Err(refusal) = self.view.plan {
             return Some((Reason::InvalidSpec, refusal.to_string()));

@@ -1,8 +1,9 @@
 //! How fast weights come from S3: the worker's own pull beside a plain download of the same object by s5cmd,
 //! the well-known parallel client, in turns over the same server and disk.
 //!
-//! The two are not alike: the pull also hashes every byte before the file is used. Neither waits for the disk: the
-//! client does not sync, and the pull leaves that to a thread that goes on behind it, whose time is not counted.
+//! The two are not alike: the pull also hashes every byte before the file is used. Each is a process, timed from its
+//! start to its end. Neither waits for the disk: the client does not sync, and a worker leaves that to a thread that
+//! goes on behind it, whose time is not counted.
 //! Both write to a fresh folder each time, and what the last one wrote is on the disk before the next begins.
 
 use std::fs::File;
@@ -67,6 +68,7 @@ pub async fn measure(bytes: u64) -> Result<Rates> {
     Ok(Rates { pull: median(pulls), plain: median(plains) })
 }
 
+/// In a process of its own, as the client runs in one and a worker starts in one: this program again, with `--pull`.
 async fn pull(s3: &S3, target: &TempDir) -> Result<Duration> {
     let config = ModelConfig {
         namespace: "default".parse()?,
@@ -77,10 +79,27 @@ async fn pull(s3: &S3, target: &TempDir) -> Result<Duration> {
         cache_dir: target.path().to_owned(),
         bytes_max: Bytes(u64::MAX),
     };
-    let began = Instant::now();
-    let folder = weights::pull(&config).await?;
-    let took = began.elapsed();
+    let mut command = Command::new(std::env::current_exe()?);
+    command.arg("--pull").arg(serde_json::to_string(&config)?).stdin(Stdio::null());
+    timed(command, "the pull").await
+}
+
+/// What the process of [`pull`] does.
+///
+/// # Errors
+/// When the pull fails, or found something in the cache.
+pub async fn pull_once(config: &str) -> Result<()> {
+    let folder = weights::pull(&serde_json::from_str(config)?).await?;
     ensure!(folder.pulled_bytes == folder.bytes, "{} of {} bytes came", folder.pulled_bytes, folder.bytes);
+    Ok(())
+}
+
+/// The time from a program's start to its end.
+async fn timed(mut command: Command, what: &str) -> Result<Duration> {
+    let began = Instant::now();
+    let status = tokio::task::spawn_blocking(move || command.status()).await??;
+    let took = began.elapsed();
+    ensure!(status.success(), "{what} ended with {status}");
     Ok(took)
 }
 
@@ -90,10 +109,7 @@ async fn download(s3: &S3, target: &TempDir, bytes: u64) -> Result<Duration> {
     let mut command = Command::new(tools::tool(S5CMD)?);
     command.args(["--endpoint-url", &s3.endpoint(), "cp", &format!("s3://{BUCKET}/m/{TENSORS}")]);
     command.arg(&file).envs(s3.credentials_environment()).stdout(Stdio::null()).stdin(Stdio::null());
-    let began = Instant::now();
-    let status = tokio::task::spawn_blocking(move || command.status()).await??;
-    let took = began.elapsed();
-    ensure!(status.success(), "s5cmd cp ended with {status}");
+    let took = timed(command, "s5cmd cp").await?;
     let found = file.metadata().context("what s5cmd wrote")?.len();
     ensure!(found == bytes, "s5cmd wrote {found} of {bytes} bytes");
     Ok(took)

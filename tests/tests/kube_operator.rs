@@ -7,11 +7,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use futures::{StreamExt, TryStreamExt, stream};
 use k8s_openapi::api::apps::v1::Deployment;
+use kube::api::DeleteParams;
 use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Api, ResourceExt};
+use millrace_crds::model::reason::Reason;
+use millrace_crds::model::status::InferenceModelStatus;
 use millrace_crds::names::{Class, ModelRef};
 use millrace_tests::kube::audit::{self, Entry};
-use millrace_tests::kube::cluster::{Cluster, OPERATOR_USER, ready_reason};
+use millrace_tests::kube::cluster::{Cluster, OPERATOR_USER, ready_reason, wait};
 use millrace_tests::kube::control_plane::Options;
 use millrace_tests::kube::operator::Operator;
 use millrace_tests::kube::programs;
@@ -92,6 +95,41 @@ async fn a_settled_model_is_not_written() -> Result<()> {
     let all = writes(&audit::read(&cluster.plane.audit_log())?);
     ensure!(all.len() == before, "{counted} reconciles wrote {:#?}", &all[before..]);
     eprintln!("{counted} reconciles of settled models, 0 writes ({before} before)");
+    Ok(())
+}
+
+/// A queue that goes with its model waits for the broker, and the model says so.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deletion_that_waits_for_the_broker_says_so() -> Result<()> {
+    if !programs::have() {
+        return Ok(());
+    }
+    let mut cluster = Cluster::start(&Options::default()).await?;
+    cluster.namespace("ending", &[]).await?;
+    let operator = cluster.operator(&["--no-leader-election", "--poll-idle", "1s"])?;
+    let mut spec = sleeping();
+    spec["queue"]["onDelete"] = json!("Delete");
+    cluster.apply("ending", "m", &spec).await?;
+    let asleep = |status: &_| ready_reason(status).as_deref() == Some("ScaledToZero");
+    let settled = cluster.wait_status(("ending", "m"), "asleep", LIMIT, asleep).await;
+    settled.with_context(|| operator.log_tail())?;
+
+    cluster.nats.kill()?;
+    cluster.models("ending").delete("m", &DeleteParams::default()).await?;
+    let waits = |status: &InferenceModelStatus| {
+        status.conditions.iter().any(|condition| {
+            condition.reason == Reason::Deleting && condition.message.contains("streams cannot be deleted")
+        })
+    };
+    let told = cluster.wait_status(("ending", "m"), "waiting for the broker", LIMIT, waits).await;
+    told.with_context(|| operator.log_tail())?;
+
+    cluster.nats.restart()?;
+    let gone = async || Ok(cluster.models("ending").get_opt("m").await?.is_none().then_some(()));
+    wait("end of the model", LIMIT, gone).await.with_context(|| operator.log_tail())?;
+    let jetstream = async_nats::jetstream::new(cluster.nats.connect().await?);
+    let stream = ModelRef::new("ending", "m")?.jobs_stream();
+    ensure!(jetstream.get_stream(&stream).await.is_err(), "the queue was to be deleted with the model");
     Ok(())
 }
 

@@ -32,6 +32,9 @@ struct Args {
     /// Measure only parts whose names contain this
     #[arg(long, default_value = "")]
     only: String,
+    /// Pull one model with this configuration, and measure nothing: how this program starts itself
+    #[arg(long, hide = true, value_name = "JSON")]
+    pull: Option<String>,
 }
 
 /// A least or most value of one of a part's numbers.
@@ -75,6 +78,9 @@ impl Row {
 #[tokio::main]
 async fn main() -> Result<()> {
     let args = Args::parse();
+    if let Some(config) = &args.pull {
+        return pulling::pull_once(config).await;
+    }
     let rows = measure(&args.only).await?;
     ensure!(!rows.is_empty(), "--only {:?}: no part has such a name", args.only);
     print_table(&rows);
