@@ -1,0 +1,206 @@
+//! Attention over the paged cache, in each of its types, against its definition in f64.
+
+use super::*;
+
+/// A sequence's rows through RoPE and attention in chunks, against f64.
+struct Attended {
+    shape: AttentionShape,
+    kv: KvDtype,
+    context: usize,
+    qkv: Vec<f32>,
+    norms: [Vec<f32>; 2],
+}
+
+impl Attended {
+    fn width(&self) -> usize {
+        (self.shape.heads + 2 * self.shape.kv_heads) * self.shape.head_dim
+    }
+
+    /// A head of a row after norm and RoPE, rounded as the cache holds it.
+    fn head(&self, row: usize, head: usize) -> Vec<f64> {
+        let AttentionShape { heads, kv_heads, head_dim, .. } = self.shape;
+        let source = &self.qkv[row * self.width() + head * head_dim..][..head_dim];
+        let mut values: Vec<f64> = source.iter().map(|&v| f64::from(v)).collect();
+        if head < heads + kv_heads {
+            let weight = &self.norms[usize::from(head >= heads)];
+            let square = values.iter().map(|v| v * v).sum::<f64>() / head_dim as f64;
+            for (value, &weight) in values.iter_mut().zip(weight) {
+                *value *= f64::from(weight) / (square + 1e-6).sqrt();
+            }
+            let frequencies = plan(&[], KvPlan { head_dim, ..NO_KV }, 1, 1).rope.inverse_frequencies;
+            for (i, &frequency) in frequencies.iter().enumerate() {
+                let angle = f64::from(row as f32 * frequency);
+                let (a, b) = (values[i], values[i + head_dim / 2]);
+                values[i] = a * angle.cos() - b * angle.sin();
+                values[i + head_dim / 2] = b * angle.cos() + a * angle.sin();
+            }
+        }
+        let AttentionShape { kv_scales: KvScales { key, value }, .. } = self.shape;
+        let scale = if head < heads + kv_heads { key } else { value };
+        let kept = |value: f64| match self.kv {
+            KvDtype::Fp8E4m3 if head >= heads => {
+                f64::from(e4m3::decode(e4m3::encode(value as f32 * (1.0 / scale)))) * f64::from(scale)
+            }
+            _ => f64::from(bf16::from_f32(value as f32).to_f32()),
+        };
+        values.into_iter().map(kept).collect()
+    }
+
+    fn expected(&self, row: usize) -> Vec<f64> {
+        let AttentionShape { heads, kv_heads, scale, sliding_window, .. } = self.shape;
+        let first = sliding_window.map_or(0, |window| (row + 1).saturating_sub(window as usize));
+        let of = |head: usize| -> Vec<f64> {
+            let (query, kv_head) = (self.head(row, head), head / (heads / kv_heads));
+            let score = |key: usize| -> f64 {
+                let key = self.head(key, heads + kv_head);
+                f64::from(scale) * query.iter().zip(&key).map(|(a, b)| a * b).sum::<f64>()
+            };
+            let scores: Vec<f64> = (first..=row).map(score).collect();
+            let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let weights: Vec<f64> = scores.iter().map(|score| (score - most).exp()).collect();
+            let total: f64 = weights.iter().sum();
+            let mut sum = vec![0.0; query.len()];
+            for (key, weight) in (first..=row).zip(&weights) {
+                for (sum, value) in sum.iter_mut().zip(self.head(key, heads + kv_heads + kv_head)) {
+                    *sum += weight / total * value;
+                }
+            }
+            sum
+        };
+        (0..heads).flat_map(of).collect()
+    }
+
+    /// All rows, computed in chunks of this many.
+    fn run(&self, portable: bool, chunk: usize) -> Option<Vec<f32>> {
+        use BufferKind::{Operand, Values};
+        let mut cuda = open(portable)?;
+        let (shape, out_width) = (&self.shape, self.shape.heads * self.shape.head_dim);
+        let (q, k) = (vector(&mut cuda, &self.norms[0]), vector(&mut cuda, &self.norms[1]));
+        let kv = KvPlan {
+            layers: 2,
+            kv_heads: shape.kv_heads,
+            head_dim: shape.head_dim,
+            blocks: 300,
+            dtype: self.kv,
+        };
+        let (qkv, out) = (Buffer(0), Buffer(1));
+        let widths = [(self.width(), Values), (out_width, Operand)];
+        cuda.allocate(plan(&widths, kv, shape.heads, chunk)).unwrap();
+        let tables: Vec<u32> = (0..256).map(|block| (block * 7 + 3) % 300).collect();
+        let mut all = Vec::new();
+        let mut done = 0;
+        while done < self.context {
+            let rows = chunk.min(self.context - done);
+            let tokens = vec![0; rows];
+            let context = (done + rows) as u32;
+            let span = Span { first_row: 0, rows: rows as u32, context, table: 0 };
+            let batch = Batch { tokens: &tokens, spans: &[span], block_tables: &tables, logits_rows: &[] };
+            cuda.begin(&batch).unwrap();
+            put(&cuda, qkv, &self.qkv[done * self.width()..][..rows * self.width()]);
+            put(&cuda, out, &vec![f32::NAN; rows * out_width]);
+            let norms = QkNorm { q: &q, k: &k, eps: 1e-6 };
+            cuda.rope_cache(1, qkv, shape, Some(norms));
+            cuda.attention(1, qkv, shape, out);
+            all.extend(take(&mut cuda, out, rows));
+            done += rows;
+        }
+        Some(all)
+    }
+}
+
+/// Not powers of two: these would change no code.
+const SCALES: KvScales = KvScales { key: 0.013, value: 0.003 };
+
+pub(super) fn check_attention(shape: AttentionShape, context: usize) {
+    for kv in [KvDtype::Operand, KvDtype::Fp8E4m3] {
+        check_attention_over(kv, AttentionShape { kv_scales: SCALES, ..shape }, context);
+    }
+}
+
+fn check_attention_over(kv: KvDtype, shape: AttentionShape, context: usize) {
+    let width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
+    let attended = Attended {
+        shape,
+        kv,
+        context,
+        qkv: random(11, context * width),
+        norms: [random(12, shape.head_dim), random(13, shape.head_dim)],
+    };
+    let mut known: Vec<(bool, Vec<f32>)> = Vec::new();
+    for (portable, chunk) in [(false, context), (false, 100), (false, 1), (true, context), (true, 1)] {
+        if chunk == 1 && context > 300 {
+            continue;
+        }
+        let Some(found) = attended.run(portable, chunk) else { return };
+        let out = shape.heads * shape.head_dim;
+        for row in (0..context).step_by((context / 9).max(1)).chain([context - 1]) {
+            let error = distance(&found[row * out..][..out], &attended.expected(row));
+            assert!(error < 1e-2, "{shape:?} {kv:?} chunk {chunk} row {row} portable {portable}: {error}");
+        }
+        assert!(found.iter().all(|value| value.is_finite()));
+        match known.iter().find(|(other, _)| *other == portable) {
+            Some((_, first)) => {
+                let differ = found.iter().zip(first).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
+                assert_eq!(differ, 0, "{shape:?} {kv:?} in chunks of {chunk}: bytes depend on the chunk");
+            }
+            None => known.push((portable, found)),
+        }
+    }
+}
+
+#[test]
+fn attention_is_right_in_any_chunks() {
+    let shape = |heads, kv_heads, head_dim: usize| AttentionShape {
+        heads,
+        kv_heads,
+        head_dim,
+        scale: (head_dim as f32).powf(-0.5),
+        sliding_window: None,
+        kv_scales: KvScales::ONE,
+    };
+    check_attention(shape(9, 3, 64), 250);
+    check_attention(shape(4, 2, 128), 250);
+    check_attention(shape(14, 2, 64), 130);
+    check_attention(shape(4, 1, 96), 130);
+    check_attention(shape(2, 2, 256), 130);
+    check_attention(shape(2, 1, 128), 1200);
+    check_attention(AttentionShape { sliding_window: Some(50), ..shape(4, 2, 64) }, 250);
+}
+
+/// Every value of 16 bits through the cache of 8: with one position, attention gives the value itself. What is not a
+/// number poisons its own head alone; infinity saturates, as in [`e4m3::encode`].
+#[test]
+fn values_are_rounded_as_on_the_host() {
+    use BufferKind::{Operand, Values};
+    let shape = AttentionShape {
+        heads: 64,
+        kv_heads: 64,
+        head_dim: 64,
+        scale: 0.125,
+        sliding_window: None,
+        kv_scales: KvScales::ONE,
+    };
+    let Some(mut cuda) = open(false) else { return };
+    let (heads, row) = (shape.heads * shape.head_dim, 3 * shape.heads * shape.head_dim);
+    let rows = 65_536 / heads;
+    let kv = KvPlan { layers: 1, kv_heads: 64, head_dim: 64, blocks: rows, dtype: KvDtype::Fp8E4m3 };
+    cuda.allocate(plan(&[(row, Values), (heads, Operand)], kv, shape.heads, rows)).unwrap();
+    let (tokens, tables) = (vec![0; rows], (0..rows as u32).collect::<Vec<_>>());
+    let spans: Vec<Span> =
+        tables.iter().map(|&row| Span { first_row: row, rows: 1, context: 1, table: row }).collect();
+    let batch = Batch { tokens: &tokens, spans: &spans, block_tables: &tables, logits_rows: &[] };
+    cuda.begin(&batch).unwrap();
+    let value = |bits: usize| f32::from_bits((bits as u32) << 16);
+    let mut qkv = vec![0.0; rows * row];
+    for (index, line) in qkv.chunks_exact_mut(row).enumerate() {
+        line[2 * heads..].iter_mut().enumerate().for_each(|(at, into)| *into = value(index * heads + at));
+    }
+    put(&cuda, Buffer(0), &qkv);
+    cuda.rope_cache(0, Buffer(0), &shape, None);
+    cuda.attention(0, Buffer(0), &shape, Buffer(1));
+    for (bits, found) in take(&mut cuda, Buffer(1), rows).into_iter().enumerate() {
+        let expected = e4m3::decode(e4m3::encode(value(bits)));
+        let same = if expected.is_nan() { found.is_nan() } else { found == expected };
+        assert!(same, "{:e}: {found} for {expected}", value(bits));
+    }
+}
