@@ -1,10 +1,13 @@
 // Matrix products on Hopper: the copy engine fills a ring of stages, warpgroups multiply out of it.
 //
 // gemm_wide: 128 features by 64 to 256 rows of the batch; two blocks with neighbouring features share the rows of the
-// batch, of which each fetches half for both. gemm_thin: 64 features by 8 to 64 rows. Where K has parts, the blocks of a
-// cluster take one each and add their sums in order through each other's shared memory; at many rows one block takes
-// all parts in turn. All compute the same chains (see gemm.cuh) and so the same bytes. A producer asks for weights
-// before its predecessor's end, which keeps memory busy between the small kernels of a decode.
+// batch, of which each fetches half for both. gemm_double: as wide, with 128 rows and
+// fewer stages, so that a multiprocessor has two blocks and one multiplies while the other stores. gemm_thin: 64
+// features by 8 to 64 rows. Where K has parts, the blocks of
+// a cluster take one each and add their sums in order through each other's shared memory; at many rows one block takes
+// all parts in turn and keeps the total in registers (gemm_totals). All compute the same chains (see gemm.cuh) and so the
+// same bytes. A producer asks for weights before its predecessor's end, which keeps memory busy between the small kernels
+// of a decode.
 //
 // Bytes: matrix once per batch tile, batch rows once per pair of feature tiles. Operations: 2 * rows * features * columns.
 #include <cuda.h>
@@ -21,16 +24,27 @@ constexpr int MATRIX_BOX = GROUP_FEATURES * ROW_BYTES;
 /// Batch tiles that are computed beside each other: with as many feature tiles they share what the cache holds.
 constexpr int SUPER_TILES = 8;
 
-/// The shape of a kernel: warpgroups that multiply, rows of the batch, stages, whether blocks work in pairs.
-template <int GROUPS_, int BATCH_, int STAGES_, bool PAIR_>
+/// How parts of K are added.
+enum Parts {
+    /// By blocks of a cluster, a part each. With one part, by nobody.
+    BESIDE,
+    /// In registers, in turn.
+    TOTALS,
+};
+
+/// The shape of a kernel: warpgroups that multiply, rows of the batch, stages, whether blocks work in pairs, and how many
+/// blocks a multiprocessor has.
+template <int GROUPS_, int BATCH_, int STAGES_, bool PAIR_, int BLOCKS_>
 struct Shape {
-    static constexpr int GROUPS = GROUPS_, BATCH = BATCH_, STAGES = STAGES_;
+    static constexpr int GROUPS = GROUPS_, BATCH = BATCH_, STAGES = STAGES_, BLOCKS = BLOCKS_;
     static constexpr bool PAIR = PAIR_;
     static constexpr int FEATURES = GROUPS * GROUP_FEATURES;
     static constexpr int MATRIX_BYTES = GROUPS * MATRIX_BOX;
     static constexpr int STAGE_BYTES = MATRIX_BYTES + BATCH * ROW_BYTES;
     static constexpr int BOX_ROWS = BATCH < 64 ? 8 : 32;
     static constexpr int CONSUMERS = GROUPS * 128;
+    /// Threads that neither copy nor multiply: where registers move between warpgroups, three warps of the producer's.
+    static constexpr int HELPERS = GROUPS == 2 && BLOCKS == 1 ? 96 : 0;
 };
 
 /// Where a block works.
@@ -39,10 +53,10 @@ struct Place {
     uint32_t rank;
 };
 
-template <typename S, bool TOTALS>
+template <typename S, Parts PARTS>
 __device__ __forceinline__ Place place_of(const Output &output) {
     Place place;
-    place.splits = TOTALS ? 1 : output.splits;
+    place.splits = PARTS == BESIDE ? output.splits : 1;
     const int cluster = place.splits * (S::PAIR ? 2 : 1), tile = blockIdx.x / cluster;
     place.rank = blockIdx.x % cluster;
     place.split = place.rank % place.splits;
@@ -53,7 +67,7 @@ __device__ __forceinline__ Place place_of(const Output &output) {
     const int inside = tile - group * SUPER_TILES * output.feature_tiles;
     place.row = (first + inside % height) * S::BATCH;
     place.feature = (inside / height * (S::PAIR ? 2 : 1) + place.pair) * S::FEATURES;
-    if (TOTALS) {
+    if (PARTS != BESIDE) {
         place.begin = 0;
         place.steps = (output.columns + COLUMNS - 1) / COLUMNS;
     } else {
@@ -135,12 +149,12 @@ __device__ __forceinline__ void release(uint32_t barrier, const Place &place) {
     }
 }
 
-/// A warpgroup multiplies the ring's stages; the result is in `totals` where parts of K are taken in turn.
-template <typename S, bool TOTALS, int COUNT>
-__device__ __forceinline__ void consume(float (&sums)[S::BATCH / 2], float (&totals)[COUNT], uint32_t ring,
-                                        uint32_t full, const Place &place, const Output &output) {
+/// A warpgroup multiplies the ring's stages. Where parts of K are taken in turn, `part_end` gets each part's sums.
+template <typename S, bool IN_TURN, class F>
+__device__ __forceinline__ void consume(float (&sums)[S::BATCH / 2], uint32_t ring, uint32_t full, const Place &place,
+                                        const Output &output, F part_end) {
     const uint32_t empty = full + 8 * S::STAGES, group = threadIdx.x / 128;
-    int split = 0, begin = 0, end = split_start(output, 1);
+    int part = 0, begin = 0, end = IN_TURN ? split_start(output, 1) : place.steps;
     for (int step = 0; step < place.steps; ++step) {
         const int stage = step % S::STAGES;
         const uint32_t source = ring + stage * S::STAGE_BYTES;
@@ -155,15 +169,14 @@ __device__ __forceinline__ void consume(float (&sums)[S::BATCH / 2], float (&tot
             wgmma_wait<1>();
             release<S>(empty + 8 * ((step - 1) % S::STAGES), place);
         }
-        if constexpr (TOTALS) {
+        if constexpr (IN_TURN) {
             if (step + 1 == end) {
                 wgmma_wait<0>();
                 wgmma_hold(sums);
-#pragma unroll
-                for (int i = 0; i < COUNT; ++i) totals[i] = split == 0 ? sums[i] : totals[i] + sums[i];
-                split += 1;
+                part_end(part);
+                part += 1;
                 begin = end;
-                end = split_start(output, split + 1);
+                end = split_start(output, part + 1);
             }
         }
     }
@@ -172,17 +185,18 @@ __device__ __forceinline__ void consume(float (&sums)[S::BATCH / 2], float (&tot
 }
 
 /// Adds the parts' sums in order: the block of part r takes every r-th share of the tile. There are two parts or more.
-template <typename S>
-__device__ __forceinline__ void add_parts(const Output &output, const float (&sums)[S::BATCH / 2], uint8_t *scratch,
-                                          const Place &place, Spot spot) {
+template <typename S, class L>
+__device__ __forceinline__ void add_parts(L &shared, const Output &output, const float (&sums)[S::BATCH / 2],
+                                          uint8_t *scratch, const Place &place, Spot first) {
     constexpr int TILES = S::BATCH / 8, MINE = (TILES + 1) / 2;
     // What is added to is on its way while the parts meet.
-    float before[MINE][4], bias[2];
-    load_bias(output, spot.feature, bias);
+    float before[MINE][4], bias[2], weight[2];
+    load_bias(output, first.feature, bias);
+    load_norm(output, first.feature, weight);
 #pragma unroll
-    for (int i = 0; i < MINE; ++i) load_before(output, {spot.feature, spot.row + 8 * (place.split + i * place.splits)}, before[i]);
+    for (int i = 0; i < MINE; ++i) load_before(output, first.anew().tile(place.split + i * place.splits), before[i]);
     // All warps have read their last stage, and nobody copies into the ring any more: its memory is free.
-    asm volatile("bar.sync 1, %0;" ::"n"(S::CONSUMERS) : "memory");
+    meet<S::CONSUMERS>();
     auto *mine = reinterpret_cast<float4 *>(scratch);
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile)
@@ -194,29 +208,86 @@ __device__ __forceinline__ void add_parts(const Output &output, const float (&su
     for (int i = 0; i < MINE; ++i) {
         const int tile = place.split + i * place.splits;
         if (tile >= TILES) break;
-        float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        float (&total)[4] = before[i];
         for (int part = 0; part < place.splits; ++part) {
-            uint32_t remote;
-            float4 v;
-            asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-                         : "=r"(remote)
-                         : "r"(base + (tile * S::CONSUMERS + threadIdx.x) * 16), "r"(place.pair * place.splits + part));
-            asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                         : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                         : "r"(remote)
-                         : "memory");
-            total = part == 0 ? v : make_float4(total.x + v.x, total.y + v.y, total.z + v.z, total.w + v.w);
+            const float4 v = load_from_block(base + (tile * S::CONSUMERS + threadIdx.x) * 16,
+                                             place.pair * place.splits + part);
+            total[0] += v.x;
+            total[1] += v.y;
+            total[2] += v.z;
+            total[3] += v.w;
         }
-        const float parts[4] = {total.x, total.y, total.z, total.w};
-        store_values(output, {spot.feature, spot.row + 8 * tile}, before[i], parts, bias);
+        finish_tile(shared, output, first.anew().tile(tile), total, bias, weight);
     }
+    store_squares(shared, output, place.feature, place.row, place.split, place.splits);
     // A block must not end while another one reads its sums.
     cluster_meet();
 }
 
-template <typename S, Epilogue EPILOGUE, bool TOTALS>
+/// Adds the sums to the residual.
+template <typename S, Parts PARTS, class L>
+__device__ __forceinline__ void leave_sums(L &shared, const Output &output, float (&sums)[S::BATCH / 2],
+                                           uint8_t *scratch, const Place &place, Spot spot) {
+    // Tiles of 256 rows leave no registers for parts; the host does not choose them where K has several.
+    if constexpr (PARTS == BESIDE && S::BATCH < 256) {
+        if (place.splits > 1) {
+            add_parts<S>(shared, output, sums, scratch, place, spot);
+            return;
+        }
+    }
+    store_sums<PARTS == TOTALS, L, S::BATCH / 8>(shared, output, spot, sums, place.feature);
+}
+
+/// The factors of the norms of heads. A head of 128 elements is two groups of 64 features: both of this block, or one of
+/// each block of a cluster of two.
+template <typename S, class L>
+__device__ __forceinline__ void load_head_factors(L &shared, const Output &output) {
+    const bool two = output.heads.head_dim == 128;
+    for (int i = threadIdx.x; i < S::GROUPS * S::BATCH; i += S::CONSUMERS) {
+        const int group = i / S::BATCH, local = i % S::BATCH;
+        const float own = group_squares(shared, group, local);
+        shared.heads[group][local] =
+            S::GROUPS == 2 && two ? group_squares(shared, 0, local) + group_squares(shared, 1, local) : own;
+    }
+    if constexpr (S::GROUPS == 1) {
+        if (two) {
+            cluster_sync();
+            float total = 0.0f;
+            const bool has = threadIdx.x < S::BATCH;
+            if (has) {
+                const uint32_t place = shared_address(&shared.heads[0][threadIdx.x]);
+                total = load_value_from_block(place, 0) + load_value_from_block(place, 1);
+            }
+            // The other block has read this one's share before it is written over, and before this one ends.
+            cluster_meet();
+            if (has) shared.heads[0][threadIdx.x] = total;
+        }
+    }
+    for (int i = threadIdx.x; i < S::GROUPS * S::BATCH; i += S::CONSUMERS) {
+        float &value = shared.heads[i / S::BATCH][i % S::BATCH];
+        value = 1.0f / sqrtf(value / output.heads.head_dim + output.heads.eps);
+    }
+    meet<S::CONSUMERS>();
+}
+
+template <typename S, class L>
+__device__ __forceinline__ void leave_heads(L &shared, const Output &output, float (&sums)[S::BATCH / 2], Spot spot) {
+    constexpr int TILES = S::BATCH / 8;
+    const HeadSpot at = head_spot(output, spot.feature);
+    finish_heads<L, TILES>(shared, output, at, spot, sums);
+    if (output.heads.q_norm != nullptr) {
+        leave_head_squares<L, TILES>(shared, spot, sums);
+        load_head_factors<S>(shared, output);
+        norm_heads<L, TILES>(shared, output, at, spot, sums);
+    }
+    store_heads<L, TILES>(shared, output, at, spot, sums);
+}
+
+template <typename S, Epilogue EPILOGUE, Parts PARTS>
 __device__ __forceinline__ void gemm(const CUtensorMap &matrix, const CUtensorMap &batch, const Output &output) {
     extern __shared__ uint8_t dynamic[];
+    using Leaving = Shared<S::GROUPS * 4, S::BATCH, S::GROUPS == 2 && S::BLOCKS == 2 ? 2 : 4>;
+    __shared__ Leaving shared;
     __shared__ alignas(8) uint64_t barriers[2 * S::STAGES];
     const uint32_t ring = (shared_address(dynamic) + 1023) & ~1023u;
     const uint32_t full = shared_address(barriers), empty = full + 8 * S::STAGES;
@@ -231,30 +302,56 @@ __device__ __forceinline__ void gemm(const CUtensorMap &matrix, const CUtensorMa
     // The other block of a pair copies into this one's ring and arrives at its barriers.
     if constexpr (S::PAIR) cluster_meet();
     launch_dependents();
-    const Place place = place_of<S, TOTALS>(output);
+    const Place place = place_of<S, PARTS>(output);
     if (threadIdx.x >= S::CONSUMERS) {
-        if constexpr (S::GROUPS == 2) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        if constexpr (S::HELPERS > 0) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (threadIdx.x == S::CONSUMERS) produce<S>(ring, full, empty, matrix, batch, place);
+        const int helper = int(threadIdx.x) - S::CONSUMERS - 32;
+        if (EPILOGUE != ADD && S::HELPERS > 0 && helper >= 0) {
+            wait_for_predecessor();
+            load_rows<EPILOGUE == ROPE>(shared, output, place.row, helper, S::HELPERS);
+            asm volatile("bar.arrive 2, %0;" ::"n"(S::CONSUMERS + S::HELPERS) : "memory");
+        }
         return;
     }
-    if constexpr (S::GROUPS == 2) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    float sums[S::BATCH / 2];
-    float totals[TOTALS ? S::BATCH / 2 : 1];
-    consume<S, TOTALS>(sums, totals, ring, full, place, output);
-    wait_for_predecessor();
+    if constexpr (S::HELPERS > 0) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     const Spot spot = {place.feature + int(threadIdx.x) / 32 * 16 + int(threadIdx.x) % 32 / 4,
-                       place.row + int(threadIdx.x) % 4 * 2};
-    // Tiles of 256 rows leave no registers for parts; the host does not choose them where K has several.
-    if constexpr (EPILOGUE == ADD && !TOTALS && S::BATCH < 256) {
-        if (place.splits > 1) {
-            add_parts<S>(output, sums, dynamic + (ring - shared_address(dynamic)), place, spot);
-            return;
-        }
+                       place.row + int(threadIdx.x) % 4 * 2, place.row};
+    if constexpr (EPILOGUE != ADD && S::HELPERS == 0) {
+        wait_for_predecessor();
+        load_rows<EPILOGUE == ROPE>(shared, output, place.row, threadIdx.x, S::CONSUMERS);
+        meet<S::CONSUMERS>();
     }
-    if constexpr (TOTALS) {
-        store_sums<EPILOGUE, S::BATCH / 8>(output, spot, totals);
-    } else {
-        store_sums<EPILOGUE, S::BATCH / 8>(output, spot, sums);
+    constexpr int TILES = S::BATCH / 8;
+    float sums[S::BATCH / 2];
+    float totals[PARTS == TOTALS ? S::BATCH / 2 : 4];
+    consume<S, PARTS != BESIDE>(sums, ring, full, place, output, [&](int part) {
+        wait_for_predecessor();
+        if constexpr (PARTS == TOTALS) {
+            if (part == 0) {
+#pragma unroll
+                for (int i = 0; i < S::BATCH / 2; ++i) totals[i] = sums[i];
+                add_before<TILES>(output, spot, totals);
+            } else {
+#pragma unroll
+                for (int i = 0; i < S::BATCH / 2; ++i) totals[i] += sums[i];
+            }
+        }
+    });
+    wait_for_predecessor();
+    if constexpr (EPILOGUE != ADD && S::HELPERS > 0)
+        asm volatile("bar.sync 2, %0;" ::"n"(S::CONSUMERS + S::HELPERS) : "memory");
+    uint8_t *scratch = dynamic + (ring - shared_address(dynamic));
+    if constexpr (EPILOGUE == VALUES) store_values<Leaving, TILES>(shared, output, spot, sums);
+    if constexpr (EPILOGUE == SILU_MUL) store_gated<Leaving, TILES>(shared, output, spot, sums);
+    if constexpr (EPILOGUE == ROPE) leave_heads<S>(shared, output, sums, spot);
+    if constexpr (EPILOGUE == ADD) {
+        if constexpr (PARTS == TOTALS) {
+            leave_sums<S, PARTS>(shared, output, totals, scratch, place, spot);
+        } else {
+            leave_sums<S, PARTS>(shared, output, sums, scratch, place, spot);
+            if (PARTS == BESIDE && place.splits > 1) return;
+        }
     }
     // A block must not end while the other one may still arrive at its barriers.
     if constexpr (S::PAIR) cluster_meet();
@@ -267,43 +364,36 @@ __device__ __forceinline__ void gemm(const CUtensorMap &matrix, const CUtensorMa
 #define GEMM_BODY(...)
 #endif
 
-// STAGES are as many as fit: one block per multiprocessor for wide, two for thin.
-#define WIDE(NAME, BATCH, STAGES, EPILOGUE, TOTALS)                                                                    \
-    extern "C" __global__ void __launch_bounds__(384, 1) NAME(const __grid_constant__ CUtensorMap matrix,              \
-                                                              const __grid_constant__ CUtensorMap batch,               \
-                                                              const __grid_constant__ Output output) {                 \
-        GEMM_BODY(gemm<Shape<2, BATCH, STAGES, true>, EPILOGUE, TOTALS>(matrix, batch, output);)                       \
+// STAGES are as many as fit: BLOCKS per multiprocessor for wide, two for thin. A warpgroup of the producer's, where
+// registers move from it to the others; else a warp.
+#define WIDE(NAME, BATCH, STAGES, BLOCKS, EPILOGUE, PARTS)                                                             \
+    extern "C" __global__ void __launch_bounds__(BLOCKS == 1 ? 384 : 288, BLOCKS)                                      \
+        NAME(const __grid_constant__ CUtensorMap matrix, const __grid_constant__ CUtensorMap batch,                    \
+             const __grid_constant__ Output output) {                                                                  \
+        GEMM_BODY(gemm<Shape<2, BATCH, STAGES, true, BLOCKS>, EPILOGUE, PARTS>(matrix, batch, output);)                \
     }
 #define THIN(NAME, BATCH, STAGES, EPILOGUE)                                                                            \
     extern "C" __global__ void __launch_bounds__(160, 2) NAME(const __grid_constant__ CUtensorMap matrix,              \
                                                               const __grid_constant__ CUtensorMap batch,               \
                                                               const __grid_constant__ Output output) {                 \
-        GEMM_BODY(gemm<Shape<1, BATCH, STAGES, false>, EPILOGUE, false>(matrix, batch, output);)                       \
+        GEMM_BODY(gemm<Shape<1, BATCH, STAGES, false, 2>, EPILOGUE, BESIDE>(matrix, batch, output);)                   \
     }
+#define ALL_SIZES(NAME, EPILOGUE)                                                                                      \
+    THIN(gemm_thin_8_##NAME, 8, 11, EPILOGUE)                                                                          \
+    THIN(gemm_thin_16_##NAME, 16, 10, EPILOGUE)                                                                        \
+    THIN(gemm_thin_32_##NAME, 32, 8, EPILOGUE)                                                                         \
+    THIN(gemm_thin_64_##NAME, 64, 6, EPILOGUE)                                                                         \
+    WIDE(gemm_wide_64_##NAME, 64, 8, 1, EPILOGUE, BESIDE)                                                              \
+    WIDE(gemm_wide_128_##NAME, 128, 6, 1, EPILOGUE, BESIDE)                                                            \
+    WIDE(gemm_wide_192_##NAME, 192, 5, 1, EPILOGUE, BESIDE)                                                            \
+    WIDE(gemm_wide_256_##NAME, 256, 4, 1, EPILOGUE, BESIDE)
 
-WIDE(gemm_wide_64_values, 64, 8, VALUES, false)
-WIDE(gemm_wide_128_values, 128, 6, VALUES, false)
-WIDE(gemm_wide_192_values, 192, 5, VALUES, false)
-WIDE(gemm_wide_256_values, 256, 4, VALUES, false)
-WIDE(gemm_wide_64_silu_mul, 64, 8, SILU_MUL, false)
-WIDE(gemm_wide_128_silu_mul, 128, 6, SILU_MUL, false)
-WIDE(gemm_wide_192_silu_mul, 192, 5, SILU_MUL, false)
-WIDE(gemm_wide_256_silu_mul, 256, 4, SILU_MUL, false)
-WIDE(gemm_wide_64_add, 64, 8, ADD, false)
-WIDE(gemm_wide_128_add, 128, 6, ADD, false)
-WIDE(gemm_wide_192_add, 192, 5, ADD, false)
-WIDE(gemm_wide_256_add, 256, 4, ADD, false)
-WIDE(gemm_totals_128_add, 128, 6, ADD, true)
-WIDE(gemm_totals_192_add, 192, 5, ADD, true)
-THIN(gemm_thin_8_values, 8, 11, VALUES)
-THIN(gemm_thin_16_values, 16, 10, VALUES)
-THIN(gemm_thin_32_values, 32, 8, VALUES)
-THIN(gemm_thin_64_values, 64, 6, VALUES)
-THIN(gemm_thin_8_silu_mul, 8, 11, SILU_MUL)
-THIN(gemm_thin_16_silu_mul, 16, 10, SILU_MUL)
-THIN(gemm_thin_32_silu_mul, 32, 8, SILU_MUL)
-THIN(gemm_thin_64_silu_mul, 64, 6, SILU_MUL)
-THIN(gemm_thin_8_add, 8, 11, ADD)
-THIN(gemm_thin_16_add, 16, 10, ADD)
-THIN(gemm_thin_32_add, 32, 8, ADD)
-THIN(gemm_thin_64_add, 64, 6, ADD)
+ALL_SIZES(values, VALUES)
+ALL_SIZES(silu_mul, SILU_MUL)
+ALL_SIZES(rope, ROPE)
+ALL_SIZES(add, ADD)
+WIDE(gemm_double_128_values, 128, 3, 2, VALUES, BESIDE)
+WIDE(gemm_double_128_silu_mul, 128, 3, 2, SILU_MUL, BESIDE)
+WIDE(gemm_double_128_rope, 128, 3, 2, ROPE, BESIDE)
+WIDE(gemm_totals_128_add, 128, 6, 1, ADD, TOTALS)
+WIDE(gemm_totals_192_add, 192, 5, 1, ADD, TOTALS)

@@ -55,6 +55,11 @@ __device__ __forceinline__ void gemm_mma(const __nv_bfloat16 *matrix, int matrix
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int feature = blockIdx.y * TILE, row = blockIdx.x * TILE;
     const int steps = (output.columns + COLUMNS - 1) / COLUMNS;
+    const Spot spot = {feature + warp * 16 + lane / 4, row + lane % 4 * 2, row};
+    using Leaving = Shared<THREADS / 32, TILE>;
+    __shared__ Leaving shared;
+    load_rows<false>(shared, output, row, threadIdx.x, THREADS);
+    __syncthreads();
     auto copy = [&](int step) {
         copy_tile(matrix_tile[step % 2], matrix, matrix_stride, feature, output.features, step * COLUMNS, output.columns);
         copy_tile(batch_tile[step % 2], batch, batch_stride, row, output.rows, step * COLUMNS, output.columns);
@@ -94,13 +99,15 @@ __device__ __forceinline__ void gemm_mma(const __nv_bfloat16 *matrix, int matrix
                     float &total = totals[4 * tile + i];
                     total = split == 0 ? sums[tile][i] : total + sums[tile][i];
                 }
+            if (EPILOGUE == ADD && split == 0) add_before<TILE / 8>(output, spot, totals);
             split += 1;
             begin = end;
             end = split_start(output, split + 1);
         }
     }
-    const Spot spot = {feature + warp * 16 + lane / 4, row + lane % 4 * 2};
-    store_sums<EPILOGUE, TILE / 8>(output, spot, totals);
+    if constexpr (EPILOGUE == VALUES) store_values<Leaving, TILE / 8>(shared, output, spot, totals);
+    if constexpr (EPILOGUE == SILU_MUL) store_gated<Leaving, TILE / 8>(shared, output, spot, totals);
+    if constexpr (EPILOGUE == ADD) store_sums<true, Leaving, TILE / 8>(shared, output, spot, totals, feature);
 }
 
 }  // namespace

@@ -322,6 +322,13 @@ pub trait Ops {
     /// When a part is no matrix or the columns differ.
     fn matrix(&mut self, parts: &[HostTensor<'_>]) -> Result<Self::Matrix, LoadError>;
 
+    /// Loads the projections of queries, keys and values, stacked, for a product that [`Ops::rope_cache`] follows at
+    /// once; the product's values are not for anything else.
+    ///
+    /// # Errors
+    /// As [`Self::matrix`].
+    fn qkv_matrix(&mut self, parts: &[HostTensor<'_>], head_dim: usize) -> Result<Self::Matrix, LoadError>;
+
     /// Loads a gate and an up projection for [`Ops::linear_silu_mul`].
     ///
     /// # Errors

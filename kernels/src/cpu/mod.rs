@@ -195,6 +195,10 @@ impl Ops for Cpu {
         pack(&mut self.pool, &Source::Stacked(parts), self.precision)
     }
 
+    fn qkv_matrix(&mut self, parts: &[HostTensor<'_>], _head_dim: usize) -> Result<Matrix, LoadError> {
+        self.matrix(parts)
+    }
+
     fn gated_matrix(&mut self, gate: &HostTensor<'_>, up: &HostTensor<'_>) -> Result<Matrix, LoadError> {
         pack(&mut self.pool, &Source::Gated(gate, up), self.precision)
     }

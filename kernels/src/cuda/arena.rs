@@ -8,6 +8,7 @@ use std::sync::Arc;
 use cudarc::driver::sys::CUtensorMap;
 
 use super::device::{Device, DeviceError, Memory, Pinned};
+use super::gemm::GROUP_FEATURES;
 use super::plan::{Capacity, GRAPH_ROWS_MAX, Layout, Packing, splits};
 use super::sampling::{ADJUSTMENT_BYTES, LOGPROBS_BYTES, PART_TOKENS, RESULT_BYTES};
 use super::weights::tensor_map;
@@ -44,12 +45,19 @@ pub struct Place {
     pub pointer: u64,
     /// Of operands: boxes of 8 and of 32 rows.
     pub maps: Option<[CUtensorMap; 2]>,
+    /// Of values: sums of squares of each row's groups of [`GROUP_FEATURES`]; zero beyond the groups.
+    pub squares: u64,
 }
 
 impl Activation {
     /// Bytes of an element.
     pub fn element_bytes(&self) -> usize {
         if self.kind == BufferKind::Values { 4 } else { 2 }
+    }
+
+    /// Sums of squares from row to row: as many as fill vectors of 4.
+    pub fn squares_stride(&self) -> usize {
+        self.width.div_ceil(GROUP_FEATURES).next_multiple_of(4)
     }
 }
 
@@ -265,16 +273,23 @@ fn activation(
     rows: usize,
     logits_rows: usize,
 ) -> Activation {
-    let stride = buffer.width.next_multiple_of(64);
-    let element = if buffer.kind == BufferKind::Values { 4 } else { 2 };
-    let mut take = |rows: usize| Place { pointer: cut.take(rows * stride * element), maps: None };
-    Activation {
+    let nowhere = Place { pointer: 0, maps: None, squares: 0 };
+    let mut activation = Activation {
         width: buffer.width,
-        stride,
+        stride: buffer.width.next_multiple_of(64),
         kind: buffer.kind,
-        rows: take(rows.max(GRAPH_ROWS_MAX)),
-        narrowed: take(logits_rows),
-    }
+        rows: nowhere.clone(),
+        narrowed: nowhere,
+    };
+    let row_bytes = activation.stride * activation.element_bytes();
+    let squares_bytes = if buffer.kind == BufferKind::Values { activation.squares_stride() * 4 } else { 0 };
+    let mut take = |rows: usize| Place {
+        pointer: cut.take(rows * row_bytes),
+        maps: None,
+        squares: cut.take(rows * squares_bytes),
+    };
+    (activation.rows, activation.narrowed) = (take(rows.max(GRAPH_ROWS_MAX)), take(logits_rows));
+    activation
 }
 
 /// Turns offsets into addresses, and describes operands to the copy engine.
@@ -282,6 +297,7 @@ fn place(buffer: &mut Activation, base: u64, rows: usize, logits_rows: usize) ->
     let (width, stride, kind) = (buffer.width, buffer.stride, buffer.kind);
     for (place, rows) in [(&mut buffer.rows, rows), (&mut buffer.narrowed, logits_rows)] {
         place.pointer += base;
+        place.squares += base;
         if kind == BufferKind::Operand {
             let map = |box_rows| tensor_map(place.pointer, (rows, width), stride, box_rows);
             place.maps = Some([map(8)?, map(32)?]);

@@ -15,9 +15,13 @@ const PREFILL_WGMMA_THREADS: u32 = 384;
 /// Sizes of heads that the Hopper kernel for prefills is compiled for.
 const WGMMA_HEAD_DIMS: [u32; 2] = [64, 128];
 
+/// Shared memory that a block of any of the kernels can do with, and what decodes take where there is more.
+const SHARED_BYTES_MIN: u32 = 160 * 1024;
+const SHARED_BYTES_BEST: u32 = 224 * 1024;
+
 /// Shared memory of a decode, where a block can have `limit` bytes.
 fn decode_shared_bytes(limit: u32) -> u32 {
-    if limit >= 224 * 1024 { 224 * 1024 } else { 160 * 1024 }
+    if limit >= SHARED_BYTES_BEST { SHARED_BYTES_BEST } else { SHARED_BYTES_MIN }
 }
 
 fn tile_keys(head_dim: u32) -> u32 {
@@ -74,8 +78,12 @@ impl Attend {
     /// Finds the kernels. `portable` takes those that every chip runs.
     ///
     /// # Errors
-    /// When one is missing.
+    /// When one is missing, or the chip's blocks have too little shared memory.
     pub fn new(device: &Device, portable: bool) -> Result<Self, DeviceError> {
+        let (has, needed) = (device.shared_bytes_max, SHARED_BYTES_MIN);
+        if has < needed {
+            return Err(DeviceError::Shared { has, needed });
+        }
         let decode_shared_bytes = decode_shared_bytes(device.shared_bytes_max);
         let mut kernels = Vec::new();
         for (kv, suffix) in [(KvDtype::Operand, ""), (KvDtype::Fp8E4m3, "_fp8")] {

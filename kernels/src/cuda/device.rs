@@ -37,6 +37,18 @@ pub enum DeviceError {
         /// Minor number.
         minor: i32,
     },
+    /// A block of the chip has too little shared memory for attention.
+    #[error(
+        "a block of the device can have {} KiB of shared memory; attention needs {} KiB, which chips of compute \
+         capability 8.0, 9.0 and 10.0 have",
+        has / 1024, needed / 1024
+    )]
+    Shared {
+        /// Bytes that there are.
+        has: u32,
+        /// Bytes that are needed.
+        needed: u32,
+    },
     /// A call failed.
     #[error("CUDA: {0}")]
     Call(String),
@@ -49,7 +61,7 @@ impl From<DriverError> for DeviceError {
 }
 
 /// A kernel that was loaded.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Kernel(sys::CUfunction);
 
 // SAFETY: a handle that the driver lets any thread use; its module is never unloaded.

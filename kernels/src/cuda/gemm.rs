@@ -5,7 +5,7 @@
 
 use super::device::{Device, DeviceError, Kernel, Launch};
 
-/// How the sums leave, as in `gemm.cuh`.
+/// How the sums leave, as in `epilogue.cuh`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Epilogue {
     /// Written.
@@ -14,14 +14,23 @@ pub enum Epilogue {
     Add,
     /// Of gate and up rows: `silu(gate) * up`, as an operand.
     SiluMul,
+    /// Of a QKV matrix: queries as operands, keys and values into the cache. Hopper alone.
+    Rope,
 }
 
-const EPILOGUES: [(Epilogue, &str); 3] =
-    [(Epilogue::Values, "values"), (Epilogue::Add, "add"), (Epilogue::SiluMul, "silu_mul")];
-/// Rows of the batch per tile, and stages of the ring, as `gemm.cu` has them.
-const WIDE: [(usize, u32); 4] = [(64, 8), (128, 6), (192, 5), (256, 4)];
-const TOTALS: [(usize, u32); 2] = [(128, 6), (192, 5)];
-const THIN: [(usize, u32); 4] = [(8, 11), (16, 10), (32, 8), (64, 6)];
+const EPILOGUES: [(Epilogue, &str); 4] = [
+    (Epilogue::Values, "values"),
+    (Epilogue::Add, "add"),
+    (Epilogue::SiluMul, "silu_mul"),
+    (Epilogue::Rope, "rope"),
+];
+/// Rows of the batch per tile, and stages of the ring.
+type Tile = (usize, u32);
+/// As `gemm.cu` has them.
+const THIN: [Tile; 4] = [(8, 11), (16, 10), (32, 8), (64, 6)];
+const WIDE: [Tile; 4] = [(64, 8), (128, 6), (192, 5), (256, 4)];
+const DOUBLE: [Tile; 1] = [(128, 3)];
+const TOTALS: [Tile; 2] = [(128, 6), (192, 5)];
 /// Features of a block.
 const WIDE_FEATURES: usize = 128;
 const THIN_FEATURES: usize = 64;
@@ -34,11 +43,75 @@ const SPLITS_MAX: usize = 4;
 /// Least columns of a part: a shorter one costs more to add than it saves.
 const SPLIT_COLUMNS_MIN: usize = 256;
 /// Blocks of 64 features that keep memory busy at one row. A constant, so that results depend on no chip.
-const SPLIT_BLOCKS: usize = 64;
+const SPLIT_BLOCKS: usize = 128;
+/// Features of a group whose squares are added before those of other groups.
+pub const GROUP_FEATURES: usize = 64;
 
-/// The result's side of a product, as `Output` in `gemm.cuh`.
+/// The norm before a product, as in `epilogue.cuh`; all zero without one.
 #[repr(C)]
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct NormBefore {
+    /// Sums of squares of a row's groups.
+    pub squares: u64,
+    /// From row to row.
+    pub stride: i32,
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
+/// The norm after a product that adds, as in `epilogue.cuh`; all zero without one.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct NormAfter {
+    /// One per feature.
+    pub weight: u64,
+    /// Values times weight.
+    pub out: u64,
+    /// Sums of squares of a row's groups.
+    pub squares: u64,
+    /// Elements from row to row of `out`.
+    pub out_stride: i32,
+    /// The same of the squares.
+    pub squares_stride: i32,
+}
+
+/// What becomes of queries, keys and values, as in `epilogue.cuh`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Heads {
+    /// `Row` each.
+    pub rows: u64,
+    /// Cosines, then sines, of each position.
+    pub table: u64,
+    /// Weights of the norm of queries, or 0.
+    pub q_norm: u64,
+    /// The same of keys.
+    pub k_norm: u64,
+    /// Where queries go.
+    pub queries: u64,
+    /// The layer's pages.
+    pub cache: u64,
+    /// Query heads.
+    pub heads: i32,
+    /// Key-value heads.
+    pub kv_heads: i32,
+    /// Elements of a head.
+    pub head_dim: i32,
+    /// Elements from row to row of the queries.
+    pub query_stride: i32,
+    /// Added to the mean square of a head.
+    pub eps: f32,
+    /// One over the scale of keys of 8 bits.
+    pub key_factor: f32,
+    /// The same of values.
+    pub value_factor: f32,
+    /// Whether the cache has 8 bits.
+    pub fp8: i32,
+}
+
+/// The result's side of a product, as in `epilogue.cuh`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Output {
     /// Where the rows start.
     pub out: u64,
@@ -58,6 +131,12 @@ pub struct Output {
     pub batch_tiles: i32,
     /// Tiles of features, or pairs of them.
     pub feature_tiles: i32,
+    /// What the batch's rows lack.
+    pub before: NormBefore,
+    /// What the next product needs.
+    pub after: NormAfter,
+    /// Of [`Epilogue::Rope`].
+    pub heads: Heads,
 }
 
 /// Which of the batch's tensor maps a kernel reads through.
@@ -74,7 +153,7 @@ pub enum BatchMap {
 /// A kernel that computes a product.
 #[derive(Debug, Clone, Copy)]
 pub struct Choice {
-    /// It.
+    /// The kernel.
     pub kernel: Kernel,
     /// Its grid.
     pub launch: Launch,
@@ -86,6 +165,23 @@ pub struct Choice {
     pub feature_tiles: usize,
 }
 
+/// A product's size, for choosing.
+#[derive(Debug, Clone, Copy)]
+pub struct Work {
+    /// How the sums leave.
+    pub epilogue: Epilogue,
+    /// Rows of the batch.
+    pub rows: usize,
+    /// Rows of the matrix.
+    pub features: usize,
+    /// Columns of both.
+    pub columns: usize,
+    /// Parts of K.
+    pub splits: usize,
+    /// Whether a thin kernel's blocks work in twos, each with half of a head that is normed.
+    pub halves: bool,
+}
+
 /// A kind of kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
@@ -93,13 +189,51 @@ enum Kind {
     Thin,
     /// Two blocks for 256.
     Wide,
+    /// As wide, two blocks to a multiprocessor.
+    Double,
     /// As wide, all parts of K in turn.
     Totals,
 }
 
+impl Kind {
+    const ALL: [(Self, &str, &'static [Tile]); 4] = [
+        (Self::Thin, "thin", &THIN),
+        (Self::Wide, "wide", &WIDE),
+        (Self::Double, "double", &DOUBLE),
+        (Self::Totals, "totals", &TOTALS),
+    ];
+
+    /// Features of a block.
+    fn features(self) -> usize {
+        if self == Self::Thin { THIN_FEATURES } else { WIDE_FEATURES }
+    }
+
+    /// Whether `gemm.cu` has it for sums that leave like this.
+    fn has(self, epilogue: Epilogue) -> bool {
+        match self {
+            Self::Thin | Self::Wide => true,
+            Self::Double => epilogue != Epilogue::Add,
+            Self::Totals => epilogue == Epilogue::Add,
+        }
+    }
+
+    /// Blocks that a multiprocessor has at once.
+    fn blocks(self) -> usize {
+        if matches!(self, Self::Thin | Self::Double) { 2 } else { 1 }
+    }
+
+    fn threads(self) -> u32 {
+        match self {
+            Self::Thin => 160,
+            Self::Double => 288,
+            _ => 384,
+        }
+    }
+}
+
 /// One compiled kernel.
 #[derive(Debug, Clone, Copy)]
-struct Variant {
+pub struct Variant {
     kind: Kind,
     epilogue: Epilogue,
     batch: usize,
@@ -112,7 +246,8 @@ struct Variant {
 pub struct Gemm {
     variants: Vec<Variant>,
     mma: Vec<(Epilogue, Kernel)>,
-    hopper: bool,
+    /// Whether the kernels are those of Hopper.
+    pub hopper: bool,
     multiprocessors: usize,
 }
 
@@ -146,19 +281,15 @@ impl Gemm {
             multiprocessors: device.multiprocessors as usize,
         };
         for (epilogue, name) in EPILOGUES {
-            gemm.mma.push((epilogue, device.kernel(&format!("gemm_mma_{name}"))?));
-            if !gemm.hopper {
-                continue;
+            if epilogue != Epilogue::Rope {
+                gemm.mma.push((epilogue, device.kernel(&format!("gemm_mma_{name}"))?));
             }
-            let totals: &[(usize, u32)] = if epilogue == Epilogue::Add { &TOTALS } else { &[] };
-            for (kind, word, features, tiles) in [
-                (Kind::Wide, "wide", WIDE_FEATURES, &WIDE[..]),
-                (Kind::Totals, "totals", WIDE_FEATURES, totals),
-                (Kind::Thin, "thin", THIN_FEATURES, &THIN[..]),
-            ] {
+            let kinds = Kind::ALL.iter().filter(|(kind, ..)| gemm.hopper && kind.has(epilogue));
+            for &(kind, word, tiles) in kinds {
                 for &(batch, stages) in tiles {
                     let kernel = device.kernel(&format!("gemm_{word}_{batch}_{name}"))?;
-                    let shared_bytes = stages * ((features + batch) * STAGE_COLUMNS * 2) as u32 + 1024;
+                    let stage_bytes = (kind.features() + batch) * STAGE_COLUMNS * 2;
+                    let shared_bytes = stages * stage_bytes as u32 + 1024;
                     device.allow_shared(kernel, shared_bytes)?;
                     gemm.variants.push(Variant { kind, epilogue, batch, shared_bytes, kernel });
                 }
@@ -168,48 +299,71 @@ impl Gemm {
     }
 
     /// The kernel for a product of this size.
-    pub fn choose(&self, epilogue: Epilogue, rows: usize, (features, columns): (usize, usize)) -> Choice {
+    pub fn choose(&self, work: &Work) -> Choice {
         if !self.hopper {
-            let kernel = self.mma.iter().find(|entry| entry.0 == epilogue).expect("all epilogues").1;
-            let (batch_tiles, feature_tiles) = (rows.div_ceil(64), features.div_ceil(64));
+            let kernel = self.mma.iter().find(|entry| entry.0 == work.epilogue).expect("all but one").1;
+            let (batch_tiles, feature_tiles) = (work.rows.div_ceil(64), work.features.div_ceil(64));
             let launch = Launch::grid([batch_tiles as u32, feature_tiles as u32, 1], 128);
             return Choice { kernel, launch, map: BatchMap::None, batch_tiles, feature_tiles };
         }
-        let splits = splits(epilogue, features, columns);
-        let work = Work { rows, features, columns, splits, multiprocessors: self.multiprocessors };
-        let fitting = self.variants.iter().filter(|v| v.epilogue == epilogue && work.suits(v.kind, v.batch));
-        let best = fitting.min_by_key(|v| work.cycles(v.kind, v.batch));
-        let variant = best.expect("a kernel suits any number of rows");
-        let (batch_tiles, feature_tiles) = work.tiles(variant.kind, variant.batch);
-        let cluster = work.cluster(variant.kind);
-        let threads = if variant.kind == Kind::Thin { 160 } else { 384 };
-        let launch = Launch {
-            shared_bytes: variant.shared_bytes,
-            cluster: cluster as u32,
-            ..Launch::grid([(cluster * batch_tiles * feature_tiles) as u32, 1, 1], threads)
-        };
-        let map = if variant.batch < 64 { BatchMap::Rows8 } else { BatchMap::Rows32 };
-        Choice { kernel: variant.kernel, launch, map, batch_tiles, feature_tiles }
+        let time = |variant: &&Variant| work.microseconds(variant.kind, variant.batch, self.multiprocessors);
+        let best = self.suitable(work).min_by(|a, b| time(a).total_cmp(&time(b)));
+        best.expect("a kernel suits any number of rows").choice(work)
+    }
+
+    /// The Hopper kernels that can compute a product.
+    pub fn suitable<'a>(&'a self, work: &'a Work) -> impl Iterator<Item = &'a Variant> {
+        self.variants.iter().filter(|v| v.epilogue == work.epilogue && work.suits(v.kind, v.batch))
     }
 }
 
-/// A product's size, for choosing.
-#[derive(Debug, Clone, Copy)]
-struct Work {
-    rows: usize,
-    features: usize,
-    columns: usize,
-    splits: usize,
-    multiprocessors: usize,
+impl Variant {
+    /// For people.
+    pub fn name(&self) -> String {
+        format!("{:?}-{}", self.kind, self.batch).to_lowercase()
+    }
+
+    /// Its launch for a product.
+    pub fn choice(&self, work: &Work) -> Choice {
+        let (batch_tiles, feature_tiles) = work.tiles(self.kind, self.batch);
+        let blocks = work.cluster(self.kind) * batch_tiles * feature_tiles;
+        // Two thin blocks with a head each are neighbours, not parts of one tile.
+        let halves = work.halves && self.kind == Kind::Thin;
+        let launch = Launch {
+            shared_bytes: self.shared_bytes,
+            cluster: if halves { 2 } else { work.cluster(self.kind) as u32 },
+            ..Launch::grid([blocks as u32, 1, 1], self.kind.threads())
+        };
+        let map = if self.batch < 64 { BatchMap::Rows8 } else { BatchMap::Rows32 };
+        Choice { kernel: self.kernel, launch, map, batch_tiles, feature_tiles }
+    }
 }
 
 impl Work {
+    /// A product of `rows` rows with a matrix of `features` rows and `columns` columns.
+    pub fn new(epilogue: Epilogue, rows: usize, (features, columns): (usize, usize)) -> Self {
+        let splits = splits(epilogue, features, columns);
+        Self { epilogue, rows, features, columns, splits, halves: false }
+    }
+
+    /// The result's side with this size; the kernel's tiles are still missing.
+    pub fn output(&self, output: Output) -> Output {
+        let int = |value: usize| i32::try_from(value).expect("sizes were checked when the arena was made");
+        Output {
+            rows: int(self.rows),
+            features: int(self.features),
+            columns: int(self.columns),
+            splits: int(self.splits),
+            ..output
+        }
+    }
+
     fn suits(&self, kind: Kind, batch: usize) -> bool {
         match kind {
-            Kind::Thin if self.rows > 64 => false,
             // The smallest tile that holds all rows.
-            Kind::Thin => batch >= self.rows && (batch == 8 || batch / 2 < self.rows),
+            Kind::Thin => batch >= self.rows && (batch == THIN[0].0 || batch / 2 < self.rows),
             Kind::Wide => self.rows > THIN_ROWS_MAX && (self.splits == 1 || batch < 256),
+            Kind::Double => self.rows > 64,
             Kind::Totals => self.splits > 1 && self.rows > 64,
         }
     }
@@ -223,29 +377,45 @@ impl Work {
     fn cluster(&self, kind: Kind) -> usize {
         match kind {
             Kind::Thin => self.splits,
-            Kind::Wide => 2 * self.splits,
+            Kind::Wide | Kind::Double => 2 * self.splits,
             Kind::Totals => 2,
         }
     }
 
-    /// About how many cycles a kernel takes: what a stage costs to multiply, to fetch from the cache that all share,
-    /// and to take in, whichever is most; and what a block costs besides. Fitted to an H100.
-    fn cycles(&self, kind: Kind, batch: usize) -> usize {
-        const FETCH: usize = 32;
-        const TAKE_IN: usize = 60;
-        const BLOCK: usize = 2500;
+    /// About how long a kernel takes, to compare it with others. Blocks come in rounds; a block takes what its stages
+    /// take to multiply, to fetch from the cache that all share, to take in, or to come from memory, whichever is most,
+    /// and what its sums take to leave. Fitted to what the example `products` measured on an H100: the kernel that this
+    /// prefers is on average 1 % slower than the best one.
+    fn microseconds(&self, kind: Kind, batch: usize, multiprocessors: usize) -> f64 {
+        /// Products of 64 columns in bf16 that a multiprocessor does in a microsecond, per row and feature.
+        const MULTIPLY: f64 = 32.0 * 1755.0;
+        /// Bytes per microsecond: out of the shared cache, into a multiprocessor, out of memory.
+        const FETCH: f64 = 7.7e6;
+        const TAKE_IN: f64 = 130e3;
+        const READ: f64 = 3.05e6;
+        /// For sums to leave, in all and per row of a tile.
+        const LEAVE: f64 = 0.4;
+        const LEAVE_ROW: f64 = 0.033;
+        const LEAVE_ROW_ROPE: f64 = 0.045;
         let (batch_tiles, feature_tiles) = self.tiles(kind, batch);
-        let blocks = self.cluster(kind) * batch_tiles * feature_tiles;
+        let (cluster, clusters) = (self.cluster(kind), batch_tiles * feature_tiles);
+        // Clusters of more than two blocks leave some multiprocessors over.
+        let fitting = if cluster > 2 { multiprocessors / cluster - 2 } else { multiprocessors / cluster };
+        let slots = fitting * kind.blocks();
         let parts = if kind == Kind::Totals { 1 } else { self.splits };
         let stages = self.columns.div_ceil(STAGE_COLUMNS).div_ceil(parts);
-        let (features, shared) = if kind == Kind::Thin { (THIN_FEATURES, 1) } else { (WIDE_FEATURES, 2) };
-        let row_bytes = STAGE_COLUMNS * 2;
-        let multiply = features * batch / 32;
-        let busy = blocks.min(self.multiprocessors);
-        let fetch = (features + batch / shared) * row_bytes * busy / (FETCH * self.multiprocessors);
-        let take_in = (features + batch) * row_bytes / TAKE_IN;
-        let block = stages * multiply.max(fetch).max(take_in) + BLOCK;
-        block * blocks.max(self.multiprocessors) / self.multiprocessors
+        let row_bytes = (STAGE_COLUMNS * 2) as f64;
+        let (features, rows) = (kind.features() as f64, batch as f64);
+        let beside = if 2 * clusters > slots { kind.blocks() } else { 1 };
+        let busy = (clusters.min(slots) * cluster) as f64;
+        let sharing = if kind == Kind::Thin { 1.0 } else { 2.0 };
+        let stage = (features * rows / MULTIPLY * beside as f64)
+            .max((features + rows / sharing) * row_bytes * busy / FETCH)
+            .max((features + rows) * row_bytes / TAKE_IN)
+            .max(features * row_bytes * busy / batch_tiles as f64 / READ);
+        let leave_row = if self.epilogue == Epilogue::Rope { LEAVE_ROW_ROPE } else { LEAVE_ROW };
+        let block = stages as f64 * stage + LEAVE + leave_row * rows;
+        block * clusters.div_ceil(slots) as f64
     }
 }
 
@@ -258,27 +428,28 @@ mod tests {
         assert_eq!(splits(Epilogue::Values, 1024, 4096), 1);
         assert_eq!(splits(Epilogue::Add, 1024, 2048), 4);
         assert_eq!(splits(Epilogue::Add, 1024, 3072), 4);
-        assert_eq!(splits(Epilogue::Add, 4096, 14336), 1);
+        assert_eq!(splits(Epilogue::Add, 4096, 14336), 2);
         assert_eq!(splits(Epilogue::Add, 576, 576), 2);
         assert_eq!(splits(Epilogue::Add, 8, 8), 1);
     }
 
     #[test]
     fn tiles_follow_the_number_of_rows() {
-        let best = |rows, (features, columns), splits| {
-            let work = Work { rows, features, columns, splits, multiprocessors: 132 };
-            let all = WIDE.iter().map(|tile| (Kind::Wide, tile.0));
-            let all = all.chain(THIN.iter().map(|tile| (Kind::Thin, tile.0)));
-            let all = all.chain(TOTALS.iter().map(|tile| (Kind::Totals, tile.0)));
+        let best = |rows, (features, columns), epilogue| {
+            let work = Work::new(epilogue, rows, (features, columns));
+            let kinds = Kind::ALL.iter().filter(|(kind, ..)| kind.has(epilogue));
+            let all = kinds.flat_map(|&(kind, _, tiles)| tiles.iter().map(move |tile| (kind, tile.0)));
             all.filter(|&(kind, batch)| work.suits(kind, batch))
-                .min_by_key(|&(k, b)| work.cycles(k, b))
+                .min_by(|a, b| work.microseconds(a.0, a.1, 132).total_cmp(&work.microseconds(b.0, b.1, 132)))
                 .unwrap()
         };
-        assert_eq!(best(1, (4096, 1024), 1), (Kind::Thin, 8));
-        assert_eq!(best(24, (4096, 1024), 1), (Kind::Thin, 32));
-        assert_eq!(best(8192, (28672, 4096), 1), (Kind::Wide, 256));
-        assert_eq!(best(136, (28672, 4096), 1), (Kind::Wide, 192));
-        assert_eq!(best(8192, (1024, 3072), 4).0, Kind::Totals);
-        assert_eq!(best(256, (1024, 3072), 4).0, Kind::Wide);
+        assert_eq!(best(1, (4096, 1024), Epilogue::Rope), (Kind::Thin, 8));
+        assert_eq!(best(24, (4096, 1024), Epilogue::Values), (Kind::Thin, 32));
+        assert_eq!(best(256, (1024, 3072), Epilogue::Add), (Kind::Wide, 128));
+        assert_eq!(best(64, (4096, 14336), Epilogue::Add), (Kind::Thin, 64));
+        assert_eq!(best(192, (4096, 14336), Epilogue::Add), (Kind::Wide, 192));
+        assert_eq!(best(256, (4096, 14336), Epilogue::Add), (Kind::Totals, 128));
+        assert_eq!(best(128, (28672, 4096), Epilogue::SiluMul), (Kind::Double, 128));
+        assert_eq!(best(192, (28672, 4096), Epilogue::SiluMul), (Kind::Wide, 192));
     }
 }

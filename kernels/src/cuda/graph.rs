@@ -33,6 +33,24 @@ impl std::fmt::Debug for Graphs {
     }
 }
 
+/// Captures what `queue` launches.
+///
+/// # Errors
+/// When the driver refuses the capture or `queue` fails.
+pub fn capture(
+    device: &Device,
+    queue: impl FnOnce() -> Result<(), DeviceError>,
+) -> Result<CudaGraph, DeviceError> {
+    let stream = device.stream();
+    stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
+    let queued = queue();
+    let ended = stream.end_capture(sys::CUgraphInstantiate_flags(0));
+    queued?;
+    let graph = ended?.ok_or_else(|| DeviceError::Call("a capture gave no graph".into()))?;
+    graph.upload()?;
+    Ok(graph)
+}
+
 impl Graphs {
     /// Queues the graph of these commands, captured from `queue` if it is new.
     ///
@@ -47,13 +65,7 @@ impl Graphs {
         if let Some(captured) = self.captured.iter().find(|c| c.rows == rows && c.commands == commands) {
             return Ok(captured.graph.launch()?);
         }
-        let stream = device.stream();
-        stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
-        let queued = queue();
-        let ended = stream.end_capture(sys::CUgraphInstantiate_flags(0));
-        queued?;
-        let graph = ended?.ok_or_else(|| DeviceError::Call("a capture gave no graph".into()))?;
-        graph.upload()?;
+        let graph = capture(device, queue)?;
         graph.launch()?;
         // A model that changes its commands would fill the list; the oldest graph of the size goes.
         if self.captured.iter().filter(|c| c.rows == rows).count() >= VARIANTS_MAX {

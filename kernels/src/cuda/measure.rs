@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use super::Cuda;
 use super::device::{DeviceError, Memory, arguments};
-use super::gemm::{BatchMap, Epilogue, Output};
+use super::gemm::{BatchMap, Epilogue, Output, Work};
 use super::weights::tensor_map;
 use crate::bounds::Bounds;
 
@@ -47,18 +47,15 @@ impl Cuda {
         operands.fill_random()?;
         let rows = |count| tensor_map(operands.pointer(), (PRODUCT, PRODUCT), PRODUCT, count);
         let (matrix, batch) = (rows(64)?, rows(32)?);
-        let choice = self.gemm.choose(Epilogue::Values, PRODUCT, (PRODUCT, PRODUCT));
+        let work = Work::new(Epilogue::Values, PRODUCT, (PRODUCT, PRODUCT));
+        let choice = self.gemm.choose(&work);
         let size = PRODUCT as i32;
         let output = Output {
             out: out.pointer(),
-            bias: 0,
             stride: size,
-            rows: size,
-            features: size,
-            columns: size,
-            splits: 1,
             batch_tiles: choice.batch_tiles as i32,
             feature_tiles: choice.feature_tiles as i32,
+            ..work.output(Output::default())
         };
         let queue = || -> Result<(), DeviceError> {
             let (pointer, launch) = (operands.pointer(), choice.launch);

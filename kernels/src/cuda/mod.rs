@@ -14,6 +14,8 @@ mod graph;
 mod measure;
 pub mod modules;
 mod plan;
+mod products;
+mod record;
 mod sampling;
 mod step;
 mod weights;
@@ -24,11 +26,14 @@ use arena::{Arena, kv_block_bytes};
 use attend::Attend;
 use device::{Device, Memory};
 pub use device::{DeviceError, is_present};
-use gemm::{Epilogue, Gemm};
+pub use gemm::Epilogue;
+use gemm::Gemm;
 use graph::Graphs;
 use plan::{Capacity, GRAPH_ROWS_MAX, Layout, padded};
+pub use products::{KernelTime, TimedProduct};
+use record::Recording;
 use sampling::{Adjustments, LOGPROBS_BYTES, RESULT_BYTES, needs_all_kernels, read_result, write_parameters};
-use step::{Command, Kernels, Run};
+use step::{Command, Kernels, Leaving, Run, Turn};
 use weights::{DeviceMatrix, Upload};
 
 use crate::ops::{ArenaPlan, AttentionShape, Batch, Buffer, KvPlan, Ops, PlanError, QkNorm, Span, StepError};
@@ -82,7 +87,7 @@ struct Step {
     spans: Vec<Span>,
     block_tables: Vec<u32>,
     logits_rows: Vec<u32>,
-    commands: Vec<Command>,
+    recording: Recording,
 }
 
 impl Step {
@@ -116,6 +121,9 @@ pub struct Cuda {
     weights: Weights,
     device: Arc<Device>,
 }
+
+/// Sizes of heads that a product can norm and turn: one or two groups of 64 features.
+const HEAD_DIMS_PAIRED: [usize; 2] = [64, 128];
 
 fn broken(error: DeviceError) -> StepError {
     StepError::Device(error.to_string())
@@ -179,17 +187,10 @@ impl Cuda {
         Ok(self.upload.as_mut().expect("it was made a moment ago"))
     }
 
-    fn product(
-        &mut self,
-        epilogue: Epilogue,
-        matrix: &Matrix,
-        bias: Option<&Vector>,
-        (x, out): (Buffer, Buffer),
-    ) {
-        assert!(x != out, "a product reads and writes two buffers");
+    /// Checks that a bias is as long as a matrix has features.
+    fn bias(matrix: &Matrix, bias: Option<&Vector>) -> Option<usize> {
         assert!(bias.is_none_or(|bias| bias.len == matrix.features), "length of a bias");
-        let bias = bias.map(|bias| bias.index);
-        self.step.commands.push(Command::Product { epilogue, matrix: matrix.index, bias, x, out });
+        bias.map(|bias| bias.index)
     }
 
     /// Writes the batch for the device, at `rows` rows or exactly as it is.
@@ -250,24 +251,22 @@ impl Cuda {
             narrows: logits_rows != rows,
             narrowed: false,
         };
+        let commands = self.step.recording.commands();
         match (graph_rows, &mut self.graphs) {
-            (Some(rows), Some(graphs)) => {
-                let commands = &self.step.commands;
-                graphs.launch(&self.device, (rows, commands), || run.all(commands))
-            }
-            _ => run.all(&self.step.commands),
+            (Some(rows), Some(graphs)) => graphs.launch(&self.device, (rows, commands), || run.all(commands)),
+            _ => run.all(commands),
         }
     }
 
     /// Runs what was recorded, for a step whose results stay on the device.
     fn flush(&mut self) -> Result<(), StepError> {
-        if self.step.commands.is_empty() {
+        if self.step.recording.commands().is_empty() {
             return Ok(());
         }
         self.device.bind().map_err(broken)?;
         let layout = self.write_batch(None);
         self.run_commands(&layout, None).map_err(broken)?;
-        self.step.commands.clear();
+        self.step.recording.clear();
         // The staging buffer is written again by the next step.
         self.device.synchronize().map_err(broken)
     }
@@ -279,9 +278,9 @@ impl Cuda {
         let graph_rows = captures.then(|| padded(count));
         let layout = self.write_batch(graph_rows);
         let all = self.write_parameters(rows, &layout)?;
-        self.step.commands.push(Command::Sample { all });
+        self.step.recording.push(Command::Sample { all });
         let ran = self.run_commands(&layout, graph_rows);
-        self.step.commands.clear();
+        self.step.recording.clear();
         ran.map_err(broken)?;
         let arena = self.arena.as_mut().expect("allocate comes before any step");
         let places = arena.sampling;
@@ -306,6 +305,11 @@ impl Ops for Cuda {
 
     fn matrix(&mut self, parts: &[HostTensor<'_>]) -> Result<Matrix, LoadError> {
         self.load(|upload| upload.stacked(parts))
+    }
+
+    fn qkv_matrix(&mut self, parts: &[HostTensor<'_>], head_dim: usize) -> Result<Matrix, LoadError> {
+        let paired = self.gemm.hopper && HEAD_DIMS_PAIRED.contains(&head_dim);
+        self.load(|upload| if paired { upload.paired(parts, head_dim) } else { upload.stacked(parts) })
     }
 
     fn gated_matrix(&mut self, gate: &HostTensor<'_>, up: &HostTensor<'_>) -> Result<Matrix, LoadError> {
@@ -354,31 +358,31 @@ impl Ops for Cuda {
     }
 
     fn embed(&mut self, table: &Matrix, out: Buffer) {
-        self.step.commands.push(Command::Embed { table: table.index, out });
+        self.step.recording.push(Command::Embed { table: table.index, out, after: None });
     }
 
     fn rms_norm(&mut self, x: Buffer, weight: &Vector, eps: f32, out: Buffer) {
-        self.step.commands.push(Command::RmsNorm { x, weight: weight.index, eps, out });
+        self.step.recording.norm(x, (weight.index, eps), out);
     }
 
     fn linear(&mut self, matrix: &Matrix, bias: Option<&Vector>, x: Buffer, out: Buffer) {
         assert_eq!(self.arena().plan.buffers[out.0].width, matrix.features, "width of a product");
-        self.product(Epilogue::Values, matrix, bias, (x, out));
+        self.step.recording.product(matrix.index, Self::bias(matrix, bias), x, Leaving::Values(out));
     }
 
     fn linear_add(&mut self, matrix: &Matrix, bias: Option<&Vector>, x: Buffer, residual: Buffer) {
         assert_eq!(self.arena().plan.buffers[residual.0].width, matrix.features, "width of a product");
-        self.product(Epilogue::Add, matrix, bias, (x, residual));
+        self.step.recording.product(matrix.index, Self::bias(matrix, bias), x, Leaving::Add(residual, None));
     }
 
     fn linear_silu_mul(&mut self, gate_up: &Matrix, x: Buffer, out: Buffer) {
         let width = self.arena().plan.buffers[out.0].width;
         assert_eq!(
-            width.next_multiple_of(weights::GATE_ROWS) * 2,
+            width.next_multiple_of(weights::PAIR_ROWS) * 2,
             gate_up.features,
             "width of a gated product"
         );
-        self.product(Epilogue::SiluMul, gate_up, None, (x, out));
+        self.step.recording.product(gate_up.index, None, x, Leaving::SiluMul(out));
     }
 
     fn rope_cache(
@@ -389,7 +393,13 @@ impl Ops for Cuda {
         norms: Option<QkNorm<'_, Vector>>,
     ) {
         let norms = norms.map(|norms| (norms.q.index, norms.k.index, norms.eps));
-        self.step.commands.push(Command::RopeCache { layer, qkv, shape: *shape, norms });
+        let matrices = &self.weights.matrices;
+        let turned = self.arena().plan.rope.inverse_frequencies.len() * 2;
+        let paired = |matrix: usize| {
+            assert!(!matrices[matrix].paired || turned == shape.head_dim, "RoPE of a part of a head");
+            matrices[matrix].paired
+        };
+        self.step.recording.rope(qkv, Turn { layer, shape: *shape, norms }, paired);
     }
 
     fn attention(&mut self, layer: usize, _qkv: Buffer, shape: &AttentionShape, out: Buffer) {
@@ -398,16 +408,18 @@ impl Ops for Cuda {
             shape.heads * shape.head_dim,
             "width of the result"
         );
-        self.step.commands.push(Command::Attention { layer, shape: *shape, out });
+        self.step.recording.push(Command::Attention { layer, shape: *shape, out });
     }
 
     fn narrow(&mut self, buffers: &[Buffer]) {
-        self.step.commands.extend(buffers.iter().map(|&buffer| Command::Narrow(buffer)));
-        self.step.commands.push(Command::Narrowed);
+        for &buffer in buffers {
+            self.step.recording.push(Command::Narrow(buffer));
+        }
+        self.step.recording.push(Command::Narrowed);
     }
 
     fn logits(&mut self, head: &Matrix, x: Buffer, out: &mut [f32]) -> Result<(), StepError> {
-        self.step.commands.push(Command::Head { matrix: head.index, x });
+        self.step.recording.head(head.index, x);
         self.flush()?;
         assert_eq!(out.len(), self.step.logits_rows.len() * head.features, "room for the logits");
         let stride = self.arena().logits_stride;
@@ -430,7 +442,7 @@ impl Ops for Cuda {
     ) -> Result<(), StepError> {
         assert_eq!(rows.len(), self.step.logits_rows.len(), "one sampling row per logits row");
         assert_eq!(head.features, self.arena().plan.vocabulary, "rows of the head");
-        self.step.commands.push(Command::Head { matrix: head.index, x });
+        self.step.recording.head(head.index, x);
         self.run_sampled(rows, out)
     }
 }

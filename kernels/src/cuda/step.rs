@@ -7,7 +7,7 @@ use std::ffi::c_void;
 
 use super::arena::{Activation, Arena, Place};
 use super::device::{Device, DeviceError, Kernel, Launch, arguments};
-use super::gemm::{BatchMap, Epilogue, Gemm, Output, splits};
+use super::gemm::{BatchMap, Epilogue, Gemm, Heads, NormAfter, NormBefore, Output, Work};
 use super::plan::Layout;
 use super::weights::DeviceMatrix;
 use super::{Attend, Weights};
@@ -19,14 +19,14 @@ const ROPE_WARPS: usize = 8;
 /// One op of a step. Weights are indices, buffers those of the plan.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Command {
-    /// Rows of a table.
-    Embed { table: usize, out: Buffer },
+    /// Rows of a table, and what the norm after needs.
+    Embed { table: usize, out: Buffer, after: Option<Following> },
     /// An RMS norm.
     RmsNorm { x: Buffer, weight: usize, eps: f32, out: Buffer },
     /// A matrix product.
-    Product { epilogue: Epilogue, matrix: usize, bias: Option<usize>, x: Buffer, out: Buffer },
-    /// RoPE and the cache write; norms of queries and keys, and their epsilon.
-    RopeCache { layer: usize, qkv: Buffer, shape: AttentionShape, norms: Option<(usize, usize, f32)> },
+    Product(Product),
+    /// RoPE and the cache write of queries, keys and values that a product has left.
+    RopeCache { qkv: Buffer, turn: Turn },
     /// Attention over the queries that RoPE has left.
     Attention { layer: usize, shape: AttentionShape, out: Buffer },
     /// Keeps the rows of a buffer that want logits.
@@ -34,9 +34,77 @@ pub enum Command {
     /// From here on there are only those rows.
     Narrowed,
     /// Logits of the rows.
-    Head { matrix: usize, x: Buffer },
+    Head { matrix: usize, x: Buffer, before: Option<Preceding> },
     /// Tokens out of logits; with all kernels, or those of rows that only draw or take the greatest.
     Sample { all: bool },
+}
+
+/// A matrix product.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Product {
+    /// The matrix.
+    pub matrix: usize,
+    /// One number per feature.
+    pub bias: Option<usize>,
+    /// The operand.
+    pub x: Buffer,
+    /// The norm that the operand lacks the factors of.
+    pub before: Option<Preceding>,
+    /// What becomes of the sums.
+    pub leaving: Leaving,
+}
+
+/// What becomes of a product's sums.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Leaving {
+    /// They are written.
+    Values(Buffer),
+    /// They are added, and a norm may follow.
+    Add(Buffer, Option<Following>),
+    /// Gates and ups become an operand.
+    SiluMul(Buffer),
+    /// They are turned and go into the cache.
+    Rope(Turn),
+}
+
+/// A norm that has left its weights in an operand; its factors come from the squares of the values.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Preceding {
+    /// The values.
+    pub values: Buffer,
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
+/// A norm of what is being written.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Following {
+    /// Its weight.
+    pub weight: usize,
+    /// The operand.
+    pub out: Buffer,
+}
+
+/// A layer's RoPE and cache write.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Turn {
+    /// The layer.
+    pub layer: usize,
+    /// Its attention.
+    pub shape: AttentionShape,
+    /// Norms of queries and keys, and their epsilon.
+    pub norms: Option<(usize, usize, f32)>,
+}
+
+impl Leaving {
+    fn epilogue(&self) -> Epilogue {
+        match self {
+            Self::Values(_) => Epilogue::Values,
+            Self::Add(..) => Epilogue::Add,
+            Self::SiluMul(_) => Epilogue::SiluMul,
+            Self::Rope(_) => Epilogue::Rope,
+        }
+    }
 }
 
 /// The kernels that are not products.
@@ -45,7 +113,6 @@ pub struct Kernels {
     embed: Kernel,
     rms_norm: Kernel,
     rope_cache: Kernel,
-    rope_cache_fp8: Kernel,
     gather_rows: Kernel,
     logprobs: Kernel,
     adjust: Kernel,
@@ -66,7 +133,6 @@ impl Kernels {
             embed: device.kernel("embed")?,
             rms_norm: device.kernel("rms_norm")?,
             rope_cache: device.kernel("rope_cache")?,
-            rope_cache_fp8: device.kernel("rope_cache_fp8")?,
             gather_rows: device.kernel("gather_rows")?,
             logprobs: device.kernel("sample_logprobs")?,
             adjust: device.kernel("sample_adjust")?,
@@ -77,21 +143,6 @@ impl Kernels {
             finish: device.kernel("sample_finish")?,
         })
     }
-}
-
-/// As `RopeShape` in `rows.cu`.
-#[repr(C)]
-#[derive(Debug, Clone, Copy)]
-struct RopeShape {
-    heads: i32,
-    kv_heads: i32,
-    head_dim: i32,
-    pairs: i32,
-    qkv_stride: i32,
-    query_stride: i32,
-    eps: f32,
-    key_factor: f32,
-    value_factor: f32,
 }
 
 /// Everything that commands need to run.
@@ -139,12 +190,10 @@ impl<'a> Run<'a> {
 
     fn one(&mut self, command: &Command) -> Result<(), DeviceError> {
         match *command {
-            Command::Embed { table, out } => self.embed(table, out),
+            Command::Embed { table, out, after } => self.embed(table, out, after),
             Command::RmsNorm { x, weight, eps, out } => self.rms_norm(x, (weight, eps), out),
-            Command::Product { epilogue, matrix, bias, x, out } => {
-                self.product(epilogue, (matrix, bias), x, out)
-            }
-            Command::RopeCache { layer, qkv, ref shape, norms } => self.rope_cache(layer, qkv, shape, norms),
+            Command::Product(ref product) => self.product(product),
+            Command::RopeCache { qkv, ref turn } => self.rope_cache(qkv, turn),
             Command::Attention { layer, ref shape, out } => {
                 self.attend.queue(self, layer, shape, self.buffer(out))
             }
@@ -153,7 +202,7 @@ impl<'a> Run<'a> {
                 (self.narrowed, self.rows) = (self.narrows, self.logits_rows);
                 Ok(())
             }
-            Command::Head { matrix, x } => self.head(matrix, x),
+            Command::Head { matrix, x, before } => self.head(matrix, x, before),
             Command::Sample { all } => self.sample(all),
         }
     }
@@ -182,56 +231,89 @@ impl<'a> Run<'a> {
         Launch::grid([self.rows as u32, 1, 1], NORM_THREADS)
     }
 
-    fn embed(&self, table: usize, out: Buffer) -> Result<(), DeviceError> {
+    fn embed(&self, table: usize, out: Buffer, after: Option<Following>) -> Result<(), DeviceError> {
         let table = &self.weights.matrices[table];
         let (buffer, place) = self.buffer(out);
         let (pointer, stride) = (table.pointer(), int(table.stride));
         let (rows, fed) = (self.section(self.layout.rows), self.arena.sampling.fed);
         let (width, out_stride) = (int(buffer.width), int(buffer.stride));
-        let arguments = arguments![pointer, stride, rows, fed, place.pointer, width, out_stride];
+        let after = self.following(after, (buffer, place));
+        let arguments = arguments![pointer, stride, rows, fed, place.pointer, width, out_stride, after];
         self.launch(self.kernels.embed, self.row_grid(), arguments)
+    }
+
+    fn weight(&self, vector: usize) -> u64 {
+        self.weights.vectors[vector].0.pointer()
+    }
+
+    /// The norm after values that are being written.
+    fn following(&self, after: Option<Following>, (values, place): (&Activation, &Place)) -> NormAfter {
+        after.map_or_else(NormAfter::default, |after| {
+            let (operand, to) = self.buffer(after.out);
+            NormAfter {
+                weight: self.weight(after.weight),
+                out: to.pointer,
+                squares: place.squares,
+                out_stride: int(operand.stride),
+                squares_stride: int(values.squares_stride()),
+            }
+        })
+    }
+
+    /// The norm before an operand that is being read.
+    fn preceding(&self, before: Option<Preceding>) -> NormBefore {
+        before.map_or_else(NormBefore::default, |before| {
+            let (values, place) = self.buffer(before.values);
+            NormBefore { squares: place.squares, stride: int(values.squares_stride()), eps: before.eps }
+        })
     }
 
     fn rms_norm(&self, x: Buffer, (weight, eps): (usize, f32), out: Buffer) -> Result<(), DeviceError> {
         let ((x, from), (out, to)) = (self.buffer(x), self.buffer(out));
-        let weight = self.weights.vectors[weight].0.pointer();
+        let weight = self.weight(weight);
         let (x_stride, out_stride, width) = (int(x.stride), int(out.stride), int(x.width));
         let arguments = arguments![from.pointer, x_stride, weight, eps, to.pointer, out_stride, width];
         self.launch(self.kernels.rms_norm, self.row_grid(), arguments)
     }
 
-    fn product(
-        &self,
-        epilogue: Epilogue,
-        (matrix, bias): (usize, Option<usize>),
-        x: Buffer,
-        out: Buffer,
-    ) -> Result<(), DeviceError> {
-        let matrix = &self.weights.matrices[matrix];
-        let (out, to) = self.buffer(out);
-        let bias = bias.map_or(0, |bias| self.weights.vectors[bias].0.pointer());
-        self.multiply(epilogue, matrix, self.buffer(x), (to.pointer, bias, out.stride))
+    fn product(&self, product: &Product) -> Result<(), DeviceError> {
+        let matrix = &self.weights.matrices[product.matrix];
+        let mut output = Output {
+            bias: product.bias.map_or(0, |bias| self.weight(bias)),
+            before: self.preceding(product.before),
+            ..Output::default()
+        };
+        match product.leaving {
+            Leaving::Values(out) | Leaving::SiluMul(out) => {
+                let (buffer, place) = self.buffer(out);
+                (output.out, output.stride) = (place.pointer, int(buffer.stride));
+            }
+            Leaving::Add(out, after) => {
+                let (buffer, place) = self.buffer(out);
+                (output.out, output.stride) = (place.pointer, int(buffer.stride));
+                output.after = self.following(after, (buffer, place));
+            }
+            Leaving::Rope(ref turn) => output.heads = self.heads(turn),
+        }
+        self.multiply(product.leaving.epilogue(), matrix, self.buffer(product.x), output)
     }
 
+    /// Computes a product; `output` says where its sums go, and the rest of it is filled in here.
     fn multiply(
         &self,
         epilogue: Epilogue,
         matrix: &DeviceMatrix,
         (x, from): (&Activation, &Place),
-        (out, bias, stride): (u64, u64, usize),
+        output: Output,
     ) -> Result<(), DeviceError> {
         assert_eq!(x.width, matrix.columns, "width of an operand");
-        let choice = self.gemm.choose(epilogue, self.rows, (matrix.features, matrix.columns));
+        let halves = output.heads.q_norm != 0 && output.heads.head_dim == 128;
+        let work = Work { halves, ..Work::new(epilogue, self.rows, (matrix.features, matrix.columns)) };
+        let choice = self.gemm.choose(&work);
         let output = Output {
-            out,
-            bias,
-            stride: int(stride),
-            rows: int(self.rows),
-            features: int(matrix.features),
-            columns: int(matrix.columns),
-            splits: int(splits(epilogue, matrix.features, matrix.columns)),
             batch_tiles: int(choice.batch_tiles),
             feature_tiles: int(choice.feature_tiles),
+            ..work.output(output)
         };
         if choice.map == BatchMap::None {
             let (pointer, matrix_stride) = (matrix.pointer(), int(matrix.stride));
@@ -243,37 +325,35 @@ impl<'a> Run<'a> {
         self.launch(choice.kernel, choice.launch, arguments![matrix.map, map, output])
     }
 
-    fn rope_cache(
-        &self,
-        layer: usize,
-        qkv: Buffer,
-        shape: &AttentionShape,
-        norms: Option<(usize, usize, f32)>,
-    ) -> Result<(), DeviceError> {
-        let (qkv, from) = self.buffer(qkv);
-        let weight = |index: usize| self.weights.vectors[index].0.pointer();
-        let (q_norm, k_norm, eps) = norms.map_or((0, 0, 0.0), |(q, k, eps)| (weight(q), weight(k), eps));
-        let numbers = RopeShape {
+    fn heads(&self, turn: &Turn) -> Heads {
+        let (shape, kv) = (&turn.shape, &self.arena.plan.kv);
+        let (q_norm, k_norm, eps) =
+            turn.norms.map_or((0, 0, 0.0), |(q, k, eps)| (self.weight(q), self.weight(k), eps));
+        Heads {
+            rows: self.section(self.layout.rows),
+            table: self.arena.rope,
+            q_norm,
+            k_norm,
+            queries: self.arena.queries,
+            cache: self.cache(turn.layer),
             heads: int(shape.heads),
             kv_heads: int(shape.kv_heads),
             head_dim: int(shape.head_dim),
-            pairs: int(self.arena.plan.rope.inverse_frequencies.len()),
-            qkv_stride: int(qkv.stride),
             query_stride: int(self.arena.query_width()),
             eps,
             key_factor: 1.0 / shape.kv_scales.key,
             value_factor: 1.0 / shape.kv_scales.value,
-        };
-        let kernel = match self.arena.plan.kv.dtype {
-            KvDtype::Operand => self.kernels.rope_cache,
-            KvDtype::Fp8E4m3 => self.kernels.rope_cache_fp8,
-        };
-        let heads = (shape.heads + 2 * shape.kv_heads).div_ceil(ROPE_WARPS) as u32;
-        let launch = Launch::grid([self.rows as u32, heads, 1], 32 * ROPE_WARPS as u32);
-        let (rows, queries, cache) = (self.section(self.layout.rows), self.arena.queries, self.cache(layer));
-        let table = self.arena.rope;
-        let arguments = arguments![from.pointer, rows, table, q_norm, k_norm, queries, cache, numbers];
-        self.launch(kernel, launch, arguments)
+            fp8: i32::from(kv.dtype == KvDtype::Fp8E4m3),
+        }
+    }
+
+    fn rope_cache(&self, qkv: Buffer, turn: &Turn) -> Result<(), DeviceError> {
+        let (qkv, from) = self.buffer(qkv);
+        let heads = self.heads(turn);
+        let (stride, pairs) = (int(qkv.stride), int(self.arena.plan.rope.inverse_frequencies.len()));
+        let count = (turn.shape.heads + 2 * turn.shape.kv_heads).div_ceil(ROPE_WARPS) as u32;
+        let launch = Launch::grid([self.rows as u32, count, 1], 32 * ROPE_WARPS as u32);
+        self.launch(self.kernels.rope_cache, launch, arguments![from.pointer, stride, pairs, heads])
     }
 
     /// Where a layer's pages start.
@@ -293,10 +373,14 @@ impl<'a> Run<'a> {
         self.launch(self.kernels.gather_rows, launch, arguments![from, index, to, words])
     }
 
-    fn head(&self, matrix: usize, x: Buffer) -> Result<(), DeviceError> {
-        let matrix = &self.weights.matrices[matrix];
-        let out = (self.arena.logits, 0, self.arena.logits_stride);
-        self.multiply(Epilogue::Values, matrix, self.buffer(x), out)
+    fn head(&self, matrix: usize, x: Buffer, before: Option<Preceding>) -> Result<(), DeviceError> {
+        let output = Output {
+            out: self.arena.logits,
+            stride: int(self.arena.logits_stride),
+            before: self.preceding(before),
+            ..Output::default()
+        };
+        self.multiply(Epilogue::Values, &self.weights.matrices[matrix], self.buffer(x), output)
     }
 
     fn sample(&self, all: bool) -> Result<(), DeviceError> {

@@ -2,10 +2,12 @@
 //! at other batch sizes. Without a device each test says that it was skipped.
 
 mod attention;
+mod products;
 mod sampling;
 
-use attention::check_attention;
+use attention::{check_attention, check_attention_of_product};
 use half::bf16;
+use products::{check_normed_products, check_products};
 use sampling::{sample, sampling_device};
 
 use super::*;
@@ -112,105 +114,14 @@ fn distance(found: &[f32], expected: &[f64]) -> f64 {
     if distance.is_nan() { f64::INFINITY } else { distance }
 }
 
-/// Products of one shape at many batch sizes. Returns the bits of the values' product at the largest batch.
-fn check_products(cuda: &mut Cuda, (features, columns): (usize, usize), batches: &[usize]) -> Vec<u32> {
-    use BufferKind::{Operand, Values};
-    let most = *batches.iter().max().unwrap();
-    let (x, out, sums, gated) = (Buffer(0), Buffer(1), Buffer(2), Buffer(3));
-    let widths = [(columns, Operand), (features, Values), (features, Values), (features, Operand)];
-    let weights = random(1, features * columns);
-    let ups = random(4, features * columns);
-    let w = matrix(cuda, features, columns, &weights);
-    let (raw_gate, raw_up) = (bytes(&weights), bytes(&ups));
-    let tensor = |raw| HostTensor::new(DType::F32, &[features, columns], raw).unwrap();
-    let gate_up = cuda.gated_matrix(&tensor(&raw_gate), &tensor(&raw_up)).unwrap();
-    let bias = random(3, features);
-    let b = vector(cuda, &bias);
-    cuda.allocate(plan(&widths, NO_KV, 1, most)).unwrap();
-    let (input, before) = (random(2, most * columns), random(5, most * features));
-    let dot = |row: usize, feature: usize, weights: &[f32]| -> f64 {
-        let (row, feature) = (&input[row * columns..][..columns], &weights[feature * columns..][..columns]);
-        row.iter().zip(feature).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
-    };
-    let mut known: [Vec<u32>; 3] = Default::default();
-    let mut batches = batches.to_vec();
-    batches.sort_unstable_by(|a, b| b.cmp(a));
-    for &rows in &batches {
-        begin(cuda, rows);
-        put(cuda, x, &input);
-        put(cuda, out, &vec![f32::NAN; most * features]);
-        put(cuda, sums, &before);
-        put(cuda, gated, &vec![f32::NAN; most * features]);
-        cuda.linear(&w, Some(&b), x, out);
-        cuda.linear_add(&w, None, x, sums);
-        cuda.linear_silu_mul(&gate_up, x, gated);
-        let found = [take(cuda, out, rows), take(cuda, sums, rows), take(cuda, gated, rows)];
-        if rows == most {
-            // A few rows in full: all features, all tiles of the batch.
-            let some: Vec<usize> = (0..rows).step_by((rows / 7).max(1)).collect();
-            let of = |f: &dyn Fn(usize, usize) -> f64| -> Vec<f64> {
-                some.iter().flat_map(|&r| (0..features).map(move |j| (r, j))).map(|(r, j)| f(r, j)).collect()
-            };
-            let picked = |all: &[f32]| -> Vec<f32> {
-                some.iter().flat_map(|&row| all[row * features..][..features].to_vec()).collect()
-            };
-            let expected = of(&|r, j| dot(r, j, &weights) + f64::from(bias[j]));
-            let error = distance(&picked(&found[0]), &expected);
-            assert!(error < 1e-5, "values {rows}x{features}x{columns}: {error}");
-            let expected = of(&|r, j| f64::from(before[r * features + j]) + dot(r, j, &weights));
-            let error = distance(&picked(&found[1]), &expected);
-            assert!(error < 1e-5, "add {rows}x{features}x{columns}: {error}");
-            let silu = |x: f64| x / (1.0 + (-x).exp());
-            let expected = of(&|r, j| silu(dot(r, j, &weights)) * dot(r, j, &ups));
-            let error = distance(&picked(&found[2]), &expected);
-            assert!(error < 4e-3, "silu_mul {rows}x{features}x{columns}: {error}");
-        }
-        for (kind, (found, known)) in found.iter().zip(&mut known).enumerate() {
-            assert!(
-                found.iter().all(|value| value.is_finite()),
-                "product {kind} of {rows} rows is not written"
-            );
-            let bits: Vec<u32> = found.iter().map(|value| value.to_bits()).collect();
-            if known.is_empty() {
-                *known = bits;
-            } else {
-                let differ = bits.iter().zip(known.iter()).filter(|(a, b)| a != b).count();
-                let sizes = format!("{features}x{columns}, {rows} rows");
-                assert_eq!(differ, 0, "product {kind}, {sizes}: bytes depend on the batch");
-            }
-        }
-    }
-    known[0].clone()
-}
-
-const SHAPES: [(usize, usize); 7] =
-    [(64, 64), (48, 104), (576, 576), (1024, 2048), (4096, 1024), (1024, 3072), (4096, 1536)];
-
-#[test]
-fn products_are_right_at_any_batch_size() {
-    for shape in SHAPES {
-        let mut bits = Vec::new();
-        for portable in [false, true] {
-            let Some(mut cuda) = open(portable) else { return };
-            let few = [1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 127, 128, 200, 256, 257, 300, 700];
-            let many = [1, 64, 300, 5000];
-            bits.push(check_products(&mut cuda, shape, &few));
-            if shape.0 >= 1024 && !portable {
-                let Some(mut cuda) = open(portable) else { return };
-                check_products(&mut cuda, shape, &many);
-            }
-        }
-        let differ = bits[0].iter().zip(&bits[1]).filter(|(a, b)| a != b).count();
-        println!("{shape:?}: {differ} of {} values differ between wgmma and mma", bits[0].len());
-    }
-}
-
 /// What a sanitizer can run through: every kernel, at small sizes.
 #[test]
 fn small_sizes_of_every_kernel() {
     for portable in [false, true] {
         let Some(mut cuda) = open(portable) else { return };
         check_products(&mut cuda, (72, 1032), &[1, 9, 20, 40, 70, 130, 200]);
+        let Some(mut cuda) = open(portable) else { return };
+        check_normed_products(&mut cuda, (136, 1032), &[1, 9, 20, 40, 70, 130, 200]);
     }
     let shape = AttentionShape {
         heads: 4,
@@ -221,6 +132,7 @@ fn small_sizes_of_every_kernel() {
         kv_scales: KvScales::ONE,
     };
     check_attention(shape, 40);
+    check_attention_of_product(KvDtype::Operand, AttentionShape { head_dim: 128, ..shape }, 40);
     let Some(mut cuda) = sampling_device(9001) else { return };
     let (logits, output) = (random(3, 9001 * 3), [1, 2, 3, 1]);
     let hot = SampleRow { temperature: 1.0, logprobs: Some(2), ..SampleRow::GREEDY };

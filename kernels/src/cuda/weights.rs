@@ -1,8 +1,8 @@
 //! Weights on the device: bf16 matrices with their tensor maps, f32 vectors.
 //!
 //! Rows go through two pinned buffers in turn, so that the host fills one while the device copies the other. A matrix
-//! row is padded to a multiple of 8 elements; the rows of gate and up projections alternate by 8, so that one thread
-//! of a product holds both.
+//! row is padded to a multiple of 8 elements. Rows whose sums one thread of a product must hold both alternate by 8: those
+//! of gate and up projections, and those of the two halves of a head that RoPE turns.
 
 use std::ffi::c_void;
 use std::sync::Arc;
@@ -13,8 +13,8 @@ use half::bf16;
 use super::device::{Device, DeviceError, Memory, Pinned};
 use crate::tensor::{DType, HostTensor, LoadError};
 
-/// Rows of gate and up that alternate; the distance of two rows that one thread of a tensor core holds.
-pub const GATE_ROWS: usize = 8;
+/// Rows that alternate with others; the distance of two rows that one thread of a tensor core holds.
+pub const PAIR_ROWS: usize = 8;
 /// Bytes of each pinned buffer.
 const STAGING_BYTES: usize = 32 << 20;
 /// Elements that a row's length is rounded up to: 16 bytes, which the copy engine asks for.
@@ -32,6 +32,8 @@ pub struct DeviceMatrix {
     pub stride: usize,
     /// Boxes of 64 rows and 64 columns.
     pub map: sys::CUtensorMap,
+    /// Whether rows of the two halves of each head alternate.
+    pub paired: bool,
 }
 
 impl DeviceMatrix {
@@ -76,6 +78,8 @@ pub fn tensor_map(
 /// Where a matrix's rows come from.
 enum Source<'a> {
     Stacked(&'a [HostTensor<'a>]),
+    /// Heads of this many rows, whose halves alternate.
+    Paired(&'a [HostTensor<'a>], usize),
     Gated(&'a HostTensor<'a>, &'a HostTensor<'a>),
 }
 
@@ -115,6 +119,22 @@ impl Upload {
     /// # Errors
     /// When the parts do not fit each other or the device fails.
     pub fn stacked(&mut self, parts: &[HostTensor<'_>]) -> Result<DeviceMatrix, LoadError> {
+        let (features, columns) = Self::stack(parts)?;
+        self.matrix(&Source::Stacked(parts), features, columns)
+    }
+
+    /// Loads a QKV matrix for products that turn heads.
+    ///
+    /// # Errors
+    /// When the parts do not fit each other or the device fails.
+    pub fn paired(&mut self, parts: &[HostTensor<'_>], head_dim: usize) -> Result<DeviceMatrix, LoadError> {
+        let (features, columns) = Self::stack(parts)?;
+        assert_eq!(features % head_dim, 0, "rows of whole heads");
+        Ok(DeviceMatrix { paired: true, ..self.matrix(&Source::Paired(parts, head_dim), features, columns)? })
+    }
+
+    /// Rows and columns of parts that are stacked.
+    fn stack(parts: &[HostTensor<'_>]) -> Result<(usize, usize), LoadError> {
         let first = parts.first().ok_or(LoadError::Empty)?;
         let (_, columns) = first.matrix_shape()?;
         let mut features = 0;
@@ -125,7 +145,7 @@ impl Upload {
             }
             features += rows;
         }
-        self.matrix(&Source::Stacked(parts), features, columns)
+        Ok((features, columns))
     }
 
     /// Loads a gate and an up projection.
@@ -140,7 +160,7 @@ impl Upload {
         if gate_rows != up_rows {
             return Err(LoadError::Gate { gate: gate_rows, up: up_rows });
         }
-        let features = 2 * gate_rows.next_multiple_of(GATE_ROWS);
+        let features = 2 * gate_rows.next_multiple_of(PAIR_ROWS);
         self.matrix(&Source::Gated(gate, up), features, columns)
     }
 
@@ -195,7 +215,7 @@ impl Upload {
             first += rows;
         }
         let map = tensor_map(memory.pointer(), (features, columns), stride, 64).map_err(failed)?;
-        Ok(DeviceMatrix { memory, features, columns, stride, map })
+        Ok(DeviceMatrix { memory, features, columns, stride, map, paired: false })
     }
 
     /// A pinned buffer that no copy reads any more.
@@ -226,27 +246,35 @@ impl Drop for Upload {
 
 /// The run of rows that stands at this row of the matrix on the device; none is padding.
 fn run_at<'a>(source: &'a Source<'a>, row: usize) -> Option<Run<'a>> {
+    let inside = row % PAIR_ROWS;
+    let (pair, second) = (row / (2 * PAIR_ROWS), row / PAIR_ROWS % 2);
     match source {
-        Source::Stacked(parts) => {
-            let mut first = row;
-            for part in *parts {
-                let rows = part.shape()[0];
-                if first < rows {
-                    return Some(Run { tensor: part, first, rows: rows - first });
-                }
-                first -= rows;
-            }
-            None
+        Source::Stacked(parts) => stacked_at(parts, row),
+        Source::Paired(parts, head_dim) => {
+            let (head, pair) = (row / head_dim, pair % (head_dim / (2 * PAIR_ROWS)));
+            let source = head * head_dim + second * (head_dim / 2) + pair * PAIR_ROWS + inside;
+            let run = stacked_at(parts, source)?;
+            Some(Run { rows: run.rows.min(PAIR_ROWS - inside), ..run })
         }
         Source::Gated(gate, up) => {
-            let (block, inside) = (row / (2 * GATE_ROWS), row % (2 * GATE_ROWS));
-            let tensor = if inside < GATE_ROWS { gate } else { up };
-            let first = block * GATE_ROWS + inside % GATE_ROWS;
-            let rows = GATE_ROWS - inside % GATE_ROWS;
+            let tensor = if second == 0 { gate } else { up };
+            let first = pair * PAIR_ROWS + inside;
             let left = tensor.shape()[0].checked_sub(first).filter(|&left| left > 0)?;
-            Some(Run { tensor, first, rows: rows.min(left) })
+            Some(Run { tensor, first, rows: left.min(PAIR_ROWS - inside) })
         }
     }
+}
+
+fn stacked_at<'a>(parts: &'a [HostTensor<'a>], row: usize) -> Option<Run<'a>> {
+    let mut first = row;
+    for part in parts {
+        let rows = part.shape()[0];
+        if first < rows {
+            return Some(Run { tensor: part, first, rows: rows - first });
+        }
+        first -= rows;
+    }
+    None
 }
 
 fn fill(
@@ -313,5 +341,21 @@ mod tests {
         let gated = filled(&Source::Gated(&gate, &up), 32, 3);
         assert_eq!((gated[0], gated[7], gated[8], gated[15]), (0.0, 7.0, 100.0, 107.0));
         assert_eq!((gated[16], gated[17], gated[18], gated[25]), (8.0, 9.0, 0.0, 109.0));
+    }
+
+    #[test]
+    fn halves_of_heads_alternate() {
+        let bytes = |first: usize, rows: usize| -> Vec<u8> {
+            (first..first + rows).flat_map(|row| [row as f32; 3]).flat_map(f32::to_le_bytes).collect()
+        };
+        // Two heads of queries and one of keys, of 32 elements.
+        let (q, k) = (bytes(0, 64), bytes(100, 32));
+        let paired = filled(&Source::Paired(&[tensor(&q, 64, 3), tensor(&k, 32, 3)], 32), 96, 3);
+        let expected = |row: usize| {
+            let (head, inside) = (row / 32, row % 32);
+            let element = inside / 16 * 8 + inside % 8 + if inside / 8 % 2 == 1 { 16 } else { 0 };
+            (if head == 2 { 100 } else { head * 32 }) + element
+        };
+        assert_eq!(paired, (0..96).map(|row| expected(row) as f32).collect::<Vec<_>>());
     }
 }

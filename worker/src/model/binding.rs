@@ -149,6 +149,13 @@ impl<'a, O: Ops> Binding<'a, O> {
         self.ops.matrix(&tensors).map_err(|source| load_error(&format!("{prefix}{}", parts[0]), source))
     }
 
+    /// The projections of queries, keys and values of a layer.
+    pub fn qkv_matrix(&mut self, prefix: &str, parts: &[&str]) -> Result<O::Matrix, BindError> {
+        let tensors = self.tensors(prefix, parts)?;
+        let loaded = self.ops.qkv_matrix(&tensors, self.config.head_dim);
+        loaded.map_err(|source| load_error(&format!("{prefix}{}", parts[0]), source))
+    }
+
     /// Gate and up projection.
     pub fn gated_matrix(&mut self, gate: &str, up: &str) -> Result<O::Matrix, BindError> {
         let (gate_tensor, up_tensor) = (self.tensor(gate)?, self.tensor(up)?);

@@ -197,7 +197,7 @@ fn load_layer<O: Ops>(
     let qkv = ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"];
     Ok(Layer {
         input_norm: binding.vector(prefix, &["input_layernorm.weight"])?,
-        qkv: binding.matrix(prefix, &qkv)?,
+        qkv: binding.qkv_matrix(prefix, &qkv)?,
         qkv_bias: if config.qkv_bias { Some(binding.vector(prefix, &bias)?) } else { None },
         head_norms: if config.qk_norm {
             let q = binding.vector(prefix, &["self_attn.q_norm.weight"])?;

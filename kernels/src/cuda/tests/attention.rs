@@ -9,7 +9,12 @@ struct Attended {
     context: usize,
     qkv: Vec<f32>,
     norms: [Vec<f32>; 2],
+    /// Operand and matrix of which `qkv` is the product; without them the values are put where RoPE finds them.
+    product: Option<(Vec<f32>, Vec<f32>)>,
 }
+
+/// Columns of a product that gives queries, keys and values.
+const COLUMNS: usize = 192;
 
 impl Attended {
     fn width(&self) -> usize {
@@ -70,6 +75,22 @@ impl Attended {
         (0..heads).flat_map(of).collect()
     }
 
+    /// The matrix of queries, keys and values.
+    fn matrix(&self, cuda: &mut Cuda, weights: &[f32]) -> Matrix {
+        let AttentionShape { heads, kv_heads, head_dim, .. } = self.shape;
+        let raw = bytes(weights);
+        let mut left = &raw[..];
+        let parts: Vec<HostTensor<'_>> = [heads, kv_heads, kv_heads]
+            .into_iter()
+            .map(|heads| {
+                let (part, rest) = left.split_at(heads * head_dim * COLUMNS * 4);
+                left = rest;
+                HostTensor::new(DType::F32, &[heads * head_dim, COLUMNS], part).unwrap()
+            })
+            .collect();
+        cuda.qkv_matrix(&parts, head_dim).unwrap()
+    }
+
     /// All rows, computed in chunks of this many.
     fn run(&self, portable: bool, chunk: usize) -> Option<Vec<f32>> {
         use BufferKind::{Operand, Values};
@@ -83,8 +104,9 @@ impl Attended {
             blocks: 300,
             dtype: self.kv,
         };
-        let (qkv, out) = (Buffer(0), Buffer(1));
-        let widths = [(self.width(), Values), (out_width, Operand)];
+        let (qkv, out, x) = (Buffer(0), Buffer(1), Buffer(2));
+        let widths = [(self.width(), Values), (out_width, Operand), (COLUMNS, Operand)];
+        let matrix = self.product.as_ref().map(|(_, weights)| self.matrix(&mut cuda, weights));
         cuda.allocate(plan(&widths, kv, shape.heads, chunk)).unwrap();
         let tables: Vec<u32> = (0..256).map(|block| (block * 7 + 3) % 300).collect();
         let mut all = Vec::new();
@@ -97,6 +119,11 @@ impl Attended {
             let batch = Batch { tokens: &tokens, spans: &[span], block_tables: &tables, logits_rows: &[] };
             cuda.begin(&batch).unwrap();
             put(&cuda, qkv, &self.qkv[done * self.width()..][..rows * self.width()]);
+            if let (Some(matrix), Some((input, _))) = (&matrix, &self.product) {
+                put(&cuda, qkv, &vec![f32::NAN; rows * self.width()]);
+                put(&cuda, x, &input[done * COLUMNS..][..rows * COLUMNS]);
+                cuda.linear(matrix, None, x, qkv);
+            }
             put(&cuda, out, &vec![f32::NAN; rows * out_width]);
             let norms = QkNorm { q: &q, k: &k, eps: 1e-6 };
             cuda.rope_cache(1, qkv, shape, Some(norms));
@@ -125,7 +152,28 @@ fn check_attention_over(kv: KvDtype, shape: AttentionShape, context: usize) {
         context,
         qkv: random(11, context * width),
         norms: [random(12, shape.head_dim), random(13, shape.head_dim)],
+        product: None,
     };
+    check_attended(&attended);
+}
+
+/// The same behind a product, of which RoPE is then a part.
+pub(super) fn check_attention_of_product(kv: KvDtype, shape: AttentionShape, context: usize) {
+    let width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
+    let (input, weights) = (random(14, context * COLUMNS), random(15, width * COLUMNS));
+    let dot = |row: &[f32], feature: &[f32]| -> f64 {
+        row.iter().zip(feature).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
+    };
+    let rows = input.chunks_exact(COLUMNS);
+    let qkv = rows
+        .flat_map(|row| weights.chunks_exact(COLUMNS).map(move |feature| dot(row, feature) as f32))
+        .collect();
+    let norms = [random(12, shape.head_dim), random(13, shape.head_dim)];
+    check_attended(&Attended { shape, kv, context, qkv, norms, product: Some((input, weights)) });
+}
+
+fn check_attended(attended: &Attended) {
+    let Attended { shape, kv, context, .. } = *attended;
     let mut known: Vec<(bool, Vec<f32>)> = Vec::new();
     for (portable, chunk) in [(false, context), (false, 100), (false, 1), (true, context), (true, 1)] {
         if chunk == 1 && context > 300 {
@@ -165,6 +213,18 @@ fn attention_is_right_in_any_chunks() {
     check_attention(shape(2, 2, 256), 130);
     check_attention(shape(2, 1, 128), 1200);
     check_attention(AttentionShape { sliding_window: Some(50), ..shape(4, 2, 64) }, 250);
+}
+
+#[test]
+fn heads_are_turned_as_their_product_ends() {
+    for kv in [KvDtype::Operand, KvDtype::Fp8E4m3] {
+        for (heads, kv_heads, head_dim) in [(9, 3, 64), (4, 2, 128), (7, 1, 64), (8, 8, 128)] {
+            let scale = (head_dim as f32).powf(-0.5);
+            let shape =
+                AttentionShape { heads, kv_heads, head_dim, scale, sliding_window: None, kv_scales: SCALES };
+            check_attention_of_product(kv, shape, 290);
+        }
+    }
 }
 
 /// Every value of 16 bits through the cache of 8: with one position, attention gives the value itself. What is not a
