@@ -1,32 +1,35 @@
 """Output tokens per second of Hugging Face's continuous batching on a request list, with random weights.
 
-usage: transformers_bench.py CONFIG.json REQUESTS.jsonl [REPEATS]      prints one JSON object
+usage: transformers_bench.py [--repeat N] CONFIG.json REQUESTS.jsonl RESULT.json
 
 All requests of one call share their generation settings, so that each gets the longest output; only the tokens that
-the list asks for are counted, and the report says how many were made.
+the list asks for are counted, and the result says how many were made.
 """
 
 import json
-import pathlib
 import statistics
-import sys
 import time
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+import peer
+
 
 def main() -> None:
-    config, requests = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
-    repeats = int(sys.argv[3]) if len(sys.argv) > 3 else 1
-    items = [json.loads(line) for line in requests.read_text().splitlines() if line.strip()]
-    shape = AutoConfig.for_model(**json.loads(config.read_text()))
+    arguments = peer.arguments()
+    items = peer.requests(arguments.requests)
+    begun = time.perf_counter()
+    shape = AutoConfig.for_model(**json.loads(arguments.config.read_text()))
     shape._attn_implementation = "sdpa"
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).eval()
+    up_s = time.perf_counter() - begun
     longest = max(item["max_tokens"] for item in items)
-    generation = GenerationConfig(do_sample=True, temperature=0.6, max_new_tokens=longest, eos_token_id=-1, pad_token_id=0)
+    generation = GenerationConfig(
+        do_sample=True, temperature=0.6, max_new_tokens=longest, eos_token_id=-1, pad_token_id=0
+    )
 
     def run() -> tuple[float, int]:
         begun = time.perf_counter()
@@ -36,13 +39,13 @@ def main() -> None:
         made = sum(len(answer.generated_tokens) for answer in answers.values())
         return sum(item["max_tokens"] for item in items) / seconds, made
 
-    runs = [run() for _ in range(repeats)]
-    print(json.dumps({
-        "engine": "transformers",
+    runs = [run() for _ in range(arguments.repeat)]
+    peer.write(arguments.result, {
         "output_tokens_per_s": statistics.median(speed for speed, _ in runs),
         "runs": [speed for speed, _ in runs],
         "tokens_made": runs[-1][1],
-    }))
+        "up_s": up_s,
+    })
 
 
 if __name__ == "__main__":
