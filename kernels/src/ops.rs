@@ -9,6 +9,8 @@
 //! preconditions between engine and kernels are bugs and panic; a row whose logits are not numbers is reported
 //! as [`Poisoned`](crate::sampling::Poisoned) and harms no other row.
 
+use std::time::Duration;
+
 use crate::sampling::{SampleRow, Sampled};
 use crate::tensor::{HostTensor, LoadError};
 
@@ -388,6 +390,11 @@ pub trait Ops {
     /// Keeps only the rows that want logits in the given buffers; the ops that follow work on those rows
     /// alone. Once per step, after the last attention.
     fn narrow(&mut self, buffers: &[Buffer]);
+
+    /// What the last sampled step took on a device that works beside this thread; none where the thread computes.
+    fn device_time(&self) -> Option<Duration> {
+        None
+    }
 
     /// Logits of the narrowed rows: `out[row * vocabulary + token]`. For tests and scoring; waits for the
     /// device.

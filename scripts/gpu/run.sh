@@ -26,7 +26,8 @@ bench() { # NAME SECONDS ARGUMENTS...
 import json, sys
 r = json.load(open(sys.argv[2]))
 print(f"{sys.argv[1]:28} {r['output_tokens_per_s']:10.0f} tokens/s  {100 * r['bound_share']:5.1f} % of the bound at "
-      f"{r['read_gb_per_s']:.0f} GB/s  {r['host_us_per_step']:4.0f} us host  {r['run']['load_s']:5.1f} s load")
+      f"{r['read_gb_per_s']:.0f} GB/s  {r['host_us_per_step']:4.0f} us host  {100 * r['device_idle_share']:4.1f} % idle  "
+      f"{r['run']['load_s']:5.1f} s load")
 P
 )"$'\n'
     else

@@ -272,6 +272,7 @@ fn report(run: &Run, info: &Info, bounds: Bounds, more: Value) -> Value {
         "output_tokens": run.output_tokens,
         "prompt_tokens": run.prompt_tokens,
         "host_us_per_step": run.steps.host_us_per_step(),
+        "device_idle_share": run.steps.device_idle_share(),
         "steps": run.steps.summary(),
         "read_gb_per_s": bounds.read_bytes_per_s / 1e9,
         "compute_gop_per_s": bounds.operations_per_s / 1e9,

@@ -8,6 +8,7 @@
 
 mod arena;
 mod attend;
+mod clock;
 mod device;
 mod gemm;
 mod graph;
@@ -21,9 +22,11 @@ mod step;
 mod weights;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use arena::{Arena, kv_block_bytes};
 use attend::Attend;
+use clock::StepClock;
 use device::{Device, Memory};
 pub use device::{DeviceError, is_present};
 pub use gemm::Epilogue;
@@ -119,6 +122,7 @@ pub struct Cuda {
     adjustments: Adjustments,
     arena: Option<Arena>,
     weights: Weights,
+    clock: StepClock,
     device: Arc<Device>,
 }
 
@@ -147,6 +151,7 @@ impl Cuda {
             adjustments: Adjustments::new(0),
             arena: None,
             weights: Weights::default(),
+            clock: StepClock::new(&device)?,
             device,
         })
     }
@@ -279,6 +284,7 @@ impl Cuda {
         let layout = self.write_batch(graph_rows);
         let all = self.write_parameters(rows, &layout)?;
         self.step.recording.push(Command::Sample { all });
+        self.clock.start(&self.device).map_err(broken)?;
         let ran = self.run_commands(&layout, graph_rows);
         self.step.recording.clear();
         ran.map_err(broken)?;
@@ -291,6 +297,7 @@ impl Cuda {
         };
         // SAFETY: the results are read after the synchronisation below.
         unsafe { arena.results.queue_download(places.results, bytes) }.map_err(broken)?;
+        self.clock.stop(&self.device).map_err(broken)?;
         self.device.synchronize().map_err(broken)?;
         let (results, logprobs) = arena.results.words().split_at(places.logprobs_offset / 4);
         out.clear();
@@ -416,6 +423,10 @@ impl Ops for Cuda {
             self.step.recording.push(Command::Narrow(buffer));
         }
         self.step.recording.push(Command::Narrowed);
+    }
+
+    fn device_time(&self) -> Option<Duration> {
+        self.clock.elapsed()
     }
 
     fn logits(&mut self, head: &Matrix, x: Buffer, out: &mut [f32]) -> Result<(), StepError> {

@@ -14,10 +14,18 @@ use crate::engine::{Moment, Observer, StepShape};
 #[derive(Debug, Clone, Copy)]
 struct Step {
     shape: StepShape,
-    /// On the device.
+    /// In the call that computes.
     compute: Duration,
+    /// On a device beside the engine's thread.
+    device: Option<Duration>,
     /// The whole turn of the engine's loop.
     turn: Duration,
+}
+
+impl Step {
+    fn host(&self) -> Duration {
+        self.turn.saturating_sub(self.device.unwrap_or(self.compute))
+    }
 }
 
 /// Steps of one run.
@@ -30,7 +38,7 @@ pub(super) struct Recorder {
     steps: Arc<Mutex<Vec<Step>>>,
     begun: Option<Instant>,
     scheduled: Option<(Instant, StepShape)>,
-    computed: Option<Duration>,
+    computed: Option<(Duration, Option<Duration>)>,
 }
 
 impl Recorder {
@@ -48,12 +56,14 @@ impl Observer for Recorder {
                 (self.scheduled, self.computed) = (None, None);
             }
             Moment::Scheduled(shape) => self.scheduled = Some((Instant::now(), shape)),
-            Moment::Computed => self.computed = self.scheduled.map(|(at, _)| at.elapsed()),
+            Moment::Computed(device) => {
+                self.computed = self.scheduled.map(|(at, _)| (at.elapsed(), device));
+            }
             Moment::Reported => {
-                if let (Some(begun), Some((_, shape)), Some(compute)) =
+                if let (Some(begun), Some((_, shape)), Some((compute, device))) =
                     (self.begun, self.scheduled, self.computed)
                 {
-                    let step = Step { shape, compute, turn: begun.elapsed() };
+                    let step = Step { shape, compute, device, turn: begun.elapsed() };
                     self.steps.lock().expect("nobody panics with the lock held").push(step);
                 }
             }
@@ -93,10 +103,20 @@ impl Steps {
         (time > 0.0).then(|| tokens as f64 / time)
     }
 
-    /// Time of the engine's thread outside of the device, on average.
+    /// Time of a step in which nothing is computed, on average: a turn without what a device was busy, or without the call
+    /// that computes.
     pub fn host_us_per_step(&self) -> f64 {
-        let host: f64 = self.0.iter().map(|step| (step.turn - step.compute).as_secs_f64()).sum();
+        let host: f64 = self.0.iter().map(|step| step.host().as_secs_f64()).sum();
         host * 1e6 / self.0.len().max(1) as f64
+    }
+
+    /// Share of the time of steps of decodes in which the device has nothing to do; `None` without a device.
+    pub fn device_idle_share(&self) -> Option<f64> {
+        let steps: Vec<&Step> =
+            self.0.iter().filter(|step| kind(step) == "decode" && step.device.is_some()).collect();
+        let turns: f64 = steps.iter().map(|step| step.turn.as_secs_f64()).sum();
+        let idle: f64 = steps.iter().map(|step| step.host().as_secs_f64()).sum();
+        (turns > 0.0).then(|| idle / turns)
     }
 
     /// Number, rows and times of the steps of each kind.
@@ -164,6 +184,7 @@ mod tests {
         let step = |decode_rows, prefill_rows| Step {
             shape: StepShape { decode_rows, prefill_rows, sampled_rows: 1, attended: 10, cached: 10 },
             compute: Duration::from_millis(1),
+            device: None,
             turn: Duration::from_millis(2),
         };
         let steps = Steps(vec![step(2, 0), step(0, 8), step(1, 8), step(4, 0)]);
@@ -173,6 +194,9 @@ mod tests {
         assert_eq!(summary["prefill"]["p50_ms"], 2.0);
         assert_eq!(steps.decode_tokens_per_s(), Some(6.0 / 0.004));
         assert!((steps.host_us_per_step() - 1000.0).abs() < 1e-6);
+        assert_eq!(steps.device_idle_share(), None);
+        let beside = Step { device: Some(Duration::from_micros(1500)), ..step(3, 0) };
+        assert_eq!(Steps(vec![beside]).device_idle_share(), Some(0.25));
         let shape =
             ModelShape { layers: 1, hidden: 4, heads: 1, kv_heads: 1, head_dim: 4, ffn: 4, vocabulary: 8 };
         let bounds = Bounds { read_bytes_per_s: 1e3, operations_per_s: 1e3 };

@@ -14,6 +14,7 @@ pub mod scheduler;
 pub mod sequence;
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use millrace_kernels::ops::Ops;
 use millrace_kernels::sampling::Sampled;
@@ -52,8 +53,8 @@ pub enum Moment {
     Begun,
     /// The next step is decided.
     Scheduled(StepShape),
-    /// The device has computed it.
-    Computed,
+    /// The device has computed it, in this time if it is not the engine's own thread that computes.
+    Computed(Option<Duration>),
     /// Its tokens are sent and its numbers reported.
     Reported,
 }
@@ -168,7 +169,7 @@ impl<O: Ops> Core<O> {
                 Ok(sampled) => std::mem::take(sampled),
                 Err(error) => panic!("the engine cannot go on: {error}"),
             };
-            self.observer.observe(Moment::Computed);
+            self.observer.observe(Moment::Computed(self.runner.device_time()));
             self.scheduler.advance(&step);
             self.emit(&step, sampled);
             self.inbox.load.steps.fetch_add(1, Ordering::Relaxed);

@@ -2,6 +2,8 @@
 //!
 //! The buffers are taken at start, for the largest step; a step allocates nothing in proportion to its size.
 
+use std::time::Duration;
+
 use millrace_kernels::ops::{Batch, Ops, Span, StepError};
 use millrace_kernels::sampling::{SampleRow, Sampled};
 
@@ -56,6 +58,11 @@ impl<O: Ops> Runner<O> {
             assert_eq!(self.sampled.len(), rows.len(), "one choice per sampled row");
         }
         Ok(&mut self.sampled)
+    }
+
+    /// What the last step took on a device that works beside this thread.
+    pub fn device_time(&self) -> Option<Duration> {
+        self.ops.device_time()
     }
 
     /// Gives the memory of [`Self::run`]'s answer back for the next one.
