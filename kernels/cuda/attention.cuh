@@ -181,8 +181,8 @@ __host__ __device__ constexpr uint32_t prefill_shared_bytes(uint32_t head_dim) {
 /// `attention_prefill_wgmma_h*`: grid: multiprocessors; threads and shared memory:
 constexpr uint32_t PREFILL_WGMMA_THREADS = 384;
 __host__ __device__ constexpr uint32_t prefill_wgmma_shared_bytes(uint32_t head_dim) {
-    // Alignment and barriers; queries; two stages of keys and of values; the merged result in f32.
-    return 1024 + 1024 + 128 * head_dim * 2 + 4 * 128 * head_dim * 2 + 128 * head_dim * 4;
+    // Alignment and barriers; three stages of keys and two of values; the merged result in f32.
+    return 1024 + 1024 + 5 * 128 * head_dim * 2 + 128 * head_dim * 4;
 }
 
 }  // namespace millrace

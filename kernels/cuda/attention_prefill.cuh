@@ -50,16 +50,23 @@ struct RowPair {
     uint32_t end[2];
 };
 
-__device__ __forceinline__ RowPair begin_rows(const AttentionArguments& arguments, const Work& work, uint32_t packed) {
-    RowPair rows;
+/// Notes which keys the rows see; `packed` is the first of them.
+__device__ __forceinline__ void see_keys(RowPair& rows, const AttentionArguments& arguments, const Work& work,
+                                         uint32_t packed) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const uint32_t row = (packed + half * 8) / arguments.group;
         const uint32_t position = min(work.span.context - work.span.rows + row, work.position_last);
         rows.first[half] = window_first(position, arguments.window);
         rows.end[half] = position + 1;
-        rows.split[half] = rows.total[half] = empty_row();
     }
+}
+
+__device__ __forceinline__ RowPair begin_rows(const AttentionArguments& arguments, const Work& work, uint32_t packed) {
+    RowPair rows;
+    see_keys(rows, arguments, work, packed);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) rows.split[half] = rows.total[half] = empty_row();
     return rows;
 }
 
@@ -83,22 +90,28 @@ __device__ __forceinline__ void end_split(float (&out)[HEAD / 8][4], RowSum (&sp
         else factors[half] = merge_rows(total[half], split[half]);
         split[half] = empty_row();
     }
-    if (first && last) return;
+    if (!first) {
+        // Four places at a time, so that their reads overlap.
 #pragma unroll
-    for (int j = 0; j < HEAD / 8; ++j) {
-        float4* place = totals + j * THREADS;
-        if (!first) {
-            const float4 before = *place;
-            out[j][0] = merged(before.x, out[j][0], factors[0]);
-            out[j][1] = merged(before.y, out[j][1], factors[0]);
-            out[j][2] = merged(before.z, out[j][2], factors[1]);
-            out[j][3] = merged(before.w, out[j][3], factors[1]);
-        }
-        if (!last) {
-            *place = make_float4(out[j][0], out[j][1], out[j][2], out[j][3]);
-            out[j][0] = out[j][1] = out[j][2] = out[j][3] = 0.f;
+        for (int from = 0; from < HEAD / 8; from += 4) {
+            float4 before[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) before[i] = totals[(from + i) * THREADS];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                float(&sum)[4] = out[from + i];
+                sum[0] = merged(before[i].x, sum[0], factors[0]);
+                sum[1] = merged(before[i].y, sum[1], factors[0]);
+                sum[2] = merged(before[i].z, sum[2], factors[1]);
+                sum[3] = merged(before[i].w, sum[3], factors[1]);
+            }
         }
     }
+    if (last) return;
+#pragma unroll
+    for (int j = 0; j < HEAD / 8; ++j)
+        totals[j * THREADS] = make_float4(out[j][0], out[j][1], out[j][2], out[j][3]);
+    clear<HEAD>(out);
 }
 
 /// Writes the thread's share of two finished rows.
