@@ -175,12 +175,15 @@ pub struct EngineConfig {
     /// Longest prompt plus output, in tokens; the model's own limit when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_model_len: Option<u32>,
-    /// Most sequences that run at once.
+    /// Most sequences that run at once; when absent 256 on a GPU and 64 on a processor.
+    #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 4096))]
-    pub max_sequences: u32,
-    /// Most tokens in one step, prefill and decode together.
+    pub max_sequences: Option<u32>,
+    /// Most tokens in one step, prefill and decode together; when absent 8192 on a GPU and 512 on a processor,
+    /// and never less than `maxSequences`.
+    #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 16, max = 65536))]
-    pub max_batch_tokens: u32,
+    pub max_batch_tokens: Option<u32>,
     /// Share of the free memory that KV blocks may take.
     pub kv_cache_fraction: f32,
     /// Size of the KV cache; overrides `kvCacheFraction`.
@@ -204,8 +207,8 @@ impl Default for EngineConfig {
             quantization: Quantization::None,
             kv_cache_dtype: KvCacheDtype::Auto,
             max_model_len: None,
-            max_sequences: 64,
-            max_batch_tokens: 512,
+            max_sequences: None,
+            max_batch_tokens: None,
             kv_cache_fraction: 0.5,
             kv_cache_bytes: None,
             prefix_cache: true,
@@ -213,6 +216,44 @@ impl Default for EngineConfig {
             step_timeout: Span::seconds(60),
         }
     }
+}
+
+impl EngineConfig {
+    /// Whether the engine computes on a GPU. What only the processor does stays there, unless the configuration
+    /// demands a GPU; `present` is asked only where it matters.
+    pub fn uses_gpu(&self, present: impl FnOnce() -> bool) -> bool {
+        let for_processor =
+            self.quantization == Quantization::Int8 || self.dtype == Dtype::F32 || self.threads.is_some();
+        match self.device {
+            Device::Cpu => false,
+            Device::Cuda => true,
+            Device::Auto => !for_processor && present(),
+        }
+    }
+
+    /// The most that one step holds: what the configuration says, else what suits the device.
+    pub fn step_limits(&self, gpu: bool) -> StepLimits {
+        let suits = if gpu { StepLimits::GPU } else { StepLimits::PROCESSOR };
+        let sequences = self.max_sequences.unwrap_or(suits.sequences);
+        let tokens = self.max_batch_tokens.unwrap_or(suits.tokens.max(sequences));
+        StepLimits { sequences, tokens }
+    }
+}
+
+/// The most that one step of the engine holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StepLimits {
+    /// Sequences.
+    pub sequences: u32,
+    /// Tokens, prefill and decode together.
+    pub tokens: u32,
+}
+
+impl StepLimits {
+    /// A GPU reads its weights once for all rows of a step, so it wants many.
+    pub const GPU: Self = Self { sequences: 256, tokens: 8192 };
+    /// A processor is busy with few rows, and more only make each step longer.
+    pub const PROCESSOR: Self = Self { sequences: 64, tokens: 512 };
 }
 
 /// The job queue, as the streams and consumers are made.
@@ -349,5 +390,40 @@ mod defaults {
     }
     pub fn model_bytes_max() -> Bytes {
         Bytes(1 << 40)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn step_limits_suit_the_device_unless_they_are_set() {
+        let engine = |yaml: &str| -> EngineConfig { serde_yaml::from_str(yaml).unwrap() };
+        let cases = [
+            ("{}", false, (64, 512)),
+            ("{}", true, (256, 8192)),
+            ("{maxSequences: 8}", true, (8, 8192)),
+            ("{maxBatchTokens: 32}", false, (64, 32)),
+            ("{maxSequences: 1000}", false, (1000, 1000)),
+            ("{maxSequences: 1000}", true, (1000, 8192)),
+        ];
+        for (yaml, gpu, (sequences, tokens)) in cases {
+            assert_eq!(engine(yaml).step_limits(gpu), StepLimits { sequences, tokens }, "{yaml} {gpu}");
+        }
+        // (configuration, without a GPU, with one)
+        let devices = [
+            ("{}", false, true),
+            ("{device: cpu}", false, false),
+            ("{device: cuda}", true, true),
+            ("{quantization: int8}", false, false),
+            ("{dtype: f32}", false, false),
+            ("{threads: 2}", false, false),
+            ("{device: cuda, threads: 2}", true, true),
+        ];
+        for (yaml, without, with) in devices {
+            let uses = |present: bool| engine(yaml).uses_gpu(|| present);
+            assert_eq!((uses(false), uses(true)), (without, with), "{yaml}");
+        }
     }
 }

@@ -224,7 +224,9 @@ pub struct QueueSpec {
     pub attempt_timeout: Span,
     /// Shares of the classes under contention.
     pub weights: ClassWeights,
-    /// What becomes of the streams, with all jobs and outcomes, when the InferenceModel is deleted.
+    /// What becomes of the streams when the InferenceModel is deleted. `Retain`: they stay, with their
+    /// consumers, jobs and outcomes; jobs can still be published, and an InferenceModel of the same name goes
+    /// on with them. `Delete`: they go with it, once its workers have drained.
     pub on_delete: OnDelete,
 }
 
@@ -264,7 +266,8 @@ impl QueueSpec {
 /// What becomes of the streams when the InferenceModel is deleted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 pub enum OnDelete {
-    /// They stay. An InferenceModel of the same name goes on with them.
+    /// They stay, with their consumers, jobs and outcomes. Jobs can still be published; an InferenceModel of the
+    /// same name goes on with them.
     #[default]
     Retain,
     /// They are deleted, with all jobs and outcomes.

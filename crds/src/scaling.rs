@@ -23,8 +23,10 @@ pub struct ScalingSpec {
     /// Most workers.
     #[schemars(range(min = 1, max = 1024))]
     pub max_replicas: u32,
-    /// How long the model must have been without any work before the last worker goes. It stays at least as
-    /// long as its restart would take, whatever is set here.
+    /// How long the model must have been without any work before the last worker goes. The default can be
+    /// short, because the worker idles at least as long as starts of this model were seen to take (p90; 30s
+    /// before the first), whatever is set here: a model whose starts are slow does not flap. Raise it where
+    /// jobs that come minutes apart must not wait for a start; an idle GPU is paid for all that time.
     pub idle_after: Span,
     /// What the autoscaler aims at.
     pub targets: ScalingTargets,
@@ -58,7 +60,9 @@ pub struct ScalingTargets {
     /// The time from a job's publication to its start that nineteen jobs of twenty are to stay within.
     /// Backlog that fits into it is let stand, because a worker with a backlog does not idle.
     pub queue_wait: Span,
-    /// Share of the KV blocks that may be in use before a worker is added.
+    /// Share of the KV blocks that may be in use before a worker is added, while sequences wait for blocks
+    /// inside of workers. Without such a wait, full blocks are what a busy worker looks like, and only
+    /// `queueWait` adds workers.
     #[schemars(range(min = 0.1, max = 1.0))]
     pub kv_utilization: f64,
 }
@@ -75,8 +79,9 @@ impl Default for ScalingTargets {
 pub struct Stabilization {
     /// Workers are added when that many were wanted during all of this span.
     pub up: Span,
-    /// Workers are removed when no more were wanted during all of this span. The price of a restart is
-    /// weighed in any case; this span guards against a single odd reading.
+    /// Workers are removed when no more were wanted during all of this span. The default is short, because it
+    /// only guards against an odd reading: a worker that arrivals ask for again sooner than its restart would
+    /// pay is kept in any case. Raise it to keep workers longer after a burst.
     pub down: Span,
 }
 
@@ -152,13 +157,13 @@ impl ScalingSpec {
         }
     }
 
-    /// The admission warning for an `idleAfter` that is shorter than a start of this model was seen to take.
-    /// Such a model can fall asleep before the worker that was started for it has answered.
+    /// The warning for an `idleAfter` that is shorter than a start of this model was seen to take, and so has
+    /// no effect.
     pub fn idle_warning(&self, cold_start_p90: Span) -> Option<String> {
         (self.min_replicas == 0 && self.idle_after < cold_start_p90).then(|| {
             format!(
-                "scaling.idleAfter is {}, shorter than the cold start of this model ({} at p90): \
-                 set it to at least {}, or minReplicas to 1",
+                "scaling.idleAfter is {}, shorter than the cold start of this model ({} at p90), for which the \
+                 last worker idles instead: set it to at least {}, or minReplicas to 1",
                 self.idle_after, cold_start_p90, cold_start_p90
             )
         })

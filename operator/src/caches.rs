@@ -20,10 +20,10 @@ use kube_runtime::reflector::{ObjectRef, Store, store::Writer};
 use kube_runtime::{WatchStreamExt, watcher};
 use millrace_crds::model::{InferenceModel, MODEL_LABEL};
 use serde::de::DeserializeOwned;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
-use crate::build::pod_monitor_kind;
 use crate::names::{MANAGED_BY, MANAGED_BY_LABEL};
+use crate::pod_monitors::{Follower, PodMonitors};
 
 /// An InferenceModel, or the reason why what is there cannot be read as one.
 pub type Guarded = DeserializeGuard<InferenceModel>;
@@ -48,8 +48,8 @@ pub struct Caches {
     pub network_policies: Store<NetworkPolicy>,
     /// Disruption budgets.
     pub disruption_budgets: Store<PodDisruptionBudget>,
-    /// Pod monitors, where they are made.
-    pub pod_monitors: Option<Store<DynamicObject>>,
+    /// Pod monitors, where they are wanted.
+    pub pod_monitors: Option<watch::Receiver<PodMonitors>>,
     /// Deployments.
     pub deployments: Store<Deployment>,
     /// Pods, without their spec.
@@ -76,7 +76,7 @@ impl Scope {
         }
     }
 
-    fn dynamic(&self, kind: &ApiResource) -> Api<DynamicObject> {
+    pub(crate) fn dynamic(&self, kind: &ApiResource) -> Api<DynamicObject> {
         match &self.namespace {
             Some(namespace) => Api::namespaced_with(self.client.clone(), namespace, kind),
             None => Api::all_with(self.client.clone(), kind),
@@ -92,23 +92,25 @@ impl Caches {
     pub fn new(scope: &Scope, pod_monitors: bool, changes: &mpsc::Sender<ModelKey>) -> (Self, Watches) {
         let mut watches: Watches = Vec::new();
         let (models, writer) = kube_runtime::reflector::store();
-        let watch = watch(scope.api::<Guarded>(), watcher::Config::default(), writer, |_| {});
+        let changed = watch(scope.api::<Guarded>(), watcher::Config::default(), writer, |_| {});
         watches.push(Box::pin(forward(
-            watch,
+            changed,
             |model: &Guarded| Some(ObjectRef::from_obj(model)),
             changes.clone(),
         )));
+        let pod_monitors = pod_monitors.then(|| {
+            let (state, told) = watch::channel(PodMonitors::Asking);
+            let (scope, models, changes) = (scope.clone(), models.clone(), changes.clone());
+            watches.push(Box::pin(Follower { scope, models, changes, state }.run()));
+            told
+        });
         let caches = Self {
             models,
+            pod_monitors,
             service_accounts: owned(scope, &mut watches, changes),
             config_maps: owned(scope, &mut watches, changes),
             network_policies: owned(scope, &mut watches, changes),
             disruption_budgets: owned(scope, &mut watches, changes),
-            pod_monitors: pod_monitors.then(|| {
-                let kind = pod_monitor_kind();
-                let (api, writer) = (scope.dynamic(&kind), Writer::<DynamicObject>::new(kind));
-                child(api, writer, |_| {}, &mut watches, changes)
-            }),
             deployments: owned(scope, &mut watches, changes),
             pods: {
                 let (_, writer) = kube_runtime::reflector::store();
@@ -129,8 +131,8 @@ impl Caches {
         self.config_maps.wait_until_ready().await?;
         self.network_policies.wait_until_ready().await?;
         self.disruption_budgets.wait_until_ready().await?;
-        if let Some(pod_monitors) = &self.pod_monitors {
-            pod_monitors.wait_until_ready().await?;
+        if let Some(mut pod_monitors) = self.pod_monitors.clone() {
+            pod_monitors.wait_for(|state| !matches!(state, PodMonitors::Asking)).await?;
         }
         self.deployments.wait_until_ready().await?;
         self.pods.wait_until_ready().await?;
@@ -160,23 +162,25 @@ fn child<K>(
     changes: &mpsc::Sender<ModelKey>,
 ) -> Store<K>
 where
-    K: Resource + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
-    K::DynamicType: Eq + Hash + Clone + Send + Sync,
+    K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
 {
     let reader = writer.as_reader();
-    let config = watcher::Config::default().labels(&format!("{MANAGED_BY_LABEL}={MANAGED_BY}"));
-    let watch = watch(api, config, writer, slim);
-    watches.push(Box::pin(forward(watch, owner::<K>, changes.clone())));
+    watches.push(Box::pin(forward(watch(api, ours(), writer, slim), owner::<K>, changes.clone())));
     reader
 }
 
+/// What the operator made.
+pub(crate) fn ours() -> watcher::Config {
+    watcher::Config::default().labels(&format!("{MANAGED_BY_LABEL}={MANAGED_BY}"))
+}
+
 /// The model that an object belongs to, by its label.
-fn owner<K: Resource>(object: &K) -> Option<ModelKey> {
+pub(crate) fn owner<K: Resource>(object: &K) -> Option<ModelKey> {
     let model = object.labels().get(MODEL_LABEL)?;
     Some(ObjectRef::new(model).within(&object.namespace()?))
 }
 
-fn watch<K>(
+pub(crate) fn watch<K>(
     api: Api<K>,
     config: watcher::Config,
     writer: Writer<K>,
@@ -196,11 +200,12 @@ where
         .touched_objects()
 }
 
-async fn forward<K: Send + 'static>(
+async fn forward<K: Resource<DynamicType: Default> + Send + 'static>(
     watch: impl futures::Stream<Item = Result<K, watcher::Error>> + Send,
     key: impl Fn(&K) -> Option<ModelKey> + Send,
     changes: mpsc::Sender<ModelKey>,
 ) {
+    let kind = K::kind(&K::DynamicType::default()).into_owned();
     let mut watch = std::pin::pin!(watch);
     while let Some(change) = watch.next().await {
         match change {
@@ -210,7 +215,7 @@ async fn forward<K: Send + 'static>(
                     let _ = changes.send(key).await;
                 }
             }
-            Err(error) => tracing::warn!(%error, "watch; trying again"),
+            Err(error) => tracing::warn!(kind, %error, "a watch broke off; trying again"),
         }
     }
 }

@@ -46,7 +46,7 @@ pub struct Config {
     /// The workers' image for GPUs; the image for CPUs when absent.
     #[arg(long, env = "MILLRACE_WORKER_IMAGE_CUDA")]
     pub worker_image_cuda: Option<String>,
-    /// Make a PodMonitor for each model. Needs the Prometheus operator's definitions.
+    /// Make a PodMonitor for each model, once the API server knows the Prometheus operator's definitions.
     #[arg(long, env = "MILLRACE_POD_MONITORS")]
     pub pod_monitors: bool,
     /// Address of `/metrics`, `/healthz` and `/readyz`.

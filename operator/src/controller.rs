@@ -124,7 +124,10 @@ pub async fn run(
         .for_each(|result| async move {
             match result {
                 Ok(_) | Err(RunError::ObjectNotFound(_)) => {}
-                Err(error) => tracing::warn!(%error, "reconcile"),
+                Err(RunError::ReconcilerFailed(error, model)) => {
+                    tracing::warn!(%model, %error, "a reconcile failed; trying again");
+                }
+                Err(error) => tracing::warn!(%error, "the queue of reconciles"),
             }
         })
         .await;
@@ -325,7 +328,7 @@ impl Reconcile<'_> {
         let repairs = self.context.queue.provision(&plan.model, &plan.queue, &plan.results).await;
         let known = self.state.queue.checked.as_ref().is_some_and(|(_, of)| *of == settings);
         for repair in repairs.iter().flatten() {
-            tracing::info!(model = %plan.model, name = repair.name, what = repair.what, "queue");
+            tracing::info!(model = %plan.model, name = repair.name, what = repair.what, "the queue was put right");
             // A change of the spec is no drift; anything else that differs was somebody else's doing.
             if self.state.queue.made && (known || !repair.existed) {
                 self.context.metrics.repairs.inc();
@@ -357,7 +360,10 @@ impl Reconcile<'_> {
         {
             count("mark", context.applier.mark(&facts.pods, &decision.delete_first).await?);
         }
-        let resources = build::build(plan, sized.replicas);
+        let mut resources = build::build(plan, sized.replicas);
+        if facts.pod_monitors_undefined {
+            resources.pod_monitor = None;
+        }
         let version = facts.existing.deployment.as_ref().and_then(|found| found.resource_version());
         let writes = context.applier.apply(resources, &facts.existing, &plan.uid).await?;
         count("objects", writes);
@@ -366,7 +372,7 @@ impl Reconcile<'_> {
         }
         self.state.scaling.made(sized.replicas, version, facts.at_ms);
         if let Some(decision) = &sized.decision {
-            tracing::info!(model = %plan.model, sentence = decision.sentence, "scaled");
+            tracing::info!(model = %plan.model, sentence = decision.sentence, "the number of workers changes");
             context.metrics.decided(decision);
             let up = sized.replicas > sized.before;
             let reason = if up { Reason::ScalingUp } else { Reason::ScalingDown };

@@ -11,7 +11,7 @@ pub enum Error {
     #[error("the object cannot be read: {0}")]
     Unreadable(String),
     /// The API server or the broker kept it waiting.
-    #[error("no end after {0:?}")]
+    #[error("it took longer than {0:?}; the API server or the broker kept it waiting")]
     TimedOut(std::time::Duration),
     /// An object could not be applied or deleted.
     #[error(transparent)]

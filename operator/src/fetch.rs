@@ -22,6 +22,7 @@ use crate::build::pod_monitor_kind;
 use crate::caches::Caches;
 use crate::load::LoadBook;
 use crate::names;
+use crate::pod_monitors::PodMonitors;
 use crate::queue::{Queue, QueueError};
 use crate::scale::QueueReading;
 
@@ -49,6 +50,8 @@ pub struct Facts {
     pub at_ms: u64,
     /// The objects.
     pub existing: Existing,
+    /// PodMonitors are wanted, and the API server does not know them.
+    pub pod_monitors_undefined: bool,
     /// The pods.
     pub pods: Vec<Arc<Pod>>,
     /// The backlog, or why it could not be read.
@@ -70,12 +73,19 @@ pub fn existing(caches: &Caches, model: &ModelRef) -> Existing {
         config_map: caches.config_maps.get(&ObjectRef::new(&name).within(namespace)),
         network_policy: caches.network_policies.get(&ObjectRef::new(&name).within(namespace)),
         disruption_budget: caches.disruption_budgets.get(&ObjectRef::new(&name).within(namespace)),
-        pod_monitor: caches
-            .pod_monitors
-            .as_ref()
-            .and_then(|store| store.get(&ObjectRef::new_with(&name, pod_monitor_kind()).within(namespace))),
+        pod_monitor: match pod_monitors(caches) {
+            Some(PodMonitors::Known(store)) => {
+                store.get(&ObjectRef::new_with(&name, pod_monitor_kind()).within(namespace))
+            }
+            _ => None,
+        },
         deployment: caches.deployments.get(&ObjectRef::new(&name).within(namespace)),
     }
+}
+
+/// The state of PodMonitors, where they are wanted.
+fn pod_monitors(caches: &Caches) -> Option<PodMonitors> {
+    caches.pod_monitors.as_ref().map(|state| state.borrow().clone())
 }
 
 /// The pods of a model.
@@ -92,6 +102,7 @@ pub async fn facts(caches: &Caches, queue: &Queue, load: &LoadBook, model: &Mode
     // The clock is read last, so that nothing in the reading is younger than the reading.
     Facts {
         existing: existing(caches, model),
+        pod_monitors_undefined: matches!(pod_monitors(caches), Some(PodMonitors::Undefined)),
         pods: pods(caches, model),
         queue: backlog,
         load: load.of(model, Instant::now()),

@@ -49,7 +49,9 @@ impl Election {
             match self.try_once().await {
                 Ok(true) => return,
                 Ok(false) => {}
-                Err(error) => tracing::warn!(%error, "lease"),
+                Err(error) => {
+                    tracing::warn!(lease = self.name, %error, "the Lease cannot be taken; trying again")
+                }
             }
             tokio::time::sleep(RETRY).await;
         }
@@ -63,7 +65,9 @@ impl Election {
             match self.try_once().await {
                 Ok(true) => renewed = Instant::now(),
                 Ok(false) => return,
-                Err(error) => tracing::warn!(%error, "lease is not renewed"),
+                Err(error) => {
+                    tracing::warn!(lease = self.name, %error, "the Lease is not renewed; trying again")
+                }
             }
         }
     }
@@ -83,9 +87,11 @@ impl Election {
             self.api.replace(&self.name, &PostParams::default(), &lease).await.map(drop)
         };
         match tokio::time::timeout(REQUEST_TIMEOUT, released).await {
-            Ok(Ok(())) => tracing::info!("lease released"),
-            Ok(Err(error)) => tracing::warn!(%error, "lease is not released"),
-            Err(_) => tracing::warn!("lease is not released: no answer"),
+            Ok(Ok(())) => tracing::info!("the Lease is given back"),
+            Ok(Err(error)) => tracing::warn!(%error, "the Lease is not given back; it runs out by itself"),
+            Err(_) => {
+                tracing::warn!("the Lease is not given back, for want of an answer; it runs out by itself")
+            }
         }
     }
 

@@ -26,6 +26,7 @@ pub mod load;
 pub mod metrics;
 pub mod names;
 pub mod network;
+pub mod pod_monitors;
 pub mod pod_template;
 pub mod queue;
 pub mod scale;

@@ -21,7 +21,7 @@ use millrace_operator::metrics::Metrics;
 use millrace_operator::queue::Queue;
 use millrace_operator::status::StatusWriter;
 use millrace_operator::wake::Wakes;
-use millrace_operator::{build, server, telemetry};
+use millrace_operator::{server, telemetry};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
@@ -29,9 +29,6 @@ use tokio::sync::{mpsc, watch};
 const SWEEP: Duration = Duration::from_secs(30);
 /// How long a reconcile that is under way may take at the end.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
-/// Why an operator that shall make PodMonitors ends at once.
-const NO_POD_MONITORS: &str = "--pod-monitors: the API server does not know PodMonitors (monitoring.coreos.com/v1); \
-                               install the definitions of the Prometheus operator, or leave the option out";
 
 fn main() -> ExitCode {
     let config = Config::parse();
@@ -60,10 +57,11 @@ async fn run(config: Config) -> anyhow::Result<()> {
     tracing::info!(listen = %bound, identity = config.identity, "starting");
     let mut election =
         Election::new(client.clone(), &config.lease_namespace, &config.lease_name, &config.identity);
+    let lease = format!("{}/{}", config.lease_namespace, config.lease_name);
     let elected = !config.no_leader_election;
     if elected {
         tokio::select! {
-            () = election.acquire() => tracing::info!("lease acquired"),
+            () = election.acquire() => tracing::info!("the Lease is held; beginning"),
             () = stopped(stop.clone()) => return Ok(()),
         }
     }
@@ -72,7 +70,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
     let ended = if elected {
         tokio::select! {
             ended = working => ended,
-            () = election.hold() => bail!("the lease is lost"),
+            () = election.hold() => bail!("the Lease {lease} is lost: another operator may work by now"),
         }
     } else {
         working.await
@@ -84,26 +82,12 @@ async fn run(config: Config) -> anyhow::Result<()> {
     ended
 }
 
-/// Without the definition, a watch of PodMonitors would fail for ever, and no model would be looked at.
-async fn knows_pod_monitors(client: &Client) -> anyhow::Result<()> {
-    let kind = build::pod_monitor_kind();
-    match client.list_api_group_resources(&kind.api_version).await {
-        Ok(list) if list.resources.iter().any(|found| found.name == kind.plural) => Ok(()),
-        Ok(_) => bail!(NO_POD_MONITORS),
-        Err(kube::Error::Api(status)) if status.code == 404 => bail!(NO_POD_MONITORS),
-        Err(error) => Err(error).context("the API server's resources"),
-    }
-}
-
 async fn work(
     config: Config,
     client: Client,
     metrics: Arc<Metrics>,
     stop: watch::Receiver<bool>,
 ) -> anyhow::Result<()> {
-    if config.pod_monitors {
-        knows_pod_monitors(&client).await?;
-    }
     let queue = Queue::connect(&config).await.context("the broker")?;
     let (changes, receiver) = mpsc::channel(CHANGES_MAX);
     let scope = Scope { client: client.clone(), namespace: config.watch_namespace.clone() };
@@ -134,7 +118,7 @@ async fn work(
         tokio::select! {
             () = controller::run(context.clone(), receiver, stopped(stop.clone())) => {}
             () = async { stopped(end).await; tokio::time::sleep(END_TIMEOUT).await } => {
-                tracing::warn!("a reconcile did not end in time");
+                tracing::warn!("a reconcile still runs {END_TIMEOUT:?} after the signal; ending without it");
             }
         }
         anyhow::Ok(())

@@ -92,7 +92,7 @@ impl Queue {
             .event_callback(move |event| {
                 match event {
                     Event::Connected => sender.send_modify(|count| *count += 1),
-                    ref other => tracing::warn!(event = %other, "broker"),
+                    ref other => tracing::warn!(event = %other, "the connection to the broker"),
                 }
                 async {}
             });
@@ -125,7 +125,7 @@ impl Queue {
         let mut connections = self.connections();
         let connected = connections.wait_for(|&count| count > 0);
         if tokio::time::timeout(FIRST_CONNECTION_WAIT, connected).await.is_err() {
-            tracing::warn!("the broker does not answer; going on without");
+            tracing::warn!("the broker does not answer after {FIRST_CONNECTION_WAIT:?}; going on without");
         }
     }
 

@@ -35,7 +35,7 @@ const NOTE_MAX: usize = 1000;
 
 /// Why the status could not be written.
 #[derive(Debug, thiserror::Error)]
-#[error("status: {0}")]
+#[error("the status was not written: {0}")]
 pub struct StatusError(#[from] Box<kube::Error>);
 
 /// Everything that a status says.
@@ -259,6 +259,10 @@ impl<'a> Found<'a> {
         if let Some(Err(error)) = self.view.facts.map(|facts| &facts.queue) {
             return finding(yes, Reason::SignalLost, error.to_string());
         }
+        if self.view.facts.is_some_and(|facts| facts.pod_monitors_undefined) {
+            let message = "the API server does not know PodMonitors (monitoring.coreos.com/v1)";
+            return finding(yes, Reason::PodMonitorsUndefined, message);
+        }
         finding(ConditionStatus::False, Reason::AsExpected, "")
     }
 
@@ -446,7 +450,7 @@ impl StatusWriter {
             secondary: None,
         };
         if let Err(error) = self.recorder.publish(&event, &object.object_ref(&())).await {
-            tracing::warn!(%error, %reason, "event");
+            tracing::warn!(%error, %reason, "an event was not published");
         }
     }
 }

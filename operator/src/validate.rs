@@ -146,7 +146,11 @@ fn sizing(replicas: Option<u32>, scaling: Option<&ScalingSpec>) -> Result<Sizing
         }
         (None, Some(scaling)) => match scaling.check() {
             Ok(()) => Ok(Sizing::Follow(scaling.clone())),
-            Err(error) => Err(refuse("spec", error.to_string())),
+            Err(error) => {
+                let text = error.to_string();
+                let (field, message) = text.split_once(' ').unwrap_or(("scaling", &text));
+                Err(refuse(&format!("spec.{field}"), message))
+            }
         },
         _ => Err(refuse("spec", "must hold exactly one of replicas and scaling")),
     }
@@ -220,7 +224,7 @@ pub(crate) mod tests {
             (base.to_owned(), "spec must hold exactly one"),
             (format!("{base}  replicas: 1\n  scaling: {{}}\n"), "spec must hold exactly one"),
             (format!("{base}  replicas: 5000\n"), "spec.replicas is 5000"),
-            (format!("{base}  scaling: {{minReplicas: 9}}\n"), "minReplicas is 9"),
+            (format!("{base}  scaling: {{minReplicas: 9}}\n"), "spec.scaling.minReplicas is 9"),
             (format!("{base}  replicas: 1\n  parallelism: {{tensor: 2}}\n"), "spec.parallelism.tensor is 2"),
             (
                 format!("{base}  replicas: 1\n  resources: {{limits: {{nvidia.com/gpu: 2}}}}\n"),

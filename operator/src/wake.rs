@@ -50,7 +50,7 @@ impl Wakes {
         let mut jobs = match self.client.subscribe(subject).await {
             Ok(jobs) => jobs,
             Err(error) => {
-                tracing::warn!(%model, %error, "cannot listen for jobs; only looking");
+                tracing::warn!(%model, %error, "jobs cannot be listened for; the queue is looked at every --poll-idle");
                 return;
             }
         };

@@ -5,7 +5,8 @@
 use std::path::PathBuf;
 
 use millrace_crds::config::{
-    ModelConfig, NatsConfig, ObjectStoreConfig, ResultsConfig, ServerConfig, StoreConfig, WorkerConfig,
+    EngineConfig, ModelConfig, NatsConfig, ObjectStoreConfig, ResultsConfig, ServerConfig, StoreConfig,
+    WorkerConfig,
 };
 use millrace_crds::model::pods::SecretRef;
 use millrace_crds::model::{InferenceModelSpec, ObjectStoreSpec};
@@ -95,7 +96,7 @@ pub(crate) fn build(
             bytes_max: Bytes(spec.model.cache_size.0),
         },
         nats: nats(config, &mut mounts),
-        engine: spec.engine.clone(),
+        engine: engine(spec),
         queue: spec.queue.config(),
         results: ResultsConfig {
             ttl: spec.results.ttl,
@@ -106,6 +107,16 @@ pub(crate) fn build(
         server: ServerConfig { listen: ([0, 0, 0, 0], PORT).into() },
     };
     Ok((worker, mounts))
+}
+
+/// The engine with the step sizes of its device written out: the ConfigMap says what runs.
+fn engine(spec: &InferenceModelSpec) -> EngineConfig {
+    let limits = spec.engine.step_limits(spec.engine.uses_gpu(|| spec.resources.gpus() > 0));
+    EngineConfig {
+        max_sequences: Some(limits.sequences),
+        max_batch_tokens: Some(limits.tokens),
+        ..spec.engine.clone()
+    }
 }
 
 /// The address as the worker sees it, and the claim to mount for it.

@@ -33,6 +33,7 @@ struct Situation {
     backlog: Result<QueueReading, QueueError>,
     queue: Result<(), QueueError>,
     unapplied: Option<ApplyError>,
+    pod_monitors_undefined: bool,
     replicas: u32,
     former: InferenceModelStatus,
 }
@@ -53,6 +54,7 @@ impl Situation {
             backlog: Ok(QueueReading::default()),
             queue: Ok(()),
             unapplied: None,
+            pod_monitors_undefined: false,
             replicas,
             former: InferenceModelStatus::default(),
         }
@@ -68,6 +70,7 @@ impl Situation {
         let facts = Facts {
             at_ms: 100_000,
             existing: Existing::default(),
+            pod_monitors_undefined: self.pod_monitors_undefined,
             pods: self.pods.clone(),
             queue: self.backlog.clone(),
             load: self.load.clone(),
@@ -173,6 +176,13 @@ fn what_is_wrong_is_said() {
         (ScalingActive, False, Reason::SignalLost),
     ]);
     assert_eq!(lost.status().backlog, None, "unknown is not zero");
+    let mut unmonitored = Situation::new(FOLLOW, 1).pod(READY);
+    unmonitored.pod_monitors_undefined = true;
+    unmonitored.check(&[
+        (Ready, True, Reason::WorkersReady),
+        (Progressing, False, Reason::AsExpected),
+        (Degraded, True, Reason::PodMonitorsUndefined),
+    ]);
     let mut refused = Situation::new(FOLLOW, 0);
     refused.queue = Err(QueueError::Refused { name: "stream S".into(), message: "no space".into() });
     refused.check(&[(Ready, False, Reason::QueueRefused), (QueueReady, False, Reason::QueueRefused)]);

@@ -47,7 +47,7 @@ impl Cluster {
         let uri = format!("file://{}", model.display());
         let mut cluster = Self::of(folder, "tiny", &uri)?;
         cluster.config.engine.kv_cache_bytes = Some(Bytes(KV_CACHE_BYTES));
-        cluster.config.engine.max_batch_tokens = 256;
+        cluster.config.engine.max_batch_tokens = Some(256);
         // Tests run side by side on few cores.
         cluster.config.engine.threads = Some(1);
         Ok(cluster)

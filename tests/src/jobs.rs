@@ -159,9 +159,9 @@ impl Queue {
     /// # Errors
     /// When the broker does not answer.
     pub async fn connect(nats: &NatsServer, model: &ModelRef) -> Result<Self> {
-        let options = async_nats::ConnectOptions::new()
-            .name("millrace-tests")
-            .max_reconnects(None)
+        let options = nats
+            .options()
+            .await?
             .request_timeout(Some(REQUEST_LIMIT))
             .reconnect_delay_callback(|_| Duration::from_millis(50));
         let client = options.connect(nats.url()).await?;

@@ -8,8 +8,10 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use async_nats::ConnectOptions;
 use tempfile::TempDir;
 
+use crate::accounts::Accounts;
 use crate::ports::Port;
 use crate::process::{Process, Signal};
 use crate::{http, place, tools};
@@ -26,6 +28,7 @@ pub struct NatsServer {
     client: Port,
     monitor: Port,
     folder: TempDir,
+    accounts: Option<Accounts>,
 }
 
 impl NatsServer {
@@ -42,7 +45,21 @@ impl NatsServer {
     /// # Errors
     /// As [`Self::start`].
     pub fn start_with(extra: &str) -> Result<Self> {
+        Self::start_in(place::folder("nats-")?, extra, None)
+    }
+
+    /// One that takes only TLS and only the user of [`Self::accounts`].
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_secured() -> Result<Self> {
         let folder = place::folder("nats-")?;
+        let accounts = Accounts::create(folder.path())?;
+        let broker = accounts.broker.clone();
+        Self::start_in(folder, &broker, Some(accounts))
+    }
+
+    fn start_in(folder: TempDir, extra: &str, accounts: Option<Accounts>) -> Result<Self> {
         let (client, monitor) = (Port::reserve()?, Port::reserve()?);
         let config = format!(
             "server_name: millrace-test\nhost: 127.0.0.1\nport: {}\nhttp: \"127.0.0.1:{}\"\n\
@@ -54,7 +71,7 @@ impl NatsServer {
         );
         fs::write(folder.path().join("nats.conf"), config)?;
         let process = Self::launch(&folder)?;
-        let mut server = Self { process, client, monitor, folder };
+        let mut server = Self { process, client, monitor, folder, accounts };
         server.wait_ready()?;
         Ok(server)
     }
@@ -72,9 +89,26 @@ impl NatsServer {
         self.process.wait_until(READY_LIMIT, ready).map(drop)
     }
 
-    /// `nats://127.0.0.1:PORT`.
+    /// `nats://127.0.0.1:PORT`, or `tls://` of a secured one.
     pub fn url(&self) -> String {
-        format!("nats://127.0.0.1:{}", self.client.number())
+        let scheme = if self.accounts.is_some() { "tls" } else { "nats" };
+        format!("{scheme}://127.0.0.1:{}", self.client.number())
+    }
+
+    /// The files that a secured one asks for.
+    pub fn accounts(&self) -> Option<&Accounts> {
+        self.accounts.as_ref()
+    }
+
+    /// What a client needs to get in, for good: it reconnects for ever.
+    ///
+    /// # Errors
+    /// When a file cannot be read.
+    pub async fn options(&self) -> Result<ConnectOptions> {
+        let options = ConnectOptions::new().max_reconnects(None).name("millrace-tests");
+        let Some(accounts) = &self.accounts else { return Ok(options) };
+        let options = options.add_root_certificates(accounts.authority.clone());
+        Ok(options.credentials_file(&accounts.credentials).await?)
     }
 
     /// The address of the monitoring pages.
@@ -92,7 +126,7 @@ impl NatsServer {
     /// # Errors
     /// When the broker does not answer.
     pub async fn connect(&self) -> Result<async_nats::Client> {
-        let options = async_nats::ConnectOptions::new().max_reconnects(None).name("millrace-tests");
+        let options = self.options().await?;
         options.connect(self.url()).await.with_context(|| format!("cannot connect to {}", self.url()))
     }
 

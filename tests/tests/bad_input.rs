@@ -51,8 +51,8 @@ fn engine() -> Result<(EngineRun, TempDir)> {
     checkpoint::write(folder.path(), &config, 6)?;
     let config = EngineConfig {
         max_model_len: Some(512),
-        max_sequences: 8,
-        max_batch_tokens: 64,
+        max_sequences: Some(8),
+        max_batch_tokens: Some(64),
         kv_cache_bytes: Some(Bytes(16 << 20)),
         ..EngineConfig::default()
     };

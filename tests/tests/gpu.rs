@@ -129,8 +129,8 @@ fn engine(
         device,
         dtype: Dtype::Bf16,
         kv_cache_dtype,
-        max_sequences: at.sequences,
-        max_batch_tokens: at.budget,
+        max_sequences: Some(at.sequences),
+        max_batch_tokens: Some(at.budget),
         prefix_cache: at.prefix_cache,
         kv_cache_bytes: Some(Bytes(kv_cache_bytes)),
         ..EngineConfig::default()

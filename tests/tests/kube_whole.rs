@@ -7,14 +7,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::api::rbac::v1::{ClusterRole, PolicyRule, Role};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::Api;
 use kube::api::{ApiResource, DeleteParams, DynamicObject, GroupVersionKind, PostParams};
-use millrace_crds::names::ModelRef;
+use millrace_crds::names::{Class, ModelRef};
 use millrace_tests::jobs::{Job, Queue, Record};
 use millrace_tests::kube::audit::{self, Right};
-use millrace_tests::kube::cluster::{ready_reason, reason_of, wait};
+use millrace_tests::kube::cluster::{Cluster, ready_reason, reason_of, wait};
 use millrace_tests::kube::platform::{BUCKET, NAMESPACE, Platform, RELEASE, S3_SECRET, SYSTEM};
 use millrace_tests::kube::programs;
 use millrace_tests::kube::timeline::Timeline;
@@ -26,8 +27,8 @@ const JOBS: usize = 60;
 const LIMIT: Duration = Duration::from_secs(120);
 /// Flows that must have happened before unused rights mean something.
 const ENTRIES_MIN: usize = 50;
-/// Requests with which an operator has made one model: fewer would show nothing.
-const MODEL_ENTRIES_MIN: usize = 30;
+/// The model whose queue stays when it goes.
+const KEPT: &str = "kept";
 
 fn spec(platform: &Platform) -> Value {
     json!({
@@ -44,12 +45,17 @@ fn spec(platform: &Platform) -> Value {
     })
 }
 
-async fn started() -> Result<Platform> {
-    let platform = Platform::start().await?;
+fn kept(platform: &Platform) -> Value {
+    let mut spec = spec(platform);
+    spec["queue"]["onDelete"] = json!("Retain");
+    spec
+}
+
+async fn started(platform: Platform, values: &Value) -> Result<Platform> {
     let folder = tempfile::tempdir()?;
     tiny::write(folder.path(), 1)?;
     platform.upload(folder.path(), "tiny").await?;
-    platform.install(&json!({"operator": {"pollQueue": "1s"}})).await?;
+    platform.install(values).await?;
     Ok(platform)
 }
 
@@ -58,35 +64,32 @@ async fn jobs_wake_the_model_under_the_charts_rights() -> Result<()> {
     if !programs::have() {
         return Ok(());
     }
-    let platform = started().await?;
-    let flows = flows(&platform).await;
+    let platform = started(Platform::start().await?, &json!({"operator": {"pollQueue": "1s"}})).await?;
+    let flows = flows(&platform, NAMESPACE).await;
     flows.with_context(|| platform.why())?;
-    rights(&platform).await
+    let role = Api::<ClusterRole>::all(platform.cluster.client()).get(RELEASE).await?;
+    rights(&platform, role.rules.unwrap_or_default()).await
 }
 
-/// The operator of one namespace has rights nowhere else: it serves its own namespace and leaves others alone. It
-/// makes PodMonitors, where they are known.
+/// The operator of one namespace has rights nowhere else: it serves its own namespace and leaves others alone. Its
+/// broker takes only TLS and known users, so the workers get in with the Secret that the chart names. It makes
+/// PodMonitors from when they are known.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_operator_of_one_namespace_needs_no_other() -> Result<()> {
     if !programs::have() {
         return Ok(());
     }
-    let platform = Platform::start().await?;
-    define_pod_monitors(&platform.cluster.client()).await?;
-    let values = json!({"scope": "namespace", "monitoring": {"podMonitors": true}});
-    platform.install(&values).await?;
+    let values =
+        json!({"scope": "namespace", "monitoring": {"podMonitors": true}, "operator": {"pollQueue": "1s"}});
+    let platform = started(Platform::start_secured().await?, &values).await?;
     let cluster = &platform.cluster;
-    for namespace in [NAMESPACE, SYSTEM] {
-        let mut spec = spec(&platform);
-        spec["queue"]["onDelete"] = json!("Retain");
-        cluster.apply(namespace, MODEL, &spec).await?;
-    }
-    let asleep = |status: &_| ready_reason(status).as_deref() == Some("ScaledToZero");
-    let settled = cluster.wait_status((SYSTEM, MODEL), "asleep", LIMIT, asleep).await;
-    settled.with_context(|| platform.why())?;
-    let monitors: Api<DynamicObject> = Api::namespaced_with(cluster.client(), SYSTEM, &pod_monitor_kind());
-    let made = monitors.list(&Default::default()).await?;
-    ensure!(made.items.len() == 1, "{} PodMonitors", made.items.len());
+    cluster.apply(NAMESPACE, MODEL, &spec(&platform)).await?;
+    let through = async {
+        monitored(&platform).await?;
+        taken_over(&platform).await?;
+        flows(&platform, SYSTEM).await
+    };
+    through.await.with_context(|| platform.why())?;
 
     ensure!(cluster.models(NAMESPACE).get(MODEL).await?.status.is_none(), "a model elsewhere was touched");
     let client = cluster.client();
@@ -94,17 +97,77 @@ async fn an_operator_of_one_namespace_needs_no_other() -> Result<()> {
         Api::<ClusterRole>::all(client.clone()).get_opt(RELEASE).await?.is_none(),
         "a role on the cluster"
     );
-    let elsewhere = Api::<Deployment>::namespaced(client, NAMESPACE).list(&Default::default()).await?;
+    let elsewhere =
+        Api::<Deployment>::namespaced(client.clone(), NAMESPACE).list(&Default::default()).await?;
     ensure!(elsewhere.items.is_empty(), "workers elsewhere");
-    let entries = audit::read(&cluster.plane.audit_log())?;
-    let denied: Vec<&str> =
-        entries.iter().filter(|entry| entry.code() == 403).map(|entry| entry.uri.as_str()).collect();
-    ensure!(
-        entries.len() >= MODEL_ENTRIES_MIN && denied.is_empty(),
-        "{} requests, denied: {denied:#?}",
-        entries.len()
-    );
+    let role = Api::<Role>::namespaced(client, SYSTEM).get(RELEASE).await?;
+    rights(&platform, role.rules.unwrap_or_default()).await
+}
+
+/// Without the definition of PodMonitors a model is served, and says that it is not monitored. When the definition
+/// comes, so does the PodMonitor.
+async fn monitored(platform: &Platform) -> Result<()> {
+    let cluster = &platform.cluster;
+    cluster.apply(SYSTEM, KEPT, &kept(platform)).await?;
+    let degraded = |reason: &'static str| {
+        move |status: &_| {
+            ready_reason(status).as_deref() == Some("ScaledToZero")
+                && reason_of(status, "Degraded").as_deref() == Some(reason)
+        }
+    };
+    cluster.wait_status((SYSTEM, KEPT), "unmonitored", LIMIT, degraded("PodMonitorsUndefined")).await?;
+    let events: Api<Event> = Api::namespaced(cluster.client(), SYSTEM);
+    let told = async || {
+        let list = events.list(&Default::default()).await?;
+        let told = |event: &Event| event.reason.as_deref() == Some("PodMonitorsUndefined");
+        Ok(list.items.iter().any(told).then_some(()))
+    };
+    wait("event", LIMIT, told).await?;
+
+    define_pod_monitors(&cluster.client()).await?;
+    let monitors: Api<DynamicObject> = Api::namespaced_with(cluster.client(), SYSTEM, &pod_monitor_kind());
+    let made = async || Ok((monitors.list(&Default::default()).await?.items.len() == 1).then_some(()));
+    wait("PodMonitor", LIMIT, made).await?;
+    cluster.wait_status((SYSTEM, KEPT), "monitored", LIMIT, degraded("AsExpected")).await?;
     Ok(())
+}
+
+/// A model that is deleted with `queue.onDelete: Retain` leaves streams, consumers and jobs to the next of its name.
+async fn taken_over(platform: &Platform) -> Result<()> {
+    let cluster = &platform.cluster;
+    let queue = Queue::connect(&cluster.nats, &ModelRef::new(SYSTEM, KEPT)?).await?;
+    let jobs: Vec<Job> = (0..JOBS).map(|at| Job::completion(&format!("kept-{at}"), "stay", 32)).collect();
+    let (before, after) = jobs.split_at(JOBS / 2);
+    queue.publish_all(before).await?;
+    queue.wait_stored(1, LIMIT).await?;
+    let consumer = consumer_created(cluster, KEPT).await?;
+    cluster.models(SYSTEM).delete(KEPT, &DeleteParams::default()).await?;
+    let gone = async || Ok(cluster.models(SYSTEM).get_opt(KEPT).await?.is_none().then_some(()));
+    wait("end of the model", LIMIT, gone).await?;
+    let deployments: Api<Deployment> = Api::namespaced(cluster.client(), SYSTEM);
+    let ended = async || Ok(deployments.get_opt(&format!("{KEPT}-worker")).await?.is_none().then_some(()));
+    wait("end of the workers", LIMIT, ended).await?;
+    // Nobody is there, and the queue still takes jobs.
+    queue.publish_all(after).await?;
+    ensure!(queue.jobs_left().await? >= after.len() as u64, "jobs vanished with the model");
+
+    cluster.apply(SYSTEM, KEPT, &kept(platform)).await?;
+    let mut record = Record::default();
+    record.wait(&queue, JOBS, LIMIT).await?;
+    record.check(&queue, &jobs).await?;
+    ensure!(record.kinds() == [JOBS, 0, 0], "{:?}", record.kinds());
+    ensure!(consumer_created(cluster, KEPT).await? == consumer, "the consumer was made anew");
+    cluster.models(SYSTEM).delete(KEPT, &DeleteParams::default()).await?;
+    wait("end of the workers", LIMIT, ended).await
+}
+
+/// When the consumer of a model's normal jobs was made.
+async fn consumer_created(cluster: &Cluster, model: &str) -> Result<String> {
+    let model = ModelRef::new(SYSTEM, model)?;
+    let jetstream = async_nats::jetstream::new(cluster.nats.connect().await?);
+    let stream = jetstream.get_stream(model.jobs_stream()).await?;
+    let info = stream.consumer_info(model.consumer(Class::Normal)).await?;
+    Ok(info.created.to_string())
 }
 
 fn pod_monitor_kind() -> ApiResource {
@@ -132,11 +195,11 @@ async fn define_pod_monitors(client: &kube::Client) -> Result<()> {
 }
 
 /// All that an InferenceModel can go through.
-async fn flows(platform: &Platform) -> Result<()> {
+async fn flows(platform: &Platform, namespace: &str) -> Result<()> {
     let cluster = &platform.cluster;
     let mut spec = spec(platform);
-    cluster.apply(NAMESPACE, MODEL, &spec).await?;
-    let timeline = Timeline::start(&cluster.client(), NAMESPACE, MODEL, false);
+    cluster.apply(namespace, MODEL, &spec).await?;
+    let timeline = Timeline::start(&cluster.client(), namespace, MODEL, false);
     let asleep = |seen: &millrace_tests::kube::timeline::Seen| {
         seen.asked == 0
             && seen.status.replicas == 0
@@ -144,7 +207,7 @@ async fn flows(platform: &Platform) -> Result<()> {
     };
     timeline.wait("asleep", LIMIT, asleep).await?;
 
-    let queue = Queue::connect(&cluster.nats, &ModelRef::new(NAMESPACE, MODEL)?).await?;
+    let queue = Queue::connect(&cluster.nats, &ModelRef::new(namespace, MODEL)?).await?;
     let jobs: Vec<Job> = (0..JOBS).map(|at| Job::completion(&format!("job-{at}"), "wake up", 8)).collect();
     let published = Instant::now();
     queue.publish_all(&jobs).await?;
@@ -158,19 +221,19 @@ async fn flows(platform: &Platform) -> Result<()> {
 
     // Two workers and one again: the one to go is marked.
     spec["scaling"]["minReplicas"] = json!(2);
-    cluster.apply(NAMESPACE, MODEL, &spec).await?;
+    cluster.apply(namespace, MODEL, &spec).await?;
     timeline.wait("two workers", LIMIT, |seen| seen.status.ready_replicas == 2).await?;
     spec["scaling"]["minReplicas"] = json!(1);
-    cluster.apply(NAMESPACE, MODEL, &spec).await?;
+    cluster.apply(namespace, MODEL, &spec).await?;
     timeline.wait("one worker", LIMIT, |seen| seen.asked == 1 && seen.status.replicas == 1).await?;
 
     // Its own service account is no longer wanted.
     spec["template"] = json!({"serviceAccountName": "default"});
-    cluster.apply(NAMESPACE, MODEL, &spec).await?;
+    cluster.apply(namespace, MODEL, &spec).await?;
 
     // Somebody deletes a stream, twice: it is made again, and told.
     let jetstream = async_nats::jetstream::new(cluster.nats.connect().await?);
-    let stream = ModelRef::new(NAMESPACE, MODEL)?.dead_stream();
+    let stream = ModelRef::new(namespace, MODEL)?.dead_stream();
     for _ in 0..2 {
         jetstream.delete_stream(&stream).await?;
         wait("repaired stream", LIMIT, async || Ok(jetstream.get_stream(&stream).await.ok().map(drop)))
@@ -178,17 +241,17 @@ async fn flows(platform: &Platform) -> Result<()> {
         tokio::time::sleep(Duration::from_secs(2)).await;
     }
 
-    cluster.models(NAMESPACE).delete(MODEL, &DeleteParams::default()).await?;
+    cluster.models(namespace).delete(MODEL, &DeleteParams::default()).await?;
     let ending = |status: &_| reason_of(status, "Ready").as_deref() == Some("Deleting");
-    cluster.wait_status((NAMESPACE, MODEL), "ending", LIMIT, ending).await?;
-    let gone = async || Ok(cluster.models(NAMESPACE).get_opt(MODEL).await?.is_none().then_some(()));
+    cluster.wait_status((namespace, MODEL), "ending", LIMIT, ending).await?;
+    let gone = async || Ok(cluster.models(namespace).get_opt(MODEL).await?.is_none().then_some(()));
     wait("end of the model", LIMIT, gone).await?;
     ensure!(jetstream.get_stream(&stream).await.is_err(), "the queue was to be deleted with the model");
     Ok(())
 }
 
 /// Nothing that the operator did was denied, and nothing that it may do is idle.
-async fn rights(platform: &Platform) -> Result<()> {
+async fn rights(platform: &Platform, rules: Vec<PolicyRule>) -> Result<()> {
     let entries = audit::read(&platform.cluster.plane.audit_log())?;
     ensure!(entries.len() >= ENTRIES_MIN, "{} requests in the audit log", entries.len());
     let denied: BTreeSet<String> = entries
@@ -198,7 +261,10 @@ async fn rights(platform: &Platform) -> Result<()> {
         .collect();
     ensure!(denied.is_empty(), "denied: {denied:#?}");
     let used = audit::rights_used(&entries);
-    let granted = granted(platform).await?;
+    let lease =
+        Api::<Role>::namespaced(platform.cluster.client(), SYSTEM).get(&format!("{RELEASE}-lease")).await?;
+    let rules = rules.iter().chain(lease.rules.iter().flatten());
+    let granted: BTreeSet<Right> = rules.flat_map(rights_of).collect();
     let unused: Vec<&Right> = granted.difference(&used).collect();
     ensure!(unused.is_empty(), "granted and never used: {unused:#?}");
     let beyond: Vec<&Right> = used.difference(&granted).collect();
@@ -209,14 +275,6 @@ async fn rights(platform: &Platform) -> Result<()> {
         beyond.len()
     );
     Ok(())
-}
-
-async fn granted(platform: &Platform) -> Result<BTreeSet<Right>> {
-    let client = platform.cluster.client();
-    let cluster_role = Api::<ClusterRole>::all(client.clone()).get(RELEASE).await?;
-    let lease = Api::<Role>::namespaced(client, SYSTEM).get(&format!("{RELEASE}-lease")).await?;
-    let rules = cluster_role.rules.into_iter().chain(lease.rules).flatten();
-    Ok(rules.flat_map(|rule| rights_of(&rule)).collect())
 }
 
 fn rights_of(rule: &PolicyRule) -> Vec<Right> {

@@ -1,11 +1,11 @@
 //! A broker that takes only TLS and only known users: the worker, the command line and the operator get in with their
 //! files, and each says what is missing without them.
 
+use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use millrace_tests::accounts::Accounts;
 use millrace_tests::cluster::Cluster;
 use millrace_tests::kube::cluster::{self as plane, ready_reason};
 use millrace_tests::kube::control_plane::{ControlPlane, Options};
@@ -18,33 +18,20 @@ use serde_json::json;
 
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// A broker that asks for everything, and a model.
-struct Secured {
-    cluster: Cluster,
-    accounts: Accounts,
-    address: String,
+/// The files of the broker's user: credentials and certificate authority.
+fn files(nats: &NatsServer) -> Result<(PathBuf, PathBuf)> {
+    let accounts = nats.accounts().context("a broker without accounts")?;
+    Ok((accounts.credentials.clone(), accounts.authority.clone()))
 }
 
-impl Secured {
-    fn start() -> Result<Self> {
-        let mut cluster = Cluster::tiny()?;
-        let accounts = Accounts::create(cluster.folder.path())?;
-        cluster.nats = NatsServer::start_with(&accounts.broker)?;
-        let address = cluster.nats.url().replace("nats://", "tls://");
-        cluster.config.nats.servers = vec![address.clone()];
-        cluster.config.nats.monitor = Some(cluster.nats.monitor_url());
-        Ok(Self { cluster, accounts, address })
+/// Runs the command line with these options beside the address.
+fn millrace(cluster: &Cluster, words: &[&str]) -> Result<Output> {
+    let mut command = Command::new(tools::program("millrace")?);
+    for name in ["NATS_CREDS", "NATS_CA", "MILLRACE_NAMESPACE", "MILLRACE_INBOX_PREFIX"] {
+        command.env_remove(name);
     }
-
-    /// Runs the command line with these options beside the address.
-    fn millrace(&self, words: &[&str]) -> Result<Output> {
-        let mut command = Command::new(tools::program("millrace")?);
-        for name in ["NATS_CREDS", "NATS_CA", "MILLRACE_NAMESPACE", "MILLRACE_INBOX_PREFIX"] {
-            command.env_remove(name);
-        }
-        command.args(["--model", self.cluster.model().name.as_str(), "--connect-timeout", "2s"]).args(words);
-        Ok(command.env("NATS_URL", &self.address).output()?)
-    }
+    command.args(["--model", cluster.model().name.as_str(), "--connect-timeout", "2s"]).args(words);
+    Ok(command.env("NATS_URL", cluster.nats.url()).output()?)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -52,9 +39,12 @@ async fn a_worker_and_the_command_line_get_in_with_their_files() -> Result<()> {
     if !tools::have(&[nats::PROGRAM]) {
         return Ok(());
     }
-    let secured = Secured::start()?;
-    let (creds, ca) = (secured.accounts.credentials.clone(), secured.accounts.authority.clone());
-    let mut config = secured.cluster.config.clone();
+    let mut cluster = Cluster::tiny()?;
+    cluster.nats = NatsServer::start_secured()?;
+    let (creds, ca) = files(&cluster.nats)?;
+    let mut config = cluster.config.clone();
+    config.nats.servers = vec![cluster.nats.url()];
+    config.nats.monitor = Some(cluster.nats.monitor_url());
     config.nats.ca_file = Some(ca.clone());
     let refused = Worker::start(&config, &[])?;
     let start = Instant::now();
@@ -66,18 +56,18 @@ async fn a_worker_and_the_command_line_get_in_with_their_files() -> Result<()> {
 
     config.nats.credentials_file = Some(creds.clone());
     let worker = Worker::start_ready(&config)?;
-    let body = secured.cluster.folder.path().join("job.json");
+    let body = cluster.folder.path().join("job.json");
     std::fs::write(&body, r#"{"prompt":"safe","max_tokens":4}"#)?;
     let (body, creds, ca) =
         (body.display().to_string(), creds.display().to_string(), ca.display().to_string());
     let submit = ["submit", body.as_str(), "--wait"];
-    let done = secured.millrace(&[&["--creds", &creds, "--ca", &ca], &submit[..]].concat())?;
+    let done = millrace(&cluster, &[&["--creds", &creds, "--ca", &ca], &submit[..]].concat())?;
     let said = String::from_utf8_lossy(&done.stderr);
     ensure!(done.status.success(), "{}: {said}\n{}", done.status, worker.log_tail());
     ensure!(worker.metric("millrace_jobs_total")? >= 1.0, "{said}");
 
     for (given, missing) in [(vec!["--ca", &ca], "--creds"), (vec!["--creds", &creds], "--ca")] {
-        let done = secured.millrace(&[&given, &submit[..]].concat())?;
+        let done = millrace(&cluster, &[&given, &submit[..]].concat())?;
         let said = String::from_utf8_lossy(&done.stderr);
         ensure!(!done.status.success() && said.contains(missing), "with {given:?}: {}: {said}", done.status);
     }
@@ -89,16 +79,14 @@ async fn the_operator_gets_in_with_its_files() -> Result<()> {
     if !programs::have() || !tools::have(&[nats::PROGRAM]) {
         return Ok(());
     }
-    let secured = Secured::start()?;
+    let nats = NatsServer::start_secured()?;
+    let (creds, ca) = files(&nats)?;
+    let (creds, ca) = (creds.display().to_string(), ca.display().to_string());
     let plane = ControlPlane::start(&Options { api_only: true, ..Options::default() }).await?;
-    let (creds, ca) = (
-        secured.accounts.credentials.display().to_string(),
-        secured.accounts.authority.display().to_string(),
-    );
     let arguments = ["--no-leader-election", "--nats-credentials-file", &creds, "--nats-ca-file", &ca];
     let kubeconfig = plane.write_kubeconfig(plane::OPERATOR_USER, Some("system:masters"))?;
-    let cluster = plane::Cluster::of(plane, secured.cluster.nats).await?;
-    let operator = Operator::start(kubeconfig, &secured.address, &arguments)?;
+    let cluster = plane::Cluster::of(plane, nats).await?;
+    let operator = Operator::start(kubeconfig, &cluster.nats.url(), &arguments)?;
     let spec = json!({"model": {"uri": "s3://models/tiny"}, "scaling": {"minReplicas": 0, "maxReplicas": 1},
         "queue": {"maxBytes": "1Mi"}});
     cluster.apply("default", "m", &spec).await?;

@@ -24,7 +24,7 @@ async fn sigterm_loses_nothing_and_hands_back_at_once() -> Result<()> {
     // Far longer than the test: a job that is not handed back would not come again.
     cluster.config.queue.ack_wait = "5m".parse().map_err(anyhow::Error::msg)?;
     cluster.config.drain.timeout = "300ms".parse().map_err(anyhow::Error::msg)?;
-    cluster.config.engine.max_sequences = 4;
+    cluster.config.engine.max_sequences = Some(4);
     let mut first = cluster.worker()?;
     let queue = cluster.queue().await?;
     let jobs: Vec<Job> =
@@ -49,7 +49,7 @@ async fn a_cancelled_job_ends_soon_and_alone() -> Result<()> {
         return Ok(());
     }
     let mut cluster = Cluster::tiny()?;
-    cluster.config.engine.max_sequences = 2;
+    cluster.config.engine.max_sequences = Some(2);
     let worker = cluster.worker()?;
     let queue = cluster.queue().await?;
     let long = |id: &str| Job::completion(id, "On and on", 1900);

@@ -61,12 +61,12 @@ pub struct BatchArgs {
     /// Longest prompt plus output, in tokens; the model's own limit by default.
     #[arg(long)]
     max_model_len: Option<u32>,
-    /// Most sequences that run at once.
-    #[arg(long, default_value_t = EngineConfig::default().max_sequences)]
-    max_sequences: u32,
-    /// Most tokens in one step.
-    #[arg(long, default_value_t = EngineConfig::default().max_batch_tokens)]
-    max_batch_tokens: u32,
+    /// Most sequences that run at once; by default 256 on a GPU and 64 on a processor.
+    #[arg(long)]
+    max_sequences: Option<u32>,
+    /// Most tokens in one step; by default 8192 on a GPU and 512 on a processor.
+    #[arg(long)]
+    max_batch_tokens: Option<u32>,
     /// Size of the KV cache, such as 2Gi; a share of the free memory by default.
     #[arg(long)]
     kv_cache_bytes: Option<Bytes>,

@@ -132,8 +132,12 @@ fn check_model(config: &WorkerConfig) -> Result<(), ConfigError> {
 
 fn check_engine(config: &WorkerConfig) -> Result<(), ConfigError> {
     let engine = &config.engine;
-    check_in("engine.maxSequences", engine.max_sequences.into(), 1..=4096)?;
-    check_in("engine.maxBatchTokens", engine.max_batch_tokens.into(), 16..=65_536)?;
+    if let Some(sequences) = engine.max_sequences {
+        check_in("engine.maxSequences", sequences.into(), 1..=4096)?;
+    }
+    if let Some(tokens) = engine.max_batch_tokens {
+        check_in("engine.maxBatchTokens", tokens.into(), 16..=65_536)?;
+    }
     if let Some(length) = engine.max_model_len {
         check_in("engine.maxModelLen", length.into(), 2..=1 << 24)?;
     }

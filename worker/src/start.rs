@@ -8,7 +8,7 @@ use std::num::NonZeroUsize;
 use std::path::Path;
 use std::thread::JoinHandle;
 
-use millrace_crds::config::{Device, Dtype, EngineConfig, KvCacheDtype, Quantization};
+use millrace_crds::config::{Dtype, EngineConfig, KvCacheDtype, Quantization, StepLimits};
 use millrace_kernels::cpu::{Cpu, CpuOptions, Precision, Unsupported};
 use millrace_kernels::cuda::{self, Cuda, CudaOptions, DeviceError};
 use millrace_kernels::isa::Isa;
@@ -196,13 +196,12 @@ impl Engine {
         tuning: Tuning,
         observer: Box<dyn Observer>,
     ) -> Result<Self, StartError> {
-        check(config)?;
-        let setup = Setup { model, source, config, tuning, observer };
-        match config.device {
-            Device::Cpu => setup.on_cpu(),
-            Device::Auto if !cuda::is_present() || setup.wants_cpu_alone() => setup.on_cpu(),
-            Device::Auto | Device::Cuda => setup.on_cuda(),
-        }
+        // An instruction set is the processor's.
+        let gpu = config.uses_gpu(|| tuning.isa.is_none() && cuda::is_present());
+        let step = config.step_limits(gpu);
+        check(config, step)?;
+        let setup = Setup { model, source, config, step, tuning, observer };
+        if gpu { setup.on_cuda() } else { setup.on_cpu() }
     }
 
     /// The engine from outside, for async callers.
@@ -252,19 +251,12 @@ struct Setup<'a> {
     model: &'a DecoderConfig,
     source: &'a dyn TensorSource,
     config: &'a EngineConfig,
+    step: StepLimits,
     tuning: Tuning,
     observer: Box<dyn Observer>,
 }
 
 impl Setup<'_> {
-    /// Whether the configuration asks for what only the processor does.
-    fn wants_cpu_alone(&self) -> bool {
-        self.config.quantization == Quantization::Int8
-            || self.config.dtype == Dtype::F32
-            || self.config.threads.is_some()
-            || self.tuning.isa.is_some()
-    }
-
     fn on_cpu(self) -> Result<Engine, StartError> {
         let isa = self.tuning.isa.unwrap_or_else(Isa::detect);
         let precision = precision(self.config, self.model, self.source, isa)?;
@@ -294,11 +286,11 @@ impl Setup<'_> {
         (precision, hardware): (Precision, Hardware),
         available: impl FnOnce(&O) -> Option<u64>,
     ) -> Result<Engine, StartError> {
-        let Self { model, source, config, tuning, observer } = self;
+        let Self { model, source, config, step, tuning, observer } = self;
         let kv_dtype = kv_dtype(config, precision)?;
         let decoder = Decoder::load(model, source, &mut ops, kv_dtype)?;
         let block_bytes = ops.kv_block_bytes(&kv_plan(model, 1, kv_dtype));
-        let sizes = sizes(model, config, (kv_dtype, block_bytes), available(&ops))?;
+        let sizes = sizes(model, config, step, (kv_dtype, block_bytes), available(&ops))?;
         let limits = sizes.limits;
         ops.allocate(arena_plan(model, sizes.arena))?;
         let info = Info {
@@ -308,17 +300,17 @@ impl Setup<'_> {
             kv_dtype,
             kv_cache_bytes: sizes.cache_bytes,
             limits,
-            max_batch_tokens: config.max_batch_tokens as usize,
+            max_batch_tokens: step.tokens as usize,
         };
         let policy = Policy {
-            max_sequences: config.max_sequences as usize,
-            max_batch_tokens: config.max_batch_tokens as usize,
+            max_sequences: step.sequences as usize,
+            max_batch_tokens: step.tokens as usize,
             output_reserve: tuning.output_reserve,
             longest_first_window: tuning.longest_first_window,
         };
         let blocks = Blocks::new(sizes.arena.kv_blocks, BLOCK_TOKENS, config.prefix_cache);
         let (handle, inbox) = channel(limits);
-        let runner = Runner::new(ops, decoder, config.max_batch_tokens as usize);
+        let runner = Runner::new(ops, decoder, step.tokens as usize);
         let core = Core::new(Scheduler::new(policy, blocks), runner, inbox, observer);
         let thread = std::thread::Builder::new()
             .name(THREAD_NAME.to_owned())
@@ -348,16 +340,16 @@ fn refuse<T>(
     Err(StartError::Field { field, value: value.to_string(), expected: expected.into() })
 }
 
-fn check(config: &EngineConfig) -> Result<(), StartError> {
-    if !(1..=4096).contains(&config.max_sequences) {
-        return refuse("maxSequences", config.max_sequences, "from 1 to 4096");
+fn check(config: &EngineConfig, step: StepLimits) -> Result<(), StartError> {
+    if !(1..=4096).contains(&step.sequences) {
+        return refuse("maxSequences", step.sequences, "from 1 to 4096");
     }
-    if !(16..=65_536).contains(&config.max_batch_tokens) {
-        return refuse("maxBatchTokens", config.max_batch_tokens, "from 16 to 65536");
+    if !(16..=65_536).contains(&step.tokens) {
+        return refuse("maxBatchTokens", step.tokens, "from 16 to 65536");
     }
-    if config.max_batch_tokens < config.max_sequences {
-        let expected = format!("at least maxSequences, {}", config.max_sequences);
-        return refuse("maxBatchTokens", config.max_batch_tokens, expected);
+    if step.tokens < step.sequences {
+        let expected = format!("at least maxSequences, {}", step.sequences);
+        return refuse("maxBatchTokens", step.tokens, expected);
     }
     if !(config.kv_cache_fraction > 0.0 && config.kv_cache_fraction < 1.0) {
         return refuse("kvCacheFraction", config.kv_cache_fraction, "above 0 and below 1");
@@ -413,6 +405,7 @@ struct Sizes {
 fn sizes(
     model: &DecoderConfig,
     config: &EngineConfig,
+    step: StepLimits,
     (kv_dtype, block_bytes): (KvDtype, usize),
     available: Option<u64>,
 ) -> Result<Sizes, StartError> {
@@ -424,7 +417,7 @@ fn sizes(
             return refuse("maxModelLen", len, expected);
         }
     };
-    let sequences = config.max_sequences as usize;
+    let sequences = step.sequences as usize;
     // More blocks than all sequences can hold at their longest would never be used.
     let useful = sequences.saturating_mul(longest.div_ceil(BLOCK_TOKENS));
     let bytes = match config.kv_cache_bytes {
@@ -445,13 +438,13 @@ fn sizes(
     let longest = longest.min(tokens);
     let limits = Limits {
         max_model_len: longest as u32,
-        max_sequences: config.max_sequences,
+        max_sequences: step.sequences,
         block_tokens: BLOCK_TOKENS as u32,
         kv_blocks: kv_blocks as u32,
         vocabulary: model.vocabulary as u32,
     };
     let arena = ArenaSizes {
-        rows_max: config.max_batch_tokens as usize,
+        rows_max: step.tokens as usize,
         logits_rows_max: sequences,
         positions_max: longest,
         kv_blocks,

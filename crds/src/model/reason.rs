@@ -88,7 +88,10 @@ named! {
         ScalingUp: "Workers were added.";
         ScalingDown: "Workers were removed.";
         QueueRepaired: "A stream or consumer was missing or differed, and was put right.";
-        ShortIdle: "spec.scaling.idleAfter is shorter than a start of this model takes.";
+        PodMonitorsUndefined: "PodMonitors were asked for and the API server does not know them. \
+            Jobs are served; Prometheus does not find the workers.";
+        ShortIdle: "spec.scaling.idleAfter is shorter than a start of this model takes. The last worker idles \
+            as long as a start takes instead.";
     }
 }
 
@@ -165,7 +168,9 @@ impl Reason {
             Reason::Paused => "Remove the annotation to go on.",
             Reason::Deleting => {
                 "Wait until the workers have drained. With queue.onDelete: Delete the streams go last; while the \
-                 broker does not answer, deletion waits. To leave the streams behind, set queue.onDelete: Retain."
+                 broker does not answer, deletion waits. To leave the streams behind, set queue.onDelete: Retain: they \
+                 stay, with their consumers and jobs, until a model of the same name goes on with them or \
+                 `nats stream rm` removes JOBS_, RESULTS_ and DEAD_<namespace>_<model>."
             }
             Reason::ApiRefused => {
                 "Read the message. Missing rights of the operator are a matter of the chart's version; an \
@@ -174,7 +179,14 @@ impl Reason {
             Reason::QueueRepaired => {
                 "Find out who changed it: only the operator should. Jobs in a stream that was deleted are gone."
             }
-            Reason::ShortIdle => "Raise spec.scaling.idleAfter, or set spec.scaling.minReplicas to 1.",
+            Reason::PodMonitorsUndefined => {
+                "Install the definitions of the Prometheus operator: the operator finds them within seconds and \
+                 makes the PodMonitors. Or install the chart with monitoring.podMonitors: false."
+            }
+            Reason::ShortIdle => {
+                "Nothing, or raise spec.scaling.idleAfter. If jobs may not wait for a start, set \
+                 spec.scaling.minReplicas to 1."
+            }
         }
     }
 }

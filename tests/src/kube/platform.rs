@@ -1,6 +1,7 @@
 //! The whole product on one machine: control plane, broker, object store, a node, and our chart installed with
 //! helm, so that the operator itself runs as a pod with the rights that the chart gives it.
 
+use std::fs::read_to_string;
 use std::path::Path;
 use std::time::Duration;
 
@@ -13,9 +14,10 @@ use serde_json::{Value, json};
 
 use super::audit;
 use super::cluster::{Cluster, wait};
-use super::control_plane::Options;
+use super::control_plane::{ControlPlane, Options};
 use super::helm::Helm;
 use super::node::{self, Images, Node};
+use crate::nats::NatsServer;
 use crate::s3::S3;
 
 /// Where the operator runs.
@@ -24,6 +26,10 @@ pub const SYSTEM: &str = "millrace-system";
 pub const RELEASE: &str = "millrace";
 /// Where models run.
 pub const NAMESPACE: &str = "models";
+/// The Secret with the files that a secured broker asks for.
+const NATS_SECRET: &str = "nats";
+const CREDENTIALS_KEY: &str = "user.creds";
+const CA_KEY: &str = "ca.crt";
 /// The Secret with the keys of the object store, as `examples/smollm2.yaml` names it.
 pub const S3_SECRET: &str = "s3-models";
 /// The bucket of all models.
@@ -55,9 +61,23 @@ impl Platform {
     /// # Errors
     /// When a part is missing or does not come up.
     pub async fn start() -> Result<Self> {
+        Self::beside(NatsServer::start).await
+    }
+
+    /// The same with a broker that takes only TLS and only known users.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub async fn start_secured() -> Result<Self> {
+        Self::beside(NatsServer::start_secured).await
+    }
+
+    async fn beside(nats: fn() -> Result<NatsServer>) -> Result<Self> {
         let s3 = tokio::task::spawn_blocking(S3::start);
+        let nats = tokio::task::spawn_blocking(nats);
         let options = Options { audit_rules: Some(audit::rule_for(&operator_user())), ..Options::default() };
-        let cluster = Cluster::start(&options).await?;
+        let plane = ControlPlane::start(&options).await?;
+        let cluster = Cluster::of(plane, nats.await??).await?;
         let images = Images::of_programs(&["millrace-operator", "millrace-worker"])?;
         let node = node::Options { name: "node-1".into(), gpus: GPUS, images };
         let node = Node::start(&cluster.plane, node).await?;
@@ -68,17 +88,21 @@ impl Platform {
             cluster.namespace(namespace, &[RESTRICTED]).await?;
         }
         let platform = Self { node, helm, cluster, s3 };
-        platform.create_secret().await?;
+        let [access, secret, _] = platform.s3.credentials_environment();
+        platform.create_secret(S3_SECRET, &json!({access.0: access.1, secret.0: secret.1})).await?;
+        if let Some(accounts) = platform.cluster.nats.accounts() {
+            let (creds, ca) = (read_to_string(&accounts.credentials)?, read_to_string(&accounts.authority)?);
+            platform.create_secret(NATS_SECRET, &json!({CREDENTIALS_KEY: creds, CA_KEY: ca})).await?;
+        }
         Ok(platform)
     }
 
-    async fn create_secret(&self) -> Result<()> {
-        let [access, secret, _] = self.s3.credentials_environment();
-        let keys = json!({access.0: access.1, secret.0: secret.1});
-        let secret: Secret =
-            serde_json::from_value(json!({"metadata": {"name": S3_SECRET}, "stringData": keys}))?;
-        let api: Api<Secret> = Api::namespaced(self.cluster.client(), NAMESPACE);
-        api.create(&PostParams::default(), &secret).await?;
+    async fn create_secret(&self, name: &str, keys: &Value) -> Result<()> {
+        let secret: Secret = serde_json::from_value(json!({"metadata": {"name": name}, "stringData": keys}))?;
+        for namespace in [SYSTEM, NAMESPACE] {
+            let api: Api<Secret> = Api::namespaced(self.cluster.client(), namespace);
+            api.create(&PostParams::default(), &secret).await?;
+        }
         Ok(())
     }
 
@@ -101,6 +125,13 @@ impl Platform {
             "worker": {"image": "millrace-worker:test", "natsMonitor": self.cluster.nats.monitor_url()},
             "nats": {"servers": [self.cluster.nats.url()]},
         });
+        if self.cluster.nats.accounts().is_some() {
+            let secured = json!({
+                "nats": {"secret": NATS_SECRET, "credentialsKey": CREDENTIALS_KEY, "caKey": CA_KEY},
+                "worker": {"natsSecret": NATS_SECRET, "natsCredentialsKey": CREDENTIALS_KEY, "natsCaKey": CA_KEY},
+            });
+            merge(&mut values, &secured);
+        }
         merge(&mut values, extra);
         let installed = tokio::task::block_in_place(|| self.helm.install(RELEASE, SYSTEM, &values));
         installed.with_context(|| self.why())?;
