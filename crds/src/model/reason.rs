@@ -95,6 +95,25 @@ named! {
     }
 }
 
+/// Why workers end before they take jobs, most often.
+const WORKERS_FAILING_REMEDY: &str = "\
+    Read the message and `kubectl logs --previous` of a worker. Common causes: a model that does not \
+    fit the memory (lower engine.maxModelLen or engine.kvCacheFraction, or give it more), a model \
+    architecture that is not supported, a broker that refuses the worker's credentials.";
+
+/// Why a broker refuses, most often.
+const QUEUE_REFUSED_REMEDY: &str = "\
+    Read the message, which is the broker's. Common causes: too little storage for \
+    spec.queue.maxBytes, fewer servers than spec.queue.replicas, missing rights, or a setting that an \
+    existing stream cannot change; then drain it and delete it.";
+
+/// What a deletion waits for, and what it leaves.
+const DELETING_REMEDY: &str = "\
+    Wait until the workers have drained. With queue.onDelete: Delete the streams go last; while the \
+    broker does not answer, deletion waits. To leave the streams behind, set queue.onDelete: Retain: \
+    they stay, with their consumers and jobs, until a model of the same name goes on with them or \
+    `nats stream rm` removes JOBS_, RESULTS_ and DEAD_<namespace>_<model>.";
+
 impl ConditionType {
     /// The status that a healthy model has.
     pub fn healthy(self) -> &'static str {
@@ -130,11 +149,7 @@ impl Reason {
                 "Wait. Jobs in flight finish within spec.drain.timeout or are handed back. With GPUs, one worker \
                  is stopped before its successor starts, because a spare GPU is rarely there."
             }
-            Reason::WorkersFailing => {
-                "Read the message and `kubectl logs --previous` of a worker. Common causes: a model that does \
-                 not fit the memory (lower engine.maxModelLen or engine.kvCacheFraction, or give it more), a \
-                 model architecture that is not supported, a broker that refuses the worker's credentials."
-            }
+            Reason::WorkersFailing => WORKERS_FAILING_REMEDY,
             Reason::Unschedulable => {
                 "Read the message, which is the scheduler's. Add nodes, or correct resources, nodeSelector or \
                  tolerations. Jobs stay queued meanwhile."
@@ -154,11 +169,7 @@ impl Reason {
                 "Check that the broker runs and that the operator's --nats-servers and credentials are right. \
                  Workers that hold jobs go on by themselves, and nothing is scaled down meanwhile."
             }
-            Reason::QueueRefused => {
-                "Read the message, which is the broker's. Common causes: too little storage for \
-                 spec.queue.maxBytes, fewer servers than spec.queue.replicas, missing rights, or a setting that \
-                 an existing stream cannot change; then drain it and delete it."
-            }
+            Reason::QueueRefused => QUEUE_REFUSED_REMEDY,
             Reason::FixedReplicas => "Nothing, or replace spec.replicas by spec.scaling to follow the queue.",
             Reason::InvalidSpec => "Correct the field that the message names.",
             Reason::NameConflict => {
@@ -166,12 +177,7 @@ impl Reason {
                  takes over what it did not create."
             }
             Reason::Paused => "Remove the annotation to go on.",
-            Reason::Deleting => {
-                "Wait until the workers have drained. With queue.onDelete: Delete the streams go last; while the \
-                 broker does not answer, deletion waits. To leave the streams behind, set queue.onDelete: Retain: they \
-                 stay, with their consumers and jobs, until a model of the same name goes on with them or \
-                 `nats stream rm` removes JOBS_, RESULTS_ and DEAD_<namespace>_<model>."
-            }
+            Reason::Deleting => DELETING_REMEDY,
             Reason::ApiRefused => {
                 "Read the message. Missing rights of the operator are a matter of the chart's version; an \
                  admission policy may have to make room."
