@@ -16,3 +16,5 @@ pub mod pool;
 mod region;
 pub mod sampling;
 pub mod tensor;
+
+pub use region::wait_until_real;

@@ -19,6 +19,7 @@ use millrace_kernels::bounds::{Bounds, ModelShape};
 use millrace_kernels::cpu::{Cpu, CpuOptions, Precision};
 use millrace_kernels::cuda::{Cuda, CudaOptions};
 use millrace_kernels::ops::KvDtype;
+use millrace_kernels::wait_until_real;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
@@ -203,8 +204,9 @@ fn start(
 /// Tokens of the warm-up's prompt and output.
 const WARM_UP_TOKENS: usize = 40;
 
-/// One short sequence, so that memory is mapped and threads are awake.
+/// One short sequence, so that threads are awake, with memory that is real already.
 fn warm_up(engine: &Engine) -> anyhow::Result<()> {
+    wait_until_real();
     let prompt = vec![0; (WARM_UP_TOKENS - 8).min(engine.info().limits.max_model_len as usize - 1)];
     let room = engine.info().limits.max_model_len - prompt.len() as u32;
     engine.generate(request(&prompt, room.min(8), 0.0))?;
