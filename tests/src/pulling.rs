@@ -2,12 +2,13 @@
 //! the well-known parallel client, in turns over the same server and disk.
 //!
 //! The two are not alike: the pull also hashes every byte before the file is used. Each is a process, timed from its
-//! start to its end. Neither waits for the disk: the client does not sync, and a worker leaves that to a thread that
-//! goes on behind it, whose time is not counted.
+//! start until it has the object: the client's end, and the line in which the pull says so, where a worker would go
+//! on to load the model. Neither waits for the disk: the client does not sync, and a worker leaves that to a thread
+//! that goes on behind it, whose time is not counted.
 //! Both write to a fresh folder each time, and what the last one wrote is on the disk before the next begins.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -27,18 +28,32 @@ use crate::{place, tools};
 pub const S5CMD: &str = "bin/s5cmd";
 const BUCKET: &str = "models";
 const TENSORS: &str = "model.safetensors";
+/// What a pull's process says when it has the model.
+const PULLED: &str = "pulled";
 /// Rounds; each pulls once and downloads once.
-const ROUNDS: usize = 4;
+const ROUNDS: usize = 6;
 /// Bytes written at once when the object is made.
 const CHUNK_BYTES: usize = 1 << 20;
 
-/// The rates, in bytes a second: the median of the rounds.
-#[derive(Debug, Clone, Copy)]
+/// The rates of each round, in bytes a second.
+#[derive(Debug, Clone)]
 pub struct Rates {
     /// The worker's pull.
-    pub pull: f64,
+    pub pulls: Vec<f64>,
     /// The plain download.
-    pub plain: f64,
+    pub plains: Vec<f64>,
+}
+
+impl Rates {
+    /// The median of the pulls.
+    pub fn pull(&self) -> f64 {
+        median(self.pulls.clone())
+    }
+
+    /// The median of the plain downloads.
+    pub fn plain(&self) -> f64 {
+        median(self.plains.clone())
+    }
 }
 
 /// Pulls and downloads an object of this size in turns.
@@ -65,7 +80,7 @@ pub async fn measure(bytes: u64) -> Result<Rates> {
             settle(place.path())?;
         }
     }
-    Ok(Rates { pull: median(pulls), plain: median(plains) })
+    Ok(Rates { pulls, plains })
 }
 
 /// In a process of its own, as the client runs in one and a worker starts in one: this program again, with `--pull`.
@@ -80,8 +95,21 @@ async fn pull(s3: &S3, target: &TempDir) -> Result<Duration> {
         bytes_max: Bytes(u64::MAX),
     };
     let mut command = Command::new(std::env::current_exe()?);
-    command.arg("--pull").arg(serde_json::to_string(&config)?).stdin(Stdio::null());
-    timed(command, "the pull").await
+    command.arg("--pull").arg(serde_json::to_string(&config)?).stdin(Stdio::null()).stdout(Stdio::piped());
+    tokio::task::spawn_blocking(move || {
+        let began = Instant::now();
+        let mut child = command.spawn()?;
+        let mut said = String::new();
+        BufReader::new(child.stdout.take().context("its output")?).read_line(&mut said)?;
+        let took = began.elapsed();
+        let status = child.wait()?;
+        ensure!(
+            status.success() && said.trim_end() == PULLED,
+            "the pull said {said:?} and ended with {status}"
+        );
+        Ok(took)
+    })
+    .await?
 }
 
 /// What the process of [`pull`] does.
@@ -91,6 +119,7 @@ async fn pull(s3: &S3, target: &TempDir) -> Result<Duration> {
 pub async fn pull_once(config: &str) -> Result<()> {
     let folder = weights::pull(&serde_json::from_str(config)?).await?;
     ensure!(folder.pulled_bytes == folder.bytes, "{} of {} bytes came", folder.pulled_bytes, folder.bytes);
+    println!("{PULLED}");
     Ok(())
 }
 

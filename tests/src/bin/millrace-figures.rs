@@ -194,9 +194,11 @@ async fn pull() -> Result<Value> {
     let rates = pulling::measure(PULL_BYTES).await?;
     let mib = |rate: f64| rounded(rate / f64::from(1 << 20));
     Ok(json!({
-        "pull_mib_per_s": mib(rates.pull),
-        "plain_mib_per_s": mib(rates.plain),
-        "of_plain": rounded(rates.pull / rates.plain),
+        "pull_mib_per_s": mib(rates.pull()),
+        "plain_mib_per_s": mib(rates.plain()),
+        "of_plain": rounded(rates.pull() / rates.plain()),
+        "pull_rounds_mib_per_s": rates.pulls.iter().copied().map(mib).collect::<Vec<_>>(),
+        "plain_rounds_mib_per_s": rates.plains.iter().copied().map(mib).collect::<Vec<_>>(),
     }))
 }
 
