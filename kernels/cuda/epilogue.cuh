@@ -63,13 +63,6 @@ struct Heads {
     int fp8;
 };
 
-/// Weights of later products that are brought into the cache that all multiprocessors share.
-struct Ahead {
-    const uint8_t *start[2];
-    /// Multiples of 16.
-    unsigned bytes[2];
-};
-
 /// The result's side of a product.
 struct Output {
     void *out;
@@ -90,7 +83,6 @@ struct Output {
     NormBefore before;
     NormAfter after;
     Heads heads;
-    Ahead ahead;
 };
 
 /// Where a thread's part of a tile lies: features `feature` and `feature + 8`, rows `row` and `row + 1` of the batch, of

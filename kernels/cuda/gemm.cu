@@ -128,21 +128,6 @@ __device__ __forceinline__ void produce(uint32_t ring, uint32_t full, uint32_t e
     }
 }
 
-/// Asks for this block's share of the weights that come after attention: with few rows memory would rest meanwhile.
-__device__ __forceinline__ void prefetch(const Ahead &ahead) {
-    constexpr unsigned PIECE = 1 << 14;
-#pragma unroll
-    for (int range = 0; range < 2; ++range) {
-        const unsigned pieces = (ahead.bytes[range] + PIECE - 1) / PIECE;
-        for (unsigned piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
-            const unsigned bytes = min(PIECE, ahead.bytes[range] - piece * PIECE);
-            asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(ahead.start[range] + size_t(piece) * PIECE),
-                         "r"(bytes)
-                         : "memory");
-        }
-    }
-}
-
 /// Four steps of 16 columns out of one stage.
 template <int BATCH>
 __device__ __forceinline__ void multiply_stage(float (&sums)[BATCH / 2], uint32_t matrix, uint32_t batch, bool first) {
@@ -320,10 +305,7 @@ __device__ __forceinline__ void gemm(const CUtensorMap &matrix, const CUtensorMa
     const Place place = place_of<S, PARTS>(output);
     if (threadIdx.x >= S::CONSUMERS) {
         if constexpr (S::HELPERS > 0) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        if (threadIdx.x == S::CONSUMERS) {
-            produce<S>(ring, full, empty, matrix, batch, place);
-            if constexpr (EPILOGUE == ROPE) prefetch(output.ahead);
-        }
+        if (threadIdx.x == S::CONSUMERS) produce<S>(ring, full, empty, matrix, batch, place);
         const int helper = int(threadIdx.x) - S::CONSUMERS - 32;
         if (EPILOGUE != ADD && S::HELPERS > 0 && helper >= 0) {
             wait_for_predecessor();

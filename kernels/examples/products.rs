@@ -1,6 +1,6 @@
-//! Times the kernels of matrix products on a GPU: `cargo run --release -p millrace-kernels --example products [ROWS...]`
-//! prints, for the products of two models, each kernel's time, and marks the one that a step takes. The floor is the time
-//! to read the matrix, or to multiply, at 3,050 GB/s and 800 TFLOP/s.
+//! Times the kernels of matrix products on a GPU: `cargo run --release -p millrace-kernels --example products
+//! [ROWS...]` prints, for the products of two models, each kernel's time, and marks the one that a step takes. The
+//! floor is the time to read the matrix, or to multiply, at 3,050 GB/s and 800 TFLOP/s.
 
 use millrace_kernels::cuda::{Cuda, CudaOptions, Epilogue, TimedProduct};
 

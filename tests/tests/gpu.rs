@@ -25,8 +25,8 @@ const POSITIONS: u32 = 1024;
 const PLENTY: u64 = 256 << 20;
 /// Blocks for the longest sequence and one or two more.
 const SCARCE_BLOCKS: u64 = 80;
-/// A difference of log probabilities that another order of additions and another place of rounding explain (the CPU rounds
-/// an operand after its norm, the GPU before): between the two greatest, and between those of one token.
+/// A difference of log probabilities that another order of additions and another place of rounding explain (the CPU
+/// rounds an operand after its norm, the GPU before): between the two greatest, and between those of one token.
 const TIE: f32 = 6e-2;
 const NEAR: f32 = 1e-1;
 /// The same over a cache of 8 bits, where another order may round a key or a value to the neighbouring code.

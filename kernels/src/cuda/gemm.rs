@@ -109,16 +109,6 @@ pub struct Heads {
     pub fp8: i32,
 }
 
-/// Weights to bring into the shared cache, as in `epilogue.cuh`.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Ahead {
-    /// Where they start.
-    pub start: [u64; 2],
-    /// How many bytes, multiples of 16.
-    pub bytes: [u32; 2],
-}
-
 /// The result's side of a product, as in `epilogue.cuh`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
@@ -147,8 +137,6 @@ pub struct Output {
     pub after: NormAfter,
     /// Of [`Epilogue::Rope`].
     pub heads: Heads,
-    /// Of [`Epilogue::Rope`].
-    pub ahead: Ahead,
 }
 
 /// Which of the batch's tensor maps a kernel reads through.

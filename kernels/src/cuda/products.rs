@@ -1,6 +1,6 @@
-//! Times the kernels of a matrix product side by side, as a step runs them: a graph of launches, each of which may start
-//! before the one before it has ended, over weights that no cache holds, with the norms before or after. The choice in
-//! `gemm.rs` is fitted to these times.
+//! Times the kernels of a matrix product side by side, as a step runs them: a graph of launches, each of which may
+//! start before the one before it has ended, over weights that no cache holds, with the norms before or after. The
+//! choice in `gemm.rs` is fitted to these times.
 
 use std::time::Instant;
 

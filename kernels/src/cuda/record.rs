@@ -1,9 +1,9 @@
 //! Recording a step: ops become commands, and neighbours that belong together become one.
 //!
-//! A norm between a product that adds (or the embedding) and a product that reads it is no kernel: the first leaves values
-//! times weight and sums of squares, the second applies the factors of the rows. RoPE after the product of a matrix whose
-//! rows are in pairs is no kernel either. Both look at the commands alone, so that a step is fused alike whenever it is
-//! recorded. Pure.
+//! A norm between a product that adds (or the embedding) and a product that reads it is no kernel: the first leaves
+//! values times weight and sums of squares, the second applies the factors of the rows. RoPE after the product of a
+//! matrix whose rows are in pairs is no kernel either. Both look at the commands alone, so that a step is fused alike
+//! whenever it is recorded. Pure.
 
 use super::step::{Command, Following, Leaving, Preceding, Product, Turn};
 use crate::ops::Buffer;

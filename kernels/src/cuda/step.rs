@@ -7,7 +7,7 @@ use std::ffi::c_void;
 
 use super::arena::{Activation, Arena, Place};
 use super::device::{Device, DeviceError, Kernel, Launch, arguments};
-use super::gemm::{Ahead, BatchMap, Epilogue, Gemm, Heads, NormAfter, NormBefore, Output, Work};
+use super::gemm::{BatchMap, Epilogue, Gemm, Heads, NormAfter, NormBefore, Output, Work};
 use super::plan::Layout;
 use super::weights::DeviceMatrix;
 use super::{Attend, Weights};
@@ -15,9 +15,6 @@ use crate::ops::{AttentionShape, Buffer, KvDtype};
 
 const NORM_THREADS: u32 = 256;
 const ROPE_WARPS: usize = 8;
-/// Most rows whose attention leaves memory time for the weights behind it, and bytes of these that are asked for.
-const AHEAD_ROWS_MAX: usize = 16;
-const AHEAD_BYTES: usize = 20 << 20;
 
 /// One op of a step. Weights are indices, buffers those of the plan.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -185,17 +182,17 @@ impl<'a> Run<'a> {
     /// # Errors
     /// When the driver refuses one.
     pub fn all(mut self, commands: &[Command]) -> Result<(), DeviceError> {
-        for (index, command) in commands.iter().enumerate() {
-            self.one(command, &commands[index + 1..])?;
+        for command in commands {
+            self.one(command)?;
         }
         Ok(())
     }
 
-    fn one(&mut self, command: &Command, later: &[Command]) -> Result<(), DeviceError> {
+    fn one(&mut self, command: &Command) -> Result<(), DeviceError> {
         match *command {
             Command::Embed { table, out, after } => self.embed(table, out, after),
             Command::RmsNorm { x, weight, eps, out } => self.rms_norm(x, (weight, eps), out),
-            Command::Product(ref product) => self.product(product, later),
+            Command::Product(ref product) => self.product(product),
             Command::RopeCache { qkv, ref turn } => self.rope_cache(qkv, turn),
             Command::Attention { layer, ref shape, out } => {
                 self.attend.queue(self, layer, shape, self.buffer(out))
@@ -279,7 +276,7 @@ impl<'a> Run<'a> {
         self.launch(self.kernels.rms_norm, self.row_grid(), arguments)
     }
 
-    fn product(&self, product: &Product, later: &[Command]) -> Result<(), DeviceError> {
+    fn product(&self, product: &Product) -> Result<(), DeviceError> {
         let matrix = &self.weights.matrices[product.matrix];
         let mut output = Output {
             bias: product.bias.map_or(0, |bias| self.weight(bias)),
@@ -296,9 +293,7 @@ impl<'a> Run<'a> {
                 (output.out, output.stride) = (place.pointer, int(buffer.stride));
                 output.after = self.following(after, (buffer, place));
             }
-            Leaving::Rope(ref turn) => {
-                (output.heads, output.ahead) = (self.heads(turn), self.ahead(later));
-            }
+            Leaving::Rope(ref turn) => output.heads = self.heads(turn),
         }
         self.multiply(product.leaving.epilogue(), matrix, self.buffer(product.x), output)
     }
@@ -350,25 +345,6 @@ impl<'a> Run<'a> {
             value_factor: 1.0 / shape.kv_scales.value,
             fp8: i32::from(kv.dtype == KvDtype::Fp8E4m3),
         }
-    }
-
-    /// The weights of the products behind attention, as many bytes as memory can deliver while few rows attend.
-    fn ahead(&self, later: &[Command]) -> Ahead {
-        let mut ahead = Ahead::default();
-        if self.rows > AHEAD_ROWS_MAX {
-            return ahead;
-        }
-        let matrices = later.iter().filter_map(|command| match command {
-            Command::Product(product) => Some(&self.weights.matrices[product.matrix]),
-            _ => None,
-        });
-        let mut left = AHEAD_BYTES;
-        for (index, matrix) in matrices.take(2).enumerate() {
-            let bytes = (matrix.features * matrix.stride * 2).min(left) / 16 * 16;
-            (ahead.start[index], ahead.bytes[index]) = (matrix.pointer(), bytes as u32);
-            left -= bytes;
-        }
-        ahead
     }
 
     fn rope_cache(&self, qkv: Buffer, turn: &Turn) -> Result<(), DeviceError> {

@@ -1,8 +1,8 @@
 //! Weights on the device: bf16 matrices with their tensor maps, f32 vectors.
 //!
 //! Rows go through two pinned buffers in turn, so that the host fills one while the device copies the other. A matrix
-//! row is padded to a multiple of 8 elements. Rows whose sums one thread of a product must hold both alternate by 8: those
-//! of gate and up projections, and those of the two halves of a head that RoPE turns.
+//! row is padded to a multiple of 8 elements. Rows whose sums one thread of a product must hold both alternate by 8:
+//! those of gate and up projections, and those of the two halves of a head that RoPE turns.
 
 use std::ffi::c_void;
 use std::sync::Arc;

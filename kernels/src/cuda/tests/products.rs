@@ -2,6 +2,21 @@
 
 use super::*;
 
+/// A few rows in full: all features, all tiles of the batch.
+fn check_rows(
+    name: &str,
+    found: &[f32],
+    (rows, features): (usize, usize),
+    limit: f64,
+    expected: &dyn Fn(usize, usize) -> f64,
+) {
+    for row in (0..rows).step_by((rows / 7).max(1)) {
+        let expected: Vec<f64> = (0..features).map(|feature| expected(row, feature)).collect();
+        let error = distance(&found[row * features..][..features], &expected);
+        assert!(error < limit, "{name} of {features} features, row {row} of {rows}: {error}");
+    }
+}
+
 /// Products of one shape at many batch sizes. Returns the bits of the values' product at the largest batch.
 pub(super) fn check_products(
     cuda: &mut Cuda,
@@ -40,24 +55,14 @@ pub(super) fn check_products(
         cuda.linear_silu_mul(&gate_up, x, gated);
         let found = [take(cuda, out, rows), take(cuda, sums, rows), take(cuda, gated, rows)];
         if rows == most {
-            // A few rows in full: all features, all tiles of the batch.
-            let some: Vec<usize> = (0..rows).step_by((rows / 7).max(1)).collect();
-            let of = |f: &dyn Fn(usize, usize) -> f64| -> Vec<f64> {
-                some.iter().flat_map(|&r| (0..features).map(move |j| (r, j))).map(|(r, j)| f(r, j)).collect()
-            };
-            let picked = |all: &[f32]| -> Vec<f32> {
-                some.iter().flat_map(|&row| all[row * features..][..features].to_vec()).collect()
-            };
-            let expected = of(&|r, j| dot(r, j, &weights) + f64::from(bias[j]));
-            let error = distance(&picked(&found[0]), &expected);
-            assert!(error < 1e-5, "values {rows}x{features}x{columns}: {error}");
-            let expected = of(&|r, j| f64::from(before[r * features + j]) + dot(r, j, &weights));
-            let error = distance(&picked(&found[1]), &expected);
-            assert!(error < 1e-5, "add {rows}x{features}x{columns}: {error}");
             let silu = |x: f64| x / (1.0 + (-x).exp());
-            let expected = of(&|r, j| silu(dot(r, j, &weights)) * dot(r, j, &ups));
-            let error = distance(&picked(&found[2]), &expected);
-            assert!(error < 4e-3, "silu_mul {rows}x{features}x{columns}: {error}");
+            let added = |r: usize, j: usize| f64::from(before[r * features + j]) + dot(r, j, &weights);
+            check_rows("values", &found[0], (rows, features), 1e-5, &|r, j| {
+                dot(r, j, &weights) + f64::from(bias[j])
+            });
+            check_rows("add", &found[1], (rows, features), 1e-5, &added);
+            let gated = |r: usize, j: usize| silu(dot(r, j, &weights)) * dot(r, j, &ups);
+            check_rows("silu_mul", &found[2], (rows, features), 4e-3, &gated);
         }
         for (kind, (found, known)) in found.iter().zip(&mut known).enumerate() {
             assert!(
