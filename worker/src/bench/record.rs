@@ -103,8 +103,8 @@ impl Steps {
         (time > 0.0).then(|| tokens as f64 / time)
     }
 
-    /// Time of a step in which nothing is computed, on average: a turn without what a device was busy, or without the call
-    /// that computes.
+    /// Time of a step in which nothing is computed, on average: a turn without what a device was busy, or without the
+    /// call that computes.
     pub fn host_us_per_step(&self) -> f64 {
         let host: f64 = self.0.iter().map(|step| step.host().as_secs_f64()).sum();
         host * 1e6 / self.0.len().max(1) as f64
