@@ -12,7 +12,7 @@ namespace {
 
 constexpr uint32_t CONSUMERS = 4;
 constexpr uint32_t CLOSERS = 2;
-static_assert(32 * (CONSUMERS + 1 + CLOSERS) == DECODE_THREADS);
+static_assert(32 * (CONSUMERS + 1 + CLOSERS) <= DECODE_THREADS);
 /// Units between the producer and the closers.
 constexpr uint32_t NOTES = 4;
 constexpr uint32_t ROWS = GROUP_MAX;
@@ -97,6 +97,51 @@ struct Place {
     __device__ uint32_t parity() const { return count / Shape<HEAD, KV>::STAGES % 2; }
 };
 
+/// Partial results of a span and key-value head: under items `[first_item, first_item + parts)`.
+struct Parts {
+    uint32_t first_item;
+    uint32_t parts;
+    uint32_t row;
+    uint32_t kv_head;
+};
+
+/// Merges the parts in ascending order and writes the output; `THREADS` threads take part.
+template <int HEAD, Kv KV, uint32_t THREADS>
+__device__ __forceinline__ void merge_parts(const AttentionArguments& arguments, const Parts& of, uint32_t thread) {
+    constexpr uint32_t AHEAD = 8;
+    const uint32_t heads = arguments.kv_heads * arguments.group;
+    const float* stats = arguments.partials + uint64_t(arguments.items_max) * heads * HEAD;
+    for (uint32_t at = thread * 4; at < arguments.group * HEAD; at += 4 * THREADS) {
+        const uint32_t head = of.kv_head * arguments.group + at / HEAD;
+        RowSum total = empty_row();
+        float sum[4] = {};
+        for (uint32_t base = 0; base < of.parts; base += AHEAD) {
+            float4 part[AHEAD];
+            float2 stat[AHEAD];
+#pragma unroll
+            for (uint32_t i = 0; i < AHEAD; ++i) {
+                const uint64_t place = uint64_t(of.first_item + min(base + i, of.parts - 1)) * heads + head;
+                part[i] = __ldcg(reinterpret_cast<const float4*>(arguments.partials + place * HEAD + at % HEAD));
+                stat[i] = __ldcg(reinterpret_cast<const float2*>(stats + place * 2));
+            }
+#pragma unroll
+            for (uint32_t i = 0; i < AHEAD; ++i) {
+                if (base + i >= of.parts) break;
+                const MergeFactors factors = merge_rows(total, {stat[i].x, stat[i].y});
+                sum[0] = merged(sum[0], part[i].x, factors);
+                sum[1] = merged(sum[1], part[i].y, factors);
+                sum[2] = merged(sum[2], part[i].z, factors);
+                sum[3] = merged(sum[3], part[i].w, factors);
+            }
+        }
+        const float inverse = output_factor<KV>(total.sum, arguments);
+        const uint2 packed = {pack_bf16(finished(sum[0], inverse), finished(sum[1], inverse)),
+                              pack_bf16(finished(sum[2], inverse), finished(sum[3], inverse))};
+        bf16* to = arguments.out + uint64_t(of.row) * arguments.out_stride + head * HEAD + at % HEAD;
+        *reinterpret_cast<uint2*>(to) = packed;
+    }
+}
+
 // ---- The producer ----
 
 /// Looks a unit up. `lane` of the producer keeps the block of page `lane` modulo 32 in `block`. Returns no item for
@@ -140,8 +185,8 @@ __device__ __forceinline__ void stream(const AttentionArguments& arguments, Boar
         if (lane == 0) barrier_expect(full, pages * S::PAGE_BYTES);
         __syncwarp();
         if (lane < pages)
-            copy_bulk(to + lane * S::PAGE_BYTES, page_address<HEAD, KV>(arguments, mine, value, note.kv_head),
-                      S::PAGE_BYTES, full);
+            copy_bulk_once(to + lane * S::PAGE_BYTES, page_address<HEAD, KV>(arguments, mine, value, note.kv_head),
+                           S::PAGE_BYTES, full);
 #else
         for (uint32_t i = 0; i < pages; ++i) {
             const uint32_t other = __shfl_sync(0xffffffffu, block, (page + i) % 32);
@@ -186,8 +231,8 @@ __device__ __forceinline__ uint32_t draw(const AttentionArguments& arguments, ui
     return gridDim.x + ticket;
 }
 
-/// The producer warp: deals itself units and streams them. While one streams, the next is looked up and the one
-/// after that is drawn.
+/// The producer warp: deals itself units and streams them. While the keys of one stream, the next is drawn; while its
+/// values do, the next is looked up. No unit is drawn earlier: another CTA may be free before this one.
 template <int HEAD, Kv KV>
 __device__ __forceinline__ void produce(const AttentionArguments& arguments, Board<HEAD, KV>& board, uint32_t ring,
                                         uint32_t lane) {
@@ -197,23 +242,19 @@ __device__ __forceinline__ void produce(const AttentionArguments& arguments, Boa
     UnitNote note = {}, next_note = {};
     if (blockIdx.x < units) {
         note = look_up(arguments, blockIdx.x, tile_keys(HEAD), lane, block);
-        uint32_t next = __shfl_sync(0xffffffffu, draw(arguments, units, lane), 0);
         await_predecessor();
         while (true) {
-            uint32_t following = units;
-            if (next < units) {
-                following = draw(arguments, units, lane);
-                next_note = look_up(arguments, next, tile_keys(HEAD), lane, next_block);
-            }
+            const uint32_t drawn = draw(arguments, units, lane);
             if (note.item != NO_ITEM) {
                 publish<HEAD, KV>(arguments, board, count++, note, lane);
                 stream<HEAD, KV>(arguments, board, ring, place, note, 0, block, lane);
-                stream<HEAD, KV>(arguments, board, ring, place, note, 1, block, lane);
             }
+            const uint32_t next = __shfl_sync(0xffffffffu, drawn, 0);
+            if (next < units) next_note = look_up(arguments, next, tile_keys(HEAD), lane, next_block);
+            if (note.item != NO_ITEM) stream<HEAD, KV>(arguments, board, ring, place, note, 1, block, lane);
             if (next >= units) break;
             note = next_note;
             block = next_block;
-            next = __shfl_sync(0xffffffffu, following, 0);
         }
     }
     note.item = NO_ITEM;

@@ -125,6 +125,18 @@ __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_
                  : "memory");
 }
 
+/// What is read once in a step may leave the L2 cache first: the policy that `createpolicy` makes for it.
+constexpr uint64_t EVICT_FIRST = 0x12f0000000000000;
+
+/// `copy_bulk` of what no other CTA reads.
+__device__ __forceinline__ void copy_bulk_once(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
+        "%4;" ::"r"(to),
+        "l"(from), "r"(bytes), "r"(barrier), "l"(EVICT_FIRST)
+        : "memory");
+}
+
 /// Orders this thread's ordinary writes to shared memory before later reads and writes of the async proxy.
 __device__ __forceinline__ void fence_async_proxy() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
