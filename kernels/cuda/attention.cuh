@@ -22,9 +22,6 @@ constexpr uint32_t PAGE_TOKENS = 16;
 /// A context is cut at multiples of this many positions; partial results are merged in ascending order.
 constexpr uint32_t SPLIT_KEYS = 512;
 
-/// Splits at the head of a span that one warp may walk in a row (`decode_runs`).
-constexpr uint32_t RUN_SPLITS = 8;
-
 /// Query heads per key-value head: the greatest group.
 constexpr uint32_t GROUP_MAX = 8;
 
@@ -98,10 +95,6 @@ struct DecodeItem {
     uint32_t split;
 };
 
-// `decode_runs` are the indices of the items at which runs begin: of every span of one row, its split 0, which stands
-// for splits 0 to `RUN_SPLITS - 1` (as many as there are), and each split from `RUN_SPLITS` on. List the longest
-// first: the kernels deal them out in order.
-
 /// One tile of a span: packed rows `[tile, tile + 1) * prefill_tile_rows(head_dim)` of the `rows * group` ones, where
 /// packed row `i` is row `i / group`, query head `kv_head * group + i % group`. List the tiles with the longest
 /// contexts first: the kernels deal them out in order.
@@ -114,7 +107,6 @@ struct PrefillTile {
 struct AttentionCounts {
     uint32_t decode_items;
     uint32_t prefill_tiles;
-    uint32_t decode_runs;
 };
 
 /// The argument of every attention kernel, by value. Pointers are device pointers, 16-byte aligned.
@@ -128,7 +120,6 @@ struct AttentionArguments {
     const AttentionSpan* spans;
     const uint32_t* tables;
     const DecodeItem* decode_items;
-    const uint32_t* decode_runs;
     const PrefillTile* prefill_tiles;
     const AttentionCounts* counts;
     /// `partial_floats(items, heads, head_dim)` floats for the splits' results of decodes.
@@ -175,7 +166,7 @@ __host__ __device__ constexpr uint64_t counter_words(uint64_t spans_max, uint64_
 
 /// Decode: grid: multiprocessors, one CTA each (a smaller grid works too). `limit` is the device's shared memory
 /// per block with opt-in: 227 KiB on sm_90, 163 KiB on sm_80.
-constexpr uint32_t DECODE_THREADS = 256;
+constexpr uint32_t DECODE_THREADS = 224;
 __host__ __device__ constexpr uint32_t decode_shared_bytes(uint32_t limit) {
     return limit >= 224 * 1024 ? 224 * 1024 : 160 * 1024;
 }

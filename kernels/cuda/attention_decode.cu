@@ -1,6 +1,4 @@
-//! Paged attention for spans of one row (decode), in two forms that give the same bytes. Where there are many spans,
-//! each warp walks runs of splits alone (`attention_decode_runs.cuh`). Where there are few, the warps of a CTA take
-//! each split together, as is told here.
+//! Paged attention for spans of one row (decode).
 //!
 //! A unit is one split (`SPLIT_KEYS` positions) of one span for one key-value head. A CTA is persistent: its
 //! producer warp streams the pages of unit after unit into a ring, four warps consume them. The scores of a tile
@@ -13,7 +11,7 @@
 //! Units are dealt out by a ticket, which decides who computes, never what.
 //! Invariant: `counters` are zero before and after every launch.
 
-#include "attention_decode_runs.cuh"
+#include "attention_decode.cuh"
 
 namespace millrace {
 namespace {
@@ -306,6 +304,44 @@ __device__ __forceinline__ void consume(const AttentionArguments& arguments, Boa
 
 // ---- The closers ----
 
+/// Merges a span's splits for one key-value head and writes the output; all closers take part.
+template <int HEAD, Kv KV>
+__device__ __forceinline__ void merge_splits(const AttentionArguments& arguments, const UnitNote& note,
+                                             uint32_t thread) {
+    constexpr uint32_t AHEAD = 8;
+    const uint32_t heads = arguments.kv_heads * arguments.group, first_item = note.item - note.split;
+    const float* stats = arguments.partials + uint64_t(arguments.items_max) * heads * HEAD;
+    for (uint32_t at = thread * 4; at < arguments.group * HEAD; at += 4 * 32 * CLOSERS) {
+        const uint32_t head = note.kv_head * arguments.group + at / HEAD;
+        RowSum total = empty_row();
+        float sum[4] = {};
+        for (uint32_t base = 0; base < note.splits; base += AHEAD) {
+            float4 part[AHEAD];
+            float2 stat[AHEAD];
+#pragma unroll
+            for (uint32_t i = 0; i < AHEAD; ++i) {
+                const uint64_t place = uint64_t(first_item + min(base + i, note.splits - 1)) * heads + head;
+                part[i] = __ldcg(reinterpret_cast<const float4*>(arguments.partials + place * HEAD + at % HEAD));
+                stat[i] = __ldcg(reinterpret_cast<const float2*>(stats + place * 2));
+            }
+#pragma unroll
+            for (uint32_t i = 0; i < AHEAD; ++i) {
+                if (base + i >= note.splits) break;
+                const MergeFactors factors = merge_rows(total, {stat[i].x, stat[i].y});
+                sum[0] = merged(sum[0], part[i].x, factors);
+                sum[1] = merged(sum[1], part[i].y, factors);
+                sum[2] = merged(sum[2], part[i].z, factors);
+                sum[3] = merged(sum[3], part[i].w, factors);
+            }
+        }
+        const float inverse = output_factor<KV>(total.sum, arguments);
+        const uint2 packed = {pack_bf16(finished(sum[0], inverse), finished(sum[1], inverse)),
+                              pack_bf16(finished(sum[2], inverse), finished(sum[3], inverse))};
+        bf16* to = arguments.out + uint64_t(note.row) * arguments.out_stride + head * HEAD + at % HEAD;
+        *reinterpret_cast<uint2*>(to) = packed;
+    }
+}
+
 /// A closer warp, of two that act together: counts each unit of a span of several, and merges them after the last.
 /// It gives the notes back, too.
 template <int HEAD, Kv KV>
@@ -328,9 +364,7 @@ __device__ __forceinline__ void close(const AttentionArguments& arguments, Board
             asm volatile("bar.sync 2, 64;" ::: "memory");
             const bool last = board.ended == note.splits;
             asm volatile("bar.sync 2, 64;" ::: "memory");
-            if (last)
-                merge_parts<HEAD, KV, 32 * CLOSERS>(
-                    arguments, {note.item - note.split, note.splits, note.row, note.kv_head}, thread);
+            if (last) merge_splits<HEAD, KV>(arguments, note, thread);
         }
         __syncwarp();
         if (thread % 32 == 0) barrier_arrive(shared_address(&board.note_free[slot]));
@@ -341,16 +375,6 @@ template <int HEAD, Kv KV>
 __device__ __forceinline__ void decode(const AttentionArguments& arguments) {
     extern __shared__ __align__(1024) unsigned char memory[];
     Board<HEAD, KV>& board = *reinterpret_cast<Board<HEAD, KV>*>(memory);
-#ifdef MILLRACE_BULK_COPY
-    if constexpr (RunShape<HEAD, KV>::EXISTS) {
-        if (many_runs<KV>(arguments)) {
-            release_successor();
-            walk_runs<HEAD, KV>(arguments, shared_address(memory));
-            await_predecessor();
-            return;
-        }
-    }
-#endif
     const uint32_t ring = shared_address(memory) + BOARD_BYTES;
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #ifdef MILLRACE_BULK_COPY
@@ -372,7 +396,7 @@ __device__ __forceinline__ void decode(const AttentionArguments& arguments) {
     release_successor();
     if (warp < CONSUMERS) consume<HEAD, KV>(arguments, board, ring, warp, lane);
     else if (warp == CONSUMERS) produce<HEAD, KV>(arguments, board, ring, lane);
-    else if (warp < CONSUMERS + 1 + CLOSERS) close<HEAD, KV>(arguments, board, threadIdx.x - 32 * (CONSUMERS + 1));
+    else close<HEAD, KV>(arguments, board, threadIdx.x - 32 * (CONSUMERS + 1));
     await_predecessor();
 }
 

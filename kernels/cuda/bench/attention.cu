@@ -139,35 +139,13 @@ void check_invariance(const Device& device, const Shape& shape, uint32_t length,
         same(Kernel::DecodeFp8, 1, true);
         same(Kernel::DecodeFp8, 1, false);
     }
-    // On few multiprocessors warps walk runs; where there are more CTAs than work, each takes a split.
-    for (const uint32_t grid : {3u, 4096u}) {
-        Device other = device;
-        other.decode_grid = grid;
-        for (const Kernel kernel : {Kernel::Decode, Kernel::DecodeFp8})
-            if (codes || !reads_codes(kernel))
-                expect(in_chunks(other, batch, kernel, 1, true) == decoded, "decode on another grid");
-    }
+    Device crowded = device;
+    crowded.decode_grid = 3;
+    expect(in_chunks(crowded, batch, Kernel::Decode, 1, true) == decoded, "decode on three multiprocessors");
     for (const Kernel kernel : {Kernel::Prefill, Kernel::Wgmma, Kernel::PrefillFp8}) {
         if (!exists(kernel, shape.head_dim) || (reads_codes(kernel) && !codes)) continue;
         for (const uint32_t chunk : {length, 333u, 64u, 7u, 1u}) same(kernel, chunk, chunk % 2);
     }
-}
-
-/// Contexts around and beyond the splits of one run, by both forms of decode: on few multiprocessors warps walk runs.
-void check_runs(const Device& device, const Shape& shape, Random& random) {
-    const Case batch(shape, {1, 4095, 4096, 4097, 5200}, random, 2.f, true);
-    std::vector<AttentionSpan> spans;
-    std::vector<uint32_t> sequences;
-    for (uint32_t s = 0; s < batch.lengths.size(); ++s) {
-        spans.push_back(batch.span(s, batch.lengths[s] - 1, 1));
-        sequences.push_back(s);
-    }
-    Device crowded = device;
-    crowded.decode_grid = 3;
-    const std::vector<uint16_t> decoded = batch.run(device, Kernel::Decode, spans);
-    compare(batch, decoded, spans, sequences, "decode");
-    for (const Kernel kernel : {Kernel::Decode, Kernel::DecodeFp8})
-        expect(batch.run(crowded, kernel, spans, 2) == decoded, "decode in runs beyond their splits");
 }
 
 void check(const Device& device, bool small, uint64_t seed) {
@@ -187,7 +165,6 @@ void check(const Device& device, bool small, uint64_t seed) {
             check_invariance(device, {head_dim, 1, 3, 0}, 150, random, true);
             continue;
         }
-        for (const uint32_t window : {0u, 700u, 4300u}) check_runs(device, {head_dim, 2, 3, window}, random);
         check_invariance(device, {head_dim, 2, 2, 0}, 1337, random, false);
         check_invariance(device, {head_dim, 1, 7, 0}, 1100, random, true);
         check_invariance(device, {head_dim, 2, 3, 200}, 1300, random, true);
@@ -261,18 +238,18 @@ double time_attention(const Device& device, Kernel kernel, const Load& load) {
     const DeviceArray<uint32_t> tables_device(tables);
     const DeviceArray<AttentionSpan> spans_device(plan.spans);
     const DeviceArray<DecodeItem> items(plan.items);
-    const DeviceArray<uint32_t> runs(plan.runs);
     const DeviceArray<PrefillTile> tiles(plan.tiles);
-    const DeviceArray<AttentionCounts> counts(std::vector<AttentionCounts>{plan.counts()});
+    const DeviceArray<AttentionCounts> counts(
+        std::vector<AttentionCounts>{{uint32_t(plan.items.size()), uint32_t(plan.tiles.size())}});
     DeviceArray<float> partials(partial_floats(plan.items.size(), shape.heads(), shape.head_dim));
     DeviceArray<uint32_t> counters(counter_words(plan.spans.size(), shape.kv_heads));
     CHECK(cudaMemset(counters.data, 0, counters.size * sizeof(uint32_t)));
     CHECK(cudaDeviceSynchronize());
-    AttentionArguments arguments = {queries.data,       out.data,      cache.data,      spans_device.data,
-                                    tables_device.data, items.data,    runs.data,       tiles.data,
-                                    counts.data,        partials.data, counters.data,   uint32_t(width),
-                                    uint32_t(width),    shape.kv_heads, shape.group,    shape.window,
-                                    uint32_t(plan.items.size()), 1.44269504f / std::sqrt(float(shape.head_dim)), 1.f};
+    AttentionArguments arguments = {queries.data,         out.data,    cache.data,    spans_device.data,
+                                    tables_device.data,   items.data,  tiles.data,    counts.data,
+                                    partials.data,        counters.data, uint32_t(width), uint32_t(width),
+                                    shape.kv_heads,       shape.group, shape.window,  uint32_t(plan.items.size()),
+                                    1.44269504f / std::sqrt(float(shape.head_dim)), 1.f};
     // Codes take half of the room; any bits will do for them.
     const uint64_t layer_bytes = reads_codes(kernel) ? layer : 2 * layer;
     return time_us(std::max(load.layers, 4u), [&](uint32_t i, cudaStream_t stream) {

@@ -187,27 +187,19 @@ inline void launch(const Device& device, Kernel kernel, const Shape& shape, cons
 struct Plan {
     std::vector<AttentionSpan> spans;
     std::vector<DecodeItem> items;
-    std::vector<uint32_t> runs;
     std::vector<PrefillTile> tiles;
     /// All spans go to one kind of kernel here; a worker sends spans of one row to the decode kernel.
     Plan(const Shape& shape, Kernel kernel, std::vector<AttentionSpan> from) : spans(std::move(from)) {
         std::vector<uint64_t> ends;
         for (uint32_t s = 0; s < spans.size(); ++s) {
             if (is_decode(kernel)) {
-                for (uint32_t split = 0; split <= (spans[s].context - 1) / SPLIT_KEYS; ++split) {
-                    if (split == 0 || split >= RUN_SPLITS) runs.push_back(uint32_t(items.size()));
+                for (uint32_t split = 0; split <= (spans[s].context - 1) / SPLIT_KEYS; ++split)
                     items.push_back({s, split});
-                }
             } else {
                 const uint32_t packed = spans[s].rows * shape.group, rows = prefill_tile_rows(shape.head_dim);
                 for (uint32_t tile = 0; tile * rows < packed; ++tile) tiles.push_back({s, tile});
             }
         }
-        const auto keys = [&](uint32_t run) {
-            const uint32_t first = items[run].split * SPLIT_KEYS, splits = items[run].split == 0 ? RUN_SPLITS : 1;
-            return std::min(spans[items[run].span].context - first, splits * SPLIT_KEYS);
-        };
-        std::stable_sort(runs.begin(), runs.end(), [&](uint32_t a, uint32_t b) { return keys(a) > keys(b); });
         const auto last_row = [&](const PrefillTile& tile) {
             const AttentionSpan& span = spans[tile.span];
             const uint32_t end = (tile.tile + 1) * prefill_tile_rows(shape.head_dim) / shape.group;
@@ -217,7 +209,6 @@ struct Plan {
             return last_row(a) > last_row(b);
         });
     }
-    AttentionCounts counts() const { return {uint32_t(items.size()), uint32_t(tiles.size()), uint32_t(runs.size())}; }
 };
 
 /// A cache with the keys and values of several sequences, and queries for every position of each. With `codes` the keys
@@ -301,9 +292,9 @@ struct Case {
         const Plan plan(shape, kernel, spans);
         const DeviceArray<AttentionSpan> spans_device(plan.spans);
         const DeviceArray<DecodeItem> items(plan.items);
-        const DeviceArray<uint32_t> runs(plan.runs);
         const DeviceArray<PrefillTile> tiles(plan.tiles);
-        const DeviceArray<AttentionCounts> counts(std::vector<AttentionCounts>{plan.counts()});
+        const DeviceArray<AttentionCounts> counts(
+            std::vector<AttentionCounts>{{uint32_t(plan.items.size()), uint32_t(plan.tiles.size())}});
         DeviceArray<float> partials(partial_floats(plan.items.size(), shape.heads(), shape.head_dim));
         DeviceArray<uint32_t> counters(counter_words(plan.spans.size(), shape.kv_heads));
         DeviceArray<uint16_t> out(uint64_t(rows) * width());
@@ -316,7 +307,6 @@ struct Case {
         arguments.spans = spans_device.data;
         arguments.tables = tables_device->data;
         arguments.decode_items = items.data;
-        arguments.decode_runs = runs.data;
         arguments.prefill_tiles = tiles.data;
         arguments.counts = counts.data;
         arguments.partials = partials.data;

@@ -9,7 +9,7 @@ use cudarc::driver::sys::CUtensorMap;
 
 use super::device::{Device, DeviceError, Memory, Pinned};
 use super::gemm::GROUP_FEATURES;
-use super::plan::{Capacity, GRAPH_ROWS_MAX, Layout, Packing, runs, splits};
+use super::plan::{Capacity, GRAPH_ROWS_MAX, Layout, Packing, splits};
 use super::sampling::{ADJUSTMENT_BYTES, LOGPROBS_BYTES, PART_TOKENS, RESULT_BYTES};
 use super::weights::tensor_map;
 use crate::ops::{ArenaPlan, BLOCK_TOKENS, BufferKind, KvDtype, KvPlan, PlanError, bound};
@@ -315,7 +315,6 @@ fn step_bytes(plan: &ArenaPlan, spans_max: usize, logits_rows: usize) -> usize {
         rows: plan.rows_max,
         spans: spans_max,
         items: spans_max * splits(plan.positions_max),
-        runs: spans_max * runs(plan.positions_max),
         tiles: packing(plan).tiles(plan.rows_max) + spans_max,
         logits_rows,
     };

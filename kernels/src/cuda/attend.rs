@@ -10,7 +10,7 @@ use super::step::Run;
 use crate::ops::{AttentionShape, KvDtype, KvScales};
 
 /// As in `attention.cuh`.
-const DECODE_THREADS: u32 = 256;
+const DECODE_THREADS: u32 = 224;
 const PREFILL_WGMMA_THREADS: u32 = 384;
 /// Sizes of heads that the Hopper kernel for prefills is compiled for.
 const WGMMA_HEAD_DIMS: [u32; 2] = [64, 128];
@@ -42,7 +42,6 @@ struct AttentionArguments {
     spans: u64,
     tables: u64,
     decode_items: u64,
-    decode_runs: u64,
     prefill_tiles: u64,
     counts: u64,
     partials: u64,
@@ -129,7 +128,6 @@ impl Attend {
             spans: run.section(layout.spans),
             tables: run.section(layout.tables),
             decode_items: run.section(layout.items),
-            decode_runs: run.section(layout.runs),
             prefill_tiles: run.section(layout.tiles),
             counts: run.section(layout.counts),
             partials: arena.partials,

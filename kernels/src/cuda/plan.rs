@@ -2,23 +2,17 @@
 //!
 //! Sections have fixed places for given capacities, so that a captured step finds new contents where the old were.
 //! Rows that pad a step have no slot in the cache, spans and items beyond the counts are not read. The list of
-//! attention work follows `attention.cuh`: a span of one row is cut into splits at absolute positions, and these are
-//! grouped into runs; longer spans are cut into tiles of packed rows. Pure: no device is needed to test it.
-
-use std::cmp::Ordering;
+//! attention work follows `attention.cuh`: a span of one row is cut into splits at absolute positions, longer spans
+//! into tiles of packed rows. Pure: no device is needed to test it.
 
 use crate::ops::{BLOCK_TOKENS, Batch, Span};
 
 /// Positions per split of a context, `SPLIT_KEYS` in `attention.cuh`.
 pub const SPLIT_KEYS: usize = 512;
-/// Splits at the head of a context that make one run, `RUN_SPLITS` in `attention.cuh`.
-const RUN_SPLITS: usize = 8;
 /// Words of a row, a span, an item or tile, and of a row's sampling parameters.
 const ROW_WORDS: usize = 4;
 const SPAN_WORDS: usize = 4;
 const ITEM_WORDS: usize = 2;
-/// Words of the lists' lengths.
-const COUNT_WORDS: usize = 3;
 /// See `SampleParameters` in `sample.cu`.
 pub const PARAMETER_WORDS: usize = 16;
 /// Of a row without a place in the cache, and of a token that is known.
@@ -56,8 +50,6 @@ pub struct Capacity {
     pub spans: usize,
     /// Splits of spans of one row.
     pub items: usize,
-    /// Runs of such splits.
-    pub runs: usize,
     /// Tiles of longer spans.
     pub tiles: usize,
     /// Rows that are sampled.
@@ -67,15 +59,12 @@ pub struct Capacity {
 impl Capacity {
     /// Exactly what a batch needs.
     pub fn of(batch: &Batch<'_>, packing: Packing) -> Self {
-        let of_single = |span: &Span, count: fn(usize) -> usize| {
-            if span.rows == 1 { count(span.context as usize) } else { 0 }
-        };
+        let splits = |span: &Span| if span.rows == 1 { splits(span.context as usize) } else { 0 };
         let tiles = |span: &Span| if span.rows == 1 { 0 } else { packing.tiles(span.rows as usize) };
         Self {
             rows: batch.tokens.len(),
             spans: batch.spans.len(),
-            items: batch.spans.iter().map(|span| of_single(span, splits)).sum(),
-            runs: batch.spans.iter().map(|span| of_single(span, runs)).sum(),
+            items: batch.spans.iter().map(splits).sum(),
             tiles: batch.spans.iter().map(tiles).sum(),
             logits_rows: batch.logits_rows.len(),
         }
@@ -83,19 +72,13 @@ impl Capacity {
 
     /// What any step of this many single rows needs, at contexts up to `positions_max`.
     pub fn of_decodes(rows: usize, positions_max: usize) -> Self {
-        let (items, runs) = (rows * splits(positions_max), rows * runs(positions_max));
-        Self { rows, spans: rows, items, runs, tiles: 0, logits_rows: rows }
+        Self { rows, spans: rows, items: rows * splits(positions_max), tiles: 0, logits_rows: rows }
     }
 }
 
 /// Splits of a context.
 pub fn splits(context: usize) -> usize {
     context.div_ceil(SPLIT_KEYS)
-}
-
-/// Runs of a context: its first splits together, and each one after them.
-pub fn runs(context: usize) -> usize {
-    1 + splits(context).saturating_sub(RUN_SPLITS)
 }
 
 /// Where the sections start, in words.
@@ -111,8 +94,6 @@ pub struct Layout {
     pub counts: usize,
     /// `DecodeItem` each.
     pub items: usize,
-    /// Index of the item at which each run begins.
-    pub runs: usize,
     /// `PrefillTile` each.
     pub tiles: usize,
     /// Row of each sampled row.
@@ -136,9 +117,8 @@ impl Layout {
             capacity,
             rows: section(capacity.rows * ROW_WORDS),
             spans: section(capacity.spans * SPAN_WORDS),
-            counts: section(COUNT_WORDS),
+            counts: section(2),
             items: section(capacity.items * ITEM_WORDS),
-            runs: section(capacity.runs),
             tiles: section(capacity.tiles * ITEM_WORDS),
             logits_rows: section(capacity.logits_rows),
             parameters: section(capacity.logits_rows * PARAMETER_WORDS),
@@ -165,54 +145,20 @@ impl Layout {
         let needed = Capacity::of(batch, packing);
         let room = &self.capacity;
         assert!(needed.rows <= room.rows && needed.spans <= room.spans && needed.items <= room.items);
-        assert!(needed.runs <= room.runs && needed.tiles <= room.tiles);
-        assert!(needed.logits_rows <= room.logits_rows);
+        assert!(needed.tiles <= room.tiles && needed.logits_rows <= room.logits_rows);
         self.write_rows(batch, into);
         let spans = into[self.spans..].chunks_exact_mut(SPAN_WORDS);
         for (span, words) in batch.spans.iter().zip(spans) {
             words.copy_from_slice(&[span.first_row, span.rows, span.context, span.table]);
         }
-        into[self.counts..][..COUNT_WORDS].copy_from_slice(&[
-            needed.items as u32,
-            needed.tiles as u32,
-            needed.runs as u32,
-        ]);
-        self.write_decodes(batch, into, order);
-        self.write_tiles(batch, packing, into, order);
-        into[self.logits_rows..][..batch.logits_rows.len()].copy_from_slice(batch.logits_rows);
-        into[self.tables..][..batch.block_tables.len()].copy_from_slice(batch.block_tables);
-    }
-
-    /// Splits of spans of one row, and the runs of them.
-    fn write_decodes(&self, batch: &Batch<'_>, into: &mut [u32], order: &mut Vec<(u32, u32, u32)>) {
-        order.clear();
-        let mut item = 0;
+        into[self.counts..][..2].copy_from_slice(&[needed.items as u32, needed.tiles as u32]);
+        let mut item = self.items;
         for (index, span) in batch.spans.iter().enumerate().filter(|(_, span)| span.rows == 1) {
-            let context = span.context as usize;
-            for split in 0..splits(context) {
-                into[self.items + item as usize * ITEM_WORDS..][..ITEM_WORDS]
-                    .copy_from_slice(&[index as u32, split as u32]);
-                if split == 0 || split >= RUN_SPLITS {
-                    let length = if split == 0 { RUN_SPLITS } else { 1 } * SPLIT_KEYS;
-                    order.push(((context - split * SPLIT_KEYS).min(length) as u32, item, 0));
-                }
-                item += 1;
+            for split in 0..splits(span.context as usize) {
+                into[item..][..ITEM_WORDS].copy_from_slice(&[index as u32, split as u32]);
+                item += ITEM_WORDS;
             }
         }
-        order.sort_unstable_by(longest_first);
-        for (&(_, item, _), word) in order.iter().zip(&mut into[self.runs..]) {
-            *word = item;
-        }
-    }
-
-    /// Tiles of longer spans.
-    fn write_tiles(
-        &self,
-        batch: &Batch<'_>,
-        packing: Packing,
-        into: &mut [u32],
-        order: &mut Vec<(u32, u32, u32)>,
-    ) {
         order.clear();
         for (index, span) in batch.spans.iter().enumerate().filter(|(_, span)| span.rows > 1) {
             for tile in 0..packing.tiles(span.rows as usize) {
@@ -221,11 +167,14 @@ impl Layout {
                 order.push((span.first_position() + last_row, index as u32, tile as u32));
             }
         }
-        order.sort_unstable_by(longest_first);
+        // Those with the longest contexts first: the last ones to finish are then short.
+        order.sort_unstable_by(|a, b| b.0.cmp(&a.0).then((a.1, a.2).cmp(&(b.1, b.2))));
         let tiles = into[self.tiles..].chunks_exact_mut(ITEM_WORDS);
         for (&(_, span, tile), words) in order.iter().zip(tiles) {
             words.copy_from_slice(&[span, tile]);
         }
+        into[self.logits_rows..][..batch.logits_rows.len()].copy_from_slice(batch.logits_rows);
+        into[self.tables..][..batch.block_tables.len()].copy_from_slice(batch.block_tables);
     }
 
     fn write_rows(&self, batch: &Batch<'_>, into: &mut [u32]) {
@@ -248,11 +197,6 @@ impl Layout {
             padding.copy_from_slice(&[0, 0, NONE, NONE]);
         }
     }
-}
-
-/// The order of work by its length, then as it stands: the last ones to finish are then short.
-fn longest_first(a: &(u32, u32, u32), b: &(u32, u32, u32)) -> Ordering {
-    b.0.cmp(&a.0).then((a.1, a.2).cmp(&(b.1, b.2)))
 }
 
 /// The size at which a step of single rows is computed and captured, for up to [`GRAPH_ROWS_MAX`] rows.
@@ -297,41 +241,17 @@ mod tests {
             Batch { tokens: &tokens, spans: &spans, block_tables: &tables, logits_rows: &[0, 38, 39] };
         let packing = Packing::new(4, 128);
         let layout = Layout::new(Capacity { rows: 48, ..Capacity::of(&batch, packing) });
-        assert_eq!((layout.capacity.items, layout.capacity.runs, layout.capacity.tiles), (4, 2, 2));
+        assert_eq!((layout.capacity.items, layout.capacity.tiles), (4, 2));
         let mut words = vec![7; layout.words(tables.len())];
         layout.write(&batch, packing, &mut words, &mut Vec::new());
         assert_eq!(words[layout.rows..][..4], [100, 1024, (1000 + 64) * 16, NONE]);
         assert_eq!(words[layout.rows + 4..][..4], [101, 32, (1065 + 2) * 16, NONE]);
         assert_eq!(words[layout.rows + 38 * 4..][..4], [138, 69, (1065 + 4) * 16 + 5, NONE]);
         assert_eq!(words[layout.rows + 47 * 4..][..4], [0, 0, NONE, NONE]);
-        assert_eq!(words[layout.counts..][..3], [4, 2, 2]);
+        assert_eq!(words[layout.counts..][..2], [4, 2]);
         assert_eq!(words[layout.items..][..8], [0, 0, 0, 1, 0, 2, 2, 0]);
-        assert_eq!(words[layout.runs..][..2], [0, 3]);
         assert_eq!(words[layout.tiles..][..4], [1, 1, 1, 0], "the longer context comes first");
         assert_eq!(words[layout.logits_rows..][..3], [0, 38, 39]);
         assert_eq!(words[layout.tables..], tables);
-    }
-    #[test]
-    fn a_long_context_has_one_run_and_its_later_splits() {
-        let (long, short) = (RUN_SPLITS * SPLIT_KEYS + SPLIT_KEYS + 1, 600);
-        let span =
-            |row, context: usize, table| Span { first_row: row, rows: 1, context: context as u32, table };
-        let blocks = long.div_ceil(BLOCK_TOKENS);
-        let spans = [span(0, short, 0), span(1, long, 0)];
-        let tables = vec![0; blocks];
-        let batch = Batch { tokens: &[1, 2], spans: &spans, block_tables: &tables, logits_rows: &[0, 1] };
-        let packing = Packing::new(4, 128);
-        let layout = Layout::new(Capacity::of(&batch, packing));
-        assert_eq!((layout.capacity.items, layout.capacity.runs), (2 + RUN_SPLITS + 2, 1 + 3));
-        let mut words = vec![7; layout.words(tables.len())];
-        layout.write(&batch, packing, &mut words, &mut Vec::new());
-        let items = words[layout.items..].chunks_exact(ITEM_WORDS).take(layout.capacity.items);
-        let listed: Vec<_> = items.map(|item| (item[0], item[1])).collect();
-        let runs: Vec<_> = words[layout.runs..][..4].iter().map(|&item| listed[item as usize]).collect();
-        assert_eq!(
-            runs,
-            [(1, 0), (0, 0), (1, RUN_SPLITS as u32), (1, RUN_SPLITS as u32 + 1)],
-            "the longest first"
-        );
     }
 }

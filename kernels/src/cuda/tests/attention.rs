@@ -91,8 +91,8 @@ impl Attended {
         cuda.qkv_matrix(&parts, head_dim).unwrap()
     }
 
-    /// All rows, computed in chunks of this many: a chunk is one span or, with `single`, a span for each of its rows.
-    fn run(&self, portable: bool, chunk: usize, single: bool) -> Option<Vec<f32>> {
+    /// All rows, computed in chunks of this many.
+    fn run(&self, portable: bool, chunk: usize) -> Option<Vec<f32>> {
         use BufferKind::{Operand, Values};
         let mut cuda = open(portable)?;
         let (shape, out_width) = (&self.shape, self.shape.heads * self.shape.head_dim);
@@ -114,15 +114,9 @@ impl Attended {
         while done < self.context {
             let rows = chunk.min(self.context - done);
             let tokens = vec![0; rows];
-            let span_rows = if single { 1 } else { rows };
-            let span = |row: usize| Span {
-                first_row: row as u32,
-                rows: span_rows as u32,
-                context: (done + row + span_rows) as u32,
-                table: 0,
-            };
-            let spans: Vec<Span> = (0..rows).step_by(span_rows).map(span).collect();
-            let batch = Batch { tokens: &tokens, spans: &spans, block_tables: &tables, logits_rows: &[] };
+            let context = (done + rows) as u32;
+            let span = Span { first_row: 0, rows: rows as u32, context, table: 0 };
+            let batch = Batch { tokens: &tokens, spans: &[span], block_tables: &tables, logits_rows: &[] };
             cuda.begin(&batch).unwrap();
             put(&cuda, qkv, &self.qkv[done * self.width()..][..rows * self.width()]);
             if let (Some(matrix), Some((input, _))) = (&matrix, &self.product) {
@@ -181,19 +175,11 @@ pub(super) fn check_attention_of_product(kv: KvDtype, shape: AttentionShape, con
 fn check_attended(attended: &Attended) {
     let Attended { shape, kv, context, .. } = *attended;
     let mut known: Vec<(bool, Vec<f32>)> = Vec::new();
-    let chunks = [
-        (false, context, false),
-        (false, context, true),
-        (false, 100, false),
-        (false, 1, false),
-        (true, context, false),
-        (true, 1, false),
-    ];
-    for (portable, chunk, single) in chunks {
+    for (portable, chunk) in [(false, context), (false, 100), (false, 1), (true, context), (true, 1)] {
         if chunk == 1 && context > 300 {
             continue;
         }
-        let Some(found) = attended.run(portable, chunk, single) else { return };
+        let Some(found) = attended.run(portable, chunk) else { return };
         let out = shape.heads * shape.head_dim;
         for row in (0..context).step_by((context / 9).max(1)).chain([context - 1]) {
             let error = distance(&found[row * out..][..out], &attended.expected(row));
@@ -203,10 +189,7 @@ fn check_attended(attended: &Attended) {
         match known.iter().find(|(other, _)| *other == portable) {
             Some((_, first)) => {
                 let differ = found.iter().zip(first).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
-                assert_eq!(
-                    differ, 0,
-                    "{shape:?} {kv:?} in chunks of {chunk}, single {single}: bytes depend on it"
-                );
+                assert_eq!(differ, 0, "{shape:?} {kv:?} in chunks of {chunk}: bytes depend on the chunk");
             }
             None => known.push((portable, found)),
         }
