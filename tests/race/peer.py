@@ -1,8 +1,10 @@
-"""What the peers' scripts share: arguments, the request list, the count of what was made, and the result's file."""
+"""What the peers' scripts share: arguments, the request list, the count of what was made, the runs, and the result's file."""
 
 import argparse
 import json
 import pathlib
+import statistics
+from collections.abc import Callable
 
 # One sequence alone: 128 tokens in, 256 out, as `bench --synthetic 1,128,256` asks of our engine.
 ONE = [{"prompt_token_ids": list(range(1, 129)), "max_tokens": 256}]
@@ -32,3 +34,14 @@ def speed(items: list[dict], made: list[int], seconds: float) -> float:
 
 def write(path: pathlib.Path, result: dict) -> None:
     path.write_text(json.dumps(result) + "\n")
+
+
+def measure(run: Callable[[list[dict]], float], items: list[dict], options: argparse.Namespace, up_s: float) -> None:
+    """Runs the list and then one sequence alone, each once to warm up, and writes the medians; `run` gives tokens/s."""
+    run(items)
+    runs = [run(items) for _ in range(options.repeat)]
+    result = {"output_tokens_per_s": statistics.median(runs), "runs": runs, "up_s": up_s}
+    write(options.result, result)  # kept if the time ends here
+    run(ONE)
+    alone = [run(ONE) for _ in range(options.repeat)]
+    write(options.result, result | {"one_sequence_tokens_per_s": statistics.median(alone)})

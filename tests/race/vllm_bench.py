@@ -7,7 +7,6 @@ Prefixes are not reused: the list is run again and again, and every run has to d
 
 import pathlib
 import shutil
-import statistics
 import tempfile
 import time
 
@@ -47,13 +46,7 @@ def main() -> None:
             seconds = time.perf_counter() - begun
             return peer.speed(items, [len(answer.outputs[0].token_ids) for answer in answers], seconds)
 
-        run(items)  # warms up
-        runs = [run(items) for _ in range(arguments.repeat)]
-        result = {"output_tokens_per_s": statistics.median(runs), "runs": runs, "up_s": up_s}
-        peer.write(arguments.result, result)  # kept if the time ends here
-        run(peer.ONE)
-        alone = [run(peer.ONE) for _ in range(arguments.repeat)]
-    peer.write(arguments.result, result | {"one_sequence_tokens_per_s": statistics.median(alone)})
+        peer.measure(run, items, arguments, up_s)
 
 
 if __name__ == "__main__":
