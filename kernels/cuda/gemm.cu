@@ -1,13 +1,12 @@
 // Matrix products on Hopper: the copy engine fills a ring of stages, warpgroups multiply out of it.
 //
 // gemm_wide: 128 features by 64 to 256 rows of the batch; two blocks with neighbouring features share the rows of the
-// batch, of which each fetches half for both. gemm_double: as wide, with 128 rows and
-// fewer stages, so that a multiprocessor has two blocks and one multiplies while the other stores. gemm_thin: 64
-// features by 8 to 64 rows. Where K has parts, the blocks of
-// a cluster take one each and add their sums in order through each other's shared memory; at many rows one block takes
-// all parts in turn and keeps the total in registers (gemm_totals). All compute the same chains (see gemm.cuh) and so the
-// same bytes. A producer asks for weights before its predecessor's end, which keeps memory busy between the small kernels
-// of a decode.
+// batch, of which each fetches half for both. gemm_double: as wide, with 128 rows and fewer stages, so that a
+// multiprocessor has two blocks and one multiplies while the other stores. gemm_thin: 64 features by 8 to 64 rows. Where
+// K has parts, the blocks of a cluster take one each and add their sums in order through each other's shared memory; at
+// many rows one block takes all parts in turn and keeps the total in registers (gemm_totals). All compute the same
+// chains (see gemm.cuh) and so the same bytes. A producer asks for weights before its predecessor's end, which keeps
+// memory busy between the small kernels of a decode.
 //
 // Bytes: matrix once per batch tile, batch rows once per pair of feature tiles. Operations: 2 * rows * features * columns.
 #include <cuda.h>
@@ -350,7 +349,7 @@ __device__ __forceinline__ void gemm(const CUtensorMap &matrix, const CUtensorMa
             leave_sums<S, PARTS>(shared, output, totals, scratch, place, spot);
         } else {
             leave_sums<S, PARTS>(shared, output, sums, scratch, place, spot);
-            if (PARTS == BESIDE && place.splits > 1) return;
+            if (place.splits > 1) return;
         }
     }
     // A block must not end while the other one may still arrive at its barriers.
