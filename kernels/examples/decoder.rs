@@ -139,7 +139,8 @@ impl Model {
             cpu.narrow(&[x]);
             cpu.rms_norm(x, &self.norm, 1e-5, normed);
             let rows = vec![SampleRow::GREEDY; batch.logits_rows.len()];
-            cpu.sample(&self.table, normed, &rows, out).expect("the CPU does not fail");
+            cpu.sample(&self.table, normed, &rows).expect("the CPU does not fail");
+            cpu.collect(out).expect("the CPU does not fail");
             lap(8, seconds);
         }
         seconds[9] += now(alone) - start;
@@ -152,7 +153,8 @@ fn time(model: &mut Model, name: &str, spans: &[Span], logits: bool, types: (Pre
     let tokens: Vec<u32> = (0..rows).map(|row| row * 97 % 49152).collect();
     let blocks: Vec<u32> = (0..spans.iter().map(|span| span.context.div_ceil(16)).sum()).collect();
     let logits_rows: Vec<u32> = if logits { (0..rows).collect() } else { Vec::new() };
-    let batch = Batch { tokens: &tokens, spans, block_tables: &blocks, logits_rows: &logits_rows };
+    let batch =
+        Batch { tokens: &tokens, feeds: &[], spans, block_tables: &blocks, logits_rows: &logits_rows };
     let mut out = Vec::new();
     let mut best = [f64::MAX; OPS.len()];
     for _ in 0..15 {

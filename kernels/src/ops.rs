@@ -3,7 +3,9 @@
 //! A step is one ragged [`Batch`]: rows (tokens) of several sequences, each sequence's rows contiguous, prefill
 //! chunks and decodes mixed. Model code calls the ops in order on numbered buffers of an arena that
 //! [`Ops::allocate`] takes once; nothing allocates after it. Ops do not return values to the host before
-//! [`Ops::sample`], so that an implementation may queue, capture and replay a whole step.
+//! [`Ops::collect`], so that an implementation may queue, capture and replay a whole step, and run it beside the
+//! caller's thread. Steps run in the order in which they were queued; a row's token may be a choice of the step before
+//! that the host does not know yet ([`Feed`]).
 //!
 //! Invariant of every implementation: a row's results depend, byte for byte, on its own sequence only. Broken
 //! preconditions between engine and kernels are bugs and panic; a row whose logits are not numbers is reported
@@ -16,6 +18,9 @@ use crate::tensor::{HostTensor, LoadError};
 
 /// Tokens in one KV block. Fixed: the memory layout of a block is that of a matrix operand of 16 columns.
 pub const BLOCK_TOKENS: usize = 16;
+
+/// Most steps that are queued and not collected: one that runs, and the next one.
+pub const QUEUED_MAX: usize = 2;
 
 /// An activation buffer: its index in [`ArenaPlan::buffers`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -182,11 +187,22 @@ impl Span {
     }
 }
 
+/// A row whose token is a choice of the step before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Feed {
+    /// The row.
+    pub row: u32,
+    /// Which of the rows that the step before sampled, in the order of its [`Batch::logits_rows`].
+    pub choice: u32,
+}
+
 /// One step: every row of every sequence that takes part.
 #[derive(Debug, Clone, Copy)]
 pub struct Batch<'a> {
-    /// Token of each row.
+    /// Token of each row; any token where the row is fed.
     pub tokens: &'a [u32],
+    /// Rows that get their tokens from the step before. A poisoned choice feeds any token.
+    pub feeds: &'a [Feed],
     /// The sequences; together they cover all rows, in order.
     pub spans: &'a [Span],
     /// Block tables of all spans, one after the other.
@@ -226,6 +242,10 @@ impl Batch<'_> {
         bound("logits rows", self.logits_rows.len(), plan.logits_rows_max)?;
         for &token in self.tokens {
             bound("token id", token as usize, plan.vocabulary - 1)?;
+        }
+        for feed in self.feeds {
+            bound("fed row", feed.row as usize, self.tokens.len().saturating_sub(1))?;
+            bound("choice fed", feed.choice as usize, plan.logits_rows_max - 1)?;
         }
         let mut row = 0;
         for span in self.spans {
@@ -317,6 +337,8 @@ pub trait Ops {
     type Matrix: Send + Sync;
     /// A weight vector on the device.
     type Vector: Send + Sync;
+    /// Whether steps run beside the calling thread, so that it pays to queue the next one while one runs.
+    const BESIDE: bool;
 
     /// Loads a matrix of `[output features, input features]`, the parts stacked by rows (for example Q, K, V).
     ///
@@ -391,11 +413,6 @@ pub trait Ops {
     /// alone. Once per step, after the last attention.
     fn narrow(&mut self, buffers: &[Buffer]);
 
-    /// What the last sampled step took on a device that works beside this thread; none where the thread computes.
-    fn device_time(&self) -> Option<Duration> {
-        None
-    }
-
     /// Logits of the narrowed rows: `out[row * vocabulary + token]`. For tests and scoring; waits for the
     /// device.
     ///
@@ -403,16 +420,18 @@ pub trait Ops {
     /// When the device failed.
     fn logits(&mut self, head: &Self::Matrix, x: Buffer, out: &mut [f32]) -> Result<(), StepError>;
 
-    /// Logits of the narrowed rows and from them the next token of each; `rows` are in the order of the
-    /// batch's `logits_rows`. Clears `out` and writes one entry per row.
+    /// Queues the step, with logits of the narrowed rows and from them the next token of each; `rows` are in the
+    /// order of the batch's `logits_rows`, and none ends a step that samples nothing. At most [`QUEUED_MAX`] steps
+    /// are queued.
+    ///
+    /// # Errors
+    /// When the device failed.
+    fn sample(&mut self, head: &Self::Matrix, x: Buffer, rows: &[SampleRow<'_>]) -> Result<(), StepError>;
+
+    /// Waits for the queued step that is oldest. Clears `out` and writes one entry per sampled row; says what the step
+    /// took on a device that works beside this thread, and nothing where the thread computes.
     ///
     /// # Errors
     /// When the device failed. A row whose logits are not numbers is an entry of `out`, not an error.
-    fn sample(
-        &mut self,
-        head: &Self::Matrix,
-        x: Buffer,
-        rows: &[SampleRow<'_>],
-        out: &mut Vec<Sampled>,
-    ) -> Result<(), StepError>;
+    fn collect(&mut self, out: &mut Vec<Sampled>) -> Result<Option<Duration>, StepError>;
 }

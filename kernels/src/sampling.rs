@@ -70,7 +70,8 @@ impl SampleRow<'_> {
         self.temperature == 0.0 && !self.adjusts() && self.logprobs.is_none()
     }
 
-    pub(crate) fn penalises(&self) -> bool {
+    /// Whether the choice depends on the tokens so far.
+    pub fn penalises(&self) -> bool {
         self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
     }
 

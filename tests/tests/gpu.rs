@@ -1,8 +1,8 @@
 //! The engine on a GPU: the same bytes under any circumstance, as graphs and op by op, and the CPU's answers.
 //!
-//! The same 64 requests run alone and in batches of 7 and 64, cut into chunks, with prefix hits, and with too few KV
-//! blocks, so that sequences are preempted. Without a GPU the tests say that they were skipped; with
-//! MILLRACE_REQUIRE_CUDA they fail.
+//! The same 64 requests run alone and in batches of 7 and 64, cut into chunks, with prefix hits, with too few KV
+//! blocks, so that sequences are preempted, and with and without a step being queued while one runs. Without a GPU
+//! the tests say that they were skipped; with MILLRACE_REQUIRE_CUDA they fail.
 
 use anyhow::{Context, Result, ensure};
 use millrace_crds::config::{Device, Dtype, EngineConfig, KvCacheDtype};
@@ -105,10 +105,12 @@ struct Circumstances {
     prefix_cache: bool,
     scarce: bool,
     graphs: bool,
+    /// A step is queued while one runs, as far as penalties allow; else each one is waited for.
+    overlap: bool,
 }
 
 const fn under(sequences: u32, budget: u32) -> Circumstances {
-    Circumstances { sequences, budget, prefix_cache: false, scarce: false, graphs: true }
+    Circumstances { sequences, budget, prefix_cache: false, scarce: false, graphs: true, overlap: true }
 }
 
 /// Where, and with what in the KV cache.
@@ -135,8 +137,12 @@ fn engine(
         kv_cache_bytes: Some(Bytes(kv_cache_bytes)),
         ..EngineConfig::default()
     };
-    let tuning =
-        Tuning { output_reserve: if at.scarce { 0.0 } else { 1.0 }, graphs: at.graphs, ..Tuning::default() };
+    let tuning = Tuning {
+        output_reserve: if at.scarce { 0.0 } else { 1.0 },
+        graphs: at.graphs,
+        overlap: (!at.overlap).then_some(false),
+        ..Tuning::default()
+    };
     Ok(Engine::start(&model, &Files::read(folder.path())?, &settings, tuning, Box::new(()))?)
 }
 
@@ -170,6 +176,7 @@ fn no_circumstance_changes_a_byte_on_a_gpu() -> Result<()> {
         under(64, 4096),
         under(64, 96),
         Circumstances { graphs: false, ..under(64, 4096) },
+        Circumstances { overlap: false, ..under(64, 4096) },
         cached,
         Circumstances { scarce: true, ..under(64, 512) },
         Circumstances { scarce: true, graphs: false, ..cached },
@@ -182,23 +189,35 @@ fn no_circumstance_changes_a_byte_on_a_gpu() -> Result<()> {
     Ok(())
 }
 
+/// Every request, and then those that no step waits for: a penalty looks at the tokens so far.
 fn check_invariance(config: &Value, kv: KvCacheDtype, circumstances: &[Circumstances]) -> Result<()> {
     let place = (Device::Cuda, kv);
-    let alone = engine(config, place, under(1, 4096), PLENTY)?;
+    let alone = engine(config, place, Circumstances { overlap: false, ..under(1, 4096) }, PLENTY)?;
     let block_bytes = alone.info().kv_cache_bytes / u64::from(alone.info().limits.kv_blocks);
     let expected = bits(&answers(&alone, requests())?);
     alone.join();
+    let penalises = |sampling: &Sampling| {
+        let Sampling { repetition_penalty, presence_penalty, frequency_penalty, .. } = *sampling;
+        (repetition_penalty, presence_penalty, frequency_penalty) != (1.0, 0.0, 0.0)
+    };
+    let taken = |penalties: bool| -> (Vec<usize>, Vec<Request>) {
+        let all = requests().into_iter().enumerate();
+        all.filter(|(_, request)| penalties || !penalises(&request.sampling)).unzip()
+    };
     for &at in circumstances {
         let bytes = if at.scarce { SCARCE_BLOCKS * block_bytes } else { PLENTY };
         let engine = engine(config, place, at, bytes)?;
-        let found = bits(&answers(&engine, requests())?);
+        for (numbers, requests) in [taken(true), taken(false)] {
+            let found = bits(&answers(&engine, requests)?);
+            for (&number, found) in numbers.iter().zip(&found) {
+                let expected = &expected[number];
+                let place = found.iter().zip(expected).position(|(a, b)| a != b);
+                ensure!(found == expected, "request {number} under {at:?} differs at {place:?}");
+            }
+        }
         let load = engine.handle().load();
         ensure!((Load::get(&load.preemptions) > 0) == at.scarce, "preemptions under {at:?}");
         ensure!((Load::get(&load.cached_tokens) > 0) == at.prefix_cache, "prefix hits under {at:?}");
-        for (number, (found, expected)) in found.iter().zip(&expected).enumerate() {
-            let place = found.iter().zip(expected).position(|(a, b)| a != b);
-            ensure!(found == expected, "request {number} under {at:?} differs at {place:?}");
-        }
         engine.join();
     }
     Ok(())

@@ -1,12 +1,14 @@
 //! Batch invariance: a request's tokens and log probabilities are the same bytes whatever runs beside it.
 //!
-//! The same 64 requests run alone and in batches of 7, 16 and 64; with and without prefix hits; under step
-//! budgets that cut prompts into chunks; and with too few KV blocks, so that sequences are preempted and
-//! computed again; in f32, bf16 and int8, and with a KV cache in 8 bits. Retries, resumption and exactly-once
-//! results rest on this.
+//! The same 64 requests run alone and in batches of 7, 16 and 64; with and without prefix hits; under step budgets
+//! that cut prompts into chunks; with too few KV blocks, so that sequences are preempted and computed again; and with
+//! each step queued before the tokens of the one before are known; in f32, bf16 and int8, and with a KV cache in 8
+//! bits. Retries, resumption and exactly-once results rest on this.
 
 use std::collections::HashSet;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result};
 use millrace_crds::config::{Device, Dtype, EngineConfig, KvCacheDtype, Quantization};
@@ -16,6 +18,7 @@ use millrace_tests::checkpoint;
 use millrace_tests::random::Random;
 use millrace_worker::engine::handle::Load;
 use millrace_worker::engine::request::{Finish, Request, Sampling};
+use millrace_worker::engine::{Moment, Observer};
 use millrace_worker::model::config::DecoderConfig;
 use millrace_worker::model::files::Files;
 use millrace_worker::start::{Engine, Tuning};
@@ -41,14 +44,20 @@ struct Circumstances {
     prefix_cache: bool,
     /// Too few KV blocks for all, and none set aside for output, so that sequences are preempted.
     scarce: bool,
+    /// A step is queued while the one before is not collected.
+    overlap: bool,
 }
 
 /// The rows of a table read better than their fields' names.
 const fn under(sequences: u32, budget: u32, prefix_cache: bool, scarce: bool) -> Circumstances {
-    Circumstances { sequences, budget, prefix_cache, scarce }
+    Circumstances { sequences, budget, prefix_cache, scarce, overlap: false }
 }
 
-const CIRCUMSTANCES: [Circumstances; 11] = [
+const fn overlapping(at: Circumstances) -> Circumstances {
+    Circumstances { overlap: true, ..at }
+}
+
+const CIRCUMSTANCES: [Circumstances; 16] = [
     under(1, 32, true, false),
     under(7, 32, false, false),
     under(7, 32, true, false),
@@ -61,6 +70,11 @@ const CIRCUMSTANCES: [Circumstances; 11] = [
     under(64, 512, true, false),
     under(64, 512, false, true),
     under(64, 96, true, true),
+    overlapping(under(1, 32, false, false)),
+    overlapping(under(7, 32, true, false)),
+    overlapping(under(64, 96, true, false)),
+    overlapping(under(64, 512, false, true)),
+    overlapping(under(64, 96, true, true)),
 ];
 
 /// Llama's plain decoder, and one with windows, biases and norms on heads less Llama's.
@@ -129,6 +143,28 @@ struct Ran {
     block_bytes: u64,
     cached_tokens: u64,
     preemptions: u64,
+    /// Steps that were decided before the one before was computed.
+    ahead: u64,
+}
+
+/// Counts the steps that are decided ahead.
+#[derive(Debug, Clone, Default)]
+struct Ahead {
+    count: Arc<AtomicU64>,
+    in_flight: u64,
+}
+
+impl Observer for Ahead {
+    fn observe(&mut self, moment: Moment) {
+        match moment {
+            Moment::Scheduled(_) => {
+                self.count.fetch_add(self.in_flight, Ordering::Relaxed);
+                self.in_flight += 1;
+            }
+            Moment::Computed(_) => self.in_flight -= 1,
+            Moment::Begun | Moment::Reported => {}
+        }
+    }
 }
 
 /// Numeric types and the instructions that they are computed with.
@@ -141,7 +177,12 @@ struct Arithmetic {
 /// Of weights, and of keys and values.
 type Types = (Dtype, Quantization, KvCacheDtype);
 
-fn run(folder: &Path, arithmetic: Arithmetic, at: Circumstances, kv_cache_bytes: u64) -> Result<Ran> {
+fn run(
+    folder: &Path,
+    arithmetic: Arithmetic,
+    (at, kv_cache_bytes): (Circumstances, u64),
+    requests: Vec<Request>,
+) -> Result<Ran> {
     let model = DecoderConfig::read(folder)?;
     let config = EngineConfig {
         device: Device::Cpu,
@@ -159,10 +200,12 @@ fn run(folder: &Path, arithmetic: Arithmetic, at: Circumstances, kv_cache_bytes:
         output_reserve: if at.scarce { 0.0 } else { 1.0 },
         longest_first_window: if at.scarce { 8 } else { 1 },
         isa: Some(arithmetic.isa),
+        overlap: Some(at.overlap),
         ..Tuning::default()
     };
-    let engine = Engine::start(&model, &Files::read(folder)?, &config, tuning, Box::new(()))?;
-    let outputs = engine.generate_batch(requests());
+    let ahead = Ahead::default();
+    let engine = Engine::start(&model, &Files::read(folder)?, &config, tuning, Box::new(ahead.clone()))?;
+    let outputs = engine.generate_batch(requests);
     let outputs = outputs
         .into_iter()
         .map(|generated| {
@@ -181,27 +224,41 @@ fn run(folder: &Path, arithmetic: Arithmetic, at: Circumstances, kv_cache_bytes:
         block_bytes: info.kv_cache_bytes / u64::from(info.limits.kv_blocks),
         cached_tokens: Load::get(&load.cached_tokens),
         preemptions: Load::get(&load.preemptions),
+        ahead: ahead.count.load(Ordering::Relaxed),
     })
 }
 
-/// Runs the requests under all circumstances; the first run has them alone, one after the other, whole prompts
-/// at once, and is what all others must equal.
+/// Runs the requests under all circumstances; the first run has them alone, one after the other, whole prompts at
+/// once, and is what all others must equal. Penalties keep steps from overlapping: those runs happen without them
+/// too.
 fn check(folder: &Path, arithmetic: Arithmetic, circumstances: &[Circumstances]) -> Result<Vec<Output>> {
     let Ran { outputs: alone, block_bytes, .. } =
-        run(folder, arithmetic, under(1, 512, false, false), PLENTY)?;
+        run(folder, arithmetic, (under(1, 512, false, false), PLENTY), requests())?;
     for &at in circumstances {
         let bytes = if at.scarce { SCARCE_BLOCKS * block_bytes } else { PLENTY };
-        let ran = run(folder, arithmetic, at, bytes)?;
-        for (number, (found, expected)) in ran.outputs.iter().zip(&alone).enumerate() {
-            anyhow::ensure!(
-                found == expected,
-                "request {number} under {at:?}, {arithmetic:?}:\n{found:?}\nalone:\n{expected:?}"
-            );
+        for penalties in [true, false].into_iter().take(1 + usize::from(at.overlap)) {
+            let taken = |request: &Request| penalties || !penalises(&request.sampling);
+            let (numbers, requests): (Vec<usize>, Vec<Request>) =
+                requests().into_iter().enumerate().filter(|(_, request)| taken(request)).unzip();
+            let ran = run(folder, arithmetic, (at, bytes), requests)?;
+            for (&number, found) in numbers.iter().zip(&ran.outputs) {
+                let expected = &alone[number];
+                anyhow::ensure!(
+                    found == expected,
+                    "request {number} under {at:?}, {arithmetic:?}:\n{found:?}\nalone:\n{expected:?}"
+                );
+            }
+            anyhow::ensure!((ran.cached_tokens > 0) == at.prefix_cache, "{} tokens found", ran.cached_tokens);
+            anyhow::ensure!((ran.preemptions > 0) == at.scarce, "{} preempted under {at:?}", ran.preemptions);
+            anyhow::ensure!((ran.ahead > 0) == at.overlap, "{} steps ahead under {at:?}", ran.ahead);
         }
-        anyhow::ensure!((ran.cached_tokens > 0) == at.prefix_cache, "{} tokens found", ran.cached_tokens);
-        anyhow::ensure!((ran.preemptions > 0) == at.scarce, "{} preemptions under {at:?}", ran.preemptions);
     }
     Ok(alone)
+}
+
+fn penalises(sampling: &Sampling) -> bool {
+    let Sampling { repetition_penalty, presence_penalty, frequency_penalty, .. } = *sampling;
+    (repetition_penalty, presence_penalty, frequency_penalty) != (1.0, 0.0, 0.0)
 }
 
 const TYPES: [Types; 4] = [
@@ -240,7 +297,12 @@ fn no_circumstance_changes_a_byte() -> Result<()> {
 
 #[test]
 fn nor_with_windows_biases_and_norms_on_heads() -> Result<()> {
-    let some = [under(7, 32, true, false), under(64, 512, false, false), under(64, 96, true, true)];
+    let some = [
+        under(7, 32, true, false),
+        under(64, 512, false, false),
+        under(64, 96, true, true),
+        overlapping(under(64, 96, true, true)),
+    ];
     each_arithmetic("mistral", &some, &[Isa::detect()])?;
     each_arithmetic("qwen3", &some, &[Isa::detect()])
 }

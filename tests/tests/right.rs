@@ -158,6 +158,7 @@ impl Ours {
             let logits_rows: Vec<u32> = (0..rows as u32).collect();
             let batch = Batch {
                 tokens: &tokens[start..end],
+                feeds: &[],
                 spans: &[Span { first_row: 0, rows: rows as u32, context: end as u32, table: 0 }],
                 block_tables: &self.table[..end.div_ceil(BLOCK_TOKENS)],
                 logits_rows: &logits_rows,

@@ -71,6 +71,9 @@ pub struct BenchArgs {
     /// Run a GPU's decodes op by op instead of as captured graphs.
     #[arg(long)]
     eager: bool,
+    /// Wait for a GPU's step before the next one is prepared.
+    #[arg(long)]
+    no_overlap: bool,
     /// auto, f32 or bf16.
     #[arg(long, default_value = "auto", value_parser = lowercase::<Dtype>)]
     dtype: Dtype,
@@ -196,8 +199,12 @@ fn start(
         Some(folder) => Box::new(Files::read(folder)?),
         None => Box::new(RandomSource::new(model, SEED)),
     };
-    let tuning =
-        Tuning { longest_first_window: args.longest_first, graphs: !args.eager, ..Tuning::default() };
+    let tuning = Tuning {
+        longest_first_window: args.longest_first,
+        graphs: !args.eager,
+        overlap: args.no_overlap.then_some(false),
+        ..Tuning::default()
+    };
     Ok(Engine::start(model, source.as_ref(), &config, tuning, Box::new(recorder))?)
 }
 

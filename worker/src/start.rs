@@ -90,11 +90,13 @@ pub struct Tuning {
     pub isa: Option<Isa>,
     /// Whether a GPU captures steps of decodes.
     pub graphs: bool,
+    /// Whether the next step is queued while one runs; by default where steps run beside the engine's thread.
+    pub overlap: Option<bool>,
 }
 
 impl Default for Tuning {
     fn default() -> Self {
-        Self { output_reserve: 1.0, longest_first_window: 1, isa: None, graphs: true }
+        Self { output_reserve: 1.0, longest_first_window: 1, isa: None, graphs: true, overlap: None }
     }
 }
 
@@ -311,7 +313,8 @@ impl Setup<'_> {
         let blocks = Blocks::new(sizes.arena.kv_blocks, BLOCK_TOKENS, config.prefix_cache);
         let (handle, inbox) = channel(limits);
         let runner = Runner::new(ops, decoder, step.tokens as usize);
-        let core = Core::new(Scheduler::new(policy, blocks), runner, inbox, observer);
+        let overlap = tuning.overlap.unwrap_or(O::BESIDE);
+        let core = Core::new(Scheduler::new(policy, blocks), runner, inbox, overlap, observer);
         let thread = std::thread::Builder::new()
             .name(THREAD_NAME.to_owned())
             .spawn(move || core.run())

@@ -23,6 +23,7 @@ mod tile_avx2;
 mod tile_avx512;
 
 use std::num::NonZeroUsize;
+use std::time::Duration;
 
 use arena::{Activation, Arena, Rows, kv_block_bytes};
 use attention::Target;
@@ -34,7 +35,9 @@ use rows::{HeadNorms, Norm, Store};
 use tile::{cache_tile_fn, tile_fn, tile_rows};
 
 use crate::isa::Isa;
-use crate::ops::{ArenaPlan, AttentionShape, Batch, Buffer, KvPlan, Ops, PlanError, QkNorm, StepError};
+use crate::ops::{
+    ArenaPlan, AttentionShape, Batch, Buffer, KvPlan, Ops, PlanError, QUEUED_MAX, QkNorm, StepError,
+};
 use crate::pool::{Pool, Scattered};
 use crate::sampling::{Poisoned, SampleRow, Sampled, Scratch, sample_row};
 use crate::tensor::{Aligned, HostTensor, LoadError};
@@ -90,6 +93,11 @@ pub struct Cpu {
     sampling: Vec<Scratch>,
     /// `[threads][logits_rows_max]`
     greedy: Vec<Best>,
+    /// Choices of the queued steps, oldest first.
+    chosen: [Vec<Sampled>; QUEUED_MAX],
+    queued: usize,
+    /// Tokens of the newest choices.
+    fed: Vec<u32>,
 }
 
 /// A vector of f32.
@@ -131,6 +139,9 @@ impl Cpu {
             logits: Aligned::zeroed(0),
             sampling: Vec::new(),
             greedy: Vec::new(),
+            chosen: Default::default(),
+            queued: 0,
+            fed: Vec::new(),
         })
     }
 
@@ -172,6 +183,37 @@ impl Cpu {
         let values = Values { isa: forms.isa, out, stride, features: matrix.rows, add, bias };
         linear::product(pool, forms, matrix, (x, rows), &values);
     }
+
+    /// Chooses the next token of each narrowed row into the newest of the queued choices.
+    fn choose(&mut self, head: &Matrix, x: Buffer, rows: &[SampleRow<'_>]) {
+        let Self { pool, forms, arena, logits, sampling, greedy, chosen, queued, fed, .. } = self;
+        let (arena, out) = (arena.as_ref().expect("allocate comes before any step"), &mut chosen[*queued]);
+        assert_eq!(rows.len(), arena.step.rows, "one sampling row per logits row");
+        assert_eq!(head.rows, arena.plan.vocabulary, "rows of the head");
+        let (vocabulary, x) = (head.rows, (&arena.buffers[x.0], rows.len()));
+        if rows.iter().all(SampleRow::is_plain_argmax) {
+            let best = &mut greedy[..pool.threads() * rows.len()];
+            linear::product(pool, *forms, head, x, &Greedy::new(forms.isa, best, rows.len(), vocabulary));
+            let seen = |row: usize| best.iter().skip(row).step_by(rows.len());
+            out.extend((0..rows.len()).map(|row| greedy::choose(seen(row))));
+        } else {
+            logits_product(pool, *forms, head, x, logits);
+            out.resize(rows.len(), Err(Poisoned));
+            let (sampled, scratch) = (Scattered::new(out), Scattered::new(sampling));
+            let logits = &logits[..];
+            pool.run(rows.len(), |thread, row| {
+                let logits = &logits[row * vocabulary..][..vocabulary];
+                // SAFETY: each row belongs to one task, each scratch to one thread.
+                unsafe {
+                    sampled.range(row, 1)[0] =
+                        sample_row(logits, &rows[row], &mut scratch.range(thread, 1)[0]);
+                }
+            });
+        }
+        for (fed, choice) in fed.iter_mut().zip(out) {
+            *fed = choice.as_ref().map_or(0, |choice| choice.token);
+        }
+    }
 }
 
 /// Two different buffers, the first to read and the second to write.
@@ -190,6 +232,7 @@ fn logits_product(pool: &mut Pool, forms: Forms, head: &Matrix, x: (&Activation,
 impl Ops for Cpu {
     type Matrix = Matrix;
     type Vector = Vector;
+    const BESIDE: bool = false;
 
     fn matrix(&mut self, parts: &[HostTensor<'_>]) -> Result<Matrix, LoadError> {
         pack(&mut self.pool, &Source::Stacked(parts), self.precision)
@@ -226,14 +269,18 @@ impl Ops for Cpu {
         self.logits = Aligned::zeroed(arena.plan.logits_rows_max * arena.plan.vocabulary);
         self.sampling = (0..self.pool.threads()).map(|_| Scratch::new(arena.plan.vocabulary)).collect();
         self.greedy = vec![Best::NOTHING; self.pool.threads() * arena.plan.logits_rows_max];
+        self.fed = vec![0; arena.plan.logits_rows_max];
         self.arena = Some(arena);
         Ok(())
     }
 
     fn begin(&mut self, batch: &Batch<'_>) -> Result<(), StepError> {
-        let (_, _, arena) = self.parts();
+        let arena = self.arena.as_mut().expect("allocate comes before any step");
         batch.check(&arena.plan)?;
         arena.begin(batch);
+        for feed in batch.feeds {
+            arena.step.tokens[feed.row as usize] = self.fed[feed.choice as usize];
+        }
         Ok(())
     }
 
@@ -320,38 +367,22 @@ impl Ops for Cpu {
         Ok(())
     }
 
-    fn sample(
-        &mut self,
-        head: &Matrix,
-        x: Buffer,
-        rows: &[SampleRow<'_>],
-        out: &mut Vec<Sampled>,
-    ) -> Result<(), StepError> {
-        let Self { pool, forms, arena, logits, sampling, greedy, .. } = self;
-        let arena = arena.as_ref().expect("allocate comes before any step");
-        assert_eq!(rows.len(), arena.step.rows, "one sampling row per logits row");
-        assert_eq!(head.rows, arena.plan.vocabulary, "rows of the head");
-        let (vocabulary, x) = (head.rows, (&arena.buffers[x.0], rows.len()));
-        out.clear();
-        if rows.iter().all(SampleRow::is_plain_argmax) {
-            let best = &mut greedy[..pool.threads() * rows.len()];
-            linear::product(pool, *forms, head, x, &Greedy::new(forms.isa, best, rows.len(), vocabulary));
-            let seen = |row: usize| best.iter().skip(row).step_by(rows.len());
-            out.extend((0..rows.len()).map(|row| greedy::choose(seen(row))));
-            return Ok(());
+    fn sample(&mut self, head: &Matrix, x: Buffer, rows: &[SampleRow<'_>]) -> Result<(), StepError> {
+        assert!(self.queued < QUEUED_MAX, "a step is collected before a third one is queued");
+        if !rows.is_empty() {
+            self.choose(head, x, rows);
         }
-        logits_product(pool, *forms, head, x, logits);
-        out.resize(rows.len(), Err(Poisoned));
-        let (sampled, scratch) = (Scattered::new(out), Scattered::new(sampling));
-        let logits = &logits[..];
-        pool.run(rows.len(), |thread, row| {
-            let logits = &logits[row * vocabulary..][..vocabulary];
-            // SAFETY: each row belongs to one task, each scratch to one thread.
-            unsafe {
-                sampled.range(row, 1)[0] = sample_row(logits, &rows[row], &mut scratch.range(thread, 1)[0]);
-            }
-        });
+        self.queued += 1;
         Ok(())
+    }
+
+    fn collect(&mut self, out: &mut Vec<Sampled>) -> Result<Option<Duration>, StepError> {
+        assert!(self.queued > 0, "a step is queued before it is collected");
+        out.clear();
+        std::mem::swap(out, &mut self.chosen[0]);
+        self.chosen.rotate_left(1);
+        self.queued -= 1;
+        Ok(None)
     }
 }
 

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::e4m3;
-use crate::ops::{BLOCK_TOKENS, BufferKind, BufferPlan, KvDtype, KvScales, RopePlan, Span};
+use crate::ops::{BLOCK_TOKENS, BufferKind, BufferPlan, Feed, KvDtype, KvScales, RopePlan, Span};
 use crate::sampling::{greatest, uniform};
 use crate::tensor::DType;
 
@@ -76,8 +76,22 @@ fn begin(cpu: &mut Cpu, rows: usize) {
     let tables: Vec<u32> = (0..64).collect();
     let span = Span { first_row: 0, rows: rows as u32, context: rows as u32, table: 0 };
     let logits_rows: Vec<u32> = (0..rows as u32).collect();
-    cpu.begin(&Batch { tokens: &tokens, spans: &[span], block_tables: &tables, logits_rows: &logits_rows })
-        .unwrap();
+    cpu.begin(&Batch {
+        tokens: &tokens,
+        feeds: &[],
+        spans: &[span],
+        block_tables: &tables,
+        logits_rows: &logits_rows,
+    })
+    .unwrap();
+}
+
+/// Queues and collects a step whose normed rows are in the second buffer.
+fn sample(cpu: &mut Cpu, head: &Matrix, rows: &[SampleRow<'_>]) -> Vec<Sampled> {
+    let mut out = Vec::new();
+    cpu.sample(head, Buffer(1), rows).unwrap();
+    cpu.collect(&mut out).unwrap();
+    out
 }
 
 fn values(cpu: &mut Cpu, buffer: Buffer, row: usize) -> &mut [f32] {
@@ -256,8 +270,13 @@ fn run(model: &mut Model, sequences: &[Vec<u32>], chunks: &[usize], first_block:
         }
         turn += 1;
         let logits_rows: Vec<u32> = (0..tokens.len() as u32).collect();
-        let batch =
-            Batch { tokens: &tokens, spans: &spans, block_tables: &tables, logits_rows: &logits_rows };
+        let batch = Batch {
+            tokens: &tokens,
+            feeds: &[],
+            spans: &spans,
+            block_tables: &tables,
+            logits_rows: &logits_rows,
+        };
         let logits = model.step(&batch);
         for (owner, logits) in owners.into_iter().zip(logits.chunks_exact(97)) {
             results[owner].extend(logits.iter().map(|logit| logit.to_bits()));
@@ -375,9 +394,8 @@ fn poison_stays_in_its_row() {
         let head = load(&mut cpu, 97, 32, &random(3, 97 * 32));
         let ones = vector(&mut cpu, &[1.0; 32]);
         cpu.embed(&head, Buffer(0));
-        let mut clean = Vec::new();
         cpu.rms_norm(Buffer(0), &ones, 1e-5, Buffer(1));
-        cpu.sample(&head, Buffer(1), &[SampleRow::GREEDY; 30], &mut clean).unwrap();
+        let clean = sample(&mut cpu, &head, &[SampleRow::GREEDY; 30]);
         for (row, value) in [(0, f32::NAN), (13, f32::INFINITY), (29, f32::NEG_INFINITY)] {
             values(&mut cpu, Buffer(0), row)[7] = value;
         }
@@ -386,14 +404,45 @@ fn poison_stays_in_its_row() {
         let mut drawn = [SampleRow::GREEDY; 30];
         drawn[13].temperature = 1.0;
         for rows in [[SampleRow::GREEDY; 30], drawn] {
-            let mut poisoned = Vec::new();
-            cpu.sample(&head, Buffer(1), &rows, &mut poisoned).unwrap();
+            let poisoned = sample(&mut cpu, &head, &rows);
             for row in 0..30 {
                 let expected = if [0, 13, 29].contains(&row) { &Err(Poisoned) } else { &clean[row] };
                 assert_eq!(&poisoned[row], expected, "{precision:?} row {row}");
             }
         }
     }
+}
+
+/// A step is queued before the one that feeds it is collected, and gives what it gives with the tokens known.
+#[test]
+fn a_row_is_fed_with_a_choice_of_the_step_before() {
+    let mut cpu = cpu(Isa::detect(), Precision::F32);
+    cpu.allocate(plan(&[(32, BufferKind::Values), (32, BufferKind::Operand)], NO_KV)).unwrap();
+    let head = load(&mut cpu, 97, 32, &random(3, 97 * 32));
+    let ones = vector(&mut cpu, &[1.0; 32]);
+    let queue = |cpu: &mut Cpu, tokens: &[u32; 3], feeds: &[Feed]| {
+        let spans = [Span { first_row: 0, rows: 3, context: 3, table: 0 }];
+        let batch = Batch { tokens, feeds, spans: &spans, block_tables: &[0], logits_rows: &[0, 1, 2] };
+        cpu.begin(&batch).unwrap();
+        cpu.embed(&head, Buffer(0));
+        cpu.rms_norm(Buffer(0), &ones, 1e-5, Buffer(1));
+        // So hot that a row's choice is not its own token.
+        let rows = [0, 1, 2].map(|seed| SampleRow { temperature: 90.0, seed, ..SampleRow::GREEDY });
+        cpu.sample(&head, Buffer(1), &rows).unwrap();
+    };
+    let collect = |cpu: &mut Cpu| {
+        let mut out = Vec::new();
+        cpu.collect(&mut out).unwrap();
+        [0, 1, 2].map(|row: usize| out[row].as_ref().unwrap().token)
+    };
+    queue(&mut cpu, &[5, 6, 7], &[]);
+    queue(&mut cpu, &[8, 0, 0], &[Feed { row: 1, choice: 2 }, Feed { row: 2, choice: 0 }]);
+    let (before, fed) = (collect(&mut cpu), collect(&mut cpu));
+    assert_ne!(before, [5, 6, 7]);
+    queue(&mut cpu, &[8, before[2], before[0]], &[]);
+    assert_eq!(collect(&mut cpu), fed);
+    queue(&mut cpu, &[8, 0, 0], &[]);
+    assert_ne!(collect(&mut cpu), fed, "tokens matter");
 }
 
 /// The greedy path, which writes no logits, chooses as the path that does: also among equals, and where every
@@ -421,11 +470,10 @@ fn greedy_rows_get_the_first_greatest_logit() {
             for head in [&head, &negative] {
                 let mut logits = vec![0.0; 30 * 97];
                 cpu.logits(head, Buffer(1), &mut logits).unwrap();
-                let (mut greedy, mut mixed) = (Vec::new(), Vec::new());
-                cpu.sample(head, Buffer(1), &[SampleRow::GREEDY; 30], &mut greedy).unwrap();
+                let greedy = sample(&mut cpu, head, &[SampleRow::GREEDY; 30]);
                 let mut rows = [SampleRow::GREEDY; 30];
                 rows[29].temperature = 1.0;
-                cpu.sample(head, Buffer(1), &rows, &mut mixed).unwrap();
+                let mixed = sample(&mut cpu, head, &rows);
                 let below_padding = logits[4 * 97..5 * 97].iter().all(|&logit| logit < 0.0);
                 assert_eq!(below_padding, std::ptr::eq(head, &negative));
                 for (row, logits) in logits.chunks_exact(97).enumerate() {

@@ -1,13 +1,15 @@
 //! Memory of steps on the device: one allocation, cut up once.
 //!
 //! Activations, the paged cache, RoPE tables, logits and the scratch of attention and sampling. What a step uploads
-//! goes through one pinned buffer into one place. Sizes that the kernels cannot do are refused here.
+//! goes from the host's side of its flight into one place, after the step before it has run. Sizes that the kernels
+//! cannot do are refused here.
 
 use std::sync::Arc;
 
 use cudarc::driver::sys::CUtensorMap;
 
 use super::device::{Device, DeviceError, Memory, Pinned};
+use super::flight::{FlightBytes, Flights};
 use super::gemm::GROUP_FEATURES;
 use super::plan::{Capacity, GRAPH_ROWS_MAX, Layout, Packing, splits};
 use super::sampling::{ADJUSTMENT_BYTES, LOGPROBS_BYTES, PART_TOKENS, RESULT_BYTES};
@@ -78,8 +80,8 @@ pub struct Arena {
     pub rope: u64,
     /// What a step uploads.
     pub step: u64,
-    /// The host's side of it.
-    pub staging: Pinned,
+    /// The host's side of steps.
+    pub flights: Flights,
     /// `[logits_rows_max][logits_stride]`.
     pub logits: u64,
     /// Elements from row to row of the logits: the vocabulary, rounded up to vectors.
@@ -92,10 +94,6 @@ pub struct Arena {
     pub items_max: usize,
     /// Attention's counters, zero between launches.
     pub counters: u64,
-    /// Results of sampling, on the host.
-    pub results: Pinned,
-    /// Adjustments on their way.
-    pub adjustments: Pinned,
     memory: Memory,
 }
 
@@ -120,6 +118,13 @@ pub struct SamplingPlaces {
     pub adjustments: u64,
     /// Room for these.
     pub adjustments_max: usize,
+}
+
+impl SamplingPlaces {
+    /// Bytes of the results of this many rows; their log probabilities are among them when all kernels ran.
+    pub fn result_bytes(&self, rows: usize, all: bool) -> usize {
+        if all { self.logprobs_offset + rows * LOGPROBS_BYTES } else { rows * RESULT_BYTES }
+    }
 }
 
 /// Bytes of one KV block over all layers.
@@ -195,7 +200,11 @@ impl Arena {
             *place += base;
         }
         upload_table(device, &memory, rope as usize, &table).map_err(failed)?;
-        let pinned = |bytes| Pinned::zeroed(device, bytes).map_err(failed);
+        let bytes = FlightBytes {
+            staging: step_bytes,
+            adjustments: sampling.adjustments_max * ADJUSTMENT_BYTES,
+            results: logits_rows * (RESULT_BYTES + LOGPROBS_BYTES),
+        };
         Ok(Self {
             buffers,
             queries: base + queries,
@@ -203,15 +212,13 @@ impl Arena {
             layer_bytes,
             rope: base + rope,
             step: base + step,
-            staging: pinned(step_bytes)?,
+            flights: Flights::new(device, bytes).map_err(failed)?,
             logits: base + logits,
             logits_stride,
             sampling,
             partials: base + partials,
             items_max,
             counters: base + counters,
-            results: pinned(logits_rows * (RESULT_BYTES + LOGPROBS_BYTES))?,
-            adjustments: pinned(sampling.adjustments_max * ADJUSTMENT_BYTES)?,
             memory,
             plan,
         })
@@ -227,24 +234,25 @@ impl Arena {
         packing(&self.plan)
     }
 
-    /// Queues the upload of the staging buffer's first words to the step's place.
+    /// Queues the upload of the next step's first words to the step's place.
     ///
     /// # Errors
     /// When the driver refuses it.
     pub fn upload_step(&self, words: usize) -> Result<(), DeviceError> {
         let offset = (self.step - self.memory.pointer()) as usize;
-        // SAFETY: the staging buffer is written only while no step is on its way.
-        unsafe { self.memory.upload(offset, &self.staging.as_slice()[..words * 4]) }
+        // SAFETY: a flight's side is not written while its step is queued.
+        unsafe { self.memory.upload(offset, &self.flights.next().staging.as_slice()[..words * 4]) }
     }
 
-    /// Queues the upload of the first adjustments.
+    /// Queues the upload of the next step's first adjustments.
     ///
     /// # Errors
     /// When the driver refuses it.
     pub fn upload_adjustments(&self, count: usize) -> Result<(), DeviceError> {
         let offset = (self.sampling.adjustments - self.memory.pointer()) as usize;
+        let adjustments = self.flights.next().adjustments.as_slice();
         // SAFETY: as for the step.
-        unsafe { self.memory.upload(offset, &self.adjustments.as_slice()[..count * ADJUSTMENT_BYTES]) }
+        unsafe { self.memory.upload(offset, &adjustments[..count * ADJUSTMENT_BYTES]) }
     }
 
     /// Copies from an address inside of the arena, after all queued work.

@@ -1,15 +1,16 @@
 //! The ops on an NVIDIA GPU, sm_80 and up, tuned for Hopper.
 //!
 //! Weights and operands are bf16, keys and values bf16 or 8-bit floats, sums and the residual stream f32. The ops
-//! record a step; it runs when its result is asked for: one upload, then kernels one by one, or a captured graph when
-//! every row is a decode that is sampled. The driver's library is loaded at run time, and no other CUDA library is
-//! needed. Refused: chips before sm_80, head sizes that attention is not compiled for. Invariant: kernels differ by
-//! the number of rows in speed alone, never in the order in which a row's numbers are added.
+//! record a step, which is then queued: one upload, then kernels one by one, or a captured graph when every row is a
+//! decode that is sampled. It runs while the host prepares the next one. The driver's library is loaded at run time,
+//! and no other CUDA library is needed. Refused: chips before sm_80, head sizes that attention is not compiled for.
+//! Invariant: kernels differ by the number of rows in speed alone, never in the order in which a row's numbers are
+//! added.
 
 mod arena;
 mod attend;
-mod clock;
 mod device;
+mod flight;
 mod gemm;
 mod graph;
 mod measure;
@@ -26,7 +27,6 @@ use std::time::Duration;
 
 use arena::{Arena, kv_block_bytes};
 use attend::Attend;
-use clock::StepClock;
 use device::{Device, Memory};
 pub use device::{DeviceError, is_present};
 pub use gemm::Epilogue;
@@ -35,11 +35,13 @@ use graph::Graphs;
 use plan::{Capacity, GRAPH_ROWS_MAX, Layout, padded};
 pub use products::{KernelTime, TimedProduct};
 use record::Recording;
-use sampling::{Adjustments, LOGPROBS_BYTES, RESULT_BYTES, needs_all_kernels, read_result, write_parameters};
+use sampling::{Adjustments, needs_all_kernels, read_result, write_parameters};
 use step::{Command, Kernels, Leaving, Run, Turn};
 use weights::{DeviceMatrix, Upload};
 
-use crate::ops::{ArenaPlan, AttentionShape, Batch, Buffer, KvPlan, Ops, PlanError, QkNorm, Span, StepError};
+use crate::ops::{
+    ArenaPlan, AttentionShape, Batch, Buffer, Feed, KvPlan, Ops, PlanError, QkNorm, Span, StepError,
+};
 use crate::sampling::{SampleRow, Sampled};
 use crate::tensor::{HostTensor, LoadError};
 
@@ -87,6 +89,7 @@ pub struct Vector {
 #[derive(Debug, Default)]
 struct Step {
     tokens: Vec<u32>,
+    feeds: Vec<Feed>,
     spans: Vec<Span>,
     block_tables: Vec<u32>,
     logits_rows: Vec<u32>,
@@ -97,6 +100,7 @@ impl Step {
     fn batch(&self) -> Batch<'_> {
         Batch {
             tokens: &self.tokens,
+            feeds: &self.feeds,
             spans: &self.spans,
             block_tables: &self.block_tables,
             logits_rows: &self.logits_rows,
@@ -122,7 +126,6 @@ pub struct Cuda {
     adjustments: Adjustments,
     arena: Option<Arena>,
     weights: Weights,
-    clock: StepClock,
     device: Arc<Device>,
 }
 
@@ -151,7 +154,6 @@ impl Cuda {
             adjustments: Adjustments::new(0),
             arena: None,
             weights: Weights::default(),
-            clock: StepClock::new(&device)?,
             device,
         })
     }
@@ -206,36 +208,36 @@ impl Cuda {
             Some(rows) => Capacity::of_decodes(rows, arena.plan.positions_max),
             None => Capacity::of(&batch, packing),
         });
-        layout.write(&batch, packing, arena.staging.words_mut(), &mut self.tile_order);
+        let staging = arena.flights.next_mut().staging.words_mut();
+        layout.write(&batch, packing, staging, &mut self.tile_order);
         layout
     }
 
-    /// Writes the rows' sampling parameters. Whether they need all kernels.
-    fn write_parameters(&mut self, rows: &[SampleRow<'_>], layout: &Layout) -> Result<bool, StepError> {
+    /// Writes the rows' sampling parameters; returns the number of adjustments.
+    fn write_parameters(&mut self, rows: &[SampleRow<'_>], layout: &Layout) -> Result<usize, StepError> {
         let arena = self.arena.as_mut().expect("allocate comes before any step");
+        let flight = arena.flights.next_mut();
         let (start, words) = (layout.parameters, plan::PARAMETER_WORDS);
-        let all = rows.iter().any(needs_all_kernels);
         let mut adjusted = 0;
         for (index, row) in rows.iter().enumerate() {
             let mut count = 0;
             if row.adjusts() {
-                let written = self.adjustments.write(row, adjusted, arena.adjustments.words_mut());
+                let written = self.adjustments.write(row, adjusted, flight.adjustments.words_mut());
                 count = written.ok_or(StepError::Batch {
                     field: "tokens with bias or penalty",
                     value: adjusted,
                     limit: arena.sampling.adjustments_max,
                 })?;
             }
-            let into = &mut arena.staging.words_mut()[start + index * words..][..words];
+            let into = &mut flight.staging.words_mut()[start + index * words..][..words];
             write_parameters(row, (adjusted, count), into);
             adjusted += count;
         }
-        arena.staging.words_mut()[start + rows.len() * words..start + layout.capacity.logits_rows * words]
+        flight.staging.words_mut()[start + rows.len() * words..start + layout.capacity.logits_rows * words]
             .fill(0);
-        if adjusted > 0 {
-            arena.upload_adjustments(adjusted).map_err(broken)?;
-        }
-        Ok(all)
+        flight.logprobs.clear();
+        flight.logprobs.extend(rows.iter().map(|row| row.logprobs));
+        Ok(adjusted)
     }
 
     fn run_commands(&mut self, layout: &Layout, graph_rows: Option<usize>) -> Result<(), DeviceError> {
@@ -272,43 +274,55 @@ impl Cuda {
         let layout = self.write_batch(None);
         self.run_commands(&layout, None).map_err(broken)?;
         self.step.recording.clear();
-        // The staging buffer is written again by the next step.
+        // The next step is written where this one was.
         self.device.synchronize().map_err(broken)
     }
 
-    fn run_sampled(&mut self, rows: &[SampleRow<'_>], out: &mut Vec<Sampled>) -> Result<(), StepError> {
+    /// Queues what was recorded, and the choice of a token for each row that wants one.
+    fn queue_sampled(&mut self, rows: &[SampleRow<'_>]) -> Result<(), StepError> {
         self.device.bind().map_err(broken)?;
         let count = self.step.tokens.len();
         let captures = self.step.decodes_only() && count <= GRAPH_ROWS_MAX;
         let graph_rows = captures.then(|| padded(count));
         let layout = self.write_batch(graph_rows);
-        let all = self.write_parameters(rows, &layout)?;
-        self.step.recording.push(Command::Sample { all });
-        self.clock.start(&self.device).map_err(broken)?;
-        let ran = self.run_commands(&layout, graph_rows);
+        let adjusted = self.write_parameters(rows, &layout)?;
+        let all = rows.iter().any(needs_all_kernels);
+        if !rows.is_empty() {
+            self.step.recording.push(Command::Sample { all });
+        }
+        let bytes = self.arena().sampling.result_bytes(rows.len(), all);
+        let queued = self.queue_written((&layout, graph_rows), adjusted, bytes);
         self.step.recording.clear();
-        ran.map_err(broken)?;
+        queued.map_err(broken)
+    }
+
+    /// Queues the next flight: uploads, the commands, and the download of this many bytes of results.
+    fn queue_written(
+        &mut self,
+        (layout, graph_rows): (&Layout, Option<usize>),
+        adjusted: usize,
+        result_bytes: usize,
+    ) -> Result<(), DeviceError> {
+        let arena = self.arena();
+        arena.flights.next().begin(&self.device)?;
+        if adjusted > 0 {
+            arena.upload_adjustments(adjusted)?;
+        }
+        self.run_commands(layout, graph_rows)?;
         let arena = self.arena.as_mut().expect("allocate comes before any step");
-        let places = arena.sampling;
-        let bytes = if all {
-            places.logprobs_offset + rows.len() * LOGPROBS_BYTES
-        } else {
-            rows.len() * RESULT_BYTES
-        };
-        // SAFETY: the results are read after the synchronisation below.
-        unsafe { arena.results.queue_download(places.results, bytes) }.map_err(broken)?;
-        self.clock.stop(&self.device).map_err(broken)?;
-        self.device.synchronize().map_err(broken)?;
-        let (results, logprobs) = arena.results.words().split_at(places.logprobs_offset / 4);
-        out.clear();
-        out.extend(rows.iter().enumerate().map(|(index, row)| read_result(row, results, logprobs, index)));
-        Ok(())
+        if result_bytes > 0 {
+            let results = &mut arena.flights.next_mut().results;
+            // SAFETY: they are read when the flight has ended.
+            unsafe { results.queue_download(arena.sampling.results, result_bytes) }?;
+        }
+        arena.flights.queued(&self.device)
     }
 }
 
 impl Ops for Cuda {
     type Matrix = Matrix;
     type Vector = Vector;
+    const BESIDE: bool = true;
 
     fn matrix(&mut self, parts: &[HostTensor<'_>]) -> Result<Matrix, LoadError> {
         self.load(|upload| upload.stacked(parts))
@@ -359,6 +373,8 @@ impl Ops for Cuda {
             into.clear();
             into.extend_from_slice(from);
         }
+        step.feeds.clear();
+        step.feeds.extend_from_slice(batch.feeds);
         step.spans.clear();
         step.spans.extend_from_slice(batch.spans);
         Ok(())
@@ -425,10 +441,6 @@ impl Ops for Cuda {
         self.step.recording.push(Command::Narrowed);
     }
 
-    fn device_time(&self) -> Option<Duration> {
-        self.clock.elapsed()
-    }
-
     fn logits(&mut self, head: &Matrix, x: Buffer, out: &mut [f32]) -> Result<(), StepError> {
         self.step.recording.head(head.index, x);
         self.flush()?;
@@ -444,17 +456,25 @@ impl Ops for Cuda {
         Ok(())
     }
 
-    fn sample(
-        &mut self,
-        head: &Matrix,
-        x: Buffer,
-        rows: &[SampleRow<'_>],
-        out: &mut Vec<Sampled>,
-    ) -> Result<(), StepError> {
+    fn sample(&mut self, head: &Matrix, x: Buffer, rows: &[SampleRow<'_>]) -> Result<(), StepError> {
         assert_eq!(rows.len(), self.step.logits_rows.len(), "one sampling row per logits row");
         assert_eq!(head.features, self.arena().plan.vocabulary, "rows of the head");
-        self.step.recording.head(head.index, x);
-        self.run_sampled(rows, out)
+        if !rows.is_empty() {
+            self.step.recording.head(head.index, x);
+        }
+        self.queue_sampled(rows)
+    }
+
+    fn collect(&mut self, out: &mut Vec<Sampled>) -> Result<Option<Duration>, StepError> {
+        let arena = self.arena.as_mut().expect("allocate comes before any step");
+        let flight = arena.flights.oldest();
+        let busy = flight.wait().map_err(broken)?;
+        let results = flight.results.words().split_at(arena.sampling.logprobs_offset / 4);
+        let rows = flight.logprobs.iter().enumerate();
+        out.clear();
+        out.extend(rows.map(|(index, &wanted)| read_result(wanted, results, index)));
+        arena.flights.collected();
+        Ok(Some(busy))
     }
 }
 

@@ -193,6 +193,9 @@ impl Layout {
                 ]);
             }
         }
+        for feed in batch.feeds {
+            rows[feed.row as usize * ROW_WORDS + 3] = feed.choice;
+        }
         for padding in rows[batch.tokens.len() * ROW_WORDS..].chunks_exact_mut(ROW_WORDS) {
             padding.copy_from_slice(&[0, 0, NONE, NONE]);
         }
@@ -215,6 +218,7 @@ pub const GRAPH_ROWS_MAX: usize = 512;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::Feed;
 
     #[test]
     fn padding_is_small_and_monotone() {
@@ -237,8 +241,13 @@ mod tests {
             Span { first_row: 39, rows: 1, context: 1, table: 70 },
         ];
         let tables: Vec<u32> = (0..71).map(|i| 1000 + i).collect();
-        let batch =
-            Batch { tokens: &tokens, spans: &spans, block_tables: &tables, logits_rows: &[0, 38, 39] };
+        let batch = Batch {
+            tokens: &tokens,
+            feeds: &[Feed { row: 38, choice: 5 }],
+            spans: &spans,
+            block_tables: &tables,
+            logits_rows: &[0, 38, 39],
+        };
         let packing = Packing::new(4, 128);
         let layout = Layout::new(Capacity { rows: 48, ..Capacity::of(&batch, packing) });
         assert_eq!((layout.capacity.items, layout.capacity.tiles), (4, 2));
@@ -246,7 +255,7 @@ mod tests {
         layout.write(&batch, packing, &mut words, &mut Vec::new());
         assert_eq!(words[layout.rows..][..4], [100, 1024, (1000 + 64) * 16, NONE]);
         assert_eq!(words[layout.rows + 4..][..4], [101, 32, (1065 + 2) * 16, NONE]);
-        assert_eq!(words[layout.rows + 38 * 4..][..4], [138, 69, (1065 + 4) * 16 + 5, NONE]);
+        assert_eq!(words[layout.rows + 38 * 4..][..4], [138, 69, (1065 + 4) * 16 + 5, 5], "its token is fed");
         assert_eq!(words[layout.rows + 47 * 4..][..4], [0, 0, NONE, NONE]);
         assert_eq!(words[layout.counts..][..2], [4, 2]);
         assert_eq!(words[layout.items..][..8], [0, 0, 0, 1, 0, 2, 2, 0]);

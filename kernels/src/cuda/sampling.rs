@@ -112,13 +112,13 @@ pub fn write_parameters(row: &SampleRow<'_>, (first, count): (usize, usize), int
     into.copy_from_slice(&words);
 }
 
-/// Reads a row's result out of what came back.
-pub fn read_result(row: &SampleRow<'_>, result: &[u32], logprobs: &[u32], index: usize) -> Sampled {
-    let result = &result[index * 2..][..2];
+/// Reads a row's result, with the log probabilities that it wants, out of what came back.
+pub fn read_result(wanted: Option<u32>, (results, logprobs): (&[u32], &[u32]), index: usize) -> Sampled {
+    let result = &results[index * 2..][..2];
     if result[1] != 0 {
         return Err(Poisoned);
     }
-    let logprobs = row.logprobs.map(|count| {
+    let logprobs = wanted.map(|count| {
         let words = &logprobs[index * LOGPROBS_WORDS..][..LOGPROBS_WORDS];
         let (tokens, values) = words[4..].split_at(TOP_LOGPROBS_MAX as usize);
         let top = tokens.iter().zip(values).take(count.min(TOP_LOGPROBS_MAX) as usize);

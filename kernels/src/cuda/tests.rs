@@ -75,7 +75,8 @@ fn begin(cuda: &mut Cuda, rows: usize) {
     let tokens: Vec<u32> = (0..rows as u32).map(|row| row % 97).collect();
     let tables: Vec<u32> = (0..512).map(|block| block % NO_KV.blocks as u32).collect();
     let span = Span { first_row: 0, rows: rows as u32, context: rows as u32, table: 0 };
-    let batch = Batch { tokens: &tokens, spans: &[span], block_tables: &tables, logits_rows: &[] };
+    let batch =
+        Batch { tokens: &tokens, feeds: &[], spans: &[span], block_tables: &tables, logits_rows: &[] };
     cuda.begin(&batch).unwrap();
 }
 

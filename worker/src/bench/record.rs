@@ -1,5 +1,6 @@
 //! The steps of a run: how long each took and what it consisted of.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -14,17 +15,19 @@ use crate::engine::{Moment, Observer, StepShape};
 #[derive(Debug, Clone, Copy)]
 struct Step {
     shape: StepShape,
-    /// In the call that computes.
+    /// From the decision to the result.
     compute: Duration,
     /// On a device beside the engine's thread.
     device: Option<Duration>,
-    /// The whole turn of the engine's loop.
+    /// The turn of the engine's loop that collected it, and those before that collected nothing.
     turn: Duration,
 }
 
 impl Step {
-    fn host(&self) -> Duration {
-        self.turn.saturating_sub(self.device.unwrap_or(self.compute))
+    /// Time without computing. Where steps overlap, a turn and what the device was busy in it are not of quite the same
+    /// step: only sums count, and a single one may be negative.
+    fn host_s(&self) -> f64 {
+        self.turn.as_secs_f64() - self.device.unwrap_or(self.compute).as_secs_f64()
     }
 }
 
@@ -37,8 +40,9 @@ pub(super) struct Steps(Vec<Step>);
 pub(super) struct Recorder {
     steps: Arc<Mutex<Vec<Step>>>,
     begun: Option<Instant>,
-    scheduled: Option<(Instant, StepShape)>,
-    computed: Option<(Duration, Option<Duration>)>,
+    /// Steps that were decided and not computed, oldest first.
+    scheduled: VecDeque<(Instant, StepShape)>,
+    computed: Option<(StepShape, Duration, Option<Duration>)>,
 }
 
 impl Recorder {
@@ -51,17 +55,17 @@ impl Recorder {
 impl Observer for Recorder {
     fn observe(&mut self, moment: Moment) {
         match moment {
-            Moment::Begun => {
-                self.begun = Some(Instant::now());
-                (self.scheduled, self.computed) = (None, None);
-            }
-            Moment::Scheduled(shape) => self.scheduled = Some((Instant::now(), shape)),
+            // A turn that collects nothing is part of the next one.
+            Moment::Begun if !self.scheduled.is_empty() && self.begun.is_some() => {}
+            Moment::Begun => self.begun = Some(Instant::now()),
+            Moment::Scheduled(shape) => self.scheduled.push_back((Instant::now(), shape)),
             Moment::Computed(device) => {
-                self.computed = self.scheduled.map(|(at, _)| (at.elapsed(), device));
+                let oldest = self.scheduled.pop_front();
+                self.computed = oldest.map(|(at, shape)| (shape, at.elapsed(), device));
             }
             Moment::Reported => {
-                if let (Some(begun), Some((_, shape)), Some((compute, device))) =
-                    (self.begun, self.scheduled, self.computed)
+                if let Some((shape, compute, device)) = self.computed.take()
+                    && let Some(begun) = self.begun.take()
                 {
                     let step = Step { shape, compute, device, turn: begun.elapsed() };
                     self.steps.lock().expect("nobody panics with the lock held").push(step);
@@ -106,8 +110,8 @@ impl Steps {
     /// Time of a step in which nothing is computed, on average: a turn without what a device was busy, or without the
     /// call that computes.
     pub fn host_us_per_step(&self) -> f64 {
-        let host: f64 = self.0.iter().map(|step| step.host().as_secs_f64()).sum();
-        host * 1e6 / self.0.len().max(1) as f64
+        let host: f64 = self.0.iter().map(Step::host_s).sum();
+        host.max(0.0) * 1e6 / self.0.len().max(1) as f64
     }
 
     /// Share of the time of steps of decodes in which the device has nothing to do; `None` without a device.
@@ -115,8 +119,8 @@ impl Steps {
         let steps: Vec<&Step> =
             self.0.iter().filter(|step| kind(step) == "decode" && step.device.is_some()).collect();
         let turns: f64 = steps.iter().map(|step| step.turn.as_secs_f64()).sum();
-        let idle: f64 = steps.iter().map(|step| step.host().as_secs_f64()).sum();
-        (turns > 0.0).then(|| idle / turns)
+        let idle: f64 = steps.iter().map(|step| step.host_s()).sum();
+        (turns > 0.0).then(|| idle.max(0.0) / turns)
     }
 
     /// Number, rows and times of the steps of each kind.

@@ -1,9 +1,10 @@
 //! The engine: tokens in, tokens out, for many sequences at once.
 //!
-//! [`Core`] is the loop of the engine's thread: take requests in, schedule, run, sample, advance, report. It
-//! reads no clock, no file and no network: time is the [`Observer`]'s, randomness is the seeds'. A sequence
-//! whose logits are not numbers fails alone; a device that fails, or a broken invariant, panics, and the
-//! process must end with it.
+//! [`Core`] is the loop of the engine's thread: take requests in, schedule, queue, collect, advance, report. Where
+//! steps run beside this thread, step n+1 is scheduled and queued while step n runs, and only then is step n
+//! collected; at most one step more is queued than runs. It reads no clock, no file and no network: time is the
+//! [`Observer`]'s, randomness is the seeds'. A sequence whose logits are not numbers fails alone; a device that
+//! fails, or a broken invariant, panics, and the process must end with it.
 
 pub mod blocks;
 pub mod handle;
@@ -16,7 +17,7 @@ pub mod sequence;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use millrace_kernels::ops::Ops;
+use millrace_kernels::ops::{Ops, StepError};
 use millrace_kernels::sampling::Sampled;
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TryRecvError;
@@ -53,9 +54,10 @@ pub enum Moment {
     Begun,
     /// The next step is decided.
     Scheduled(StepShape),
-    /// The device has computed it, in this time if it is not the engine's own thread that computes.
+    /// The oldest step that was decided is computed: by the device in this time, if it is not the engine's own thread
+    /// that computes. Where steps overlap, the next one was decided before.
     Computed(Option<Duration>),
-    /// Its tokens are sent and its numbers reported.
+    /// The tokens of what was computed in this turn are sent and the numbers reported.
     Reported,
 }
 
@@ -76,18 +78,25 @@ pub struct Core<O: Ops> {
     inbox: EngineInbox,
     /// Where each slot's events go.
     listeners: Vec<Option<mpsc::Sender<Event>>>,
+    /// Whether the next step is queued while one runs.
+    overlap: bool,
+    /// The step that is being decided.
     step: Vec<Chunk>,
+    /// The step that is queued and not collected; empty when there is none.
+    in_flight: Vec<Chunk>,
+    sampled: Vec<Sampled>,
     gone: Vec<Slot>,
     output_tokens: u64,
     observer: Box<dyn Observer>,
 }
 
 impl<O: Ops> Core<O> {
-    /// Puts the parts together.
+    /// Puts the parts together. `overlap` says whether the next step is queued while one runs.
     pub fn new(
         scheduler: Scheduler,
         runner: Runner<O>,
         inbox: EngineInbox,
+        overlap: bool,
         observer: Box<dyn Observer>,
     ) -> Self {
         Self {
@@ -95,7 +104,10 @@ impl<O: Ops> Core<O> {
             runner,
             inbox,
             listeners: Vec::new(),
+            overlap,
             step: Vec::new(),
+            in_flight: Vec::new(),
+            sampled: Vec::new(),
             gone: Vec::new(),
             output_tokens: 0,
             observer,
@@ -113,7 +125,9 @@ impl<O: Ops> Core<O> {
     }
 
     fn is_idle(&self) -> bool {
-        self.scheduler.running().is_empty() && self.scheduler.waiting().len() == 0
+        self.scheduler.running().is_empty()
+            && self.scheduler.waiting().len() == 0
+            && self.in_flight.is_empty()
     }
 
     /// Takes new requests in; sleeps while there is nothing to do. False when all is over.
@@ -159,29 +173,54 @@ impl<O: Ops> Core<O> {
         (self.listeners[slot as usize].take().expect("a live sequence has a listener"), usage)
     }
 
-    /// One step, from the decision who runs to the events.
+    /// One turn: the next step is queued, then the one in flight is collected; the next one too where steps do not
+    /// overlap. A step that cannot be decided before the tokens of the one in flight are known waits for these.
     fn turn(&mut self) {
-        let mut step = std::mem::take(&mut self.step);
-        self.scheduler.schedule(&mut step);
-        if !step.is_empty() {
-            self.observer.observe(Moment::Scheduled(shape(&step)));
-            let sampled = match self.runner.run(&self.scheduler, &step) {
-                Ok(sampled) => std::mem::take(sampled),
-                Err(error) => panic!("the engine cannot go on: {error}"),
-            };
-            self.observer.observe(Moment::Computed(self.runner.device_time()));
-            self.scheduler.advance(&step);
-            self.emit(&step, sampled);
-            self.inbox.load.steps.fetch_add(1, Ordering::Relaxed);
+        if self.scheduler.needs_tokens(&self.in_flight) {
+            self.collect();
         }
-        self.step = step;
+        self.queue();
+        self.collect();
+        std::mem::swap(&mut self.in_flight, &mut self.step);
+        self.scheduler.advance(&self.in_flight);
+        if !self.overlap {
+            self.collect();
+        }
         self.report();
     }
 
-    /// Adds the new tokens to their sequences and tells the listeners.
-    fn emit(&mut self, step: &[Chunk], mut sampled: Vec<Sampled>) {
+    /// Decides who runs next and queues it.
+    fn queue(&mut self) {
+        self.scheduler.schedule(&mut self.step);
+        if !self.step.is_empty() {
+            self.observer.observe(Moment::Scheduled(shape(&self.step)));
+            self.runner.queue(&self.scheduler, &self.step).unwrap_or_else(broken);
+        }
+    }
+
+    /// Waits for the step in flight, if there is one, and tells of its tokens.
+    fn collect(&mut self) {
+        if self.in_flight.is_empty() {
+            return;
+        }
+        let (mut step, mut sampled) =
+            (std::mem::take(&mut self.in_flight), std::mem::take(&mut self.sampled));
+        let device_time = self.runner.collect(&mut sampled).unwrap_or_else(broken);
+        self.observer.observe(Moment::Computed(device_time));
+        self.emit(&step, &mut sampled);
+        self.inbox.load.steps.fetch_add(1, Ordering::Relaxed);
+        step.clear();
+        (self.in_flight, self.sampled) = (step, sampled);
+    }
+
+    /// Adds the new tokens to the sequences that still want them and tells the listeners.
+    fn emit(&mut self, step: &[Chunk], sampled: &mut Vec<Sampled>) {
         let slots = step.iter().filter(|chunk| chunk.samples).map(|chunk| chunk.slot);
-        for (slot, outcome) in slots.zip(sampled.drain(..)) {
+        assert_eq!(sampled.len(), slots.clone().count(), "one choice per sampled row");
+        for (row, (slot, outcome)) in (0..).zip(slots.zip(sampled.drain(..))) {
+            if !self.scheduler.awaits(slot, row) {
+                continue;
+            }
             let choice = match outcome {
                 Ok(choice) => choice,
                 Err(poisoned) => {
@@ -200,7 +239,6 @@ impl<O: Ops> Core<O> {
                 let _ = events.try_send(Event::Finished(finish, usage));
             }
         }
-        self.runner.give_back(sampled);
     }
 
     fn report(&self) {
@@ -217,6 +255,10 @@ impl<O: Ops> Core<O> {
         set(output_tokens, self.output_tokens);
         set(preemptions, counters.preemptions);
     }
+}
+
+fn broken<T>(error: StepError) -> T {
+    panic!("the engine cannot go on: {error}")
 }
 
 fn shape(step: &[Chunk]) -> StepShape {

@@ -8,7 +8,7 @@ use millrace_kernels::sampling::{Choice, SampleRow};
 use super::request::{Logprobs, Token};
 use super::sequence::Sequence;
 
-/// The row for the token that follows the last one.
+/// The row for the token that follows the last one. Where it penalises, no token is awaited.
 pub fn row(sequence: &Sequence) -> SampleRow<'_> {
     let sampling = &sequence.sampling;
     SampleRow {
@@ -23,7 +23,7 @@ pub fn row(sequence: &Sequence) -> SampleRow<'_> {
         prompt: &sequence.tokens()[..sequence.prompt_len()],
         output: sequence.output(),
         seed: sequence.seed,
-        position: sequence.tokens().len() as u32,
+        position: sequence.len() as u32,
         logprobs: sampling.logprobs,
     }
 }

@@ -7,13 +7,17 @@
 //! blocks run out the youngest one gives its blocks back and is computed again later (its output does not
 //! change by that: results do not depend on chunks or batch mates).
 //!
+//! A step may be decided while the one before is in flight: tokens of that one are then awaited. Its blocks may be
+//! shared, given back and taken again at once, for steps run in the order in which they are decided.
+//!
 //! Invariants: a sequence is in exactly one of `waiting` and `running`; the oldest running sequence is never
-//! preempted, so each one ends; blocks filled in a step are shared only after the step ran. Pure.
+//! preempted, so each one ends; blocks filled in a step are shared only by later steps. Pure.
 
 use std::collections::VecDeque;
 
 use super::blocks::{Blocks, Chain};
 use super::request::Finish;
+use super::sampler;
 use super::sequence::Sequence;
 
 /// Index of a sequence that waits or runs. Reused after it ended.
@@ -85,7 +89,7 @@ pub struct Scheduler {
 /// Whether a waiting sequence comes in now.
 enum Admission {
     Admitted,
-    /// Another sequence computes what it could share.
+    /// Another sequence computes what it could share, or the step in flight its last token.
     Deferred,
     NoRoom,
 }
@@ -159,18 +163,24 @@ impl Scheduler {
             }
         }
         self.admit(&mut budget, step);
+        let idle = self.running.is_empty() && self.waiting.is_empty();
         assert!(
-            !step.is_empty() || (self.running.is_empty() && self.waiting.is_empty()),
+            !step.is_empty()
+                || idle
+                || self.slots.iter().flatten().any(|sequence| sequence.awaited.is_some()),
             "work makes progress in every step"
         );
     }
 
-    /// Counts a step as computed and offers the blocks that it filled to the prefix cache.
+    /// Counts a queued step as computed, offers the blocks that it fills to the prefix cache, and awaits its tokens.
+    /// Every token of the step before is known by now, and sequences that ended with one are passed over.
     pub fn advance(&mut self, step: &[Chunk]) {
         let block_tokens = self.blocks.block_tokens();
+        let mut sampled = 0..;
         for chunk in step {
-            let sequence = self.slots[chunk.slot as usize].as_mut().expect("a running sequence");
-            assert_eq!(sequence.computed, chunk.start);
+            let row = if chunk.samples { sampled.next() } else { None };
+            let Some(sequence) = self.slots[chunk.slot as usize].as_mut() else { continue };
+            assert_eq!((sequence.computed, sequence.awaited), (chunk.start, None));
             sequence.computed += chunk.rows;
             let prompt_done = sequence.computed.min(sequence.prompt_len());
             let newly = prompt_done.saturating_sub(sequence.prompt_counted);
@@ -184,7 +194,21 @@ impl Scheduler {
                 sequence.chain = self.blocks.register(id, hash, parent, sequence.block(index, block_tokens));
                 sequence.registered += 1;
             }
+            sequence.awaited = row;
         }
+    }
+
+    /// Whether the tokens of the step in flight must be known before the next one is decided: a penalty looks at them.
+    pub fn needs_tokens(&self, step: &[Chunk]) -> bool {
+        let live = step.iter().filter_map(|chunk| self.slots[chunk.slot as usize].as_ref());
+        live.filter(|sequence| sequence.awaited.is_some() && sequence.pending() > 0)
+            .any(|sequence| sampler::row(sequence).penalises())
+    }
+
+    /// Whether the choice of a sampled row of the step in flight is a sequence's next token. It is not when the
+    /// sequence ended or was cancelled after the step was decided: the row was then computed in vain.
+    pub fn awaits(&self, slot: Slot, row: u32) -> bool {
+        self.slots[slot as usize].as_ref().is_some_and(|sequence| sequence.awaited == Some(row))
     }
 
     /// Adds a generated token to a sequence; says whether the sequence ends with it.
@@ -235,7 +259,7 @@ impl Scheduler {
     /// Sees to it that a sequence has a block for each of its tokens, preempting younger ones if it must.
     /// False when it had to give way itself.
     fn grow(&mut self, slot: Slot) -> bool {
-        let needed = self.sequence(slot).tokens().len().div_ceil(self.blocks.block_tokens());
+        let needed = self.sequence(slot).len().div_ceil(self.blocks.block_tokens());
         while self.sequence(slot).table.len() < needed {
             if let Some(id) = self.blocks.allocate() {
                 self.slots[slot as usize].as_mut().expect("a running sequence").table.push(id);
@@ -316,6 +340,10 @@ impl Scheduler {
     fn try_admit(&mut self, slot: Slot) -> Admission {
         let block_tokens = self.blocks.block_tokens();
         let sequence = self.sequence(slot);
+        if sequence.pending() == 0 {
+            // It was preempted, and ends with the token that it awaits.
+            return Admission::Deferred;
+        }
         let (hits, held) = self.prefix_hits(sequence);
         if self.computes_soon(sequence, hits) && sequence.deferred < DEFERRALS_MAX {
             self.slots[slot as usize].as_mut().expect("a waiting sequence").deferred += 1;
@@ -380,7 +408,7 @@ impl Scheduler {
             chain = next;
         }
         (sequence.computed, sequence.registered, sequence.chain) = (hits * block_tokens, hits, Some(chain));
-        while sequence.table.len() * block_tokens < sequence.tokens().len() {
+        while sequence.table.len() * block_tokens < sequence.len() {
             sequence.table.push(self.blocks.allocate().expect("admission has counted the blocks"));
         }
         if !sequence.admitted {

@@ -2,7 +2,8 @@
 //!
 //! Prompt and output are one list of tokens, so that a step only ever asks for the next rows after those
 //! computed: a prefill chunk is several of them, a decode is one, and recomputing after a preemption is a
-//! prefill like any other. Pure.
+//! prefill like any other. While a step that samples is in flight, the sequence's next token is *awaited*: it counts,
+//! has a place in the cache and may be computed in the step that follows, but it is not known. Pure.
 
 use super::blocks::{BlockId, Chain, PREFIX_ROOT, PrefixHash, extend_hash};
 use super::request::{Finish, Request, Sampling, Usage};
@@ -18,7 +19,9 @@ pub struct Sequence {
     pub sampling: Sampling,
     /// Seed of its random numbers.
     pub seed: u64,
-    /// Tokens whose keys and values are in the cache.
+    /// The sampled row of the step in flight whose choice is the next token.
+    pub(super) awaited: Option<u32>,
+    /// Tokens whose keys and values are in the cache, or will be after the steps that are queued.
     pub(super) computed: usize,
     /// Blocks that hold them, in order.
     pub(super) table: Vec<BlockId>,
@@ -55,6 +58,7 @@ impl Sequence {
             stop_tokens,
             sampling,
             seed,
+            awaited: None,
             computed: 0,
             table: Vec::with_capacity(total.div_ceil(block_tokens)),
             hashes: Vec::with_capacity(total.div_ceil(block_tokens)),
@@ -70,9 +74,20 @@ impl Sequence {
         sequence
     }
 
-    /// Prompt and output.
+    /// Prompt and output, as far as they are known.
     pub fn tokens(&self) -> &[u32] {
         &self.tokens
+    }
+
+    /// Number of tokens, with the one that is awaited.
+    #[allow(clippy::len_without_is_empty)]
+    pub fn len(&self) -> usize {
+        self.tokens.len() + usize::from(self.awaited.is_some())
+    }
+
+    /// The sampled row of the step in flight whose choice is the next token.
+    pub fn awaited(&self) -> Option<u32> {
+        self.awaited
     }
 
     /// Tokens in the prompt.
@@ -85,14 +100,15 @@ impl Sequence {
         &self.tokens[self.prompt_len..]
     }
 
-    /// Most tokens that it may still generate.
+    /// Most tokens that it may still generate, after the one that is awaited.
     pub fn remaining(&self) -> usize {
-        self.max_tokens - self.output().len()
+        self.prompt_len + self.max_tokens - self.len()
     }
 
-    /// Tokens whose keys and values are not in the cache. A decode has exactly one.
+    /// Tokens whose keys and values are wanted and not in the cache. A decode has exactly one; a sequence that ends
+    /// with the token that is awaited has none.
     pub fn pending(&self) -> usize {
-        self.tokens.len() - self.computed
+        if self.remaining() == 0 { 0 } else { self.len() - self.computed }
     }
 
     /// The blocks that hold its keys and values, in order.
@@ -103,8 +119,8 @@ impl Sequence {
     /// KV blocks that it holds at its end, if it generates `share` (0 to 1) of the tokens it may. One token
     /// more than there are now is always counted: a sequence that is let in can make progress.
     pub(super) fn blocks_promised(&self, block_tokens: usize, share: f32) -> usize {
-        let growth = ((self.remaining() as f32 * share).ceil() as usize).clamp(1, self.remaining().max(1));
-        (self.tokens.len() + growth).div_ceil(block_tokens)
+        let growth = ((self.remaining() as f32 * share).ceil() as usize).max(1).min(self.remaining());
+        (self.len() + growth).div_ceil(block_tokens)
     }
 
     /// KV blocks that it holds at its end if it generates all the tokens it may.
@@ -112,8 +128,9 @@ impl Sequence {
         (self.prompt_len + self.max_tokens).div_ceil(block_tokens)
     }
 
-    /// Adds a generated token; says whether the sequence ends with it.
+    /// Adds a generated token, which is not awaited any more; says whether the sequence ends with it.
     pub(super) fn append(&mut self, token: u32, block_tokens: usize) -> Option<Finish> {
+        self.awaited = None;
         assert!(self.remaining() > 0, "a sequence that has its tokens is not run again");
         self.tokens.push(token);
         self.hash_full_blocks(block_tokens);
@@ -136,7 +153,7 @@ impl Sequence {
     /// Full blocks that may come from the prefix cache: the last token is always computed, since its logits
     /// are wanted.
     pub(super) fn blocks_matchable(&self, block_tokens: usize) -> usize {
-        (self.tokens.len() - 1) / block_tokens
+        (self.len() - 1) / block_tokens
     }
 
     /// Tokens of the block with this index in the table.

@@ -9,7 +9,7 @@ use millrace_kernels::ops::{
     ArenaPlan, AttentionShape, Batch, Buffer, BufferKind, BufferPlan, KvDtype, KvPlan, KvScales, Ops, QkNorm,
     RopePlan, StepError,
 };
-use millrace_kernels::sampling::{SampleRow, Sampled};
+use millrace_kernels::sampling::SampleRow;
 
 use super::binding::{BindError, Binding};
 use super::config::DecoderConfig;
@@ -129,17 +129,13 @@ impl<O: Ops> Decoder<O> {
         Ok(())
     }
 
-    /// The next token of each row that wants one, after [`Self::forward`].
+    /// Queues the step that [`Self::forward`] has begun, with the next token of each row that wants one;
+    /// [`Ops::collect`] gives them.
     ///
     /// # Errors
     /// When the device failed.
-    pub fn sample(
-        &self,
-        ops: &mut O,
-        rows: &[SampleRow<'_>],
-        out: &mut Vec<Sampled>,
-    ) -> Result<(), StepError> {
-        ops.sample(self.head(), NORMED, rows, out)
+    pub fn sample(&self, ops: &mut O, rows: &[SampleRow<'_>]) -> Result<(), StepError> {
+        ops.sample(self.head(), NORMED, rows)
     }
 
     /// The logits of each row that wants them, after [`Self::forward`].

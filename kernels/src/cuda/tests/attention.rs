@@ -116,7 +116,13 @@ impl Attended {
             let tokens = vec![0; rows];
             let context = (done + rows) as u32;
             let span = Span { first_row: 0, rows: rows as u32, context, table: 0 };
-            let batch = Batch { tokens: &tokens, spans: &[span], block_tables: &tables, logits_rows: &[] };
+            let batch = Batch {
+                tokens: &tokens,
+                feeds: &[],
+                spans: &[span],
+                block_tables: &tables,
+                logits_rows: &[],
+            };
             cuda.begin(&batch).unwrap();
             put(&cuda, qkv, &self.qkv[done * self.width()..][..rows * self.width()]);
             if let (Some(matrix), Some((input, _))) = (&matrix, &self.product) {
@@ -248,7 +254,7 @@ fn values_are_rounded_as_on_the_host() {
     let (tokens, tables) = (vec![0; rows], (0..rows as u32).collect::<Vec<_>>());
     let spans: Vec<Span> =
         tables.iter().map(|&row| Span { first_row: row, rows: 1, context: 1, table: row }).collect();
-    let batch = Batch { tokens: &tokens, spans: &spans, block_tables: &tables, logits_rows: &[] };
+    let batch = Batch { tokens: &tokens, feeds: &[], spans: &spans, block_tables: &tables, logits_rows: &[] };
     cuda.begin(&batch).unwrap();
     let value = |bits: usize| f32::from_bits((bits as u32) << 16);
     let mut qkv = vec![0.0; rows * row];

@@ -4,22 +4,34 @@ use super::*;
 
 /// Samples given logits on the device.
 pub(super) fn sample(cuda: &mut Cuda, logits: &[f32], rows: &[SampleRow<'_>]) -> Vec<Sampled> {
+    queue(cuda, logits, rows);
+    let mut out = Vec::new();
+    cuda.collect(&mut out).unwrap();
+    out
+}
+
+/// Queues a step that samples given logits.
+fn queue(cuda: &mut Cuda, logits: &[f32], rows: &[SampleRow<'_>]) {
     let count = rows.len();
     let tokens = vec![0; count];
     let tables = vec![0; count];
     let spans: Vec<Span> =
         (0..count as u32).map(|row| Span { first_row: row, rows: 1, context: 1, table: row }).collect();
     let logits_rows: Vec<u32> = (0..count as u32).collect();
-    let batch = Batch { tokens: &tokens, spans: &spans, block_tables: &tables, logits_rows: &logits_rows };
+    let batch = Batch {
+        tokens: &tokens,
+        feeds: &[],
+        spans: &spans,
+        block_tables: &tables,
+        logits_rows: &logits_rows,
+    };
     cuda.begin(&batch).unwrap();
     let (arena, vocabulary) = (cuda.arena(), cuda.arena().plan.vocabulary);
     for (row, values) in logits.chunks_exact(vocabulary).enumerate() {
         let at = arena.logits + (row * arena.logits_stride * 4) as u64;
         arena.write(&cuda.device, at, &bytes(values)).unwrap();
     }
-    let mut out = Vec::new();
-    cuda.run_sampled(rows, &mut out).unwrap();
-    out
+    cuda.queue_sampled(rows).unwrap();
 }
 
 pub(super) fn sampling_device(vocabulary: usize) -> Option<Cuda> {
@@ -83,6 +95,34 @@ fn check_logprobs(found: &Choice, expected: &Choice) {
     assert_eq!(found.top.len(), expected.top.len());
     for (found, expected) in found.top.iter().zip(&expected.top) {
         assert!(found.0 == expected.0 && (found.1 - expected.1).abs() < 1e-3, "{found:?} for {expected:?}");
+    }
+}
+
+#[test]
+fn a_row_is_fed_with_a_choice_of_the_step_before() {
+    let Some(mut cuda) = open(false) else { return };
+    let table = random(1, 97 * 64);
+    let matrix = matrix(&mut cuda, 97, 64, &table);
+    cuda.allocate(plan(&[(64, BufferKind::Values)], NO_KV, 1, 64)).unwrap();
+    let mut logits = vec![0.0; 97 * 3];
+    for (row, token) in [41, 42, 43].into_iter().enumerate() {
+        logits[row * 97 + token] = 9.0;
+    }
+    queue(&mut cuda, &logits, &[SampleRow { logprobs: Some(1), ..SampleRow::GREEDY }; 3]);
+    let spans = [Span { first_row: 0, rows: 3, context: 3, table: 0 }];
+    let feeds = [Feed { row: 0, choice: 2 }, Feed { row: 2, choice: 0 }];
+    let batch =
+        Batch { tokens: &[0, 7, 0], feeds: &feeds, spans: &spans, block_tables: &[0], logits_rows: &[] };
+    cuda.begin(&batch).unwrap();
+    cuda.embed(&matrix, Buffer(0));
+    cuda.queue_sampled(&[]).unwrap();
+    let (mut first, mut second) = (Vec::new(), Vec::new());
+    assert!(cuda.collect(&mut first).unwrap().is_some() && cuda.collect(&mut second).unwrap().is_some());
+    let tokens: Vec<u32> = first.iter().map(|choice| choice.as_ref().unwrap().token).collect();
+    assert_eq!((tokens, second), (vec![41, 42, 43], Vec::new()));
+    let embedded = take(&mut cuda, Buffer(0), 3);
+    for (row, token) in [43, 7, 41].into_iter().enumerate() {
+        assert_eq!(embedded[row * 64..][..64], table[token * 64..][..64], "row {row}");
     }
 }
 

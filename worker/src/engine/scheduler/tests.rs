@@ -1,4 +1,5 @@
-//! The scheduler under random work, checked after every step against a model of the cache's content.
+//! The scheduler under random work, checked after every step against a model of the cache's content, with the tokens
+//! of a step known before the next one is decided, or only after.
 
 use super::*;
 use crate::engine::blocks::{PREFIX_ROOT, PrefixHash, extend_hash};
@@ -24,6 +25,13 @@ struct World {
     /// For each position of each block: the hash of all tokens up to it, once written.
     content: Vec<[Option<PrefixHash>; BLOCK_TOKENS]>,
     step: Vec<Chunk>,
+    /// Whether a step is decided while the one before is in flight.
+    overlap: bool,
+    in_flight: Vec<Chunk>,
+    /// Tokens that the step in flight gives, which the device knows before the scheduler.
+    chosen: Vec<u32>,
+    /// Tokens that nobody awaited any more.
+    in_vain: usize,
     live: Vec<Slot>,
     /// Steps that each live slot has seen.
     ages: Vec<u32>,
@@ -45,6 +53,10 @@ impl World {
             scheduler: Scheduler::new(policy, Blocks::new(blocks, BLOCK_TOKENS, caching)),
             content: vec![[None; BLOCK_TOKENS]; blocks],
             step: Vec::new(),
+            overlap: false,
+            in_flight: Vec::new(),
+            chosen: Vec::new(),
+            in_vain: 0,
             live: Vec::new(),
             ages: Vec::new(),
             random: Random(seed * 2 + 1),
@@ -77,8 +89,10 @@ impl World {
     fn compute(&mut self, chunk: Chunk) {
         let sequence = self.scheduler.sequence(chunk.slot);
         let mut hash = PREFIX_ROOT;
-        for (position, token) in sequence.tokens()[..chunk.start + chunk.rows].iter().enumerate() {
-            hash = extend_hash(hash, &[*token]);
+        for position in 0..chunk.start + chunk.rows {
+            let fed = || self.chosen[sequence.awaited().expect("known or awaited") as usize];
+            let token = sequence.tokens().get(position).copied().unwrap_or_else(fed);
+            hash = extend_hash(hash, &[token]);
             let block = sequence.table()[position / BLOCK_TOKENS] as usize;
             let cell = &mut self.content[block][position % BLOCK_TOKENS];
             if position < chunk.start {
@@ -101,18 +115,28 @@ impl World {
         for &chunk in &step {
             self.compute(chunk);
         }
-        self.scheduler.advance(&step);
-        for chunk in &step {
-            if chunk.samples {
-                let token = self.random.below(10) as u32;
-                if self.scheduler.append(chunk.slot, token).is_some() {
-                    self.remove(chunk.slot);
-                    self.ended += 1;
-                }
+        self.collect();
+        self.step = std::mem::replace(&mut self.in_flight, step);
+        let sampled = self.in_flight.iter().filter(|chunk| chunk.samples).count();
+        self.chosen = (0..sampled).map(|_| self.random.below(10) as u32).collect();
+        self.scheduler.advance(&self.in_flight);
+        if !self.overlap {
+            self.collect();
+        }
+        self.check();
+    }
+
+    fn collect(&mut self) {
+        let slots: Vec<Slot> =
+            self.in_flight.drain(..).filter(|chunk| chunk.samples).map(|chunk| chunk.slot).collect();
+        for (row, slot) in slots.into_iter().enumerate() {
+            if !self.scheduler.awaits(slot, row as u32) {
+                self.in_vain += 1;
+            } else if self.scheduler.append(slot, self.chosen[row]).is_some() {
+                self.remove(slot);
+                self.ended += 1;
             }
         }
-        self.step = step;
-        self.check();
     }
 
     fn check_step(&self, step: &[Chunk]) {
@@ -123,7 +147,7 @@ impl World {
             let sequence = self.scheduler.sequence(chunk.slot);
             assert!(self.scheduler.running().contains(&chunk.slot));
             assert!(step[..index].iter().all(|other| other.slot != chunk.slot), "once per step");
-            assert_eq!(chunk.start, sequence.tokens().len() - sequence.pending());
+            assert_eq!(chunk.start, sequence.len() - sequence.pending());
             assert_eq!(chunk.samples, chunk.rows == sequence.pending());
             assert!((chunk.start + chunk.rows) <= sequence.table().len() * BLOCK_TOKENS);
         }
@@ -176,7 +200,6 @@ impl World {
             assert!(left > 0, "every sequence ends");
         }
         assert_eq!(self.scheduler.blocks().free(), self.scheduler.blocks().total());
-        assert!(self.step.iter().all(|chunk| chunk.rows > 0));
     }
 }
 
@@ -185,6 +208,7 @@ impl World {
 fn random_work_keeps_every_invariant() {
     let mut preemptions = 0;
     let mut cached = 0;
+    let mut in_vain = 0;
     for seed in 0..160 {
         let policy = Policy {
             max_sequences: [1, 3, 6][seed as usize % 3],
@@ -194,7 +218,9 @@ fn random_work_keeps_every_invariant() {
         };
         let caching = seed % 5 != 0;
         let mut world = World::new(policy, 18 + seed as usize % 7, caching, seed);
+        world.overlap = seed / 8 % 2 == 1;
         world.run(5_000);
+        assert!(world.overlap || world.in_vain == 0, "every token is taken");
         let counters = world.scheduler.counters();
         assert!(world.ended > 100, "the world does real work");
         if policy.output_reserve >= 1.0 {
@@ -205,9 +231,11 @@ fn random_work_keeps_every_invariant() {
         }
         preemptions += counters.preemptions;
         cached += counters.cached_tokens;
+        in_vain += world.in_vain;
     }
     assert!(preemptions > 1_000, "preemption was exercised: {preemptions}");
     assert!(cached > 10_000, "prefix reuse was exercised: {cached}");
+    assert!(in_vain > 10_000, "sequences ended while their next step ran: {in_vain}");
 }
 
 /// Runs what was submitted to the end; the slots in the order in which they ended.
@@ -315,4 +343,85 @@ fn the_youngest_gives_way_and_is_computed_again() {
     assert_eq!(world.scheduler.running(), [old]);
     assert_eq!(world.scheduler.counters().preemptions, 1);
     assert_eq!(world.scheduler.sequence(young).pending(), world.scheduler.sequence(young).tokens().len());
+}
+
+/// Decides a step and counts it as queued.
+fn queue(scheduler: &mut Scheduler) -> Vec<Chunk> {
+    let mut step = Vec::new();
+    scheduler.schedule(&mut step);
+    scheduler.advance(&step);
+    step
+}
+
+#[test]
+fn an_awaited_token_is_computed_and_the_last_one_is_not() {
+    let mut world = World::new(policy(), 32, false, 1);
+    let slot = submit(&mut world, vec![1; 3], 2);
+    let scheduler = &mut world.scheduler;
+    assert_eq!(queue(scheduler), [Chunk { slot, start: 0, rows: 3, samples: true }]);
+    let mut next = Vec::new();
+    scheduler.schedule(&mut next);
+    assert_eq!(next, [Chunk { slot, start: 3, rows: 1, samples: true }]);
+    let sequence = scheduler.sequence(slot);
+    assert_eq!((sequence.awaited(), sequence.tokens(), sequence.len()), (Some(0), &[1; 3][..], 4));
+    assert_eq!(scheduler.append(slot, 5), None);
+    scheduler.advance(&next);
+    assert_eq!(queue(scheduler), [], "the second token, which is awaited, is the last one");
+    assert_eq!(scheduler.append(slot, 6), Some(Finish::Length));
+}
+
+#[test]
+fn a_token_goes_to_no_other_sequence_in_the_slot() {
+    let mut world = World::new(policy(), 32, false, 1);
+    let scheduler = &mut world.scheduler;
+    let sequence = || Sequence::new(request(vec![1; 3], 9), BLOCK_TOKENS);
+    let slot = scheduler.submit(sequence());
+    queue(scheduler);
+    let mut next = Vec::new();
+    scheduler.schedule(&mut next);
+    assert_eq!(scheduler.append(slot, 9), Some(Finish::Stop));
+    scheduler.remove(slot);
+    scheduler.advance(&next);
+    assert_eq!(next, [Chunk { slot, start: 3, rows: 1, samples: true }], "computed in vain");
+    assert_eq!(scheduler.submit(sequence()), slot);
+    assert!(!scheduler.awaits(slot, 0));
+    queue(scheduler);
+    assert!(scheduler.awaits(slot, 0) && !scheduler.awaits(slot, 1));
+}
+
+#[test]
+fn a_penalty_needs_the_tokens_so_far() {
+    let penalties = Sampling { presence_penalty: 1.0, ..Sampling::default() };
+    let bias = Sampling { logit_bias: vec![(1, 1.0)], ..Sampling::default() };
+    for (sampling, max_tokens, needed) in
+        [(penalties.clone(), 9, true), (penalties, 1, false), (bias, 9, false)]
+    {
+        let mut world = World::new(policy(), 32, false, 1);
+        let scheduler = &mut world.scheduler;
+        let slot = scheduler
+            .submit(Sequence::new(Request { sampling, ..request(vec![1; 3], max_tokens) }, BLOCK_TOKENS));
+        let step = queue(scheduler);
+        assert_eq!(scheduler.needs_tokens(&step), needed);
+        scheduler.append(slot, 5);
+        assert!(!scheduler.needs_tokens(&step), "it is known");
+    }
+}
+
+#[test]
+fn a_preempted_sequence_still_gets_its_token() {
+    let policy = Policy { output_reserve: 0.0, ..policy() };
+    let mut world = World::new(policy, 4, false, 1);
+    let old = submit(&mut world, vec![1; 7], 9);
+    let young = submit(&mut world, vec![2; 7], 2);
+    let scheduler = &mut world.scheduler;
+    queue(scheduler);
+    scheduler.append(old, 5);
+    scheduler.append(young, 5);
+    queue(scheduler);
+    let mut next = Vec::new();
+    scheduler.schedule(&mut next);
+    assert_eq!(next, [Chunk { slot: old, start: 8, rows: 1, samples: true }]);
+    assert_eq!((scheduler.running(), scheduler.counters().preemptions), (&[old][..], 1));
+    assert!(scheduler.awaits(young, 1));
+    assert_eq!(scheduler.append(young, 6), Some(Finish::Length), "without being computed again");
 }
