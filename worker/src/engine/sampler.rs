@@ -23,7 +23,7 @@ pub fn row(sequence: &Sequence) -> SampleRow<'_> {
         prompt: &sequence.tokens()[..sequence.prompt_len()],
         output: sequence.output(),
         seed: sequence.seed,
-        position: sequence.len() as u32,
+        position: sequence.length() as u32,
         logprobs: sampling.logprobs,
     }
 }

@@ -259,7 +259,7 @@ impl Scheduler {
     /// Sees to it that a sequence has a block for each of its tokens, preempting younger ones if it must.
     /// False when it had to give way itself.
     fn grow(&mut self, slot: Slot) -> bool {
-        let needed = self.sequence(slot).len().div_ceil(self.blocks.block_tokens());
+        let needed = self.sequence(slot).length().div_ceil(self.blocks.block_tokens());
         while self.sequence(slot).table.len() < needed {
             if let Some(id) = self.blocks.allocate() {
                 self.slots[slot as usize].as_mut().expect("a running sequence").table.push(id);
@@ -408,7 +408,7 @@ impl Scheduler {
             chain = next;
         }
         (sequence.computed, sequence.registered, sequence.chain) = (hits * block_tokens, hits, Some(chain));
-        while sequence.table.len() * block_tokens < sequence.len() {
+        while sequence.table.len() * block_tokens < sequence.length() {
             sequence.table.push(self.blocks.allocate().expect("admission has counted the blocks"));
         }
         if !sequence.admitted {

@@ -80,8 +80,7 @@ impl Sequence {
     }
 
     /// Number of tokens, with the one that is awaited.
-    #[allow(clippy::len_without_is_empty)]
-    pub fn len(&self) -> usize {
+    pub fn length(&self) -> usize {
         self.tokens.len() + usize::from(self.awaited.is_some())
     }
 
@@ -102,13 +101,13 @@ impl Sequence {
 
     /// Most tokens that it may still generate, after the one that is awaited.
     pub fn remaining(&self) -> usize {
-        self.prompt_len + self.max_tokens - self.len()
+        self.prompt_len + self.max_tokens - self.length()
     }
 
     /// Tokens whose keys and values are wanted and not in the cache. A decode has exactly one; a sequence that ends
     /// with the token that is awaited has none.
     pub fn pending(&self) -> usize {
-        if self.remaining() == 0 { 0 } else { self.len() - self.computed }
+        if self.remaining() == 0 { 0 } else { self.length() - self.computed }
     }
 
     /// The blocks that hold its keys and values, in order.
@@ -120,7 +119,7 @@ impl Sequence {
     /// more than there are now is always counted: a sequence that is let in can make progress.
     pub(super) fn blocks_promised(&self, block_tokens: usize, share: f32) -> usize {
         let growth = ((self.remaining() as f32 * share).ceil() as usize).max(1).min(self.remaining());
-        (self.len() + growth).div_ceil(block_tokens)
+        (self.length() + growth).div_ceil(block_tokens)
     }
 
     /// KV blocks that it holds at its end if it generates all the tokens it may.
@@ -153,7 +152,7 @@ impl Sequence {
     /// Full blocks that may come from the prefix cache: the last token is always computed, since its logits
     /// are wanted.
     pub(super) fn blocks_matchable(&self, block_tokens: usize) -> usize {
-        (self.len() - 1) / block_tokens
+        (self.length() - 1) / block_tokens
     }
 
     /// Tokens of the block with this index in the table.

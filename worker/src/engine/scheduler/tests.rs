@@ -147,7 +147,7 @@ impl World {
             let sequence = self.scheduler.sequence(chunk.slot);
             assert!(self.scheduler.running().contains(&chunk.slot));
             assert!(step[..index].iter().all(|other| other.slot != chunk.slot), "once per step");
-            assert_eq!(chunk.start, sequence.len() - sequence.pending());
+            assert_eq!(chunk.start, sequence.length() - sequence.pending());
             assert_eq!(chunk.samples, chunk.rows == sequence.pending());
             assert!((chunk.start + chunk.rows) <= sequence.table().len() * BLOCK_TOKENS);
         }
@@ -363,7 +363,7 @@ fn an_awaited_token_is_computed_and_the_last_one_is_not() {
     scheduler.schedule(&mut next);
     assert_eq!(next, [Chunk { slot, start: 3, rows: 1, samples: true }]);
     let sequence = scheduler.sequence(slot);
-    assert_eq!((sequence.awaited(), sequence.tokens(), sequence.len()), (Some(0), &[1; 3][..], 4));
+    assert_eq!((sequence.awaited(), sequence.tokens(), sequence.length()), (Some(0), &[1; 3][..], 4));
     assert_eq!(scheduler.append(slot, 5), None);
     scheduler.advance(&next);
     assert_eq!(queue(scheduler), [], "the second token, which is awaited, is the last one");
