@@ -95,6 +95,10 @@ struct DecodeItem {
     uint32_t split;
 };
 
+// `decode_runs` are the indices of the items at which runs begin: of every span of one row, its split 0, which stands
+// for splits 0 to `AttentionCounts::run_splits - 1` (as many as there are), and each split after them. List the longest
+// first: the warps deal them out in order.
+
 /// One tile of a span: packed rows `[tile, tile + 1) * prefill_tile_rows(head_dim)` of the `rows * group` ones, where
 /// packed row `i` is row `i / group`, query head `kv_head * group + i % group`. List the tiles with the longest
 /// contexts first: the kernels deal them out in order.
@@ -107,6 +111,9 @@ struct PrefillTile {
 struct AttentionCounts {
     uint32_t decode_items;
     uint32_t prefill_tiles;
+    uint32_t decode_runs;
+    /// Splits at the head of a span that make one run, 1 or more.
+    uint32_t run_splits;
 };
 
 /// The argument of every attention kernel, by value. Pointers are device pointers, 16-byte aligned.
@@ -120,6 +127,7 @@ struct AttentionArguments {
     const AttentionSpan* spans;
     const uint32_t* tables;
     const DecodeItem* decode_items;
+    const uint32_t* decode_runs;
     const PrefillTile* prefill_tiles;
     const AttentionCounts* counts;
     /// `partial_floats(items, heads, head_dim)` floats for the splits' results of decodes.
@@ -155,14 +163,17 @@ __host__ __device__ constexpr uint64_t counter_words(uint64_t spans_max, uint64_
 //
 // The names, `{h}` the head size:
 //   attention_decode_h{64,96,128,256}       sm_80 and up; spans of one row
+//   attention_decode_runs_h{64,96,128}      sm_90 and up (elsewhere an empty kernel); the same, faster for many spans
 //   attention_prefill_h{64,96,128,256}      sm_80 and up; spans of any number of rows
 //   attention_prefill_wgmma_h{64,128}       sm_90a alone (elsewhere an empty kernel); as the one before, faster
 //   attention_decode_fp8_h{64,96,128,256}   as attention_decode, over a cache of 8-bit floats
+//   attention_decode_runs_fp8_h{64,96,128}  as attention_decode_runs, over such a cache
 //   attention_prefill_fp8_h{64,96,128,256}  as attention_prefill, over such a cache
 // All take one AttentionArguments. Raise the limit of dynamic shared memory to the bytes below, once per kernel.
 // Grids need not follow the batch: what finds no work leaves. Launches that share `partials` and `counters` must
-// be ordered (one stream). Every kernel may be launched as a programmatic dependent: it reads the plan (spans,
-// tables, items, tiles, counts) before it waits for its predecessor, and nothing else.
+// be ordered (one stream). Every kernel may be launched as a programmatic dependent: before it waits for its predecessor
+// it reads the plan (spans, tables, items, runs, tiles, counts) and, in the runs of decodes, the pages before that of the
+// row's own position, and nothing else. So both must have been written before the step's first kernel began.
 
 /// Decode: grid: multiprocessors, one CTA each (a smaller grid works too). `limit` is the device's shared memory
 /// per block with opt-in: 227 KiB on sm_90, 163 KiB on sm_80.
@@ -170,6 +181,15 @@ constexpr uint32_t DECODE_THREADS = 224;
 __host__ __device__ constexpr uint32_t decode_shared_bytes(uint32_t limit) {
     return limit >= 224 * 1024 ? 224 * 1024 : 160 * 1024;
 }
+
+/// `attention_decode_runs_*`: grid as decode; threads and shared memory:
+constexpr uint32_t RUN_WARPS = 8;
+constexpr uint32_t RUN_THREADS = 32 * RUN_WARPS;
+/// Of a warp: the ring of pages, and a tile's scores.
+constexpr uint32_t RUN_RING_BYTES = 24 * 1024;
+constexpr uint32_t RUN_SCORE_BYTES = 4 * 1024;
+constexpr uint32_t RUN_BARRIER_BYTES = 1024;
+constexpr uint32_t RUN_SHARED_BYTES = RUN_BARRIER_BYTES + RUN_WARPS * (RUN_RING_BYTES + RUN_SCORE_BYTES);
 
 /// `attention_prefill_h*`: grid (kv_heads, tiles or more), threads and shared memory:
 __host__ __device__ constexpr uint32_t prefill_threads(uint32_t head_dim) { return prefill_tile_rows(head_dim) * 2; }

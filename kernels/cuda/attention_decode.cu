@@ -304,44 +304,6 @@ __device__ __forceinline__ void consume(const AttentionArguments& arguments, Boa
 
 // ---- The closers ----
 
-/// Merges a span's splits for one key-value head and writes the output; all closers take part.
-template <int HEAD, Kv KV>
-__device__ __forceinline__ void merge_splits(const AttentionArguments& arguments, const UnitNote& note,
-                                             uint32_t thread) {
-    constexpr uint32_t AHEAD = 8;
-    const uint32_t heads = arguments.kv_heads * arguments.group, first_item = note.item - note.split;
-    const float* stats = arguments.partials + uint64_t(arguments.items_max) * heads * HEAD;
-    for (uint32_t at = thread * 4; at < arguments.group * HEAD; at += 4 * 32 * CLOSERS) {
-        const uint32_t head = note.kv_head * arguments.group + at / HEAD;
-        RowSum total = empty_row();
-        float sum[4] = {};
-        for (uint32_t base = 0; base < note.splits; base += AHEAD) {
-            float4 part[AHEAD];
-            float2 stat[AHEAD];
-#pragma unroll
-            for (uint32_t i = 0; i < AHEAD; ++i) {
-                const uint64_t place = uint64_t(first_item + min(base + i, note.splits - 1)) * heads + head;
-                part[i] = __ldcg(reinterpret_cast<const float4*>(arguments.partials + place * HEAD + at % HEAD));
-                stat[i] = __ldcg(reinterpret_cast<const float2*>(stats + place * 2));
-            }
-#pragma unroll
-            for (uint32_t i = 0; i < AHEAD; ++i) {
-                if (base + i >= note.splits) break;
-                const MergeFactors factors = merge_rows(total, {stat[i].x, stat[i].y});
-                sum[0] = merged(sum[0], part[i].x, factors);
-                sum[1] = merged(sum[1], part[i].y, factors);
-                sum[2] = merged(sum[2], part[i].z, factors);
-                sum[3] = merged(sum[3], part[i].w, factors);
-            }
-        }
-        const float inverse = output_factor<KV>(total.sum, arguments);
-        const uint2 packed = {pack_bf16(finished(sum[0], inverse), finished(sum[1], inverse)),
-                              pack_bf16(finished(sum[2], inverse), finished(sum[3], inverse))};
-        bf16* to = arguments.out + uint64_t(note.row) * arguments.out_stride + head * HEAD + at % HEAD;
-        *reinterpret_cast<uint2*>(to) = packed;
-    }
-}
-
 /// A closer warp, of two that act together: counts each unit of a span of several, and merges them after the last.
 /// It gives the notes back, too.
 template <int HEAD, Kv KV>
@@ -364,7 +326,9 @@ __device__ __forceinline__ void close(const AttentionArguments& arguments, Board
             asm volatile("bar.sync 2, 64;" ::: "memory");
             const bool last = board.ended == note.splits;
             asm volatile("bar.sync 2, 64;" ::: "memory");
-            if (last) merge_splits<HEAD, KV>(arguments, note, thread);
+            if (last)
+                merge_parts<HEAD, KV, 32 * CLOSERS>(
+                    arguments, {note.item - note.split, note.splits, note.row, note.kv_head}, thread);
         }
         __syncwarp();
         if (thread % 32 == 0) barrier_arrive(shared_address(&board.note_free[slot]));

@@ -5,7 +5,7 @@
 //! refilled only when its consumers have given it back.
 #pragma once
 
-#include "attention_fp8.cuh"
+#include "attention_splits.cuh"
 
 namespace millrace {
 namespace {
@@ -16,8 +16,6 @@ static_assert(32 * (CONSUMERS + 1 + CLOSERS) == DECODE_THREADS);
 /// Units between the producer and the closers.
 constexpr uint32_t NOTES = 4;
 constexpr uint32_t ROWS = GROUP_MAX;
-constexpr uint32_t SPLIT_PAGES = SPLIT_KEYS / PAGE_TOKENS;
-static_assert(SPLIT_PAGES <= 32, "a lane of the producer holds one entry of the block table");
 
 #ifdef MILLRACE_BULK_COPY
 constexpr uint32_t RING_BYTES = 192 * 1024;
@@ -64,7 +62,6 @@ struct UnitNote {
     uint32_t first;
     uint32_t end;
 };
-constexpr uint32_t NO_ITEM = 0xffffffffu;
 
 /// Shared memory before the ring.
 template <int HEAD, Kv KV>

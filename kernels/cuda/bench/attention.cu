@@ -2,13 +2,15 @@
 //!
 //! `attention check [seed]`   every kernel against f64 on random inputs, and batch invariance byte by byte, bf16 and 8 bits
 //! `attention small [seed]`   the same on few and short sequences, for compute-sanitizer
-//! `attention time`           decode against measured bandwidth, prefill in TFLOP/s; `time-decode`, `time-prefill`
+//! `attention decodes [seed]` less than `check`, of decodes above all: both forms, alone and in a chain of kernels
+//! `attention time [splits]`  decode against measured bandwidth, with runs of so many splits; decode in a chain of kernels;
+//!                            prefill in TFLOP/s. Parts of it: `time-decode`, `time-chain`, `time-prefill`
 //!
 //! The exit status is 1 if a check fails. Build: see the head of `TUNING-attention.md`.
 
 #include <chrono>
 
-#include "attention_case.cuh"
+#include "attention_load.cuh"
 
 namespace {
 
@@ -20,8 +22,8 @@ void expect(bool holds, const char* what) {
     std::printf("FAILED: %s\n", what);
 }
 
-constexpr Kernel ALL_KERNELS[] = {Kernel::Decode, Kernel::Prefill, Kernel::Wgmma, Kernel::DecodeFp8,
-                                  Kernel::PrefillFp8};
+constexpr Kernel ALL_KERNELS[] = {Kernel::Decode,    Kernel::Runs,    Kernel::Prefill,   Kernel::Wgmma,
+                                  Kernel::DecodeFp8, Kernel::RunsFp8, Kernel::PrefillFp8};
 
 /// Compares the spans' rows with f64: the relative error over all of them, and over the worst row and head.
 void compare(const Case& batch, const std::vector<uint16_t>& out, const std::vector<AttentionSpan>& spans,
@@ -142,15 +144,57 @@ void check_invariance(const Device& device, const Shape& shape, uint32_t length,
     Device crowded = device;
     crowded.decode_grid = 3;
     expect(in_chunks(crowded, batch, Kernel::Decode, 1, true) == decoded, "decode on three multiprocessors");
+    for (const Kernel kernel : {Kernel::Runs, Kernel::RunsFp8}) {
+        if (!exists(kernel, shape.head_dim) || (reads_codes(kernel) && !codes)) continue;
+        for (const uint32_t splits : {1u, 2u, 8u}) {
+            crowded.run_splits = splits;
+            expect(in_chunks(crowded, batch, kernel, 1, true) == decoded, "runs on three multiprocessors");
+        }
+        same(kernel, 1, false);
+    }
     for (const Kernel kernel : {Kernel::Prefill, Kernel::Wgmma, Kernel::PrefillFp8}) {
         if (!exists(kernel, shape.head_dim) || (reads_codes(kernel) && !codes)) continue;
         for (const uint32_t chunk : {length, 333u, 64u, 7u, 1u}) same(kernel, chunk, chunk % 2);
     }
 }
 
-void check(const Device& device, bool small, uint64_t seed) {
-    Random random = {seed};
-    std::printf("seed %llu\n", static_cast<unsigned long long>(seed));
+/// Contexts around and beyond the splits of one run: the same bytes as by the other form.
+void check_runs(const Device& device, const Shape& shape, Random& random) {
+    const Case batch(shape, {1, 2047, 2048, 2049, 3200}, random, 2.f, true);
+    std::vector<AttentionSpan> spans;
+    for (uint32_t s = 0; s < batch.lengths.size(); ++s) spans.push_back(batch.span(s, batch.lengths[s] - 1, 1));
+    const std::vector<uint16_t> decoded = batch.run(device, Kernel::Decode, spans);
+    for (const Kernel kernel : {Kernel::Runs, Kernel::RunsFp8})
+        for (const uint32_t splits : {1u, 3u, 4u, 5u, 8u}) {
+            Device other = device;
+            other.run_splits = splits;
+            other.decode_grid = splits % 2 ? 1 : device.multiprocessors;
+            if (exists(kernel, shape.head_dim))
+                expect(batch.run(other, kernel, spans, 2) == decoded, "runs beyond their splits");
+        }
+}
+
+/// In a chain of dependent launches, where a product writes queries and last pages a moment before attention: the bytes
+/// of attention alone.
+void check_chain(const Device& device) {
+    for (const Load& load : {Load{{128, 8, 2, 0}, 1, 300, 300, 1, 3}, Load{{64, 2, 3, 200}, 9, 1, 1500, 1, 3},
+                             Load{{128, 4, 4, 0}, 70, 1, 900, 1, 2}, Load{{256, 2, 1, 0}, 5, 1, 700, 1, 2}})
+        for (const Kernel kernel : {Kernel::Decode, Kernel::Runs, Kernel::DecodeFp8, Kernel::RunsFp8}) {
+            if (!exists(kernel, load.shape.head_dim)) continue;
+            Loaded loaded(device, kernel, load);
+            const Chain chain(loaded, true);
+            for (uint32_t layers = 1; layers <= 3; ++layers) {
+                loaded.launch_layer(device, layers - 1, chain.stream);
+                const std::vector<uint16_t> alone = loaded.output();
+                chain.spoil();
+                for (uint32_t layer = 0; layer < layers; ++layer)
+                    chain.launch_layer(device, true, layer, chain.stream);
+                expect(loaded.output() == alone, "attention behind a product");
+            }
+        }
+}
+
+void check(const Device& device, bool small, Random& random) {
     const std::vector<uint32_t> lengths =
         small ? std::vector<uint32_t>{1, 17, 129, 530}
               : std::vector<uint32_t>{1, 15, 16, 17, 63, 64, 127, 128, 129, 255, 511, 512, 513, 800, 1025, 1537};
@@ -165,97 +209,23 @@ void check(const Device& device, bool small, uint64_t seed) {
             check_invariance(device, {head_dim, 1, 3, 0}, 150, random, true);
             continue;
         }
+        for (const uint32_t window : {0u, 700u, 2600u}) check_runs(device, {head_dim, 2, 3, window}, random);
         check_invariance(device, {head_dim, 2, 2, 0}, 1337, random, false);
         check_invariance(device, {head_dim, 1, 7, 0}, 1100, random, true);
         check_invariance(device, {head_dim, 2, 3, 200}, 1300, random, true);
     }
-    std::printf("%s: %d failures\n", failures ? "FAILED" : "passed", failures);
+    check_chain(device);
 }
 
-__global__ void fill_random(bf16* to, uint64_t count, uint64_t seed) {
-    for (uint64_t i = blockIdx.x * uint64_t(blockDim.x) + threadIdx.x; i < count; i += uint64_t(gridDim.x) * blockDim.x) {
-        uint64_t z = (i + seed) * 0x9e3779b97f4a7c15ull;
-        z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
-        z ^= z >> 27;
-        float sum = 0;
-        for (int k = 0; k < 4; ++k) sum += float(z >> 16 * k & 0xffff) / 65536.f - 0.5f;
-        to[i] = __float2bfloat16(sum * 1.7320508f);
+/// What decodes promise, on fewer shapes than `check`.
+void check_decodes(const Device& device, Random& random) {
+    const std::vector<uint32_t> lengths = {1, 16, 17, 128, 129, 511, 513, 1025, 1537};
+    for (const uint32_t head_dim : {64u, 96u, 128u, 256u}) {
+        check_against_reference(device, {head_dim, 2, 1 + random.below(8), 0}, lengths, random);
+        for (const uint32_t window : {0u, 700u, 2600u})
+            check_runs(device, {head_dim, 2, 1 + random.below(8), window}, random);
     }
-}
-
-/// Median time of one call in us; `calls` of them are captured into a graph and replayed.
-double time_us(uint32_t calls, const std::function<void(uint32_t, cudaStream_t)>& call) {
-    cudaStream_t stream;
-    cudaGraph_t graph;
-    cudaGraphExec_t replay;
-    cudaEvent_t begin, end;
-    CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-    CHECK(cudaEventCreate(&begin));
-    CHECK(cudaEventCreate(&end));
-    call(0, stream);
-    CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    for (uint32_t i = 0; i < calls; ++i) call(i, stream);
-    CHECK(cudaStreamEndCapture(stream, &graph));
-    CHECK(cudaGraphInstantiate(&replay, graph, 0));
-    std::vector<float> times;
-    for (int i = 0; i < 23; ++i) {
-        float elapsed;
-        CHECK(cudaEventRecord(begin, stream));
-        CHECK(cudaGraphLaunch(replay, stream));
-        CHECK(cudaEventRecord(end, stream));
-        CHECK(cudaEventSynchronize(end));
-        CHECK(cudaEventElapsedTime(&elapsed, begin, end));
-        if (i >= 3) times.push_back(elapsed);
-    }
-    std::sort(times.begin(), times.end());
-    CHECK(cudaGraphExecDestroy(replay));
-    CHECK(cudaGraphDestroy(graph));
-    CHECK(cudaStreamDestroy(stream));
-    return times[times.size() / 2] * 1e3 / calls;
-}
-
-/// One shape to time: `batch` sequences of `context`, of which the last `rows` positions are computed.
-struct Load {
-    Shape shape;
-    uint32_t batch, context, rows, layers;
-};
-
-double time_attention(const Device& device, Kernel kernel, const Load& load) {
-    const Shape& shape = load.shape;
-    const uint32_t pages = (load.context + PAGE_TOKENS - 1) / PAGE_TOKENS;
-    std::vector<uint32_t> tables(load.batch * pages);
-    Random random = {42};
-    for (uint32_t i = 0; i < tables.size(); ++i) tables[i] = i;
-    for (uint32_t i = uint32_t(tables.size()); i > 1; --i) std::swap(tables[i - 1], tables[random.below(i)]);
-    std::vector<AttentionSpan> spans;
-    for (uint32_t s = 0; s < load.batch; ++s) spans.push_back({s * load.rows, load.rows, load.context, s * pages});
-    const Plan plan(shape, kernel, spans);
-    const uint64_t layer = uint64_t(load.batch) * pages * 2 * shape.kv_heads * PAGE_TOKENS * shape.head_dim;
-    const uint64_t width = uint64_t(shape.heads()) * shape.head_dim, rows = uint64_t(load.batch) * load.rows;
-    DeviceArray<bf16> cache(layer * load.layers), queries(rows * width), out(rows * width);
-    fill_random<<<1024, 256>>>(cache.data, cache.size, 1);
-    fill_random<<<1024, 256>>>(queries.data, queries.size, 7);
-    const DeviceArray<uint32_t> tables_device(tables);
-    const DeviceArray<AttentionSpan> spans_device(plan.spans);
-    const DeviceArray<DecodeItem> items(plan.items);
-    const DeviceArray<PrefillTile> tiles(plan.tiles);
-    const DeviceArray<AttentionCounts> counts(
-        std::vector<AttentionCounts>{{uint32_t(plan.items.size()), uint32_t(plan.tiles.size())}});
-    DeviceArray<float> partials(partial_floats(plan.items.size(), shape.heads(), shape.head_dim));
-    DeviceArray<uint32_t> counters(counter_words(plan.spans.size(), shape.kv_heads));
-    CHECK(cudaMemset(counters.data, 0, counters.size * sizeof(uint32_t)));
-    CHECK(cudaDeviceSynchronize());
-    AttentionArguments arguments = {queries.data,         out.data,    cache.data,    spans_device.data,
-                                    tables_device.data,   items.data,  tiles.data,    counts.data,
-                                    partials.data,        counters.data, uint32_t(width), uint32_t(width),
-                                    shape.kv_heads,       shape.group, shape.window,  uint32_t(plan.items.size()),
-                                    1.44269504f / std::sqrt(float(shape.head_dim)), 1.f};
-    // Codes take half of the room; any bits will do for them.
-    const uint64_t layer_bytes = reads_codes(kernel) ? layer : 2 * layer;
-    return time_us(std::max(load.layers, 4u), [&](uint32_t i, cudaStream_t stream) {
-        arguments.cache = reinterpret_cast<const char*>(cache.data) + i % load.layers * layer_bytes;
-        launch(device, kernel, shape, arguments, uint32_t(plan.tiles.size()), stream);
-    });
+    check_chain(device);
 }
 
 __global__ void read_all(const uint4* from, uint64_t count, uint32_t* sink) {
@@ -272,7 +242,7 @@ __global__ void read_all(const uint4* from, uint64_t count, uint32_t* sink) {
     if (folded == 0x12345678) *sink = folded;
 }
 
-/// What this machine reaches when it only reads, in GB/s.
+/// What this machine reaches when it only reads, in GB/s; prints it, too.
 double read_gbs(const Device& device) {
     const uint64_t bytes = 4ull << 30;
     DeviceArray<bf16> from(bytes / 2);
@@ -282,33 +252,71 @@ double read_gbs(const Device& device) {
         read_all<<<device.multiprocessors * 2, 1024, 0, stream>>>(reinterpret_cast<const uint4*>(from.data), bytes / 16,
                                                                   sink.data);
     });
+    std::printf("reading alone: %.0f GB/s\n", bytes / us * 1e-3);
     return bytes / us * 1e-3;
 }
 
+/// The decode kernels, alone and at the end of a chain of products whose time without attention is taken off.
+constexpr Kernel DECODES[] = {Kernel::Decode, Kernel::Runs, Kernel::DecodeFp8, Kernel::RunsFp8};
+
+void print_load(const Load& load) {
+    std::printf("%5u %5u to %5u %4u %2u %5u |", load.batch, load.least, load.context, load.shape.head_dim,
+                load.shape.kv_heads, load.shape.group);
+}
+
 void time_decode(const Device& device, double reading) {
-    // Times of FlashAttention 3 on such a machine, in us; 0 where none was taken.
+    // Times of FlashAttention 3 in bf16 on an H100, in us; 0 where none was taken.
     const struct {
         Load load;
         double flash3;
     } loads[] = {
-        {{{128, 8, 2, 0}, 256, 800, 1, 2}, 299},   {{{128, 8, 4, 0}, 256, 800, 1, 2}, 307},
-        {{{128, 8, 4, 0}, 256, 4096, 1, 1}, 1373}, {{{128, 8, 4, 0}, 64, 4096, 1, 2}, 359},
-        {{{128, 8, 4, 0}, 1, 4096, 1, 8}, 38},     {{{128, 8, 2, 0}, 1, 300, 1, 28}, 0},
-        {{{128, 8, 2, 0}, 1, 1000, 1, 28}, 0},     {{{128, 8, 2, 0}, 16, 1000, 1, 4}, 0},
-        {{{64, 3, 3, 0}, 256, 800, 1, 4}, 0},      {{{96, 8, 4, 0}, 256, 800, 1, 2}, 0},
-        {{{256, 4, 2, 0}, 256, 800, 1, 2}, 0},     {{{128, 8, 8, 0}, 256, 800, 1, 2}, 0},
+        {{{128, 8, 2, 0}, 256, 800, 800, 1, 2}, 299},    {{{128, 8, 4, 0}, 256, 800, 800, 1, 2}, 307},
+        {{{128, 8, 2, 0}, 256, 100, 2048, 1, 2}, 0},     {{{128, 8, 4, 0}, 256, 100, 2048, 1, 2}, 0},
+        {{{128, 8, 4, 0}, 256, 4096, 4096, 1, 1}, 1373}, {{{128, 8, 4, 0}, 64, 4096, 4096, 1, 2}, 359},
+        {{{128, 8, 2, 0}, 128, 100, 2048, 1, 4}, 0},     {{{128, 8, 2, 0}, 64, 100, 2048, 1, 8}, 0},
+        {{{128, 8, 2, 0}, 48, 100, 2048, 1, 8}, 0},      {{{128, 8, 2, 0}, 32, 100, 2048, 1, 8}, 0},
+        {{{128, 8, 2, 0}, 16, 100, 2048, 1, 16}, 0},     {{{128, 8, 2, 0}, 8, 100, 2048, 1, 28}, 0},
+        {{{128, 8, 4, 0}, 1, 4096, 4096, 1, 8}, 38},     {{{128, 8, 2, 0}, 1, 300, 300, 1, 28}, 0},
+        {{{64, 3, 3, 0}, 256, 800, 800, 1, 4}, 0},       {{{96, 8, 4, 0}, 256, 800, 800, 1, 2}, 0},
+        {{{256, 4, 2, 0}, 256, 800, 800, 1, 2}, 0},      {{{128, 8, 8, 0}, 256, 800, 800, 1, 2}, 0},
     };
-    std::printf("decode: batch context head kv group |      us  GB/s  of reading  |  8 bits: us  GB/s  of reading |"
-                " FlashAttention 3 (bf16): us, ours faster by\n");
+    std::printf("decode alone, runs of %u splits: batch, context, head, kv, group | decode us, share of reading | runs |"
+                " decode, 8 bits | runs, 8 bits | FlashAttention 3\n",
+                device.run_splits);
     for (const auto& [load, flash3] : loads) {
-        const double us = time_attention(device, Kernel::Decode, load);
-        const double bytes = 4.0 * load.batch * load.context * load.shape.kv_heads * load.shape.head_dim;
-        std::printf("        %5u %7u %4u %2u %5u | %7.1f %5.0f  %7.0f %%", load.batch, load.context,
-                    load.shape.head_dim, load.shape.kv_heads, load.shape.group, us, bytes / us * 1e-3,
-                    bytes / us * 0.1 / reading);
-        const double fp8_us = time_attention(device, Kernel::DecodeFp8, load);
-        std::printf("  | %7.1f %5.0f  %7.0f %% |", fp8_us, bytes / 2 / fp8_us * 1e-3, bytes / 2 / fp8_us * 0.1 / reading);
-        if (flash3 > 0) std::printf("    %6.0f %.2fx", flash3, flash3 / us);
+        print_load(load);
+        for (const Kernel kernel : DECODES) {
+            if (!exists(kernel, load.shape.head_dim)) continue;
+            const Loaded loaded(device, kernel, load);
+            const double us = time_attention(device, loaded);
+            std::printf(" %7.1f %3.0f %% |", us, loaded.bytes() / us * 0.1 / reading);
+        }
+        if (flash3 > 0) std::printf(" %.0f", flash3);
+        std::printf("\n");
+    }
+}
+
+void time_chain(const Device& device) {
+    const Load loads[] = {
+        {{128, 8, 2, 0}, 1, 128, 128, 1, 28}, {{128, 8, 2, 0}, 1, 256, 256, 1, 28},
+        {{128, 8, 2, 0}, 1, 384, 384, 1, 28}, {{128, 8, 2, 0}, 1, 1000, 1000, 1, 28},
+        {{128, 8, 2, 0}, 4, 100, 500, 1, 28}, {{128, 8, 2, 0}, 8, 100, 500, 1, 28},
+        {{128, 8, 2, 0}, 32, 100, 2048, 1, 8}, {{128, 8, 2, 0}, 64, 100, 2048, 1, 8},
+        {{128, 8, 2, 0}, 256, 800, 800, 1, 4}, {{128, 8, 2, 0}, 256, 100, 2048, 1, 4},
+        {{128, 8, 4, 0}, 256, 100, 2048, 1, 4},
+    };
+    std::printf("in a chain, runs of %u splits: batch, context, head, kv, group | us a layer without attention | and what"
+                " is added by decode | runs | decode, 8 bits | runs, 8 bits\n",
+                device.run_splits);
+    for (const Load& load : loads) {
+        print_load(load);
+        for (const Kernel kernel : DECODES) {
+            Loaded loaded(device, kernel, load);
+            const Chain chain(loaded, false);
+            const double without = chain.time(device, false);
+            if (kernel == DECODES[0]) std::printf(" %7.1f |", without);
+            std::printf(" %7.1f |", chain.time(device, true) - without);
+        }
         std::printf("\n");
     }
 }
@@ -318,9 +326,9 @@ void time_prefill(const Device& device) {
         Load load;
         double flash3;
     } loads[] = {
-        {{{128, 8, 4, 0}, 4, 4096, 4096, 1}, 649}, {{{128, 8, 2, 0}, 16, 1024, 1024, 1}, 394},
-        {{{128, 8, 4, 0}, 1, 4096, 512, 1}, 0},    {{{64, 3, 3, 0}, 16, 1024, 1024, 1}, 0},
-        {{{256, 4, 2, 0}, 4, 2048, 2048, 1}, 0},
+        {{{128, 8, 4, 0}, 4, 4096, 4096, 4096, 1}, 649}, {{{128, 8, 2, 0}, 16, 1024, 1024, 1024, 1}, 394},
+        {{{128, 8, 4, 0}, 1, 4096, 4096, 512, 1}, 0},    {{{64, 3, 3, 0}, 16, 1024, 1024, 1024, 1}, 0},
+        {{{256, 4, 2, 0}, 4, 2048, 2048, 2048, 1}, 0},
     };
     std::printf("prefill, causal: batch context rows head kv group | mma us TFLOP/s | mma, 8 bits us TFLOP/s |"
                 " wgmma us TFLOP/s | FlashAttention 3\n");
@@ -331,7 +339,7 @@ void time_prefill(const Device& device) {
                     load.shape.head_dim, load.shape.kv_heads, load.shape.group);
         for (const Kernel kernel : {Kernel::Prefill, Kernel::PrefillFp8, Kernel::Wgmma}) {
             if (!exists(kernel, load.shape.head_dim)) continue;
-            const double us = time_attention(device, kernel, load);
+            const double us = time_attention(device, Loaded(device, kernel, load));
             std::printf(" %8.1f %5.0f |", us, flops / us * 1e-6);
         }
         if (flash3 > 0) std::printf(" %.0f", flash3);
@@ -345,14 +353,19 @@ int main(int count, char** words) {
     const char* mode = count > 1 ? words[1] : "check";
     const uint64_t seed = count > 2 ? std::strtoull(words[2], nullptr, 10)
                                     : uint64_t(std::chrono::system_clock::now().time_since_epoch().count());
-    const Device device;
+    Device device;
     if (std::strncmp(mode, "time", 4) != 0) {
-        check(device, std::strcmp(mode, "small") == 0, seed);
-    } else {
-        const double reading = read_gbs(device);
-        std::printf("reading alone: %.0f GB/s\n", reading);
-        if (std::strcmp(mode, "time-prefill") != 0) time_decode(device, reading);
-        if (std::strcmp(mode, "time-decode") != 0) time_prefill(device);
+        Random random = {seed};
+        std::printf("seed %llu\n", static_cast<unsigned long long>(seed));
+        if (std::strcmp(mode, "decodes") == 0) check_decodes(device, random);
+        else check(device, std::strcmp(mode, "small") == 0, random);
+        std::printf("%s: %d failures\n", failures ? "FAILED" : "passed", failures);
+        return failures ? 1 : 0;
     }
-    return failures ? 1 : 0;
+    if (count > 2) device.run_splits = uint32_t(std::strtoul(words[2], nullptr, 10));
+    const auto times = [mode](const char* what) { return std::strcmp(mode, "time") == 0 || std::strcmp(mode, what) == 0; };
+    if (times("time-decode")) time_decode(device, read_gbs(device));
+    if (times("time-chain")) time_chain(device);
+    if (times("time-prefill")) time_prefill(device);
+    return 0;
 }

@@ -40,6 +40,12 @@ DECLARE(attention_prefill_h64);
 DECLARE(attention_prefill_h96);
 DECLARE(attention_prefill_h128);
 DECLARE(attention_prefill_h256);
+DECLARE(attention_decode_runs_h64);
+DECLARE(attention_decode_runs_h96);
+DECLARE(attention_decode_runs_h128);
+DECLARE(attention_decode_runs_fp8_h64);
+DECLARE(attention_decode_runs_fp8_h96);
+DECLARE(attention_decode_runs_fp8_h128);
 DECLARE(attention_decode_fp8_h64);
 DECLARE(attention_decode_fp8_h96);
 DECLARE(attention_decode_fp8_h128);
@@ -95,20 +101,28 @@ struct Shape {
     uint32_t heads() const { return kv_heads * group; }
 };
 
-enum class Kernel { Decode, Prefill, Wgmma, DecodeFp8, PrefillFp8 };
-inline bool is_decode(Kernel kernel) { return kernel == Kernel::Decode || kernel == Kernel::DecodeFp8; }
-inline bool reads_codes(Kernel kernel) { return kernel == Kernel::DecodeFp8 || kernel == Kernel::PrefillFp8; }
+enum class Kernel { Decode, Runs, Prefill, Wgmma, DecodeFp8, RunsFp8, PrefillFp8 };
+inline bool is_runs(Kernel kernel) { return kernel == Kernel::Runs || kernel == Kernel::RunsFp8; }
+inline bool is_decode(Kernel kernel) {
+    return kernel == Kernel::Decode || kernel == Kernel::DecodeFp8 || is_runs(kernel);
+}
+inline bool reads_codes(Kernel kernel) {
+    return kernel == Kernel::DecodeFp8 || kernel == Kernel::RunsFp8 || kernel == Kernel::PrefillFp8;
+}
 inline const char* name_of(Kernel kernel) {
     switch (kernel) {
         case Kernel::Decode: return "decode";
+        case Kernel::Runs: return "runs";
         case Kernel::Prefill: return "prefill";
         case Kernel::Wgmma: return "wgmma";
         case Kernel::DecodeFp8: return "decode fp8";
+        case Kernel::RunsFp8: return "runs fp8";
         default: return "prefill fp8";
     }
 }
 /// Whether the kernel is made for heads of this size.
 inline bool exists(Kernel kernel, uint32_t head_dim) {
+    if (is_runs(kernel)) return head_dim <= 128;
     return kernel != Kernel::Wgmma || head_dim == 64 || head_dim == 128;
 }
 
@@ -130,6 +144,14 @@ inline Entry entry_of(Kernel kernel, uint32_t head_dim) {
                    : head_dim == 96  ? attention_decode_h96
                    : head_dim == 128 ? attention_decode_h128
                                      : attention_decode_h256;
+        case Kernel::Runs:
+            return head_dim == 64   ? attention_decode_runs_h64
+                   : head_dim == 96 ? attention_decode_runs_h96
+                                    : attention_decode_runs_h128;
+        case Kernel::RunsFp8:
+            return head_dim == 64   ? attention_decode_runs_fp8_h64
+                   : head_dim == 96 ? attention_decode_runs_fp8_h96
+                                    : attention_decode_runs_fp8_h128;
         case Kernel::Prefill:
             return head_dim == 64    ? attention_prefill_h64
                    : head_dim == 96  ? attention_prefill_h96
@@ -154,6 +176,8 @@ struct Device {
     uint32_t multiprocessors, shared_limit;
     /// CTAs of a decode: few ones make each go through many units.
     uint32_t decode_grid;
+    /// Splits of a run.
+    uint32_t run_splits = 2;
     Device() {
         cudaDeviceProp properties;
         CHECK(cudaGetDeviceProperties(&properties, 0));
@@ -163,43 +187,67 @@ struct Device {
     }
 };
 
+/// Launches a kernel as a dependent of the one before it in the stream, as a worker does.
+template <class... Parameters, class... Arguments>
+void launch_dependent(void (*entry)(Parameters...), dim3 grid, uint32_t threads, uint32_t shared, cudaStream_t stream,
+                      Arguments... arguments) {
+    CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(entry), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               int(shared)));
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    CHECK(cudaLaunchKernelEx(&config, entry, Parameters(arguments)...));
+}
+
 inline void launch(const Device& device, Kernel kernel, const Shape& shape, const AttentionArguments& arguments,
                    uint32_t tiles, cudaStream_t stream = nullptr) {
-    const Entry entry = entry_of(kernel, shape.head_dim);
     dim3 grid(device.multiprocessors);
     uint32_t threads = PREFILL_WGMMA_THREADS, shared = prefill_wgmma_shared_bytes(shape.head_dim);
     if (is_decode(kernel)) {
         grid = dim3(device.decode_grid);
-        threads = DECODE_THREADS;
-        shared = decode_shared_bytes(device.shared_limit);
+        threads = is_runs(kernel) ? RUN_THREADS : DECODE_THREADS;
+        shared = is_runs(kernel) ? RUN_SHARED_BYTES : decode_shared_bytes(device.shared_limit);
     } else if (kernel != Kernel::Wgmma) {
         grid = dim3(shape.kv_heads, std::max(tiles, 1u));
         threads = prefill_threads(shape.head_dim);
         shared = prefill_shared_bytes(shape.head_dim);
     }
-    CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(entry), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               int(shared)));
-    entry<<<grid, threads, shared, stream>>>(arguments);
-    CHECK(cudaGetLastError());
+    launch_dependent(entry_of(kernel, shape.head_dim), grid, threads, shared, stream, arguments);
 }
 
 /// The plan of a step, as the host writes it.
 struct Plan {
     std::vector<AttentionSpan> spans;
     std::vector<DecodeItem> items;
+    std::vector<uint32_t> runs;
     std::vector<PrefillTile> tiles;
-    /// All spans go to one kind of kernel here; a worker sends spans of one row to the decode kernel.
-    Plan(const Shape& shape, Kernel kernel, std::vector<AttentionSpan> from) : spans(std::move(from)) {
-        std::vector<uint64_t> ends;
+    uint32_t run_splits;
+    /// All spans go to one kind of kernel here; a worker sends spans of one row to a decode kernel.
+    Plan(const Shape& shape, Kernel kernel, std::vector<AttentionSpan> from, uint32_t splits)
+        : spans(std::move(from)), run_splits(splits) {
         for (uint32_t s = 0; s < spans.size(); ++s) {
             if (is_decode(kernel)) {
-                for (uint32_t split = 0; split <= (spans[s].context - 1) / SPLIT_KEYS; ++split)
+                for (uint32_t split = 0; split <= (spans[s].context - 1) / SPLIT_KEYS; ++split) {
+                    if (split == 0 || split >= run_splits) runs.push_back(uint32_t(items.size()));
                     items.push_back({s, split});
+                }
             } else {
                 const uint32_t packed = spans[s].rows * shape.group, rows = prefill_tile_rows(shape.head_dim);
                 for (uint32_t tile = 0; tile * rows < packed; ++tile) tiles.push_back({s, tile});
             }
         }
+        const auto keys = [&](uint32_t run) {
+            const uint32_t first = items[run].split * SPLIT_KEYS, length = items[run].split == 0 ? run_splits : 1;
+            return std::min(spans[items[run].span].context - first, length * SPLIT_KEYS);
+        };
+        std::stable_sort(runs.begin(), runs.end(), [&](uint32_t a, uint32_t b) { return keys(a) > keys(b); });
         const auto last_row = [&](const PrefillTile& tile) {
             const AttentionSpan& span = spans[tile.span];
             const uint32_t end = (tile.tile + 1) * prefill_tile_rows(shape.head_dim) / shape.group;
@@ -208,6 +256,9 @@ struct Plan {
         std::stable_sort(tiles.begin(), tiles.end(), [&](const PrefillTile& a, const PrefillTile& b) {
             return last_row(a) > last_row(b);
         });
+    }
+    AttentionCounts counts() const {
+        return {uint32_t(items.size()), uint32_t(tiles.size()), uint32_t(runs.size()), run_splits};
     }
 };
 
@@ -289,12 +340,12 @@ struct Case {
     /// Runs the spans and returns the output of all rows; rows outside of the spans stay poisoned (0xffff).
     std::vector<uint16_t> run(const Device& device, Kernel kernel, const std::vector<AttentionSpan>& spans,
                               uint32_t times = 1) const {
-        const Plan plan(shape, kernel, spans);
+        const Plan plan(shape, kernel, spans, device.run_splits);
         const DeviceArray<AttentionSpan> spans_device(plan.spans);
         const DeviceArray<DecodeItem> items(plan.items);
+        const DeviceArray<uint32_t> runs(plan.runs);
         const DeviceArray<PrefillTile> tiles(plan.tiles);
-        const DeviceArray<AttentionCounts> counts(
-            std::vector<AttentionCounts>{{uint32_t(plan.items.size()), uint32_t(plan.tiles.size())}});
+        const DeviceArray<AttentionCounts> counts(std::vector<AttentionCounts>{plan.counts()});
         DeviceArray<float> partials(partial_floats(plan.items.size(), shape.heads(), shape.head_dim));
         DeviceArray<uint32_t> counters(counter_words(plan.spans.size(), shape.kv_heads));
         DeviceArray<uint16_t> out(uint64_t(rows) * width());
@@ -307,6 +358,7 @@ struct Case {
         arguments.spans = spans_device.data;
         arguments.tables = tables_device->data;
         arguments.decode_items = items.data;
+        arguments.decode_runs = runs.data;
         arguments.prefill_tiles = tiles.data;
         arguments.counts = counts.data;
         arguments.partials = partials.data;

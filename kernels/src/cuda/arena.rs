@@ -322,13 +322,16 @@ fn step_bytes(plan: &ArenaPlan, spans_max: usize, logits_rows: usize) -> usize {
     let eager = Capacity {
         rows: plan.rows_max,
         spans: spans_max,
+        decodes: spans_max,
         items: spans_max * splits(plan.positions_max),
         tiles: packing(plan).tiles(plan.rows_max) + spans_max,
         logits_rows,
     };
     let graph = Capacity::of_decodes(GRAPH_ROWS_MAX, plan.positions_max);
     let tables = spans_max * plan.positions_max.div_ceil(BLOCK_TOKENS);
-    Layout::new(eager).words(tables).max(Layout::new(graph).words(tables)) * 4
+    // With runs there is one more section.
+    let words = |capacity| Layout::new(capacity, Some(1)).words(tables);
+    words(eager).max(words(graph)) * 4
 }
 
 fn sampling_places(cut: &mut Cutter, plan: &ArenaPlan, rows: usize) -> SamplingPlaces {

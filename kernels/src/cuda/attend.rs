@@ -1,17 +1,23 @@
 //! Launching attention, as `attention.cuh` says.
 //!
-//! Spans of one row go to the decode kernel, longer ones to a prefill kernel; both read the same plan, and what finds
-//! no work leaves at once. All give a row the same bytes. A cache of 8-bit floats has kernels of its own; its scales
+//! Spans of one row go to a decode kernel, longer ones to a prefill kernel; both read the same plan, and what finds
+//! no work leaves at once. Few decodes go to the kernel whose CTAs share a split, many on Hopper to the one whose warps
+//! walk runs of splits. All give a row the same bytes. A cache of 8-bit floats has kernels of its own; its scales
 //! are factors on the scores and on the result.
 
 use super::arena::{Activation, HEAD_DIMS, Place};
 use super::device::{Device, DeviceError, Kernel, Launch, arguments};
+use super::plan;
 use super::step::Run;
-use crate::ops::{AttentionShape, KvDtype, KvScales};
+use crate::ops::{AttentionShape, KvDtype, KvPlan, KvScales};
 
 /// As in `attention.cuh`.
 const DECODE_THREADS: u32 = 224;
+const RUN_THREADS: u32 = 256;
+const RUN_SHARED_BYTES: u32 = 225 * 1024;
 const PREFILL_WGMMA_THREADS: u32 = 384;
+/// Largest heads that the kernel for runs is compiled for.
+const RUN_HEAD_DIM_MAX: u32 = 128;
 /// Sizes of heads that the Hopper kernel for prefills is compiled for.
 const WGMMA_HEAD_DIMS: [u32; 2] = [64, 128];
 
@@ -42,6 +48,7 @@ struct AttentionArguments {
     spans: u64,
     tables: u64,
     decode_items: u64,
+    decode_runs: u64,
     prefill_tiles: u64,
     counts: u64,
     partials: u64,
@@ -62,6 +69,8 @@ struct Kernels {
     head_dim: u32,
     kv: KvDtype,
     decode: Kernel,
+    /// Decode by runs of splits, on Hopper.
+    runs: Option<Kernel>,
     prefill: Kernel,
     /// Whether `prefill` is the Hopper kernel.
     wgmma: bool,
@@ -92,20 +101,38 @@ impl Attend {
                     && !portable
                     && kv == KvDtype::Operand
                     && WGMMA_HEAD_DIMS.contains(&head_dim);
+                let walks = device.hopper && !portable && head_dim <= RUN_HEAD_DIM_MAX;
+                let runs =
+                    walks.then(|| device.kernel(&format!("attention_decode_runs{suffix}_h{head_dim}")));
                 let prefill = if wgmma { "attention_prefill_wgmma" } else { "attention_prefill" };
                 let entry = Kernels {
                     head_dim,
                     kv,
                     decode: device.kernel(&format!("attention_decode{suffix}_h{head_dim}"))?,
+                    runs: runs.transpose()?,
                     prefill: device.kernel(&format!("{prefill}{suffix}_h{head_dim}"))?,
                     wgmma,
                 };
                 device.allow_shared(entry.decode, decode_shared_bytes)?;
+                if let Some(runs) = entry.runs {
+                    device.allow_shared(runs, RUN_SHARED_BYTES)?;
+                }
                 device.allow_shared(entry.prefill, entry.prefill_shared_bytes())?;
                 kernels.push(entry);
             }
         }
         Ok(Self { kernels, decode_shared_bytes })
+    }
+
+    fn kernels(&self, kv: KvDtype, head_dim: usize) -> &Kernels {
+        let fits = |entry: &&Kernels| entry.head_dim as usize == head_dim && entry.kv == kv;
+        self.kernels.iter().find(fits).expect("the arena refuses other sizes of heads")
+    }
+
+    /// Splits of a run for a step with this many spans of one row; none where the CTAs share each split.
+    pub fn run_splits(&self, kv: &KvPlan, decodes: usize, multiprocessors: u32) -> Option<usize> {
+        self.kernels(kv.dtype, kv.head_dim).runs?;
+        plan::run_splits(decodes, kv.kv_heads, multiprocessors as usize)
     }
 
     /// Queues a layer's attention.
@@ -128,6 +155,7 @@ impl Attend {
             spans: run.section(layout.spans),
             tables: run.section(layout.tables),
             decode_items: run.section(layout.items),
+            decode_runs: run.section(layout.runs),
             prefill_tiles: run.section(layout.tiles),
             counts: run.section(layout.counts),
             partials: arena.partials,
@@ -141,17 +169,16 @@ impl Attend {
             scale_log2: shape.scale * scales.key * std::f32::consts::LOG2_E,
             value_scale: scales.value,
         };
-        let fits = |entry: &&Kernels| entry.head_dim as usize == shape.head_dim && entry.kv == kv;
-        let kernels = self.kernels.iter().find(fits);
-        let kernels = kernels.expect("the arena refuses other sizes of heads");
+        let kernels = self.kernels(kv, shape.head_dim);
         let multiprocessors = run.device.multiprocessors;
         if layout.capacity.items > 0 {
-            let launch = Launch {
-                shared_bytes: self.decode_shared_bytes,
-                ..Launch::grid([multiprocessors, 1, 1], DECODE_THREADS)
+            let (kernel, threads, shared_bytes) = match layout.run_splits.and(kernels.runs) {
+                Some(runs) => (runs, RUN_THREADS, RUN_SHARED_BYTES),
+                None => (kernels.decode, DECODE_THREADS, self.decode_shared_bytes),
             };
+            let launch = Launch { shared_bytes, ..Launch::grid([multiprocessors, 1, 1], threads) };
             // SAFETY: the argument is the one that the kernel declares; its memory is the arena's.
-            unsafe { run.device.launch(kernels.decode, launch, arguments![attention]) }?;
+            unsafe { run.device.launch(kernel, launch, arguments![attention]) }?;
         }
         if layout.capacity.tiles > 0 {
             let tiles = layout.capacity.tiles as u32;

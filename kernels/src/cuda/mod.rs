@@ -204,10 +204,13 @@ impl Cuda {
     fn write_batch(&mut self, graph_rows: Option<usize>) -> Layout {
         let arena = self.arena.as_mut().expect("allocate comes before any step");
         let (packing, batch) = (arena.packing(), self.step.batch());
-        let layout = Layout::new(match graph_rows {
+        let capacity = match graph_rows {
             Some(rows) => Capacity::of_decodes(rows, arena.plan.positions_max),
             None => Capacity::of(&batch, packing),
-        });
+        };
+        let run_splits =
+            self.attend.run_splits(&arena.plan.kv, capacity.decodes, self.device.multiprocessors);
+        let layout = Layout::new(capacity, run_splits);
         let staging = arena.flights.next_mut().staging.words_mut();
         layout.write(&batch, packing, staging, &mut self.tile_order);
         layout

@@ -13,6 +13,7 @@ pub const SPLIT_KEYS: usize = 512;
 const ROW_WORDS: usize = 4;
 const SPAN_WORDS: usize = 4;
 const ITEM_WORDS: usize = 2;
+const COUNTS_WORDS: usize = 4;
 /// See `SampleParameters` in `sample.cu`.
 pub const PARAMETER_WORDS: usize = 16;
 /// Of a row without a place in the cache, and of a token that is known.
@@ -48,7 +49,9 @@ pub struct Capacity {
     pub rows: usize,
     /// Spans.
     pub spans: usize,
-    /// Splits of spans of one row.
+    /// Spans of one row.
+    pub decodes: usize,
+    /// Their splits.
     pub items: usize,
     /// Tiles of longer spans.
     pub tiles: usize,
@@ -64,6 +67,7 @@ impl Capacity {
         Self {
             rows: batch.tokens.len(),
             spans: batch.spans.len(),
+            decodes: batch.spans.iter().filter(|span| span.rows == 1).count(),
             items: batch.spans.iter().map(splits).sum(),
             tiles: batch.spans.iter().map(tiles).sum(),
             logits_rows: batch.logits_rows.len(),
@@ -72,7 +76,8 @@ impl Capacity {
 
     /// What any step of this many single rows needs, at contexts up to `positions_max`.
     pub fn of_decodes(rows: usize, positions_max: usize) -> Self {
-        Self { rows, spans: rows, items: rows * splits(positions_max), tiles: 0, logits_rows: rows }
+        let items = rows * splits(positions_max);
+        Self { rows, spans: rows, decodes: rows, items, tiles: 0, logits_rows: rows }
     }
 }
 
@@ -81,11 +86,29 @@ pub fn splits(context: usize) -> usize {
     context.div_ceil(SPLIT_KEYS)
 }
 
+/// Warps of a multiprocessor that walk runs, `RUN_WARPS` in `attention.cuh`.
+const RUN_WARPS: usize = 8;
+
+/// Splits of a run for this many spans of one row, or none where the CTAs had better share each split: from a sixth of
+/// a run per warp on runs are faster, and the more of them a warp has, the fewer results it should leave in memory (the
+/// figures are in `TUNING-attention.md`). A choice of speed alone, by what a captured step knows.
+pub fn run_splits(decodes: usize, kv_heads: usize, multiprocessors: usize) -> Option<usize> {
+    let (heads, warps) = (decodes * kv_heads, multiprocessors * RUN_WARPS);
+    match () {
+        () if heads * 3 >= warps * 4 => Some(4),
+        () if heads * 3 >= warps * 2 => Some(2),
+        () if heads * 6 >= warps => Some(1),
+        () => None,
+    }
+}
+
 /// Where the sections start, in words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Layout {
     /// Room in each section.
     pub capacity: Capacity,
+    /// As [`run_splits`] gives them; without, the step has no list of runs.
+    pub run_splits: Option<usize>,
     /// `Row` each.
     pub rows: usize,
     /// `AttentionSpan` each.
@@ -94,6 +117,8 @@ pub struct Layout {
     pub counts: usize,
     /// `DecodeItem` each.
     pub items: usize,
+    /// The item at which each run begins.
+    pub runs: usize,
     /// `PrefillTile` each.
     pub tiles: usize,
     /// Row of each sampled row.
@@ -105,8 +130,8 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// Sections of this room.
-    pub fn new(capacity: Capacity) -> Self {
+    /// Sections of this room, with runs of so many splits.
+    pub fn new(capacity: Capacity, run_splits: Option<usize>) -> Self {
         let mut end = 0;
         let mut section = |words: usize| {
             let start = end;
@@ -115,10 +140,12 @@ impl Layout {
         };
         Self {
             capacity,
+            run_splits,
             rows: section(capacity.rows * ROW_WORDS),
             spans: section(capacity.spans * SPAN_WORDS),
-            counts: section(2),
+            counts: section(COUNTS_WORDS),
             items: section(capacity.items * ITEM_WORDS),
+            runs: section(if run_splits.is_some() { capacity.items } else { 0 }),
             tiles: section(capacity.tiles * ITEM_WORDS),
             logits_rows: section(capacity.logits_rows),
             parameters: section(capacity.logits_rows * PARAMETER_WORDS),
@@ -151,14 +178,45 @@ impl Layout {
         for (span, words) in batch.spans.iter().zip(spans) {
             words.copy_from_slice(&[span.first_row, span.rows, span.context, span.table]);
         }
-        into[self.counts..][..2].copy_from_slice(&[needed.items as u32, needed.tiles as u32]);
-        let mut item = self.items;
+        let runs = self.write_decodes(batch, into, order);
+        let counts = [needed.items, needed.tiles, runs, self.run_splits.unwrap_or(0)];
+        into[self.counts..][..COUNTS_WORDS].copy_from_slice(&counts.map(|count| count as u32));
+        self.write_tiles(batch, packing, into, order);
+        into[self.logits_rows..][..batch.logits_rows.len()].copy_from_slice(batch.logits_rows);
+        into[self.tables..][..batch.block_tables.len()].copy_from_slice(batch.block_tables);
+    }
+
+    /// Writes the splits of spans of one row, and the runs that they make. The number of runs.
+    fn write_decodes(&self, batch: &Batch<'_>, into: &mut [u32], order: &mut Vec<(u32, u32, u32)>) -> usize {
+        order.clear();
+        let mut item = 0;
         for (index, span) in batch.spans.iter().enumerate().filter(|(_, span)| span.rows == 1) {
             for split in 0..splits(span.context as usize) {
-                into[item..][..ITEM_WORDS].copy_from_slice(&[index as u32, split as u32]);
-                item += ITEM_WORDS;
+                into[self.items + item * ITEM_WORDS..][..ITEM_WORDS]
+                    .copy_from_slice(&[index as u32, split as u32]);
+                // Split 0 stands for the first run, which a split below its length belongs to.
+                if let Some(length) = self.run_splits.filter(|&length| split == 0 || split >= length) {
+                    let end = SPLIT_KEYS * if split == 0 { length } else { split + 1 };
+                    let keys = (span.context as usize).min(end) - split * SPLIT_KEYS;
+                    order.push((keys as u32, item as u32, 0));
+                }
+                item += 1;
             }
         }
+        longest_first(order);
+        for (&(_, item, _), word) in order.iter().zip(&mut into[self.runs..]) {
+            *word = item;
+        }
+        order.len()
+    }
+
+    fn write_tiles(
+        &self,
+        batch: &Batch<'_>,
+        packing: Packing,
+        into: &mut [u32],
+        order: &mut Vec<(u32, u32, u32)>,
+    ) {
         order.clear();
         for (index, span) in batch.spans.iter().enumerate().filter(|(_, span)| span.rows > 1) {
             for tile in 0..packing.tiles(span.rows as usize) {
@@ -167,14 +225,11 @@ impl Layout {
                 order.push((span.first_position() + last_row, index as u32, tile as u32));
             }
         }
-        // Those with the longest contexts first: the last ones to finish are then short.
-        order.sort_unstable_by(|a, b| b.0.cmp(&a.0).then((a.1, a.2).cmp(&(b.1, b.2))));
+        longest_first(order);
         let tiles = into[self.tiles..].chunks_exact_mut(ITEM_WORDS);
         for (&(_, span, tile), words) in order.iter().zip(tiles) {
             words.copy_from_slice(&[span, tile]);
         }
-        into[self.logits_rows..][..batch.logits_rows.len()].copy_from_slice(batch.logits_rows);
-        into[self.tables..][..batch.block_tables.len()].copy_from_slice(batch.block_tables);
     }
 
     fn write_rows(&self, batch: &Batch<'_>, into: &mut [u32]) {
@@ -200,6 +255,11 @@ impl Layout {
             padding.copy_from_slice(&[0, 0, NONE, NONE]);
         }
     }
+}
+
+/// Sorts what is to be dealt out by its length: the last to finish are then short.
+fn longest_first(order: &mut [(u32, u32, u32)]) {
+    order.sort_unstable_by(|a, b| b.0.cmp(&a.0).then((a.1, a.2).cmp(&(b.1, b.2))));
 }
 
 /// The size at which a step of single rows is computed and captured, for up to [`GRAPH_ROWS_MAX`] rows.
@@ -249,18 +309,80 @@ mod tests {
             logits_rows: &[0, 38, 39],
         };
         let packing = Packing::new(4, 128);
-        let layout = Layout::new(Capacity { rows: 48, ..Capacity::of(&batch, packing) });
-        assert_eq!((layout.capacity.items, layout.capacity.tiles), (4, 2));
+        let capacity = Capacity { rows: 48, ..Capacity::of(&batch, packing) };
+        assert_eq!((capacity.decodes, capacity.items, capacity.tiles), (2, 4, 2));
+        let layout = Layout::new(capacity, None);
         let mut words = vec![7; layout.words(tables.len())];
         layout.write(&batch, packing, &mut words, &mut Vec::new());
         assert_eq!(words[layout.rows..][..4], [100, 1024, (1000 + 64) * 16, NONE]);
         assert_eq!(words[layout.rows + 4..][..4], [101, 32, (1065 + 2) * 16, NONE]);
         assert_eq!(words[layout.rows + 38 * 4..][..4], [138, 69, (1065 + 4) * 16 + 5, 5], "its token is fed");
         assert_eq!(words[layout.rows + 47 * 4..][..4], [0, 0, NONE, NONE]);
-        assert_eq!(words[layout.counts..][..2], [4, 2]);
+        assert_eq!(words[layout.counts..][..4], [4, 2, 0, 0]);
+        assert_eq!(layout.runs, layout.tiles, "without runs there is no room for any");
         assert_eq!(words[layout.items..][..8], [0, 0, 0, 1, 0, 2, 2, 0]);
         assert_eq!(words[layout.tiles..][..4], [1, 1, 1, 0], "the longer context comes first");
         assert_eq!(words[layout.logits_rows..][..3], [0, 38, 39]);
         assert_eq!(words[layout.tables..], tables);
+    }
+
+    /// Which splits a run computes, as `look_up_run` in `attention_decode_runs.cuh` does.
+    fn splits_of_run(layout: &Layout, words: &[u32], run: usize) -> Vec<(u32, u32)> {
+        let item = words[layout.runs + run] as usize * ITEM_WORDS;
+        let (span, split) = (words[layout.items + item], words[layout.items + item + 1]);
+        let context = words[layout.spans + span as usize * SPAN_WORDS + 2] as usize;
+        let head = words[layout.counts + 3].min(splits(context) as u32);
+        (split..if split == 0 { head } else { split + 1 }).map(|split| (span, split)).collect()
+    }
+
+    #[test]
+    fn runs_hold_each_split_once_and_the_longest_come_first() {
+        let contexts = [1, 512, 513, 1024, 1025, 2048, 2049, 5000, 700];
+        let tables: Vec<u32> = (0..400).collect();
+        let span = |(row, context)| Span { first_row: row as u32, rows: 1, context, table: 0 };
+        let spans: Vec<Span> = contexts.into_iter().enumerate().map(span).collect();
+        let batch =
+            Batch { tokens: &[0; 9], feeds: &[], spans: &spans, block_tables: &tables, logits_rows: &[] };
+        let packing = Packing::new(2, 128);
+        for length in [1, 2, 4] {
+            let layout = Layout::new(Capacity::of(&batch, packing), Some(length));
+            let mut words = vec![u32::MAX; layout.words(tables.len())];
+            layout.write(&batch, packing, &mut words, &mut Vec::new());
+            let [items, tiles, runs, written] = words[layout.counts..][..4] else { panic!() };
+            assert_eq!((items, tiles, written as usize), (layout.capacity.items as u32, 0, length));
+            let all: Vec<Vec<(u32, u32)>> =
+                (0..runs as usize).map(|run| splits_of_run(&layout, &words, run)).collect();
+            let keys = |run: &Vec<(u32, u32)>| -> usize {
+                let of = |&(span, split): &(u32, u32)| {
+                    (contexts[span as usize] as usize - split as usize * SPLIT_KEYS).min(SPLIT_KEYS)
+                };
+                run.iter().map(of).sum()
+            };
+            assert!(all.windows(2).all(|pair| keys(&pair[0]) >= keys(&pair[1])), "{all:?}");
+            let mut held: Vec<(u32, u32)> = all.concat();
+            held.sort_unstable();
+            let expected: Vec<(u32, u32)> = (0..contexts.len())
+                .flat_map(|span| (0..splits(contexts[span] as usize)).map(move |s| (span as u32, s as u32)))
+                .collect();
+            assert_eq!(held, expected, "runs of {length}");
+        }
+    }
+
+    #[test]
+    fn the_more_spans_the_longer_the_runs() {
+        let of = |rows: usize| run_splits(padded(rows), 8, 132);
+        for (rows, expected) in [
+            (1, None),
+            (16, None),
+            (17, Some(1)),
+            (64, Some(1)),
+            (81, Some(2)),
+            (128, Some(2)),
+            (161, Some(4)),
+        ] {
+            assert_eq!(of(rows), expected, "{rows} rows");
+        }
+        assert!((1..GRAPH_ROWS_MAX).all(|rows| of(rows) <= of(rows + 1)));
+        assert_eq!(run_splits(256, 3, 132), Some(2), "fewer heads make fewer runs");
     }
 }
