@@ -1,10 +1,12 @@
 // How the sums of a matrix product leave the block that made them.
 //
-// Sums lie as tensor cores leave them: a warp has 16 features, a thread features f and f + 8 of rows r and r + 1 in each
-// tile of 8 rows of the batch. A row that a norm precedes was multiplied without its factor: the product before left
-// x * weight and sums of squares, and the factor, one for all of a row, is applied to the sums here. Everything that is
-// added up over features (squares of rows and of heads) is added in an order that depends on the features alone: 16 in a
-// warp, four warps, groups of 64 in ascending order. So a row has the same bytes from any kernel.
+// Tensor cores leave a warp 16 features, a thread features f and f + 8 of rows r and r + 1 in each tile of 8 rows of the
+// batch. `pair_rows` trades them so that a thread has features f, f + 1, f + 8 and f + 9 of one row, which everything here
+// works on: loads and stores are of pairs, and sums over features need few exchanges. A row that a norm precedes was
+// multiplied without its factor: the product before left x * weight and sums of squares, and the factor, one for all of a
+// row, is applied to the sums here. Everything that is added up over features (squares of rows and of heads) is added in
+// an order that depends on the features alone: 4 in a thread, 16 in a warp, four warps, groups of 64 in ascending order.
+// So a row has the same bytes from any kernel.
 #pragma once
 
 #include "cache.cuh"
@@ -63,6 +65,13 @@ struct Heads {
     int fp8;
 };
 
+/// Where blocks that share a tile meet: room for the sums of all that run at once, and counters that are zero between
+/// kernels.
+struct Meeting {
+    float4 *sums;
+    uint32_t *counters;
+};
+
 /// The result's side of a product.
 struct Output {
     void *out;
@@ -83,10 +92,11 @@ struct Output {
     NormBefore before;
     NormAfter after;
     Heads heads;
+    Meeting meeting;
 };
 
-/// Where a thread's part of a tile lies: features `feature` and `feature + 8`, rows `row` and `row + 1` of the batch, of
-/// which the block's first is `first_row`.
+/// Where a thread's part of a tile lies once rows are paired: features `feature`, `feature + 1`, `feature + 8` and
+/// `feature + 9` of row `row` of the batch. `feature` is even, and the block's first row is `first_row`.
 struct Spot {
     int feature;
     int row;
@@ -103,6 +113,12 @@ struct Spot {
         return spot;
     }
 };
+
+/// This thread's spot in the block's first tile.
+__device__ __forceinline__ Spot spot_in(int first_feature, int first_row) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    return {first_feature + warp * 16 + lane / 8 * 2, first_row + lane % 4 * 2 + lane / 4 % 2, first_row};
+}
 
 /// What the threads of a block share while sums leave: factors and places of its rows, and partial sums of squares by
 /// warp. `AHEAD_` is for how many tiles the cosines and sines are loaded at once: as many as there are registers for.
@@ -125,6 +141,11 @@ constexpr int AHEAD = 8;
 template <int THREADS>
 __device__ __forceinline__ void meet() {
     asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
+}
+
+/// Waits for the four warps that hold the sums of 64 features.
+__device__ __forceinline__ void meet_group() {
+    asm volatile("bar.sync %0, 128;" ::"r"(2 + threadIdx.x / 128) : "memory");
 }
 
 /// Fills in what is shared of the block's rows: the factors of the norm before, and with `PLACES` where the rows stand.
@@ -153,23 +174,15 @@ __device__ __forceinline__ void load_rows(S &shared, const Output &output, int f
     }
 }
 
-/// Adds over the 8 lanes that hold the same rows: 16 features of a warp.
-__device__ __forceinline__ float warp_features_sum(float value) {
-    value += __shfl_xor_sync(0xffffffffu, value, 4);
-    value += __shfl_xor_sync(0xffffffffu, value, 8);
-    return value + __shfl_xor_sync(0xffffffffu, value, 16);
-}
-
-/// Leaves a warp's sums of squares of a tile's rows.
+/// Leaves a warp's sum of squares of a tile's row, of which four lanes hold a share each.
 template <class S>
-__device__ __forceinline__ void leave_squares(S &shared, Spot spot, float even, float odd) {
-    even = warp_features_sum(even);
-    odd = warp_features_sum(odd);
-    if (threadIdx.x % 32 < 4) {
-        float *squares = shared.squares[threadIdx.x / 32] + spot.local_row();
-        squares[0] = even;
-        squares[1] = odd;
-    }
+__device__ __forceinline__ void leave_squares(S &shared, Spot spot, const float (&values)[4]) {
+    float squares = values[0] * values[0];
+#pragma unroll
+    for (int i = 1; i < 4; ++i) squares = __fmaf_rn(values[i], values[i], squares);
+    squares += __shfl_xor_sync(0xffffffffu, squares, 8);
+    squares += __shfl_xor_sync(0xffffffffu, squares, 16);
+    if (threadIdx.x % 32 < 8) shared.squares[threadIdx.x / 32][spot.local_row()] = squares;
 }
 
 /// The sum of squares of the 64 features of a warpgroup.
@@ -180,32 +193,50 @@ __device__ __forceinline__ float group_squares(const S &shared, int group, int l
            shared.squares[warp + 3][local];
 }
 
-__device__ __forceinline__ bool holds_odd_row() { return threadIdx.x / 4 % 2 == 1; }
-
 /// Lanes 4 apart hold neighbouring features of two rows; afterwards one has both of the even row, the other both of the
 /// odd one.
 __device__ __forceinline__ float2 pair_up(float even_row, float odd_row) {
-    const bool odd = holds_odd_row();
+    const bool odd = threadIdx.x / 4 % 2 == 1;
     const float received = __shfl_xor_sync(0xffffffffu, odd ? even_row : odd_row, 4);
     return odd ? make_float2(received, odd_row) : make_float2(even_row, received);
 }
 
-__device__ __forceinline__ void load_bias(const Output &output, int feature, float (&bias)[2]) {
+/// Turns sums as tensor cores leave them into those of a `Spot`.
+template <int COUNT>
+__device__ __forceinline__ void pair_rows(float (&sums)[COUNT]) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const bool has = output.bias != nullptr && feature + 8 * half < output.features;
-        bias[half] = has ? __ldg(output.bias + feature + 8 * half) : 0.0f;
+    for (int i = 0; i < COUNT; i += 2) {
+        const float2 pair = pair_up(sums[i], sums[i + 1]);
+        sums[i] = pair.x;
+        sums[i + 1] = pair.y;
     }
 }
 
-/// Calls `run(i, feature, row)` for the four sums of a spot that are inside of the result.
-template <class F>
-__device__ __forceinline__ void each_inside(const Output &output, Spot spot, F run) {
+/// Where a row begins: one multiplication of 32 bits by 32.
+template <class T>
+__device__ __forceinline__ T *row_of(T *first, int row, int stride) {
+    const uint64_t bytes = uint64_t(uint32_t(row)) * uint32_t(stride * int(sizeof(T)));
+    return reinterpret_cast<T *>(reinterpret_cast<uint64_t>(first) + bytes);
+}
+
+/// Feature `i` of the four of a spot that begins at `feature`.
+__device__ __forceinline__ int feature_of(int feature, int i) { return feature + i / 2 * 8 + i % 2; }
+
+/// A vector's numbers for the four features of a spot; zero where there is no vector or no such feature.
+__device__ __forceinline__ void load_vector(const float *vector, const Output &output, int feature, float (&numbers)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const int feature = spot.feature + i / 2 * 8, row = spot.row + i % 2;
-        if (feature < output.features && row < output.rows) run(i, feature, row);
+        const bool has = vector != nullptr && feature_of(feature, i) < output.features;
+        numbers[i] = has ? __ldg(vector + feature_of(feature, i)) : 0.0f;
     }
+}
+
+/// Stores a spot's numbers, if they are inside of the result. Rows end at even features, be it in what pads them.
+__device__ __forceinline__ void store_floats(const Output &output, Spot spot, const float (&values)[4]) {
+    if (spot.row >= output.rows) return;
+    float *out = row_of(static_cast<float *>(output.out) + spot.feature, spot.row, output.stride);
+    if (spot.feature < output.features) *reinterpret_cast<float2 *>(out) = make_float2(values[0], values[1]);
+    if (spot.feature + 8 < output.features) *reinterpret_cast<float2 *>(out + 8) = make_float2(values[2], values[3]);
 }
 
 // ---- VALUES and SILU_MUL ------------------------------------------------------------------------------------
@@ -213,36 +244,32 @@ __device__ __forceinline__ void each_inside(const Output &output, Spot spot, F r
 template <class S, int TILES>
 __device__ __forceinline__ void store_values(const S &shared, const Output &output, Spot first,
                                              const float (&sums)[TILES * 4]) {
-    float bias[2];
-    load_bias(output, first.feature, bias);
-    float *out = static_cast<float *>(output.out);
+    float bias[4];
+    load_vector(output.bias, output, first.feature, bias);
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
         const Spot spot = first.tile(tile);
-        const float *factors = shared.factors + spot.local_row();
-        each_inside(output, spot, [&](int i, int feature, int row) {
-            out[size_t(row) * output.stride + feature] = __fmaf_rn(sums[4 * tile + i], factors[i % 2], bias[i / 2]);
-        });
+        const float factor = shared.factors[spot.local_row()];
+        float values[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) values[i] = __fmaf_rn(sums[4 * tile + i], factor, bias[i]);
+        store_floats(output, spot, values);
     }
 }
 
 template <class S, int TILES>
 __device__ __forceinline__ void store_gated(const S &shared, const Output &output, Spot first,
                                             const float (&sums)[TILES * 4]) {
-    const int target = first.feature / 16 * 8 + (first.feature % 8) / 2 * 2;
+    const int target = first.feature / 16 * 8 + first.feature % 8;
     const bool inside = first.feature < output.features;
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
         const Spot spot = first.tile(tile);
-        const float *factors = shared.factors + spot.local_row();
+        const float factor = shared.factors[spot.local_row()];
         const float *sum = &sums[4 * tile];
-        const float2 pair = pair_up(silu(sum[0] * factors[0]) * (sum[2] * factors[0]),
-                                    silu(sum[1] * factors[1]) * (sum[3] * factors[1]));
-        const int row = spot.row + (holds_odd_row() ? 1 : 0);
-        if (row < output.rows && inside) {
-            auto *out = static_cast<__nv_bfloat16 *>(output.out) + size_t(row) * output.stride + target;
-            *reinterpret_cast<uint32_t *>(out) = pack_bf16(pair.x, pair.y);
-        }
+        const uint32_t pair = pack_bf16(silu(sum[0] * factor) * (sum[2] * factor), silu(sum[1] * factor) * (sum[3] * factor));
+        auto *out = row_of(static_cast<__nv_bfloat16 *>(output.out) + target, spot.row, output.stride);
+        if (spot.row < output.rows && inside) *reinterpret_cast<uint32_t *>(out) = pair;
     }
 }
 
@@ -250,42 +277,26 @@ __device__ __forceinline__ void store_gated(const S &shared, const Output &outpu
 
 /// What stands at a spot before sums are added; zero outside of the result.
 __device__ __forceinline__ void load_before(const Output &output, Spot spot, float (&before)[4]) {
-    const float *out = static_cast<const float *>(output.out);
-#pragma unroll
-    for (float &value : before) value = 0.0f;
-    each_inside(output, spot,
-                [&](int i, int feature, int row) { before[i] = out[size_t(row) * output.stride + feature]; });
-}
-
-__device__ __forceinline__ void store_added(const Output &output, Spot spot, const float (&values)[4]) {
-    float *out = static_cast<float *>(output.out);
-    each_inside(output, spot,
-                [&](int i, int feature, int row) { out[size_t(row) * output.stride + feature] = values[i]; });
-}
-
-/// The norm's weights of a thread's two features.
-__device__ __forceinline__ void load_norm(const Output &output, int feature, float (&weight)[2]) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const bool has = output.after.weight != nullptr && feature + 8 * half < output.features;
-        weight[half] = has ? __ldg(output.after.weight + feature + 8 * half) : 0.0f;
-    }
+    const float *out = row_of(static_cast<const float *>(output.out) + spot.feature, spot.row, output.stride);
+    const bool inside = spot.row < output.rows;
+    const float2 none = make_float2(0.0f, 0.0f);
+    const float2 low = inside && spot.feature < output.features ? *reinterpret_cast<const float2 *>(out) : none;
+    const float2 high = inside && spot.feature + 8 < output.features ? *reinterpret_cast<const float2 *>(out + 8) : none;
+    before[0] = low.x, before[1] = low.y, before[2] = high.x, before[3] = high.y;
 }
 
 /// Leaves what the next norm needs of values that are final; those outside of the result are zero.
 template <class S>
 __device__ __forceinline__ void leave_normed(S &shared, const Output &output, Spot spot, const float (&values)[4],
-                                             const float (&weight)[2]) {
+                                             const float (&weight)[4]) {
     if (output.after.weight == nullptr) return;
-    leave_squares(shared, spot, __fmaf_rn(values[0], values[0], values[2] * values[2]),
-                  __fmaf_rn(values[1], values[1], values[3] * values[3]));
-    const float2 low = pair_up(values[0] * weight[0], values[1] * weight[0]);
-    const float2 high = pair_up(values[2] * weight[1], values[3] * weight[1]);
-    const int row = spot.row + (holds_odd_row() ? 1 : 0), feature = spot.feature - (holds_odd_row() ? 1 : 0);
-    if (row >= output.rows) return;
-    __nv_bfloat16 *out = output.after.out + size_t(row) * output.after.out_stride;
-    if (feature < output.features) *reinterpret_cast<uint32_t *>(out + feature) = pack_bf16(low.x, low.y);
-    if (feature + 8 < output.features) *reinterpret_cast<uint32_t *>(out + feature + 8) = pack_bf16(high.x, high.y);
+    leave_squares(shared, spot, values);
+    if (spot.row >= output.rows) return;
+    __nv_bfloat16 *out = row_of(output.after.out + spot.feature, spot.row, output.after.out_stride);
+    if (spot.feature < output.features)
+        *reinterpret_cast<uint32_t *>(out) = pack_bf16(values[0] * weight[0], values[1] * weight[1]);
+    if (spot.feature + 8 < output.features)
+        *reinterpret_cast<uint32_t *>(out + 8) = pack_bf16(values[2] * weight[2], values[3] * weight[3]);
 }
 
 /// Writes the groups' sums of squares. `part` of `parts` says which tiles of 8 rows this block has made.
@@ -293,58 +304,61 @@ template <class S>
 __device__ __forceinline__ void store_squares(const S &shared, const Output &output, int first_feature, int first_row,
                                               int part, int parts) {
     if (output.after.weight == nullptr) return;
-    meet<S::THREADS>();
-    for (int i = threadIdx.x; i < S::GROUPS * S::BATCH; i += S::THREADS) {
-        const int group = i / S::BATCH, local = i % S::BATCH, feature = first_feature + group * 64;
-        if (first_row + local >= output.rows || feature >= output.features || local / 8 % parts != part) continue;
+    meet_group();
+    const int group = threadIdx.x / 128, feature = first_feature + group * 64;
+    if (feature >= output.features) return;
+    for (int local = threadIdx.x % 128; local < S::BATCH; local += 128) {
+        if (first_row + local >= output.rows || local / 8 % parts != part) continue;
         output.after.squares[size_t(first_row + local) * output.after.squares_stride + feature / 64] =
             group_squares(shared, group, local);
     }
 }
 
-/// Adds what is there to sums.
-template <int TILES>
-__device__ __forceinline__ void add_before(const Output &output, Spot first, float (&sums)[TILES * 4]) {
-#pragma unroll
-    for (int tile = 0; tile < TILES; ++tile) {
-        float before[4];
-        load_before(output, first.anew().tile(tile), before);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums[4 * tile + i] = before[i] + sums[4 * tile + i];
-    }
-}
-
 /// Adds the bias to one tile of sums, stores it, and leaves what the next norm needs.
 template <class S>
-__device__ __forceinline__ void finish_tile(S &shared, const Output &output, Spot spot, const float *sums,
-                                            const float (&bias)[2], const float (&weight)[2]) {
-    const float values[4] = {sums[0] + bias[0], sums[1] + bias[0], sums[2] + bias[1], sums[3] + bias[1]};
-    store_added(output, spot, values);
+__device__ __forceinline__ void finish_tile(S &shared, const Output &output, Spot spot, const float (&sums)[4],
+                                            const float (&bias)[4], const float (&weight)[4]) {
+    float values[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) values[i] = sums[i] + bias[i];
+    store_floats(output, spot, values);
     leave_normed(shared, output, spot, values, weight);
 }
 
-/// Stores a block's sums, with what is there added to them if it is not yet.
-template <bool ADDED, class S, int TILES>
-__device__ __forceinline__ void store_sums(S &shared, const Output &output, Spot start, const float (&sums)[TILES * 4],
-                                           int block_feature) {
-    float bias[2], weight[2];
-    load_bias(output, start.feature, bias);
-    load_norm(output, start.feature, weight);
+/// Calls `run(spot, values)` for each tile, with what stands there added to its sums.
+template <int TILES, class F>
+__device__ __forceinline__ void each_added(const Output &output, Spot start, const float (&sums)[TILES * 4], F run) {
 #pragma unroll
     for (int ahead = 0; ahead < TILES; ahead += AHEAD) {
         const Spot first = start.anew();
         float values[AHEAD][4];
 #pragma unroll
+        for (int i = 0; i < AHEAD && ahead + i < TILES; ++i) load_before(output, first.tile(ahead + i), values[i]);
+#pragma unroll
         for (int i = 0; i < AHEAD && ahead + i < TILES; ++i) {
-            if constexpr (!ADDED) load_before(output, first.tile(ahead + i), values[i]);
 #pragma unroll
-            for (int j = 0; j < 4; ++j)
-                values[i][j] = ADDED ? sums[4 * (ahead + i) + j] : values[i][j] + sums[4 * (ahead + i) + j];
+            for (int j = 0; j < 4; ++j) values[i][j] += sums[4 * (ahead + i) + j];
+            run(first.tile(ahead + i), values[i]);
         }
-#pragma unroll
-        for (int i = 0; i < AHEAD && ahead + i < TILES; ++i)
-            finish_tile(shared, output, first.tile(ahead + i), values[i], bias, weight);
     }
+}
+
+/// Adds the sums of a part of K that is not the last.
+template <int TILES>
+__device__ __forceinline__ void store_part(const Output &output, Spot start, const float (&sums)[TILES * 4]) {
+    each_added<TILES>(output, start, sums, [&](Spot spot, const float (&values)[4]) { store_floats(output, spot, values); });
+}
+
+/// Adds a block's sums, those of the last part of K.
+template <class S, int TILES>
+__device__ __forceinline__ void store_sums(S &shared, const Output &output, Spot start, const float (&sums)[TILES * 4],
+                                           int block_feature) {
+    float bias[4], weight[4];
+    load_vector(output.bias, output, start.feature, bias);
+    load_vector(output.after.weight, output, start.feature, weight);
+    each_added<TILES>(output, start, sums, [&](Spot spot, const float (&values)[4]) {
+        finish_tile(shared, output, spot, values, bias, weight);
+    });
     store_squares(shared, output, block_feature, start.first_row, 0, 1);
 }
 
@@ -364,7 +378,7 @@ __device__ __forceinline__ PageTarget page_target(const Heads &heads, int head, 
     return page;
 }
 
-/// The head that a thread's two features belong to: elements `element` and `element + head_dim / 2`.
+/// The head that a thread's four features belong to: elements `element`, `element + 1`, and those half a head on.
 struct HeadSpot {
     int head;
     int element;
@@ -388,20 +402,24 @@ __device__ __forceinline__ HeadSpot head_spot(const Output &output, int feature)
     return spot;
 }
 
+/// A vector's numbers for the four elements of a spot.
+__device__ __forceinline__ void load_elements(const float *vector, int element, int head_dim, float (&numbers)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) numbers[i] = __ldg(vector + element + i / 2 * (head_dim / 2) + i % 2);
+}
+
 /// Applies the factors of the norm before, and biases.
 template <class S, int TILES>
 __device__ __forceinline__ void finish_heads(const S &shared, const Output &output, HeadSpot at, Spot first,
                                              float (&sums)[TILES * 4]) {
     const int dim = output.heads.head_dim;
-    const bool has = output.bias != nullptr && at.inside;
-    const float *source = output.bias + at.head * dim + at.element;
-    const float bias[2] = {has ? __ldg(source) : 0.0f, has ? __ldg(source + dim / 2) : 0.0f};
+    float bias[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (output.bias != nullptr && at.inside) load_elements(output.bias + at.head * dim, at.element, dim, bias);
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
-        const float *factors = shared.factors + first.tile(tile).local_row();
+        const float factor = shared.factors[first.tile(tile).local_row()];
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-            sums[4 * tile + i] = __fmaf_rn(sums[4 * tile + i], factors[i % 2], bias[i / 2]);
+        for (int i = 0; i < 4; ++i) sums[4 * tile + i] = __fmaf_rn(sums[4 * tile + i], factor, bias[i]);
     }
 }
 
@@ -411,8 +429,7 @@ __device__ __forceinline__ void leave_head_squares(S &shared, Spot first, const 
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
         const float *sum = &sums[4 * tile];
-        leave_squares(shared, first.tile(tile), __fmaf_rn(sum[0], sum[0], sum[2] * sum[2]),
-                      __fmaf_rn(sum[1], sum[1], sum[3] * sum[3]));
+        leave_squares(shared, first.tile(tile), {sum[0], sum[1], sum[2], sum[3]});
     }
     meet<S::THREADS>();
 }
@@ -422,13 +439,14 @@ template <class S, int TILES>
 __device__ __forceinline__ void norm_heads(const S &shared, const Output &output, HeadSpot at, Spot first,
                                            float (&sums)[TILES * 4]) {
     if (at.norm == nullptr) return;
-    const float weight[2] = {__ldg(at.norm + at.element), __ldg(at.norm + at.element + output.heads.head_dim / 2)};
+    float weight[4];
+    load_elements(at.norm, at.element, output.heads.head_dim, weight);
     const float *group = shared.heads[threadIdx.x / 128];
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
-        const float *factors = group + first.tile(tile).local_row();
+        const float factor = group[first.tile(tile).local_row()];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sums[4 * tile + i] = sums[4 * tile + i] * factors[i % 2] * weight[i / 2];
+        for (int i = 0; i < 4; ++i) sums[4 * tile + i] = sums[4 * tile + i] * factor * weight[i];
     }
 }
 
@@ -439,39 +457,40 @@ __device__ __forceinline__ void store_heads(const S &shared, const Output &outpu
                                             const float (&sums)[TILES * 4]) {
     constexpr int GROUP = TILES < S::TURNS_AHEAD ? TILES : S::TURNS_AHEAD;
     const Heads &heads = output.heads;
-    const int odd = holds_odd_row() ? 1 : 0, half = heads.head_dim / 2, element = at.element - odd;
-    const float *table = heads.table + element;
+    const int half = heads.head_dim / 2;
+    const float *table = heads.table + at.element;
 #pragma unroll
     for (int ahead = 0; ahead < TILES; ahead += GROUP) {
         const Spot first = start.anew();
         float2 cosines[GROUP], sines[GROUP];
 #pragma unroll
         for (int i = 0; i < GROUP; ++i) {
-            const int local = first.tile(ahead + i).local_row() + odd;
-            const auto *turn = reinterpret_cast<const float2 *>(table + size_t(shared.positions[local]) * heads.head_dim);
+            const uint32_t position = shared.positions[first.tile(ahead + i).local_row()];
+            const auto *turn = reinterpret_cast<const float2 *>(row_of(table, int(position), heads.head_dim));
             cosines[i] = at.is_value ? make_float2(1.0f, 1.0f) : __ldg(turn);
             sines[i] = at.is_value ? make_float2(0.0f, 0.0f) : __ldg(turn + half / 2);
         }
 #pragma unroll
         for (int i = 0; i < GROUP; ++i) {
+            const Spot spot = first.tile(ahead + i);
             const float *sum = &sums[4 * (ahead + i)];
-            const float2 x = pair_up(sum[0], sum[1]), y = pair_up(sum[2], sum[3]);
+            const float2 x = make_float2(sum[0], sum[1]), y = make_float2(sum[2], sum[3]);
             const float2 c = cosines[i], s = sines[i];
             float2 a = make_float2(__fmaf_rn(x.x, c.x, -(y.x * s.x)), __fmaf_rn(x.y, c.y, -(y.y * s.y)));
             float2 b = make_float2(__fmaf_rn(y.x, c.x, x.x * s.x), __fmaf_rn(y.y, c.y, x.y * s.y));
             // A value is not turned by nothing either: zero times infinity is no number.
             if (at.is_value) a = x, b = y;
-            const int row = first.row + 8 * (ahead + i) + odd;
-            if (row >= output.rows || !at.inside) continue;
-            const uint32_t slot = shared.slots[first.tile(ahead + i).local_row() + odd];
+            if (spot.row >= output.rows || !at.inside) continue;
+            const uint32_t slot = shared.slots[spot.local_row()];
             if (at.is_query) {
-                __nv_bfloat16 *query = heads.queries + size_t(row) * heads.query_stride + at.head * heads.head_dim + element;
+                __nv_bfloat16 *first = heads.queries + at.head * heads.head_dim + at.element;
+                __nv_bfloat16 *query = row_of(first, spot.row, heads.query_stride);
                 *reinterpret_cast<uint32_t *>(query) = pack_bf16(a.x, a.y);
                 *reinterpret_cast<uint32_t *>(query + half) = pack_bf16(b.x, b.y);
             } else if (slot != NO_SLOT) {
                 const PageTarget page = page_target(heads, at.head, slot);
-                write_pair(page, element, a.x, a.y);
-                write_pair(page, element + half, b.x, b.y);
+                write_pair(page, at.element, a.x, a.y);
+                write_pair(page, at.element + half, b.x, b.y);
             }
         }
     }

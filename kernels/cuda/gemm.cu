@@ -23,12 +23,14 @@ constexpr int MATRIX_BOX = GROUP_FEATURES * ROW_BYTES;
 /// Batch tiles that are computed beside each other: with as many feature tiles they share what the cache holds.
 constexpr int SUPER_TILES = 8;
 
-/// How parts of K are added.
+/// Who takes the parts of K.
 enum Parts {
-    /// By blocks of a cluster, a part each. With one part, by nobody.
+    /// The blocks of a cluster, one each. With one part, there is nothing to meet for.
     BESIDE,
-    /// In registers, in turn.
-    TOTALS,
+    /// Pairs of blocks anywhere, one each. They all must run at once.
+    APART,
+    /// One pair all of them in turn, tile after tile.
+    IN_TURN,
 };
 
 /// The shape of a kernel: warpgroups that multiply, rows of the batch, stages, whether blocks work in pairs, and how many
@@ -46,34 +48,66 @@ struct Shape {
     static constexpr int HELPERS = GROUPS == 2 && BLOCKS == 1 ? 96 : 0;
 };
 
-/// Where a block works.
-struct Place {
-    int feature, row, begin, steps, split, splits, pair;
-    uint32_t rank;
+/// The ring of stages, and the stage where a thread stands.
+template <typename S>
+struct Ring {
+    uint32_t memory, full, empty;
+    int stage = 0, turn = 0;
+
+    __device__ __forceinline__ uint32_t stage_memory() const { return memory + stage * S::STAGE_BYTES; }
+    __device__ __forceinline__ uint32_t stage_full() const { return full + 8 * stage; }
+    __device__ __forceinline__ uint32_t stage_empty() const { return empty + 8 * stage; }
+    __device__ __forceinline__ void next() {
+        stage += 1;
+        if (stage == S::STAGES) stage = 0, turn ^= 1;
+    }
 };
 
-template <typename S, Parts PARTS>
-__device__ __forceinline__ Place place_of(const Output &output) {
-    Place place;
-    place.splits = PARTS == BESIDE ? output.splits : 1;
-    const int cluster = place.splits * (S::PAIR ? 2 : 1), tile = blockIdx.x / cluster;
-    place.rank = blockIdx.x % cluster;
-    place.split = place.rank % place.splits;
-    place.pair = place.rank / place.splits;
-    // Tiles in groups of 8 batch tiles, all features of a group before the next.
-    const int group = tile / (SUPER_TILES * output.feature_tiles), first = group * SUPER_TILES;
+/// Where a block works.
+struct Place {
+    /// Of those that a grid has, in the order in which they are taken.
+    int tile;
+    int feature, row, begin, steps, split;
+    /// Parts of K that the blocks of a cluster take, and which block of a pair this is.
+    int beside, pair;
+
+    /// The cluster's block of the same part in a pair.
+    __device__ __forceinline__ uint32_t rank_of(int block) const { return split % beside + block * beside; }
+};
+
+/// Fills in where a tile lies. Tiles come in groups of 8 batch tiles, all features of a group before the next.
+template <typename S>
+__device__ __forceinline__ void locate(Place &place, const Output &output) {
+    const int group = place.tile / (SUPER_TILES * output.feature_tiles), first = group * SUPER_TILES;
     const int height = min(SUPER_TILES, output.batch_tiles - first);
-    const int inside = tile - group * SUPER_TILES * output.feature_tiles;
+    const int inside = place.tile - group * SUPER_TILES * output.feature_tiles;
     place.row = (first + inside % height) * S::BATCH;
     place.feature = (inside / height * (S::PAIR ? 2 : 1) + place.pair) * S::FEATURES;
-    if (PARTS != BESIDE) {
-        place.begin = 0;
-        place.steps = (output.columns + COLUMNS - 1) / COLUMNS;
-    } else {
-        place.begin = split_start(output, place.split);
-        place.steps = split_start(output, place.split + 1) - place.begin;
-    }
+    place.begin = split_start(output, place.split);
+    place.steps = split_start(output, place.split + 1) - place.begin;
+}
+
+/// Where a block works first.
+template <typename S, Parts PARTS>
+__device__ __forceinline__ Place first_place(const Output &output) {
+    Place place;
+    place.beside = PARTS == BESIDE ? output.splits : 1;
+    const int cluster = place.beside * (S::PAIR ? 2 : 1), rank = blockIdx.x % cluster, index = blockIdx.x / cluster;
+    place.tile = PARTS == APART ? index / output.splits : index;
+    place.split = PARTS == APART ? index % output.splits : rank % place.beside;
+    place.pair = rank / place.beside;
+    locate<S>(place, output);
     return place;
+}
+
+/// Goes on to the next part of K or the next tile of a pair that walks, if there is one.
+template <typename S>
+__device__ __forceinline__ bool walk_on(Place &place, const Output &output) {
+    place.split += 1;
+    if (place.split == output.splits) place.split = 0, place.tile += gridDim.x / 2;
+    if (place.tile >= output.batch_tiles * output.feature_tiles) return false;
+    locate<S>(place, output);
+    return true;
 }
 
 template <typename S>
@@ -92,7 +126,7 @@ __device__ __forceinline__ void copy_batch(uint32_t target, const CUtensorMap &m
     const int column = (place.begin + step) * COLUMNS;
     if constexpr (S::PAIR) {
         constexpr int BOXES = S::BATCH / S::BOX_ROWS / 2;
-        const uint16_t mask = uint16_t(1u << place.split | 1u << (place.split + place.splits));
+        const uint16_t mask = uint16_t(1u << place.rank_of(0) | 1u << place.rank_of(1));
 #pragma unroll
         for (int box = 0; box < BOXES; ++box) {
             const int row = (place.pair * BOXES + box) * S::BOX_ROWS;
@@ -105,26 +139,31 @@ __device__ __forceinline__ void copy_batch(uint32_t target, const CUtensorMap &m
     }
 }
 
-/// One thread fills the ring.
-template <typename S>
-__device__ __forceinline__ void produce(uint32_t ring, uint32_t full, uint32_t empty, const CUtensorMap &matrix,
-                                        const CUtensorMap &batch, const Place &place) {
-    const int ahead = min(place.steps, S::STAGES);
+/// One thread fills the ring. The first stages' weights do not wait for the kernel before.
+template <typename S, Parts PARTS>
+__device__ __forceinline__ void produce(Ring<S> ring, const CUtensorMap &matrix, const CUtensorMap &batch, Place place,
+                                        const Output &output) {
+    int ahead = min(place.steps, S::STAGES);
     for (int step = 0; step < ahead; ++step) {
-        barrier_expect(full + 8 * step, S::STAGE_BYTES);
-        copy_matrix<S>(ring + step * S::STAGE_BYTES, matrix, place, step, full + 8 * step);
+        barrier_expect(ring.full + 8 * step, S::STAGE_BYTES);
+        copy_matrix<S>(ring.memory + step * S::STAGE_BYTES, matrix, place, step, ring.full + 8 * step);
     }
     wait_for_predecessor();
-    for (int step = 0; step < place.steps; ++step) {
-        const int stage = step % S::STAGES;
-        const uint32_t target = ring + stage * S::STAGE_BYTES, barrier = full + 8 * stage;
-        if (step >= S::STAGES) {
-            barrier_wait(empty + 8 * stage, (step / S::STAGES - 1) % 2);
-            barrier_expect(barrier, S::STAGE_BYTES);
-            copy_matrix<S>(target, matrix, place, step, barrier);
+    do {
+        for (int step = 0; step < place.steps; ++step) {
+            const uint32_t target = ring.stage_memory(), barrier = ring.stage_full();
+            if (ahead > 0) {
+                ahead -= 1;
+            } else {
+                // In the ring's first turn this phase counts as over.
+                barrier_wait(ring.stage_empty(), ring.turn ^ 1);
+                barrier_expect(barrier, S::STAGE_BYTES);
+                copy_matrix<S>(target, matrix, place, step, barrier);
+            }
+            copy_batch<S>(target + S::MATRIX_BYTES, batch, place, step, barrier);
+            ring.next();
         }
-        copy_batch<S>(target + S::MATRIX_BYTES, batch, place, step, barrier);
-    }
+    } while (PARTS == IN_TURN && walk_on<S>(place, output));
 }
 
 /// Four steps of 16 columns out of one stage.
@@ -141,76 +180,90 @@ template <typename S>
 __device__ __forceinline__ void release(uint32_t barrier, const Place &place) {
     if (threadIdx.x % 128 != 0) return;
     if constexpr (S::PAIR) {
-        barrier_arrive_at(barrier, place.split);
-        barrier_arrive_at(barrier, place.split + place.splits);
+        barrier_arrive_at(barrier, place.rank_of(0));
+        barrier_arrive_at(barrier, place.rank_of(1));
     } else {
         barrier_arrive(barrier);
     }
 }
 
-/// A warpgroup multiplies the ring's stages. Where parts of K are taken in turn, `part_end` gets each part's sums.
-template <typename S, bool IN_TURN, class F>
-__device__ __forceinline__ void consume(float (&sums)[S::BATCH / 2], uint32_t ring, uint32_t full, const Place &place,
-                                        const Output &output, F part_end) {
-    const uint32_t empty = full + 8 * S::STAGES, group = threadIdx.x / 128;
-    int part = 0, begin = 0, end = IN_TURN ? split_start(output, 1) : place.steps;
+/// A warpgroup multiplies the stages of one part of K.
+template <typename S>
+__device__ __forceinline__ void consume(float (&sums)[S::BATCH / 2], Ring<S> &ring, const Place &place) {
+    const uint32_t group = threadIdx.x / 128;
+    uint32_t read = 0;
     for (int step = 0; step < place.steps; ++step) {
-        const int stage = step % S::STAGES;
-        const uint32_t source = ring + stage * S::STAGE_BYTES;
-        barrier_wait(full + 8 * stage, step / S::STAGES % 2);
+        const uint32_t source = ring.stage_memory();
+        barrier_wait(ring.stage_full(), ring.turn);
         wgmma_hold(sums);
         wgmma_fence();
-        multiply_stage<S::BATCH>(sums, source + group * MATRIX_BOX, source + S::MATRIX_BYTES, step == begin);
+        multiply_stage<S::BATCH>(sums, source + group * MATRIX_BOX, source + S::MATRIX_BYTES, step == 0);
         wgmma_commit();
         wgmma_hold(sums);
         // The stage before is free once its products have ended; this stage's go on meanwhile.
         if (step > 0) {
             wgmma_wait<1>();
-            release<S>(empty + 8 * ((step - 1) % S::STAGES), place);
+            release<S>(read, place);
         }
-        if constexpr (IN_TURN) {
-            if (step + 1 == end) {
-                wgmma_wait<0>();
-                wgmma_hold(sums);
-                part_end(part);
-                part += 1;
-                begin = end;
-                end = split_start(output, part + 1);
-            }
-        }
+        read = ring.stage_empty();
+        ring.next();
     }
     wgmma_wait<0>();
     wgmma_hold(sums);
+    release<S>(read, place);
+}
+
+/// Waits for all pairs of a tile's parts and sees what they wrote: through a counter that the last to leave clears.
+__device__ __forceinline__ void meet_in_memory(uint32_t *counter, uint32_t parts) {
+    if (threadIdx.x != 0) return;
+    uint32_t found;
+    asm volatile("red.add.release.gpu.global.u32 [%0], 1;" ::"l"(counter) : "memory");
+    do {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(counter) : "memory");
+    } while (found < parts);
+    if (atomicAdd(counter, 1) == 2 * parts - 1) atomicExch(counter, 0);
 }
 
 /// Adds the parts' sums in order: the block of part r takes every r-th share of the tile. There are two parts or more.
-template <typename S, class L>
+/// The blocks read each other's sums in their shared memory, or where pairs are apart in the device's.
+template <typename S, Parts PARTS, class L>
 __device__ __forceinline__ void add_parts(L &shared, const Output &output, const float (&sums)[S::BATCH / 2],
                                           uint8_t *scratch, const Place &place, Spot first) {
     constexpr int TILES = S::BATCH / 8, MINE = (TILES + 1) / 2;
     // What is added to is on its way while the parts meet.
-    float before[MINE][4], bias[2], weight[2];
-    load_bias(output, first.feature, bias);
-    load_norm(output, first.feature, weight);
+    float before[MINE][4], bias[4], weight[4];
+    load_vector(output.bias, output, first.feature, bias);
+    load_vector(output.after.weight, output, first.feature, weight);
 #pragma unroll
-    for (int i = 0; i < MINE; ++i) load_before(output, first.anew().tile(place.split + i * place.splits), before[i]);
+    for (int i = 0; i < MINE; ++i) load_before(output, first.anew().tile(place.split + i * output.splits), before[i]);
     // All warps have read their last stage, and nobody copies into the ring any more: its memory is free.
-    meet<S::CONSUMERS>();
-    auto *mine = reinterpret_cast<float4 *>(scratch);
+    if (PARTS == BESIDE) meet<S::CONSUMERS>();
+    const int share = TILES * S::CONSUMERS, block = place.tile * 2 * output.splits + place.pair;
+    float4 *kept = PARTS == APART ? output.meeting.sums + size_t(block + 2 * place.split) * share + threadIdx.x
+                                  : reinterpret_cast<float4 *>(scratch) + threadIdx.x;
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile)
-        mine[tile * S::CONSUMERS + threadIdx.x] =
+        kept[tile * S::CONSUMERS] =
             make_float4(sums[4 * tile], sums[4 * tile + 1], sums[4 * tile + 2], sums[4 * tile + 3]);
-    cluster_sync();
+    if constexpr (PARTS == APART) {
+        __threadfence();
+        meet<S::CONSUMERS>();
+        meet_in_memory(output.meeting.counters + place.tile * 2 + place.pair, output.splits);
+        meet<S::CONSUMERS>();
+    } else {
+        cluster_sync();
+    }
     const uint32_t base = shared_address(scratch);
 #pragma unroll
     for (int i = 0; i < MINE; ++i) {
-        const int tile = place.split + i * place.splits;
+        const int tile = place.split + i * output.splits;
         if (tile >= TILES) break;
         float (&total)[4] = before[i];
-        for (int part = 0; part < place.splits; ++part) {
-            const float4 v = load_from_block(base + (tile * S::CONSUMERS + threadIdx.x) * 16,
-                                             place.pair * place.splits + part);
+        for (int part = 0; part < output.splits; ++part) {
+            const int at = tile * S::CONSUMERS + threadIdx.x;
+            const float4 v = PARTS == APART
+                                 ? __ldcg(output.meeting.sums + size_t(block + 2 * part) * share + at)
+                                 : load_from_block(base + at * 16, place.pair * place.beside + part);
             total[0] += v.x;
             total[1] += v.y;
             total[2] += v.z;
@@ -218,23 +271,28 @@ __device__ __forceinline__ void add_parts(L &shared, const Output &output, const
         }
         finish_tile(shared, output, first.anew().tile(tile), total, bias, weight);
     }
-    store_squares(shared, output, place.feature, place.row, place.split, place.splits);
-    // A block must not end while another one reads its sums.
-    cluster_meet();
+    store_squares(shared, output, place.feature, place.row, place.split, output.splits);
 }
 
 /// Adds the sums to the residual.
 template <typename S, Parts PARTS, class L>
-__device__ __forceinline__ void leave_sums(L &shared, const Output &output, float (&sums)[S::BATCH / 2],
+__device__ __forceinline__ void leave_sums(L &shared, const Output &output, const float (&sums)[S::BATCH / 2],
                                            uint8_t *scratch, const Place &place, Spot spot) {
-    // Tiles of 256 rows leave no registers for parts; the host does not choose them where K has several.
-    if constexpr (PARTS == BESIDE && S::BATCH < 256) {
-        if (place.splits > 1) {
-            add_parts<S>(shared, output, sums, scratch, place, spot);
+    constexpr int TILES = S::BATCH / 8;
+    if constexpr (PARTS == IN_TURN) {
+        if (place.split + 1 < output.splits) {
+            store_part<TILES>(output, spot, sums);
+            return;
+        }
+        // The squares of the tile before have been read.
+        meet_group();
+    } else {
+        if (output.splits > 1) {
+            add_parts<S, PARTS>(shared, output, sums, scratch, place, spot);
             return;
         }
     }
-    store_sums<PARTS == TOTALS, L, S::BATCH / 8>(shared, output, spot, sums, place.feature);
+    store_sums<L, TILES>(shared, output, spot, sums, place.feature);
 }
 
 /// The factors of the norms of heads. A head of 128 elements is two groups of 64 features: both of this block, or one of
@@ -282,18 +340,61 @@ __device__ __forceinline__ void leave_heads(L &shared, const Output &output, flo
     store_heads<L, TILES>(shared, output, at, spot, sums);
 }
 
+/// What is shared of a tile's rows is ready for a warpgroup, or free again: named barriers of it and the spare warps.
+constexpr int ROWS_READY = 4, ROWS_FREE = 6;
+
+template <typename S>
+__device__ __forceinline__ void rows_arrive(int barrier) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(128 + S::HELPERS) : "memory");
+}
+
+template <typename S>
+__device__ __forceinline__ void rows_wait(int barrier) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(128 + S::HELPERS) : "memory");
+}
+
+/// Spare warps load what is shared of each tile's rows, while others multiply.
+template <typename S, bool PLACES, Parts PARTS, class L>
+__device__ __forceinline__ void load_tiles_rows(L &shared, const Output &output, Place place) {
+    const auto walks_on = [&] {
+        if (!walk_on<S>(place, output)) return false;
+        for (int group = 0; group < S::GROUPS; ++group) rows_wait<S>(ROWS_FREE + group);
+        return true;
+    };
+    wait_for_predecessor();
+    do {
+        load_rows<PLACES>(shared, output, place.row, int(threadIdx.x) - S::CONSUMERS - 32, S::HELPERS);
+        for (int group = 0; group < S::GROUPS; ++group) rows_arrive<S>(ROWS_READY + group);
+    } while (PARTS == IN_TURN && walks_on());
+}
+
+/// Sums leave a block that has multiplied one part of K.
+template <typename S, Epilogue EPILOGUE, Parts PARTS, class L>
+__device__ __forceinline__ void leave(L &shared, const Output &output, float (&sums)[S::BATCH / 2], uint8_t *scratch,
+                                      const Place &place) {
+    constexpr int TILES = S::BATCH / 8;
+    const Spot spot = spot_in(place.feature, place.row);
+    pair_rows(sums);
+    wait_for_predecessor();
+    if constexpr (EPILOGUE != ADD && S::HELPERS > 0) rows_wait<S>(ROWS_READY + threadIdx.x / 128);
+    if constexpr (EPILOGUE == VALUES) store_values<L, TILES>(shared, output, spot, sums);
+    if constexpr (EPILOGUE == SILU_MUL) store_gated<L, TILES>(shared, output, spot, sums);
+    if constexpr (EPILOGUE == ROPE) leave_heads<S>(shared, output, sums, spot);
+    if constexpr (EPILOGUE == ADD) leave_sums<S, PARTS>(shared, output, sums, scratch, place, spot);
+}
+
 template <typename S, Epilogue EPILOGUE, Parts PARTS>
 __device__ __forceinline__ void gemm(const CUtensorMap &matrix, const CUtensorMap &batch, const Output &output) {
     extern __shared__ uint8_t dynamic[];
-    using Leaving = Shared<S::GROUPS * 4, S::BATCH, S::GROUPS == 2 && S::BLOCKS == 2 ? 2 : 4>;
+    using Leaving = Shared<S::GROUPS * 4, S::BATCH>;
     __shared__ Leaving shared;
     __shared__ alignas(8) uint64_t barriers[2 * S::STAGES];
-    const uint32_t ring = (shared_address(dynamic) + 1023) & ~1023u;
-    const uint32_t full = shared_address(barriers), empty = full + 8 * S::STAGES;
+    const uint32_t start = (shared_address(dynamic) + 1023) & ~1023u, full = shared_address(barriers);
+    Ring<S> ring = {start, full, full + 8 * S::STAGES};
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < S::STAGES; ++stage) {
-            barrier_init(full + 8 * stage, 1);
-            barrier_init(empty + 8 * stage, S::GROUPS * (S::PAIR ? 2 : 1));
+            barrier_init(ring.full + 8 * stage, 1);
+            barrier_init(ring.empty + 8 * stage, S::GROUPS * (S::PAIR ? 2 : 1));
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
@@ -301,59 +402,34 @@ __device__ __forceinline__ void gemm(const CUtensorMap &matrix, const CUtensorMa
     // The other block of a pair copies into this one's ring and arrives at its barriers.
     if constexpr (S::PAIR) cluster_meet();
     launch_dependents();
-    const Place place = place_of<S, PARTS>(output);
+    Place place = first_place<S, PARTS>(output);
     if (threadIdx.x >= S::CONSUMERS) {
-        if constexpr (S::HELPERS > 0) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        if (threadIdx.x == S::CONSUMERS) produce<S>(ring, full, empty, matrix, batch, place);
-        const int helper = int(threadIdx.x) - S::CONSUMERS - 32;
-        if (EPILOGUE != ADD && S::HELPERS > 0 && helper >= 0) {
-            wait_for_predecessor();
-            load_rows<EPILOGUE == ROPE>(shared, output, place.row, helper, S::HELPERS);
-            asm volatile("bar.arrive 2, %0;" ::"n"(S::CONSUMERS + S::HELPERS) : "memory");
+        if constexpr (S::HELPERS > 0) asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+        if (threadIdx.x == S::CONSUMERS) produce<S, PARTS>(ring, matrix, batch, place, output);
+        if constexpr (EPILOGUE != ADD && S::HELPERS > 0) {
+            if (threadIdx.x >= S::CONSUMERS + 32) load_tiles_rows<S, EPILOGUE == ROPE, PARTS>(shared, output, place);
         }
         return;
     }
-    if constexpr (S::HELPERS > 0) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    const Spot spot = {place.feature + int(threadIdx.x) / 32 * 16 + int(threadIdx.x) % 32 / 4,
-                       place.row + int(threadIdx.x) % 4 * 2, place.row};
+    if constexpr (S::HELPERS > 0) asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
     if constexpr (EPILOGUE != ADD && S::HELPERS == 0) {
         wait_for_predecessor();
         load_rows<EPILOGUE == ROPE>(shared, output, place.row, threadIdx.x, S::CONSUMERS);
         meet<S::CONSUMERS>();
     }
-    constexpr int TILES = S::BATCH / 8;
+    uint8_t *scratch = dynamic + (ring.memory - shared_address(dynamic));
     float sums[S::BATCH / 2];
-    float totals[PARTS == TOTALS ? S::BATCH / 2 : 4];
-    consume<S, PARTS != BESIDE>(sums, ring, full, place, output, [&](int part) {
-        wait_for_predecessor();
-        if constexpr (PARTS == TOTALS) {
-            if (part == 0) {
-#pragma unroll
-                for (int i = 0; i < S::BATCH / 2; ++i) totals[i] = sums[i];
-                add_before<TILES>(output, spot, totals);
-            } else {
-#pragma unroll
-                for (int i = 0; i < S::BATCH / 2; ++i) totals[i] += sums[i];
-            }
-        }
-    });
-    wait_for_predecessor();
-    if constexpr (EPILOGUE != ADD && S::HELPERS > 0)
-        asm volatile("bar.sync 2, %0;" ::"n"(S::CONSUMERS + S::HELPERS) : "memory");
-    uint8_t *scratch = dynamic + (ring - shared_address(dynamic));
-    if constexpr (EPILOGUE == VALUES) store_values<Leaving, TILES>(shared, output, spot, sums);
-    if constexpr (EPILOGUE == SILU_MUL) store_gated<Leaving, TILES>(shared, output, spot, sums);
-    if constexpr (EPILOGUE == ROPE) leave_heads<S>(shared, output, sums, spot);
-    if constexpr (EPILOGUE == ADD) {
-        if constexpr (PARTS == TOTALS) {
-            leave_sums<S, PARTS>(shared, output, totals, scratch, place, spot);
-        } else {
-            leave_sums<S, PARTS>(shared, output, sums, scratch, place, spot);
-            if (place.splits > 1) return;
-        }
-    }
-    // A block must not end while the other one may still arrive at its barriers.
-    if constexpr (S::PAIR) cluster_meet();
+    const auto walks_on = [&] {
+        if (!walk_on<S>(place, output)) return false;
+        if constexpr (EPILOGUE != ADD) rows_arrive<S>(ROWS_FREE + threadIdx.x / 128);
+        return true;
+    };
+    do {
+        consume<S>(sums, ring, place);
+        leave<S, EPILOGUE, PARTS>(shared, output, sums, scratch, place);
+    } while (PARTS == IN_TURN && walks_on());
+    // A block must not end while the other one may still arrive at its barriers, or reads its sums.
+    if constexpr (S::PAIR || EPILOGUE == ADD) cluster_meet();
 }
 
 }  // namespace
@@ -385,7 +461,9 @@ __device__ __forceinline__ void gemm(const CUtensorMap &matrix, const CUtensorMa
     WIDE(gemm_wide_64_##NAME, 64, 8, 1, EPILOGUE, BESIDE)                                                              \
     WIDE(gemm_wide_128_##NAME, 128, 6, 1, EPILOGUE, BESIDE)                                                            \
     WIDE(gemm_wide_192_##NAME, 192, 5, 1, EPILOGUE, BESIDE)                                                            \
-    WIDE(gemm_wide_256_##NAME, 256, 4, 1, EPILOGUE, BESIDE)
+    WIDE(gemm_walk_128_##NAME, 128, 6, 1, EPILOGUE, IN_TURN)                                                           \
+    WIDE(gemm_walk_192_##NAME, 192, 5, 1, EPILOGUE, IN_TURN)                                                           \
+    WIDE(gemm_walk_256_##NAME, 256, 4, 1, EPILOGUE, IN_TURN)
 
 ALL_SIZES(values, VALUES)
 ALL_SIZES(silu_mul, SILU_MUL)
@@ -393,6 +471,4 @@ ALL_SIZES(rope, ROPE)
 ALL_SIZES(add, ADD)
 WIDE(gemm_double_128_values, 128, 3, 2, VALUES, BESIDE)
 WIDE(gemm_double_128_silu_mul, 128, 3, 2, SILU_MUL, BESIDE)
-WIDE(gemm_double_128_rope, 128, 3, 2, ROPE, BESIDE)
-WIDE(gemm_totals_128_add, 128, 6, 1, ADD, TOTALS)
-WIDE(gemm_totals_192_add, 192, 5, 1, ADD, TOTALS)
+WIDE(gemm_apart_128_add, 128, 6, 1, ADD, APART)

@@ -37,7 +37,7 @@ __device__ __forceinline__ void load_fragment(uint32_t (&fragment)[4], const voi
                  : "r"(shared_pointer(row)));
 }
 
-__device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void multiply(float *d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
         "%2, %3};"
@@ -55,7 +55,7 @@ __device__ __forceinline__ void gemm_mma(const __nv_bfloat16 *matrix, int matrix
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int feature = blockIdx.y * TILE, row = blockIdx.x * TILE;
     const int steps = (output.columns + COLUMNS - 1) / COLUMNS;
-    const Spot spot = {feature + warp * 16 + lane / 4, row + lane % 4 * 2, row};
+    const Spot spot = spot_in(feature, row);
     using Leaving = Shared<THREADS / 32, TILE>;
     __shared__ Leaving shared;
     load_rows<false>(shared, output, row, threadIdx.x, THREADS);
@@ -64,7 +64,7 @@ __device__ __forceinline__ void gemm_mma(const __nv_bfloat16 *matrix, int matrix
         copy_tile(matrix_tile[step % 2], matrix, matrix_stride, feature, output.features, step * COLUMNS, output.columns);
         copy_tile(batch_tile[step % 2], batch, batch_stride, row, output.rows, step * COLUMNS, output.columns);
     };
-    float sums[TILE / 8][4], totals[TILE / 2];
+    float sums[TILE / 2];
     copy(0);
     int split = 0, begin = 0, end = split_start(output, 1);
     for (int step = 0; step < steps; ++step) {
@@ -76,8 +76,7 @@ __device__ __forceinline__ void gemm_mma(const __nv_bfloat16 *matrix, int matrix
         }
         __syncthreads();
         if (step == begin)
-            for (auto &tile : sums)
-                for (float &sum : tile) sum = 0.0f;
+            for (float &sum : sums) sum = 0.0f;
 #pragma unroll
         for (int k = 0; k < COLUMNS; k += 16) {
             uint32_t a[4];
@@ -86,28 +85,23 @@ __device__ __forceinline__ void gemm_mma(const __nv_bfloat16 *matrix, int matrix
             for (int pair = 0; pair < TILE / 16; ++pair) {
                 uint32_t b[4];
                 load_fragment(b, &batch_tile[step % 2][pair * 16 + lane / 16 * 8 + lane % 8][k + lane / 8 % 2 * 8]);
-                multiply(sums[2 * pair], a, b[0], b[1]);
-                multiply(sums[2 * pair + 1], a, b[2], b[3]);
+                multiply(sums + 8 * pair, a, b[0], b[1]);
+                multiply(sums + 8 * pair + 4, a, b[2], b[3]);
             }
         }
         __syncthreads();
-        if (step + 1 == end) {
-#pragma unroll
-            for (int tile = 0; tile < TILE / 8; ++tile)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    float &total = totals[4 * tile + i];
-                    total = split == 0 ? sums[tile][i] : total + sums[tile][i];
-                }
-            if (EPILOGUE == ADD && split == 0) add_before<TILE / 8>(output, spot, totals);
+        if (EPILOGUE == ADD && step + 1 == end && end < steps) {
+            pair_rows(sums);
+            store_part<TILE / 8>(output, spot, sums);
             split += 1;
             begin = end;
             end = split_start(output, split + 1);
         }
     }
-    if constexpr (EPILOGUE == VALUES) store_values<Leaving, TILE / 8>(shared, output, spot, totals);
-    if constexpr (EPILOGUE == SILU_MUL) store_gated<Leaving, TILE / 8>(shared, output, spot, totals);
-    if constexpr (EPILOGUE == ADD) store_sums<true, Leaving, TILE / 8>(shared, output, spot, totals, feature);
+    pair_rows(sums);
+    if constexpr (EPILOGUE == VALUES) store_values<Leaving, TILE / 8>(shared, output, spot, sums);
+    if constexpr (EPILOGUE == SILU_MUL) store_gated<Leaving, TILE / 8>(shared, output, spot, sums);
+    if constexpr (EPILOGUE == ADD) store_sums<Leaving, TILE / 8>(shared, output, spot, sums, feature);
 }
 
 }  // namespace

@@ -3,7 +3,9 @@
 //! The choice looks at the number of rows for speed alone: all kernels compute the same chains (`gemm.cuh`), so that a
 //! row's bytes do not depend on it. How K is cut into parts is decided by the matrix alone.
 
-use super::device::{Device, DeviceError, Kernel, Launch};
+use std::sync::Arc;
+
+use super::device::{Device, DeviceError, Kernel, Launch, Memory};
 
 /// How the sums leave, as in `epilogue.cuh`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,9 +30,10 @@ const EPILOGUES: [(Epilogue, &str); 4] = [
 type Tile = (usize, u32);
 /// As `gemm.cu` has them.
 const THIN: [Tile; 4] = [(8, 11), (16, 10), (32, 8), (64, 6)];
-const WIDE: [Tile; 4] = [(64, 8), (128, 6), (192, 5), (256, 4)];
+const WIDE: [Tile; 3] = [(64, 8), (128, 6), (192, 5)];
 const DOUBLE: [Tile; 1] = [(128, 3)];
-const TOTALS: [Tile; 2] = [(128, 6), (192, 5)];
+const APART: [Tile; 1] = [(128, 6)];
+const WALK: [Tile; 3] = [(128, 6), (192, 5), (256, 4)];
 /// Features of a block.
 const WIDE_FEATURES: usize = 128;
 const THIN_FEATURES: usize = 64;
@@ -109,6 +112,16 @@ pub struct Heads {
     pub fp8: i32,
 }
 
+/// Where blocks that share a tile meet, as in `epilogue.cuh`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Meeting {
+    /// Room for the sums of all blocks that run at once.
+    pub sums: u64,
+    /// Zero between kernels.
+    pub counters: u64,
+}
+
 /// The result's side of a product, as in `epilogue.cuh`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
@@ -137,6 +150,8 @@ pub struct Output {
     pub after: NormAfter,
     /// Of [`Epilogue::Rope`].
     pub heads: Heads,
+    /// Of kernels whose blocks are apart.
+    pub meeting: Meeting,
 }
 
 /// Which of the batch's tensor maps a kernel reads through.
@@ -160,9 +175,11 @@ pub struct Choice {
     /// Where it reads the batch.
     pub map: BatchMap,
     /// Tiles of the batch.
-    pub batch_tiles: usize,
+    batch_tiles: usize,
     /// Tiles of features, or pairs of them.
-    pub feature_tiles: usize,
+    feature_tiles: usize,
+    /// Where its blocks may meet.
+    meeting: Meeting,
 }
 
 /// A product's size, for choosing.
@@ -191,16 +208,19 @@ enum Kind {
     Wide,
     /// As wide, two blocks to a multiprocessor.
     Double,
-    /// As wide, all parts of K in turn.
-    Totals,
+    /// As wide, the parts of K in pairs of blocks that meet in memory.
+    Apart,
+    /// As wide, in pairs that take tile after tile, and all parts of K in turn.
+    Walk,
 }
 
 impl Kind {
-    const ALL: [(Self, &str, &'static [Tile]); 4] = [
+    const ALL: [(Self, &str, &'static [Tile]); 5] = [
         (Self::Thin, "thin", &THIN),
         (Self::Wide, "wide", &WIDE),
         (Self::Double, "double", &DOUBLE),
-        (Self::Totals, "totals", &TOTALS),
+        (Self::Apart, "apart", &APART),
+        (Self::Walk, "walk", &WALK),
     ];
 
     /// Features of a block.
@@ -211,9 +231,9 @@ impl Kind {
     /// Whether `gemm.cu` has it for sums that leave like this.
     fn has(self, epilogue: Epilogue) -> bool {
         match self {
-            Self::Thin | Self::Wide => true,
-            Self::Double => epilogue != Epilogue::Add,
-            Self::Totals => epilogue == Epilogue::Add,
+            Self::Thin | Self::Wide | Self::Walk => true,
+            Self::Double => matches!(epilogue, Epilogue::Values | Epilogue::SiluMul),
+            Self::Apart => epilogue == Epilogue::Add,
         }
     }
 
@@ -239,6 +259,14 @@ pub struct Variant {
     batch: usize,
     shared_bytes: u32,
     kernel: Kernel,
+    room: Room,
+}
+
+/// What there is to run in.
+#[derive(Debug, Clone, Copy)]
+struct Room {
+    multiprocessors: usize,
+    meeting: Meeting,
 }
 
 /// The kernels of all products.
@@ -249,6 +277,8 @@ pub struct Gemm {
     /// Whether the kernels are those of Hopper.
     pub hopper: bool,
     multiprocessors: usize,
+    /// What `Meeting` points to.
+    _meeting: Option<Memory>,
 }
 
 /// Parts of K whose sums are added in order. Products that add to a narrow residual have few features, and at one row
@@ -273,25 +303,30 @@ impl Gemm {
     ///
     /// # Errors
     /// When one is missing.
-    pub fn new(device: &Device, portable: bool) -> Result<Self, DeviceError> {
-        let mut gemm = Self {
-            variants: Vec::new(),
-            mma: Vec::new(),
-            hopper: device.hopper && !portable,
-            multiprocessors: device.multiprocessors as usize,
-        };
+    pub fn new(device: &Arc<Device>, portable: bool) -> Result<Self, DeviceError> {
+        let hopper = device.hopper && !portable;
+        let multiprocessors = device.multiprocessors as usize;
+        let sums_bytes = multiprocessors * APART[0].0 * WIDE_FEATURES * 4;
+        let meeting = hopper.then(|| Memory::zeroed(device, sums_bytes + multiprocessors * 4)).transpose()?;
+        let pointers = meeting.as_ref().map_or_else(Meeting::default, |memory| Meeting {
+            sums: memory.pointer(),
+            counters: memory.pointer() + sums_bytes as u64,
+        });
+        let room = Room { multiprocessors, meeting: pointers };
+        let mut gemm =
+            Self { variants: Vec::new(), mma: Vec::new(), hopper, multiprocessors, _meeting: meeting };
         for (epilogue, name) in EPILOGUES {
             if epilogue != Epilogue::Rope {
                 gemm.mma.push((epilogue, device.kernel(&format!("gemm_mma_{name}"))?));
             }
-            let kinds = Kind::ALL.iter().filter(|(kind, ..)| gemm.hopper && kind.has(epilogue));
+            let kinds = Kind::ALL.iter().filter(|(kind, ..)| hopper && kind.has(epilogue));
             for &(kind, word, tiles) in kinds {
                 for &(batch, stages) in tiles {
                     let kernel = device.kernel(&format!("gemm_{word}_{batch}_{name}"))?;
                     let stage_bytes = (kind.features() + batch) * STAGE_COLUMNS * 2;
                     let shared_bytes = stages * stage_bytes as u32 + 1024;
                     device.allow_shared(kernel, shared_bytes)?;
-                    gemm.variants.push(Variant { kind, epilogue, batch, shared_bytes, kernel });
+                    gemm.variants.push(Variant { kind, epilogue, batch, shared_bytes, kernel, room });
                 }
             }
         }
@@ -304,7 +339,8 @@ impl Gemm {
             let kernel = self.mma.iter().find(|entry| entry.0 == work.epilogue).expect("all but one").1;
             let (batch_tiles, feature_tiles) = (work.rows.div_ceil(64), work.features.div_ceil(64));
             let launch = Launch::grid([batch_tiles as u32, feature_tiles as u32, 1], 128);
-            return Choice { kernel, launch, map: BatchMap::None, batch_tiles, feature_tiles };
+            let meeting = Meeting::default();
+            return Choice { kernel, launch, map: BatchMap::None, batch_tiles, feature_tiles, meeting };
         }
         let time = |variant: &&Variant| work.microseconds(variant.kind, variant.batch, self.multiprocessors);
         let best = self.suitable(work).min_by(|a, b| time(a).total_cmp(&time(b)));
@@ -313,7 +349,9 @@ impl Gemm {
 
     /// The Hopper kernels that can compute a product.
     pub fn suitable<'a>(&'a self, work: &'a Work) -> impl Iterator<Item = &'a Variant> {
-        self.variants.iter().filter(|v| v.epilogue == work.epilogue && work.suits(v.kind, v.batch))
+        self.variants
+            .iter()
+            .filter(|v| v.epilogue == work.epilogue && work.suits(v.kind, v.batch, self.multiprocessors))
     }
 }
 
@@ -326,7 +364,10 @@ impl Variant {
     /// Its launch for a product.
     pub fn choice(&self, work: &Work) -> Choice {
         let (batch_tiles, feature_tiles) = work.tiles(self.kind, self.batch);
-        let blocks = work.cluster(self.kind) * batch_tiles * feature_tiles;
+        let clusters = work.clusters(self.kind, self.batch);
+        let walkers = self.room.multiprocessors / 2;
+        let clusters = if self.kind == Kind::Walk { clusters.min(walkers) } else { clusters };
+        let blocks = work.cluster(self.kind) * clusters;
         // Two thin blocks with a head each are neighbours, not parts of one tile.
         let halves = work.halves && self.kind == Kind::Thin;
         let launch = Launch {
@@ -335,7 +376,24 @@ impl Variant {
             ..Launch::grid([blocks as u32, 1, 1], self.kind.threads())
         };
         let map = if self.batch < 64 { BatchMap::Rows8 } else { BatchMap::Rows32 };
-        Choice { kernel: self.kernel, launch, map, batch_tiles, feature_tiles }
+        Choice { kernel: self.kernel, launch, map, batch_tiles, feature_tiles, meeting: self.room.meeting }
+    }
+}
+
+impl Choice {
+    /// The result's side of a product of this size, with this kernel's tiles.
+    pub fn output(&self, work: &Work, output: Output) -> Output {
+        let int = |value: usize| i32::try_from(value).expect("sizes were checked when the arena was made");
+        Output {
+            rows: int(work.rows),
+            features: int(work.features),
+            columns: int(work.columns),
+            splits: int(work.splits),
+            batch_tiles: int(self.batch_tiles),
+            feature_tiles: int(self.feature_tiles),
+            meeting: self.meeting,
+            ..output
+        }
     }
 }
 
@@ -346,25 +404,16 @@ impl Work {
         Self { epilogue, rows, features, columns, splits, halves: false }
     }
 
-    /// The result's side with this size; the kernel's tiles are still missing.
-    pub fn output(&self, output: Output) -> Output {
-        let int = |value: usize| i32::try_from(value).expect("sizes were checked when the arena was made");
-        Output {
-            rows: int(self.rows),
-            features: int(self.features),
-            columns: int(self.columns),
-            splits: int(self.splits),
-            ..output
-        }
-    }
-
-    fn suits(&self, kind: Kind, batch: usize) -> bool {
+    fn suits(&self, kind: Kind, batch: usize, multiprocessors: usize) -> bool {
         match kind {
             // The smallest tile that holds all rows.
             Kind::Thin => batch >= self.rows && (batch == THIN[0].0 || batch / 2 < self.rows),
-            Kind::Wide => self.rows > THIN_ROWS_MAX && (self.splits == 1 || batch < 256),
-            Kind::Double => self.rows > 64,
-            Kind::Totals => self.splits > 1 && self.rows > 64,
+            Kind::Wide => self.rows > THIN_ROWS_MAX,
+            Kind::Double | Kind::Walk => self.rows > 64,
+            // All blocks have to run at once.
+            Kind::Apart => {
+                self.splits > 1 && self.rows > 64 && 2 * self.clusters(kind, batch) <= multiprocessors
+            }
         }
     }
 
@@ -373,12 +422,18 @@ impl Work {
         (self.rows.div_ceil(batch), self.features.div_ceil(features))
     }
 
+    /// Clusters that the product falls into.
+    fn clusters(&self, kind: Kind, batch: usize) -> usize {
+        let (batch_tiles, feature_tiles) = self.tiles(kind, batch);
+        batch_tiles * feature_tiles * if kind == Kind::Apart { self.splits } else { 1 }
+    }
+
     /// Blocks that work together.
     fn cluster(&self, kind: Kind) -> usize {
         match kind {
             Kind::Thin => self.splits,
             Kind::Wide | Kind::Double => 2 * self.splits,
-            Kind::Totals => 2,
+            Kind::Apart | Kind::Walk => 2,
         }
     }
 
@@ -394,15 +449,17 @@ impl Work {
         const TAKE_IN: f64 = 130e3;
         const READ: f64 = 3.05e6;
         /// For sums to leave, in all and per row of a tile.
-        const LEAVE: f64 = 0.4;
-        const LEAVE_ROW: f64 = 0.033;
-        const LEAVE_ROW_ROPE: f64 = 0.045;
-        let (batch_tiles, feature_tiles) = self.tiles(kind, batch);
-        let (cluster, clusters) = (self.cluster(kind), batch_tiles * feature_tiles);
+        const LEAVE: f64 = 1.0;
+        const LEAVE_ROW: f64 = 0.012;
+        const LEAVE_ROW_ROPE: f64 = 0.018;
+        /// For blocks to meet in memory.
+        const MEET: f64 = 2.0;
+        let batch_tiles = self.tiles(kind, batch).0;
+        let (cluster, clusters) = (self.cluster(kind), self.clusters(kind, batch));
         // Clusters of more than two blocks leave some multiprocessors over.
         let fitting = if cluster > 2 { multiprocessors / cluster - 2 } else { multiprocessors / cluster };
         let slots = fitting * kind.blocks();
-        let parts = if kind == Kind::Totals { 1 } else { self.splits };
+        let parts = if kind == Kind::Walk { 1 } else { self.splits };
         let stages = self.columns.div_ceil(STAGE_COLUMNS).div_ceil(parts);
         let row_bytes = (STAGE_COLUMNS * 2) as f64;
         let (features, rows) = (kind.features() as f64, batch as f64);
@@ -414,7 +471,9 @@ impl Work {
             .max((features + rows) * row_bytes / TAKE_IN)
             .max(features * row_bytes * busy / batch_tiles as f64 / READ);
         let leave_row = if self.epilogue == Epilogue::Rope { LEAVE_ROW_ROPE } else { LEAVE_ROW };
-        let block = stages as f64 * stage + LEAVE + leave_row * rows;
+        let meet = if kind == Kind::Apart { MEET } else { 0.0 };
+        let times = if kind == Kind::Walk { self.splits as f64 } else { 1.0 };
+        let block = stages as f64 * stage + meet + (LEAVE + leave_row * rows) * times;
         block * clusters.div_ceil(slots) as f64
     }
 }
@@ -439,7 +498,7 @@ mod tests {
             let work = Work::new(epilogue, rows, (features, columns));
             let kinds = Kind::ALL.iter().filter(|(kind, ..)| kind.has(epilogue));
             let all = kinds.flat_map(|&(kind, _, tiles)| tiles.iter().map(move |tile| (kind, tile.0)));
-            all.filter(|&(kind, batch)| work.suits(kind, batch))
+            all.filter(|&(kind, batch)| work.suits(kind, batch, 132))
                 .min_by(|a, b| work.microseconds(a.0, a.1, 132).total_cmp(&work.microseconds(b.0, b.1, 132)))
                 .unwrap()
         };
@@ -448,7 +507,7 @@ mod tests {
         assert_eq!(best(256, (1024, 3072), Epilogue::Add), (Kind::Wide, 128));
         assert_eq!(best(64, (4096, 14336), Epilogue::Add), (Kind::Thin, 64));
         assert_eq!(best(192, (4096, 14336), Epilogue::Add), (Kind::Wide, 192));
-        assert_eq!(best(256, (4096, 14336), Epilogue::Add), (Kind::Totals, 128));
+        assert_eq!(best(256, (4096, 14336), Epilogue::Add), (Kind::Walk, 128));
         assert_eq!(best(128, (28672, 4096), Epilogue::SiluMul), (Kind::Double, 128));
         assert_eq!(best(192, (28672, 4096), Epilogue::SiluMul), (Kind::Wide, 192));
     }

@@ -50,13 +50,7 @@ impl Cuda {
         let work = Work::new(Epilogue::Values, PRODUCT, (PRODUCT, PRODUCT));
         let choice = self.gemm.choose(&work);
         let size = PRODUCT as i32;
-        let output = Output {
-            out: out.pointer(),
-            stride: size,
-            batch_tiles: choice.batch_tiles as i32,
-            feature_tiles: choice.feature_tiles as i32,
-            ..work.output(Output::default())
-        };
+        let output = choice.output(&work, Output { out: out.pointer(), stride: size, ..Output::default() });
         let queue = || -> Result<(), DeviceError> {
             let (pointer, launch) = (operands.pointer(), choice.launch);
             // SAFETY: the arguments are those that the kernels declare; their memory lives until the work has ended.

@@ -1,14 +1,16 @@
 //! Times the kernels of a matrix product side by side, as a step runs them: a graph of launches, each of which may
 //! start before the one before it has ended, over weights that no cache holds, with the norms before or after. The
-//! choice in `gemm.rs` is fitted to these times.
+//! choice in `gemm.rs` is fitted to these times. Also compares what the kernels leave, byte for byte.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::Cuda;
-use super::device::{DeviceError, Memory, arguments};
-use super::gemm::{BatchMap, Choice, Epilogue, Heads, NormAfter, NormBefore, Output, Work};
+use super::device::{Device, DeviceError, Memory, Pinned, arguments};
+use super::gemm::{BatchMap, Choice, Epilogue, GROUP_FEATURES, Heads, NormAfter, NormBefore, Output, Work};
 use super::graph::capture;
 use super::weights::tensor_map;
+use crate::ops::BLOCK_TOKENS;
 
 /// Launches of a graph.
 const LAUNCHES: usize = 20;
@@ -29,8 +31,6 @@ pub struct TimedProduct {
     pub rows: usize,
     /// Rows and columns of the matrix.
     pub matrix: (usize, usize),
-    /// Parts of K; none are those of a step.
-    pub splits: Option<usize>,
     /// Whether heads are normed.
     pub head_norms: bool,
 }
@@ -46,6 +46,15 @@ pub struct KernelTime {
     pub chosen: bool,
 }
 
+/// What a kernel left.
+#[derive(Debug, Clone)]
+pub struct KernelResult {
+    /// The kernel's kind and rows per tile.
+    pub kernel: String,
+    /// The bytes of each kind of result, in the order of the batch's rows; cache pages whole.
+    pub results: Vec<Vec<u8>>,
+}
+
 /// Memory of a timed product.
 struct Bench {
     weights: Memory,
@@ -53,8 +62,10 @@ struct Bench {
     matrix_bytes: usize,
     operand: Memory,
     output: Output,
-    /// What `output` points to, kept for as long.
-    _results: [Memory; 2],
+    /// What `output` writes to, and bytes of a row.
+    results: Vec<(Memory, usize)>,
+    /// What it reads, kept for as long.
+    _read: Vec<Memory>,
 }
 
 impl Cuda {
@@ -63,16 +74,12 @@ impl Cuda {
     /// # Errors
     /// When the device has too little memory, failed, or is none of Hopper's.
     pub fn time_products(&self, product: &TimedProduct) -> Result<Vec<KernelTime>, DeviceError> {
-        self.device.bind()?;
-        let mut work = Work::new(product.epilogue, product.rows, product.matrix);
-        work.splits = product.splits.unwrap_or(work.splits);
-        work.halves = product.head_norms;
-        let bench = self.bench(product, &work)?;
+        let (work, bench) = self.bench(product)?;
         let chosen = self.gemm.choose(&work).kernel;
         let mut times = Vec::new();
         for variant in self.gemm.suitable(&work) {
             let choice = variant.choice(&work);
-            let graph = capture(&self.device, || self.queue_products(&bench, &work, &choice))?;
+            let graph = capture(&self.device, || self.queue_products(&bench, &work, &choice, LAUNCHES))?;
             graph.launch()?;
             graph.launch()?;
             self.device.synchronize()?;
@@ -90,66 +97,105 @@ impl Cuda {
         Ok(times)
     }
 
-    fn bench(&self, product: &TimedProduct, work: &Work) -> Result<Bench, DeviceError> {
+    /// Computes a product once with every kernel that can, from the same random numbers; fewer rows are the first of
+    /// more.
+    ///
+    /// # Errors
+    /// As [`Self::time_products`].
+    pub fn product_results(&self, product: &TimedProduct) -> Result<Vec<KernelResult>, DeviceError> {
+        let (work, bench) = self.bench(product)?;
+        let mut found = Vec::new();
+        for variant in self.gemm.suitable(&work) {
+            for (memory, _) in &bench.results {
+                memory.fill_random()?;
+            }
+            self.queue_products(&bench, &work, &variant.choice(&work), 1)?;
+            let mut results = Vec::new();
+            for (memory, row_bytes) in &bench.results {
+                let mut bytes = vec![0; product.rows * row_bytes];
+                memory.download(0, &mut bytes)?;
+                results.push(bytes);
+            }
+            found.push(KernelResult { kernel: variant.name(), results });
+        }
+        Ok(found)
+    }
+
+    fn bench(&self, product: &TimedProduct) -> Result<(Work, Bench), DeviceError> {
+        self.device.bind()?;
         let device = &self.device;
         let (rows, (features, columns)) = (product.rows, product.matrix);
+        let mut work = Work::new(product.epilogue, rows, product.matrix);
+        work.halves = product.head_norms;
+        let random = |bytes| -> Result<Memory, DeviceError> {
+            let memory = Memory::zeroed(device, bytes)?;
+            memory.fill_random()?;
+            Ok(memory)
+        };
         let matrix_bytes = features * columns * 2;
         let copies = (WEIGHT_BYTES / matrix_bytes + 1).min(LAUNCHES);
-        let groups = features.max(columns).div_ceil(64).next_multiple_of(4);
-        let memory = |bytes| Memory::zeroed(device, bytes);
-        let (weights, operand) = (memory(copies * matrix_bytes)?, memory(rows * columns * 2)?);
-        weights.fill_random()?;
-        operand.fill_random()?;
-        let values = memory((rows * features * 4).max(1 << 20))?;
-        // Whatever else a product reads or writes: zeros that are overwritten with numbers.
-        let other_bytes = (rows * features * 2).max(1 << 20) + rows * groups * 4;
-        let other = memory(other_bytes)?;
-        let squares = other.pointer() + (other_bytes - rows * groups * 4) as u64;
-        let mut output =
-            work.output(Output { out: values.pointer(), stride: features as i32, ..Output::default() });
-        match product.epilogue {
-            Epilogue::Add => {
-                output.after = NormAfter {
-                    weight: weights.pointer(),
-                    out: other.pointer(),
-                    squares,
-                    out_stride: features as i32,
-                    squares_stride: groups as i32,
-                }
+        let (weights, operand) = (random(copies * matrix_bytes)?, random(rows * columns * 2)?);
+        let results_of = |row_bytes: &[usize]| -> Result<Vec<(Memory, usize)>, DeviceError> {
+            let padded = rows.next_multiple_of(BLOCK_TOKENS);
+            row_bytes.iter().map(|&bytes| Ok((random(padded * bytes)?, bytes))).collect()
+        };
+        let groups = |width: usize| width.div_ceil(GROUP_FEATURES).next_multiple_of(4);
+        let (results, mut read) = match product.epilogue {
+            Epilogue::Values => (results_of(&[features * 4])?, Vec::new()),
+            Epilogue::SiluMul => (results_of(&[features * 2])?, Vec::new()),
+            Epilogue::Add => (results_of(&[features * 4, features * 2, groups(features) * 4])?, vec![]),
+            Epilogue::Rope => {
+                let places = upload(device, rows * 4, |i| match i % 4 {
+                    1 | 2 => i as u32 / 4,
+                    word => {
+                        if word == 3 {
+                            u32::MAX
+                        } else {
+                            0
+                        }
+                    }
+                })?;
+                let row_bytes = [(features - 2 * KV_HEADS * HEAD_DIM) * 2, 2 * KV_HEADS * HEAD_DIM * 2];
+                (results_of(&row_bytes)?, vec![places, random(rows * HEAD_DIM * 4)?])
             }
-            _ => output.before = NormBefore { squares, stride: columns.div_ceil(64) as i32, eps: 1e-5 },
+        };
+        // Mean squares of the size of a sum, so that the factors bring sums to about unit size.
+        let squares = upload(device, rows * groups(columns), |i| {
+            let spread = (i as u32).wrapping_mul(2_654_435_761) >> 8;
+            (128.0 * columns as f32 * (0.5 + spread as f32 / (1 << 24) as f32)).to_bits()
+        })?;
+        read.push(squares);
+        let mut output = Output { out: results[0].0.pointer(), stride: features as i32, ..Output::default() };
+        if product.epilogue == Epilogue::Add {
+            output.after = NormAfter {
+                weight: weights.pointer(),
+                out: results[1].0.pointer(),
+                squares: results[2].0.pointer(),
+                out_stride: features as i32,
+                squares_stride: groups(features) as i32,
+            };
+        } else {
+            let squares = read[read.len() - 1].pointer();
+            output.before = NormBefore { squares, stride: groups(columns) as i32, eps: 1e-5 };
         }
         if product.epilogue == Epilogue::Rope {
             let norm = if product.head_norms { weights.pointer() } else { 0 };
-            output.heads = Heads {
-                rows: squares,
-                table: squares,
-                q_norm: norm,
-                k_norm: norm,
-                queries: other.pointer(),
-                cache: values.pointer(),
-                heads: (features / HEAD_DIM - 2 * KV_HEADS) as i32,
-                kv_heads: KV_HEADS as i32,
-                head_dim: HEAD_DIM as i32,
-                query_stride: features as i32,
-                eps: 1e-5,
-                key_factor: 1.0,
-                value_factor: 1.0,
-                fp8: 0,
-            };
+            output.heads = heads(features, norm, [&read[0], &read[1]], [&results[0].0, &results[1].0]);
         }
-        Ok(Bench { weights, copies, matrix_bytes, operand, output, _results: [values, other] })
+        Ok((work, Bench { weights, copies, matrix_bytes, operand, output, results, _read: read }))
     }
 
-    fn queue_products(&self, bench: &Bench, work: &Work, choice: &Choice) -> Result<(), DeviceError> {
+    fn queue_products(
+        &self,
+        bench: &Bench,
+        work: &Work,
+        choice: &Choice,
+        launches: usize,
+    ) -> Result<(), DeviceError> {
         let box_rows = if choice.map == BatchMap::Rows8 { 8 } else { 32 };
         let batch = tensor_map(bench.operand.pointer(), (work.rows, work.columns), work.columns, box_rows)?;
-        let output = Output {
-            batch_tiles: choice.batch_tiles as i32,
-            feature_tiles: choice.feature_tiles as i32,
-            ..bench.output
-        };
-        for launch in 0..LAUNCHES {
+        let output = choice.output(work, bench.output);
+        for launch in 0..launches {
             let at = bench.weights.pointer() + (launch % bench.copies * bench.matrix_bytes) as u64;
             let matrix = tensor_map(at, (work.features, work.columns), work.columns, 64)?;
             // SAFETY: the arguments are those that the kernels declare; their memory is the bench's, which outlives the
@@ -158,4 +204,38 @@ impl Cuda {
         }
         Ok(())
     }
+}
+
+/// What a product does with heads: row `i` stands at position and slot `i`.
+fn heads(features: usize, norm: u64, read: [&Memory; 2], written: [&Memory; 2]) -> Heads {
+    let heads = features / HEAD_DIM - 2 * KV_HEADS;
+    Heads {
+        rows: read[0].pointer(),
+        table: read[1].pointer(),
+        q_norm: norm,
+        k_norm: norm,
+        queries: written[0].pointer(),
+        cache: written[1].pointer(),
+        heads: heads as i32,
+        kv_heads: KV_HEADS as i32,
+        head_dim: HEAD_DIM as i32,
+        query_stride: (heads * HEAD_DIM) as i32,
+        eps: 1e-5,
+        key_factor: 1.0,
+        value_factor: 1.0,
+        fp8: 0,
+    }
+}
+
+/// New memory of `count` words.
+fn upload(device: &Arc<Device>, count: usize, word: impl Fn(usize) -> u32) -> Result<Memory, DeviceError> {
+    let memory = Memory::zeroed(device, count * 4)?;
+    let mut pinned = Pinned::zeroed(device, count * 4)?;
+    for (i, target) in pinned.words_mut().iter_mut().enumerate() {
+        *target = word(i);
+    }
+    // SAFETY: the source is not written before the wait.
+    unsafe { memory.upload(0, pinned.as_slice()) }?;
+    device.synchronize()?;
+    Ok(memory)
 }

@@ -310,11 +310,7 @@ impl<'a> Run<'a> {
         let halves = output.heads.q_norm != 0 && output.heads.head_dim == 128;
         let work = Work { halves, ..Work::new(epilogue, self.rows, (matrix.features, matrix.columns)) };
         let choice = self.gemm.choose(&work);
-        let output = Output {
-            batch_tiles: int(choice.batch_tiles),
-            feature_tiles: int(choice.feature_tiles),
-            ..work.output(output)
-        };
+        let output = choice.output(&work, output);
         if choice.map == BatchMap::None {
             let (pointer, matrix_stride) = (matrix.pointer(), int(matrix.stride));
             let (batch, batch_stride) = (from.pointer, int(x.stride));
