@@ -1,12 +1,14 @@
 // Matrix products on Hopper: the copy engine fills a ring of stages, warpgroups multiply out of it.
 //
-// gemm_wide: 128 features by 64 to 256 rows of the batch; two blocks with neighbouring features share the rows of the
-// batch, of which each fetches half for both. gemm_double: as wide, with 128 rows and fewer stages, so that a
-// multiprocessor has two blocks and one multiplies while the other stores. gemm_thin: 64 features by 8 to 64 rows. Where
-// K has parts, the blocks of a cluster take one each and add their sums in order through each other's shared memory; at
-// many rows one block takes all parts in turn and keeps the total in registers (gemm_totals). All compute the same
-// chains (see gemm.cuh) and so the same bytes. A producer asks for weights before its predecessor's end, which keeps
-// memory busy between the small kernels of a decode.
+// gemm_wide: 128 features by 64 to 192 rows of the batch; two blocks with neighbouring features share the rows of the
+// batch, of which each fetches half for both. gemm_walk: the same with up to 256 rows, in as many pairs as the chip has
+// room for, each of which takes tile after tile: the ring fills for the next one while sums leave. gemm_double: as wide,
+// with 128 rows and fewer stages, so that a multiprocessor has two blocks and one multiplies while the other stores.
+// gemm_thin: 64 features by 8 to 64 rows. Where K has parts, the blocks of a cluster take one each and add their sums in
+// order through each other's shared memory (thin, wide); pairs of blocks do the same through the device's memory, for
+// clusters of four leave part of the chip idle (gemm_apart); or one pair takes the parts in turn and adds them to the
+// result (walk). All compute the same chains (see gemm.cuh) and so the same bytes. A producer asks for weights before
+// its predecessor's end, which keeps memory busy between the small kernels of a decode.
 //
 // Bytes: matrix once per batch tile, batch rows once per pair of feature tiles. Operations: 2 * rows * features * columns.
 #include <cuda.h>
