@@ -2,15 +2,15 @@
 //
 // gemm_wide: 128 features by 64 to 192 rows of the batch; two blocks with neighbouring features share the rows of the
 // batch, of which each fetches half for both. gemm_walk: the same with up to 256 rows, in as many pairs as the chip has
-// room for, each of which takes tile after tile: the ring fills for the next one while sums leave. gemm_double: as wide,
-// with 128 rows and fewer stages, so that a multiprocessor has two blocks and one multiplies while the other stores.
-// gemm_thin: 64 features by 8 to 64 rows. Where K has parts, the blocks of a cluster take one each and add their sums in
-// order through each other's shared memory (thin, wide); pairs of blocks do the same through the device's memory, for
-// clusters of four leave part of the chip idle (gemm_apart); or one pair takes the parts in turn and adds them to the
-// result (walk). All compute the same chains (see gemm.cuh) and so the same bytes. A producer asks for weights before
-// its predecessor's end, which keeps memory busy between the small kernels of a decode.
+// room for, each of which takes tile after tile: the ring fills for the next one while sums leave. gemm_thin: 64
+// features by 8 to 64 rows, two blocks to a multiprocessor. Where K has parts, the blocks of a cluster take one each and
+// add their sums in order through each other's shared memory (thin, wide); pairs of blocks do the same through the
+// device's memory, for clusters of four leave part of the chip idle (gemm_apart); or one pair takes the parts in turn
+// and adds them to the result (walk). All compute the same chains (see gemm.cuh) and so the same bytes. A producer asks
+// for weights before its predecessor's end, which keeps memory busy between the small kernels of a decode.
 //
-// Bytes: matrix once per batch tile, batch rows once per pair of feature tiles. Operations: 2 * rows * features * columns.
+// Bytes: matrix once per batch tile, batch rows once per pair of feature tiles. Operations: 2 * rows * features *
+// columns.
 #include <cuda.h>
 
 #include "gemm.cuh"
@@ -35,11 +35,10 @@ enum Parts {
     IN_TURN,
 };
 
-/// The shape of a kernel: warpgroups that multiply, rows of the batch, stages, whether blocks work in pairs, and how many
-/// blocks a multiprocessor has.
-template <int GROUPS_, int BATCH_, int STAGES_, bool PAIR_, int BLOCKS_>
+/// The shape of a kernel: warpgroups that multiply, rows of the batch, stages, and whether blocks work in pairs.
+template <int GROUPS_, int BATCH_, int STAGES_, bool PAIR_>
 struct Shape {
-    static constexpr int GROUPS = GROUPS_, BATCH = BATCH_, STAGES = STAGES_, BLOCKS = BLOCKS_;
+    static constexpr int GROUPS = GROUPS_, BATCH = BATCH_, STAGES = STAGES_;
     static constexpr bool PAIR = PAIR_;
     static constexpr int FEATURES = GROUPS * GROUP_FEATURES;
     static constexpr int MATRIX_BYTES = GROUPS * MATRIX_BOX;
@@ -47,7 +46,7 @@ struct Shape {
     static constexpr int BOX_ROWS = BATCH < 64 ? 8 : 32;
     static constexpr int CONSUMERS = GROUPS * 128;
     /// Threads that neither copy nor multiply: where registers move between warpgroups, three warps of the producer's.
-    static constexpr int HELPERS = GROUPS == 2 && BLOCKS == 1 ? 96 : 0;
+    static constexpr int HELPERS = GROUPS == 2 ? 96 : 0;
 };
 
 /// The ring of stages, and the stage where a thread stands.
@@ -441,36 +440,42 @@ __device__ __forceinline__ void gemm(const CUtensorMap &matrix, const CUtensorMa
 #define GEMM_BODY(...)
 #endif
 
-// STAGES are as many as fit: BLOCKS per multiprocessor for wide, two for thin. A warpgroup of the producer's, where
-// registers move from it to the others; else a warp.
-#define WIDE(NAME, BATCH, STAGES, BLOCKS, EPILOGUE, PARTS)                                                             \
-    extern "C" __global__ void __launch_bounds__(BLOCKS == 1 ? 384 : 288, BLOCKS)                                      \
-        NAME(const __grid_constant__ CUtensorMap matrix, const __grid_constant__ CUtensorMap batch,                    \
-             const __grid_constant__ Output output) {                                                                  \
-        GEMM_BODY(gemm<Shape<2, BATCH, STAGES, true, BLOCKS>, EPILOGUE, PARTS>(matrix, batch, output);)                \
+// STAGES are as many as fit: for one block per multiprocessor of wide, two of thin. Beside the threads that multiply a
+// wide block has a warpgroup of the producer's, from which registers move to the others; a thin one a warp.
+#define WIDE(NAME, BATCH, STAGES, EPILOGUE, PARTS)                                                                     \
+    extern "C" __global__ void __launch_bounds__(384, 1) NAME(const __grid_constant__ CUtensorMap matrix,              \
+                                                              const __grid_constant__ CUtensorMap batch,               \
+                                                              const __grid_constant__ Output output) {                 \
+        GEMM_BODY(gemm<Shape<2, BATCH, STAGES, true>, EPILOGUE, PARTS>(matrix, batch, output);)                        \
     }
 #define THIN(NAME, BATCH, STAGES, EPILOGUE)                                                                            \
     extern "C" __global__ void __launch_bounds__(160, 2) NAME(const __grid_constant__ CUtensorMap matrix,              \
                                                               const __grid_constant__ CUtensorMap batch,               \
                                                               const __grid_constant__ Output output) {                 \
-        GEMM_BODY(gemm<Shape<1, BATCH, STAGES, false, 2>, EPILOGUE, BESIDE>(matrix, batch, output);)                   \
+        GEMM_BODY(gemm<Shape<1, BATCH, STAGES, false>, EPILOGUE, BESIDE>(matrix, batch, output);)                      \
     }
-#define ALL_SIZES(NAME, EPILOGUE)                                                                                      \
+#define SMALL(NAME, EPILOGUE)                                                                                          \
     THIN(gemm_thin_8_##NAME, 8, 11, EPILOGUE)                                                                          \
     THIN(gemm_thin_16_##NAME, 16, 10, EPILOGUE)                                                                        \
     THIN(gemm_thin_32_##NAME, 32, 8, EPILOGUE)                                                                         \
     THIN(gemm_thin_64_##NAME, 64, 6, EPILOGUE)                                                                         \
-    WIDE(gemm_wide_64_##NAME, 64, 8, 1, EPILOGUE, BESIDE)                                                              \
-    WIDE(gemm_wide_128_##NAME, 128, 6, 1, EPILOGUE, BESIDE)                                                            \
-    WIDE(gemm_wide_192_##NAME, 192, 5, 1, EPILOGUE, BESIDE)                                                            \
-    WIDE(gemm_walk_128_##NAME, 128, 6, 1, EPILOGUE, IN_TURN)                                                           \
-    WIDE(gemm_walk_192_##NAME, 192, 5, 1, EPILOGUE, IN_TURN)                                                           \
-    WIDE(gemm_walk_256_##NAME, 256, 4, 1, EPILOGUE, IN_TURN)
+    WIDE(gemm_wide_64_##NAME, 64, 8, EPILOGUE, BESIDE)
 
-ALL_SIZES(values, VALUES)
-ALL_SIZES(silu_mul, SILU_MUL)
-ALL_SIZES(rope, ROPE)
-ALL_SIZES(add, ADD)
-WIDE(gemm_double_128_values, 128, 3, 2, VALUES, BESIDE)
-WIDE(gemm_double_128_silu_mul, 128, 3, 2, SILU_MUL, BESIDE)
-WIDE(gemm_apart_128_add, 128, 6, 1, ADD, APART)
+// Of the tiles of more rows those that are the best ones somewhere (TUNING.md).
+SMALL(values, VALUES)
+WIDE(gemm_walk_128_values, 128, 6, VALUES, IN_TURN)
+WIDE(gemm_walk_192_values, 192, 5, VALUES, IN_TURN)
+WIDE(gemm_walk_256_values, 256, 4, VALUES, IN_TURN)
+SMALL(rope, ROPE)
+WIDE(gemm_walk_128_rope, 128, 6, ROPE, IN_TURN)
+WIDE(gemm_walk_192_rope, 192, 5, ROPE, IN_TURN)
+SMALL(silu_mul, SILU_MUL)
+WIDE(gemm_wide_128_silu_mul, 128, 6, SILU_MUL, BESIDE)
+WIDE(gemm_wide_192_silu_mul, 192, 5, SILU_MUL, BESIDE)
+WIDE(gemm_walk_256_silu_mul, 256, 4, SILU_MUL, IN_TURN)
+SMALL(add, ADD)
+WIDE(gemm_wide_128_add, 128, 6, ADD, BESIDE)
+WIDE(gemm_wide_192_add, 192, 5, ADD, BESIDE)
+WIDE(gemm_apart_128_add, 128, 6, ADD, APART)
+WIDE(gemm_walk_128_add, 128, 6, ADD, IN_TURN)
+WIDE(gemm_walk_256_add, 256, 4, ADD, IN_TURN)

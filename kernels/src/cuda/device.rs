@@ -100,6 +100,8 @@ pub struct Device {
     pub multiprocessors: u32,
     /// Most bytes of shared memory that a block can have.
     pub shared_bytes_max: u32,
+    /// Bytes per second that memory is clocked for.
+    pub memory_bytes_per_s: f64,
     /// Whether kernels for sm_90a run.
     pub hopper: bool,
     /// The device's name.
@@ -150,11 +152,24 @@ impl Device {
         let multiprocessors = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         let shared_bytes_max =
             attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+        let memory_khz = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE)?;
+        let bus_bits = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH)?;
+        // Two transfers per clock.
+        let memory_bytes_per_s = f64::from(memory_khz) * 1e3 * 2.0 * f64::from(bus_bits) / 8.0;
         let hopper = (major, minor) == (9, 0);
         let stream = context.new_stream()?;
         let kernels = load_kernels()?;
         let name = context.name()?;
-        let device = Self { context, stream, kernels, multiprocessors, shared_bytes_max, hopper, name };
+        let device = Self {
+            context,
+            stream,
+            kernels,
+            multiprocessors,
+            shared_bytes_max,
+            memory_bytes_per_s,
+            hopper,
+            name,
+        };
         Ok(Arc::new(device))
     }
 

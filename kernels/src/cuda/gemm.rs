@@ -6,19 +6,7 @@
 use std::sync::Arc;
 
 use super::device::{Device, DeviceError, Kernel, Launch, Memory};
-
-/// How the sums leave, as in `epilogue.cuh`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Epilogue {
-    /// Written.
-    Values,
-    /// Added to what is there.
-    Add,
-    /// Of gate and up rows: `silu(gate) * up`, as an operand.
-    SiluMul,
-    /// Of a QKV matrix: queries as operands, keys and values into the cache. Hopper alone.
-    Rope,
-}
+use super::output::{Epilogue, Meeting, Output};
 
 const EPILOGUES: [(Epilogue, &str); 4] = [
     (Epilogue::Values, "values"),
@@ -31,7 +19,6 @@ type Tile = (usize, u32);
 /// As `gemm.cu` has them.
 const THIN: [Tile; 4] = [(8, 11), (16, 10), (32, 8), (64, 6)];
 const WIDE: [Tile; 3] = [(64, 8), (128, 6), (192, 5)];
-const DOUBLE: [Tile; 1] = [(128, 3)];
 const APART: [Tile; 1] = [(128, 6)];
 const WALK: [Tile; 3] = [(128, 6), (192, 5), (256, 4)];
 /// Features of a block.
@@ -47,112 +34,10 @@ const SPLITS_MAX: usize = 4;
 const SPLIT_COLUMNS_MIN: usize = 256;
 /// Blocks of 64 features that keep memory busy at one row. A constant, so that results depend on no chip.
 const SPLIT_BLOCKS: usize = 128;
+/// What reads get of the rate that memory is clocked for.
+const READ_SHARE: f64 = 0.9;
 /// Features of a group whose squares are added before those of other groups.
 pub const GROUP_FEATURES: usize = 64;
-
-/// The norm before a product, as in `epilogue.cuh`; all zero without one.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Default)]
-pub struct NormBefore {
-    /// Sums of squares of a row's groups.
-    pub squares: u64,
-    /// From row to row.
-    pub stride: i32,
-    /// Added to the mean square.
-    pub eps: f32,
-}
-
-/// The norm after a product that adds, as in `epilogue.cuh`; all zero without one.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Default)]
-pub struct NormAfter {
-    /// One per feature.
-    pub weight: u64,
-    /// Values times weight.
-    pub out: u64,
-    /// Sums of squares of a row's groups.
-    pub squares: u64,
-    /// Elements from row to row of `out`.
-    pub out_stride: i32,
-    /// The same of the squares.
-    pub squares_stride: i32,
-}
-
-/// What becomes of queries, keys and values, as in `epilogue.cuh`.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Heads {
-    /// `Row` each.
-    pub rows: u64,
-    /// Cosines, then sines, of each position.
-    pub table: u64,
-    /// Weights of the norm of queries, or 0.
-    pub q_norm: u64,
-    /// The same of keys.
-    pub k_norm: u64,
-    /// Where queries go.
-    pub queries: u64,
-    /// The layer's pages.
-    pub cache: u64,
-    /// Query heads.
-    pub heads: i32,
-    /// Key-value heads.
-    pub kv_heads: i32,
-    /// Elements of a head.
-    pub head_dim: i32,
-    /// Elements from row to row of the queries.
-    pub query_stride: i32,
-    /// Added to the mean square of a head.
-    pub eps: f32,
-    /// One over the scale of keys of 8 bits.
-    pub key_factor: f32,
-    /// The same of values.
-    pub value_factor: f32,
-    /// Whether the cache has 8 bits.
-    pub fp8: i32,
-}
-
-/// Where blocks that share a tile meet, as in `epilogue.cuh`.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Meeting {
-    /// Room for the sums of all blocks that run at once.
-    pub sums: u64,
-    /// Zero between kernels.
-    pub counters: u64,
-}
-
-/// The result's side of a product, as in `epilogue.cuh`.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Output {
-    /// Where the rows start.
-    pub out: u64,
-    /// One value per feature, or 0.
-    pub bias: u64,
-    /// Elements from row to row.
-    pub stride: i32,
-    /// Rows of the batch.
-    pub rows: i32,
-    /// Rows of the matrix.
-    pub features: i32,
-    /// Columns of both.
-    pub columns: i32,
-    /// Parts of K.
-    pub splits: i32,
-    /// Tiles of the batch.
-    pub batch_tiles: i32,
-    /// Tiles of features, or pairs of them.
-    pub feature_tiles: i32,
-    /// What the batch's rows lack.
-    pub before: NormBefore,
-    /// What the next product needs.
-    pub after: NormAfter,
-    /// Of [`Epilogue::Rope`].
-    pub heads: Heads,
-    /// Of kernels whose blocks are apart.
-    pub meeting: Meeting,
-}
 
 /// Which of the batch's tensor maps a kernel reads through.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -206,8 +91,6 @@ enum Kind {
     Thin,
     /// Two blocks for 256.
     Wide,
-    /// As wide, two blocks to a multiprocessor.
-    Double,
     /// As wide, the parts of K in pairs of blocks that meet in memory.
     Apart,
     /// As wide, in pairs that take tile after tile, and all parts of K in turn.
@@ -215,10 +98,9 @@ enum Kind {
 }
 
 impl Kind {
-    const ALL: [(Self, &str, &'static [Tile]); 5] = [
+    const ALL: [(Self, &str, &'static [Tile]); 4] = [
         (Self::Thin, "thin", &THIN),
         (Self::Wide, "wide", &WIDE),
-        (Self::Double, "double", &DOUBLE),
         (Self::Apart, "apart", &APART),
         (Self::Walk, "walk", &WALK),
     ];
@@ -228,26 +110,34 @@ impl Kind {
         if self == Self::Thin { THIN_FEATURES } else { WIDE_FEATURES }
     }
 
-    /// Whether `gemm.cu` has it for sums that leave like this.
-    fn has(self, epilogue: Epilogue) -> bool {
-        match self {
-            Self::Thin | Self::Wide | Self::Walk => true,
-            Self::Double => matches!(epilogue, Epilogue::Values | Epilogue::SiluMul),
-            Self::Apart => epilogue == Epilogue::Add,
+    /// Whether `gemm.cu` has it with tiles of this many rows for sums that leave like this: it has the best ones.
+    fn has(self, batch: usize, epilogue: Epilogue) -> bool {
+        use Epilogue::{Add, Rope, SiluMul, Values};
+        match (self, batch) {
+            (Self::Thin, _) | (Self::Wide, 64) => true,
+            (Self::Wide, _) => matches!(epilogue, SiluMul | Add),
+            (Self::Apart, _) => epilogue == Add,
+            (Self::Walk, 128) => matches!(epilogue, Values | Rope | Add),
+            (Self::Walk, 192) => matches!(epilogue, Values | Rope),
+            (Self::Walk, _) => matches!(epilogue, Values | SiluMul | Add),
         }
+    }
+
+    /// All kernels for sums that leave like this: kind, its name, and tile.
+    fn kernels(epilogue: Epilogue) -> impl Iterator<Item = (Self, &'static str, Tile)> {
+        let all = Self::ALL
+            .iter()
+            .flat_map(|&(kind, name, tiles)| tiles.iter().map(move |&tile| (kind, name, tile)));
+        all.filter(move |&(kind, _, (batch, _))| kind.has(batch, epilogue))
     }
 
     /// Blocks that a multiprocessor has at once.
     fn blocks(self) -> usize {
-        if matches!(self, Self::Thin | Self::Double) { 2 } else { 1 }
+        if self == Self::Thin { 2 } else { 1 }
     }
 
     fn threads(self) -> u32 {
-        match self {
-            Self::Thin => 160,
-            Self::Double => 288,
-            _ => 384,
-        }
+        if self == Self::Thin { 160 } else { 384 }
     }
 }
 
@@ -266,6 +156,8 @@ pub struct Variant {
 #[derive(Debug, Clone, Copy)]
 struct Room {
     multiprocessors: usize,
+    /// Bytes that memory gives in a microsecond.
+    read: f64,
     meeting: Meeting,
 }
 
@@ -276,7 +168,7 @@ pub struct Gemm {
     mma: Vec<(Epilogue, Kernel)>,
     /// Whether the kernels are those of Hopper.
     pub hopper: bool,
-    multiprocessors: usize,
+    room: Room,
     /// What `Meeting` points to.
     _meeting: Option<Memory>,
 }
@@ -312,22 +204,19 @@ impl Gemm {
             sums: memory.pointer(),
             counters: memory.pointer() + sums_bytes as u64,
         });
-        let room = Room { multiprocessors, meeting: pointers };
-        let mut gemm =
-            Self { variants: Vec::new(), mma: Vec::new(), hopper, multiprocessors, _meeting: meeting };
+        let read = device.memory_bytes_per_s * READ_SHARE / 1e6;
+        let room = Room { multiprocessors, read, meeting: pointers };
+        let mut gemm = Self { variants: Vec::new(), mma: Vec::new(), hopper, room, _meeting: meeting };
         for (epilogue, name) in EPILOGUES {
             if epilogue != Epilogue::Rope {
                 gemm.mma.push((epilogue, device.kernel(&format!("gemm_mma_{name}"))?));
             }
-            let kinds = Kind::ALL.iter().filter(|(kind, ..)| hopper && kind.has(epilogue));
-            for &(kind, word, tiles) in kinds {
-                for &(batch, stages) in tiles {
-                    let kernel = device.kernel(&format!("gemm_{word}_{batch}_{name}"))?;
-                    let stage_bytes = (kind.features() + batch) * STAGE_COLUMNS * 2;
-                    let shared_bytes = stages * stage_bytes as u32 + 1024;
-                    device.allow_shared(kernel, shared_bytes)?;
-                    gemm.variants.push(Variant { kind, epilogue, batch, shared_bytes, kernel, room });
-                }
+            for (kind, word, (batch, stages)) in Kind::kernels(epilogue).filter(|_| hopper) {
+                let kernel = device.kernel(&format!("gemm_{word}_{batch}_{name}"))?;
+                let stage_bytes = (kind.features() + batch) * STAGE_COLUMNS * 2;
+                let shared_bytes = stages * stage_bytes as u32 + 1024;
+                device.allow_shared(kernel, shared_bytes)?;
+                gemm.variants.push(Variant { kind, epilogue, batch, shared_bytes, kernel, room });
             }
         }
         Ok(gemm)
@@ -342,7 +231,7 @@ impl Gemm {
             let meeting = Meeting::default();
             return Choice { kernel, launch, map: BatchMap::None, batch_tiles, feature_tiles, meeting };
         }
-        let time = |variant: &&Variant| work.microseconds(variant.kind, variant.batch, self.multiprocessors);
+        let time = |variant: &&Variant| work.microseconds(variant.kind, variant.batch, &self.room);
         let best = self.suitable(work).min_by(|a, b| time(a).total_cmp(&time(b)));
         best.expect("a kernel suits any number of rows").choice(work)
     }
@@ -351,7 +240,7 @@ impl Gemm {
     pub fn suitable<'a>(&'a self, work: &'a Work) -> impl Iterator<Item = &'a Variant> {
         self.variants
             .iter()
-            .filter(|v| v.epilogue == work.epilogue && work.suits(v.kind, v.batch, self.multiprocessors))
+            .filter(|v| v.epilogue == work.epilogue && work.suits(v.kind, v.batch, self.room.multiprocessors))
     }
 }
 
@@ -409,7 +298,7 @@ impl Work {
             // The smallest tile that holds all rows.
             Kind::Thin => batch >= self.rows && (batch == THIN[0].0 || batch / 2 < self.rows),
             Kind::Wide => self.rows > THIN_ROWS_MAX,
-            Kind::Double | Kind::Walk => self.rows > 64,
+            Kind::Walk => self.rows > 64,
             // All blocks have to run at once.
             Kind::Apart => {
                 self.splits > 1 && self.rows > 64 && 2 * self.clusters(kind, batch) <= multiprocessors
@@ -432,32 +321,34 @@ impl Work {
     fn cluster(&self, kind: Kind) -> usize {
         match kind {
             Kind::Thin => self.splits,
-            Kind::Wide | Kind::Double => 2 * self.splits,
+            Kind::Wide => 2 * self.splits,
             Kind::Apart | Kind::Walk => 2,
         }
     }
 
     /// About how long a kernel takes, to compare it with others. Blocks come in rounds; a block takes what its stages
     /// take to multiply, to fetch from the cache that all share, to take in, or to come from memory, whichever is most,
-    /// and what its sums take to leave. Fitted to what the example `products` measured on an H100: the kernel that this
-    /// prefers is on average 1 % slower than the best one.
-    fn microseconds(&self, kind: Kind, batch: usize, multiprocessors: usize) -> f64 {
-        /// Products of 64 columns in bf16 that a multiprocessor does in a microsecond, per row and feature.
-        const MULTIPLY: f64 = 32.0 * 1755.0;
-        /// Bytes per microsecond: out of the shared cache, into a multiprocessor, out of memory.
-        const FETCH: f64 = 7.7e6;
-        const TAKE_IN: f64 = 130e3;
-        const READ: f64 = 3.05e6;
-        /// For sums to leave, in all and per row of a tile.
-        const LEAVE: f64 = 1.0;
-        const LEAVE_ROW: f64 = 0.012;
-        const LEAVE_ROW_ROPE: f64 = 0.018;
+    /// and what its sums take to leave. Fitted to what the example `products` measured on an H200 (TUNING.md).
+    fn microseconds(&self, kind: Kind, batch: usize, room: &Room) -> f64 {
+        /// Products of 64 columns that a multiprocessor does in a microsecond, per row and feature.
+        const MULTIPLY: f64 = 46e3;
+        /// Bytes per microsecond: out of the shared cache, into a multiprocessor.
+        const FETCH: f64 = 10.5e6;
+        const TAKE_IN: f64 = 91e3;
+        /// For sums to leave: in all, and per row of a tile, which ROPE turns or which are added.
+        const LEAVE: f64 = 1.3;
+        const LEAVE_THIN: f64 = 2.0;
+        const LEAVE_ROW: f64 = 0.014;
+        const LEAVE_ROW_ROPE: f64 = 0.046;
+        const LEAVE_ROW_ADD: f64 = 0.037;
+        /// The same of a part of K that is not the last, where one pair takes all.
+        const PART_ROW: f64 = 0.05;
         /// For blocks to meet in memory.
-        const MEET: f64 = 2.0;
+        const MEET: f64 = 3.0;
         let batch_tiles = self.tiles(kind, batch).0;
         let (cluster, clusters) = (self.cluster(kind), self.clusters(kind, batch));
         // Clusters of more than two blocks leave some multiprocessors over.
-        let fitting = if cluster > 2 { multiprocessors / cluster - 2 } else { multiprocessors / cluster };
+        let fitting = room.multiprocessors / cluster - if cluster > 2 { 2 } else { 0 };
         let slots = fitting * kind.blocks();
         let parts = if kind == Kind::Walk { 1 } else { self.splits };
         let stages = self.columns.div_ceil(STAGE_COLUMNS).div_ceil(parts);
@@ -469,11 +360,19 @@ impl Work {
         let stage = (features * rows / MULTIPLY * beside as f64)
             .max((features + rows / sharing) * row_bytes * busy / FETCH)
             .max((features + rows) * row_bytes / TAKE_IN)
-            .max(features * row_bytes * busy / batch_tiles as f64 / READ);
-        let leave_row = if self.epilogue == Epilogue::Rope { LEAVE_ROW_ROPE } else { LEAVE_ROW };
-        let meet = if kind == Kind::Apart { MEET } else { 0.0 };
-        let times = if kind == Kind::Walk { self.splits as f64 } else { 1.0 };
-        let block = stages as f64 * stage + meet + (LEAVE + leave_row * rows) * times;
+            .max(features * row_bytes * busy / batch_tiles as f64 / room.read);
+        let leave_row = match self.epilogue {
+            Epilogue::Rope => LEAVE_ROW_ROPE,
+            Epilogue::Add => LEAVE_ROW_ADD,
+            Epilogue::Values | Epilogue::SiluMul => LEAVE_ROW,
+        };
+        let more = match kind {
+            Kind::Walk => (self.splits - 1) as f64 * PART_ROW * rows,
+            Kind::Apart => MEET,
+            Kind::Thin | Kind::Wide => 0.0,
+        };
+        let leave = if kind == Kind::Thin { LEAVE_THIN } else { LEAVE };
+        let block = stages as f64 * stage + leave + leave_row * rows + more;
         block * clusters.div_ceil(slots) as f64
     }
 }
@@ -492,23 +391,38 @@ mod tests {
         assert_eq!(splits(Epilogue::Add, 8, 8), 1);
     }
 
+    /// Kinds and tiles that a product takes, by rows, on a chip with memory as fast as an H200's.
+    fn best(rows: usize, matrix: (usize, usize), epilogue: Epilogue) -> (Kind, usize) {
+        let room = Room { multiprocessors: 132, read: 4.425e6, meeting: Meeting::default() };
+        let work = Work::new(epilogue, rows, matrix);
+        let all = Kind::kernels(epilogue).map(|(kind, _, (batch, _))| (kind, batch));
+        all.filter(|&(kind, batch)| work.suits(kind, batch, 132))
+            .min_by(|a, b| work.microseconds(a.0, a.1, &room).total_cmp(&work.microseconds(b.0, b.1, &room)))
+            .unwrap()
+    }
+
     #[test]
     fn tiles_follow_the_number_of_rows() {
-        let best = |rows, (features, columns), epilogue| {
-            let work = Work::new(epilogue, rows, (features, columns));
-            let kinds = Kind::ALL.iter().filter(|(kind, ..)| kind.has(epilogue));
-            let all = kinds.flat_map(|&(kind, _, tiles)| tiles.iter().map(move |tile| (kind, tile.0)));
-            all.filter(|&(kind, batch)| work.suits(kind, batch, 132))
-                .min_by(|a, b| work.microseconds(a.0, a.1, 132).total_cmp(&work.microseconds(b.0, b.1, 132)))
-                .unwrap()
-        };
         assert_eq!(best(1, (4096, 1024), Epilogue::Rope), (Kind::Thin, 8));
         assert_eq!(best(24, (4096, 1024), Epilogue::Values), (Kind::Thin, 32));
-        assert_eq!(best(256, (1024, 3072), Epilogue::Add), (Kind::Wide, 128));
         assert_eq!(best(64, (4096, 14336), Epilogue::Add), (Kind::Thin, 64));
-        assert_eq!(best(192, (4096, 14336), Epilogue::Add), (Kind::Wide, 192));
-        assert_eq!(best(256, (4096, 14336), Epilogue::Add), (Kind::Walk, 128));
-        assert_eq!(best(128, (28672, 4096), Epilogue::SiluMul), (Kind::Double, 128));
+        assert_eq!(best(128, (4096, 4096), Epilogue::Add), (Kind::Wide, 128));
+        assert_eq!(best(256, (4096, 14336), Epilogue::Add), (Kind::Apart, 128));
+        assert_eq!(best(512, (1024, 3072), Epilogue::Add), (Kind::Apart, 128));
+        assert_eq!(best(8192, (4096, 14336), Epilogue::Add), (Kind::Walk, 256));
+        assert_eq!(best(128, (28672, 4096), Epilogue::SiluMul), (Kind::Wide, 128));
         assert_eq!(best(192, (28672, 4096), Epilogue::SiluMul), (Kind::Wide, 192));
+        assert_eq!(best(8192, (28672, 4096), Epilogue::SiluMul), (Kind::Walk, 256));
+        assert_eq!(best(256, (151_936, 1024), Epilogue::Values), (Kind::Walk, 256));
+    }
+
+    #[test]
+    fn some_kernel_suits_any_product() {
+        for (epilogue, _) in EPILOGUES {
+            for rows in [1, 8, 9, 32, 33, 64, 65, 128, 8192] {
+                best(rows, (64, 64), epilogue);
+                best(rows, (28672, 4096), epilogue);
+            }
+        }
     }
 }

@@ -7,7 +7,8 @@ use std::time::Instant;
 
 use super::Cuda;
 use super::device::{DeviceError, Memory, arguments};
-use super::gemm::{BatchMap, Epilogue, Output, Work};
+use super::gemm::{BatchMap, Work};
+use super::output::{Epilogue, Output};
 use super::weights::tensor_map;
 use crate::bounds::Bounds;
 

@@ -7,8 +7,9 @@ use std::time::Instant;
 
 use super::Cuda;
 use super::device::{Device, DeviceError, Memory, Pinned, arguments};
-use super::gemm::{BatchMap, Choice, Epilogue, GROUP_FEATURES, Heads, NormAfter, NormBefore, Output, Work};
+use super::gemm::{BatchMap, Choice, GROUP_FEATURES, Work};
 use super::graph::capture;
+use super::output::{Epilogue, Heads, NormAfter, NormBefore, Output};
 use super::weights::tensor_map;
 use crate::ops::BLOCK_TOKENS;
 
@@ -18,6 +19,9 @@ const LAUNCHES: usize = 20;
 const REPLAYS: usize = 5;
 /// Bytes of weights that no cache holds.
 const WEIGHT_BYTES: usize = 256 << 20;
+/// Rows of the operand beyond the batch's, as a step's buffers have them: tiles that end beyond the tensor map take
+/// up to twice as long, since the copy engine is slow to fill in zeros.
+const ROWS_BEYOND: usize = 256;
 /// Key-value heads and head size of products that turn heads.
 const KV_HEADS: usize = 8;
 const HEAD_DIM: usize = 128;
@@ -134,7 +138,8 @@ impl Cuda {
         };
         let matrix_bytes = features * columns * 2;
         let copies = (WEIGHT_BYTES / matrix_bytes + 1).min(LAUNCHES);
-        let (weights, operand) = (random(copies * matrix_bytes)?, random(rows * columns * 2)?);
+        let (weights, operand) =
+            (random(copies * matrix_bytes)?, random((rows + ROWS_BEYOND) * columns * 2)?);
         let results_of = |row_bytes: &[usize]| -> Result<Vec<(Memory, usize)>, DeviceError> {
             let padded = rows.next_multiple_of(BLOCK_TOKENS);
             row_bytes.iter().map(|&bytes| Ok((random(padded * bytes)?, bytes))).collect()
@@ -193,7 +198,8 @@ impl Cuda {
         launches: usize,
     ) -> Result<(), DeviceError> {
         let box_rows = if choice.map == BatchMap::Rows8 { 8 } else { 32 };
-        let batch = tensor_map(bench.operand.pointer(), (work.rows, work.columns), work.columns, box_rows)?;
+        let size = (work.rows + ROWS_BEYOND, work.columns);
+        let batch = tensor_map(bench.operand.pointer(), size, work.columns, box_rows)?;
         let output = choice.output(work, bench.output);
         for launch in 0..launches {
             let at = bench.weights.pointer() + (launch % bench.copies * bench.matrix_bytes) as u64;

@@ -7,7 +7,8 @@ use std::ffi::c_void;
 
 use super::arena::{Activation, Arena, Place};
 use super::device::{Device, DeviceError, Kernel, Launch, arguments};
-use super::gemm::{BatchMap, Epilogue, Gemm, Heads, NormAfter, NormBefore, Output, Work};
+use super::gemm::{BatchMap, Gemm, Work};
+use super::output::{Epilogue, Heads, NormAfter, NormBefore, Output};
 use super::plan::Layout;
 use super::weights::DeviceMatrix;
 use super::{Attend, Weights};
