@@ -121,10 +121,9 @@ __device__ __forceinline__ Spot spot_in(int first_feature, int first_row) {
 }
 
 /// What the threads of a block share while sums leave: factors and places of its rows, and partial sums of squares by
-/// warp. `AHEAD_` is for how many tiles the cosines and sines are loaded at once: as many as there are registers for.
-template <int WARPS_, int BATCH_, int AHEAD_ = 4>
+/// warp.
+template <int WARPS_, int BATCH_>
 struct Shared {
-    static constexpr int TURNS_AHEAD = AHEAD_;
     static constexpr int WARPS = WARPS_, BATCH = BATCH_, THREADS = WARPS * 32, GROUPS = WARPS / 4;
     float factors[BATCH];
     uint32_t positions[BATCH];
@@ -136,6 +135,8 @@ struct Shared {
 /// What is needed from memory is loaded this many tiles at a time, so that the loads do not wait for each other's stores;
 /// all at once would take too many registers.
 constexpr int AHEAD = 8;
+/// The same of cosines and sines.
+constexpr int TURNS_AHEAD = 4;
 
 /// Waits for the threads that hold sums.
 template <int THREADS>
@@ -455,7 +456,7 @@ __device__ __forceinline__ void norm_heads(const S &shared, const Output &output
 template <class S, int TILES>
 __device__ __forceinline__ void store_heads(const S &shared, const Output &output, HeadSpot at, Spot start,
                                             const float (&sums)[TILES * 4]) {
-    constexpr int GROUP = TILES < S::TURNS_AHEAD ? TILES : S::TURNS_AHEAD;
+    constexpr int GROUP = TILES < TURNS_AHEAD ? TILES : TURNS_AHEAD;
     const Heads &heads = output.heads;
     const int half = heads.head_dim / 2;
     const float *table = heads.table + at.element;

@@ -125,9 +125,10 @@ impl Kind {
 
     /// All kernels for sums that leave like this: kind, its name, and tile.
     fn kernels(epilogue: Epilogue) -> impl Iterator<Item = (Self, &'static str, Tile)> {
-        let all = Self::ALL
-            .iter()
-            .flat_map(|&(kind, name, tiles)| tiles.iter().map(move |&tile| (kind, name, tile)));
+        let tiles_of = |(kind, name, tiles): (Self, &'static str, &'static [Tile])| {
+            tiles.iter().map(move |&tile| (kind, name, tile))
+        };
+        let all = Self::ALL.into_iter().flat_map(tiles_of);
         all.filter(move |&(kind, _, (batch, _))| kind.has(batch, epilogue))
     }
 
