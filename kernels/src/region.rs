@@ -7,13 +7,15 @@
 //!
 //! A region is fresh from the system, whose pages are zero, so that nothing writes it here. A page becomes real
 //! when it is first touched, so that a cache of gigabytes costs no time at start. Of large regions a thread of
-//! the lowest priority touches the rest meanwhile: computing waits for no more pages than it needs before that, and
-//! memory that the system does not have is missed soon after the start.
+//! the lowest priority touches the rest meanwhile: computing waits for few pages more than it needs, and memory that
+//! the system does not have is missed before it is needed. Priority alone does not keep that thread out of the way:
+//! a page is made in one go, and the cores of a step wait for each other, so that it rests between pages.
 
 use std::alloc::{Layout, handle_alloc_error};
 use std::collections::VecDeque;
 use std::ptr;
 use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 use crate::tensor::ALIGNMENT;
 
@@ -23,6 +25,10 @@ const HUGE_PAGE: usize = 2 << 20;
 const REGION_BYTES: usize = 32 << 20;
 /// Less than this is not worth a share of a region.
 pub const LEAST_BYTES: usize = 128 << 10;
+/// A rest between pages, in times of what the page before it took: the thread takes 3 % of one core at most.
+const REST_TIMES: u32 = 32;
+/// The longest rest.
+const REST_MAX: Duration = Duration::from_millis(200);
 
 /// A range of memory on a border of huge pages.
 #[derive(Debug)]
@@ -48,10 +54,14 @@ static CURRENT: Mutex<(Weak<Region>, usize)> = Mutex::new((Weak::new(), 0));
 struct Untouched {
     regions: VecDeque<(Weak<Region>, usize)>,
     thread_runs: bool,
+    /// Who waits for the thread, which then takes no rest.
+    waiting: usize,
 }
 
-static UNTOUCHED: Mutex<Untouched> = Mutex::new(Untouched { regions: VecDeque::new(), thread_runs: false });
+static UNTOUCHED: Mutex<Untouched> =
+    Mutex::new(Untouched { regions: VecDeque::new(), thread_runs: false, waiting: 0 });
 static ALL_TOUCHED: Condvar = Condvar::new();
+static NO_REST: Condvar = Condvar::new();
 
 impl Region {
     fn new(bytes: usize) -> Arc<Self> {
@@ -140,19 +150,24 @@ fn touch_all() {
             return;
         };
         drop(untouched);
-        if let Some(next) = region.upgrade().and_then(|region| region.touch(start)) {
-            let mut untouched = UNTOUCHED.lock().unwrap_or_else(PoisonError::into_inner);
-            untouched.regions.push_back((region, next));
-        }
+        let began = Instant::now();
+        let next = region.upgrade().and_then(|region| region.touch(start));
+        let rest = REST_MAX.min(began.elapsed() * REST_TIMES);
+        let mut untouched = UNTOUCHED.lock().unwrap_or_else(PoisonError::into_inner);
+        untouched.regions.extend(next.map(|next| (region, next)));
+        let rested = NO_REST.wait_timeout_while(untouched, rest, |untouched| untouched.waiting == 0);
+        drop(rested.unwrap_or_else(PoisonError::into_inner));
     }
 }
 
-/// Waits until all large memory taken so far is real: for measurements, which then see none of the first use's
-/// cost.
+/// Waits until all large memory taken so far is real, which then takes no longer than it must: for measurements,
+/// which then see none of the first use's cost.
 pub fn wait_until_real() {
-    let untouched = UNTOUCHED.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut untouched = UNTOUCHED.lock().unwrap_or_else(PoisonError::into_inner);
+    untouched.waiting += 1;
+    NO_REST.notify_all();
     let done = ALL_TOUCHED.wait_while(untouched, |untouched| untouched.thread_runs);
-    drop(done.unwrap_or_else(PoisonError::into_inner));
+    done.unwrap_or_else(PoisonError::into_inner).waiting -= 1;
 }
 
 impl Drop for Region {
