@@ -217,11 +217,9 @@ fn check_disk(cache: &Path, partial: &Path, bytes: u64) -> Result<(), PullError>
     }
 }
 
-/// Free bytes of a folder's file system, as `df` sees them; none where it cannot tell.
+/// Free bytes of a folder's file system for who has no privileges; none where it cannot tell.
 fn free_bytes(folder: &Path) -> Option<u64> {
-    let output =
-        std::process::Command::new("df").args(["-B1", "--output=avail"]).arg(folder).output().ok()?;
-    String::from_utf8(output.stdout).ok()?.lines().nth(1)?.trim().parse().ok()
+    rustix::fs::statvfs(folder).ok().map(|found| found.f_bavail.saturating_mul(found.f_frsize))
 }
 
 /// Makes the pulled files read-only, and the folder visible.
