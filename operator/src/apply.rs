@@ -89,18 +89,13 @@ impl Applier {
 
     /// Applies all objects: identity, configuration and limits first, the workload last, so that no pod
     /// starts without what it needs. Then deletes what is no longer wanted. Returns the number of writes.
+    /// The PodMonitor is [`Applier::monitor`]'s.
     ///
     /// # Errors
     /// With the first object that could not be written. What was written before stays; the next run goes on.
     pub async fn apply(&self, wanted: Resources, existing: &Existing, uid: &str) -> Result<u32, ApplyError> {
-        let Resources {
-            service_account,
-            config_map,
-            network_policy,
-            disruption_budget,
-            pod_monitor,
-            deployment,
-        } = wanted;
+        let Resources { service_account, config_map, network_policy, disruption_budget, deployment, .. } =
+            wanted;
         let namespace = config_map.namespace().unwrap_or_default();
         let owner = Owner { namespace: &namespace, uid };
         let mut writes = 0;
@@ -111,18 +106,30 @@ impl Applier {
         writes += self.one(self.api(owner), &network_policy, existing.network_policy.as_ref(), owner).await?;
         let budget = existing.disruption_budget.as_ref();
         writes += self.one(self.api(owner), &disruption_budget, budget, owner).await?;
-        if let Some(wanted) = &pod_monitor {
-            let found = existing.pod_monitor.as_ref();
-            writes += self.one(self.monitors(owner), wanted, found, owner).await?;
-        }
         writes += self.one(self.api(owner), &deployment, existing.deployment.as_ref(), owner).await?;
         if service_account.is_none() {
             writes += self.orphan(&self.api(owner), existing.service_account.as_ref(), owner).await?;
         }
-        if pod_monitor.is_none() {
-            writes += self.orphan(&self.monitors(owner), existing.pod_monitor.as_ref(), owner).await?;
-        }
         Ok(writes)
+    }
+
+    /// Applies the PodMonitor, or deletes the one that is no longer wanted. Returns the number of writes. Apart from
+    /// the rest, because its definition may go at any time, and the API server then refuses it: no model waits for it.
+    ///
+    /// # Errors
+    /// When the API server refuses it.
+    pub async fn monitor(
+        &self,
+        wanted: Option<&DynamicObject>,
+        existing: &Existing,
+        (namespace, uid): (&str, &str),
+    ) -> Result<u32, ApplyError> {
+        let owner = Owner { namespace, uid };
+        let (api, found) = (self.monitors(owner), existing.pod_monitor.as_ref());
+        match wanted {
+            Some(wanted) => self.one(api, wanted, found, owner).await,
+            None => self.orphan(&api, found, owner).await,
+        }
     }
 
     fn api<K>(&self, owner: Owner<'_>) -> Api<K>

@@ -361,24 +361,26 @@ impl Reconcile<'_> {
             count("mark", context.applier.mark(&facts.pods, &decision.delete_first).await?);
         }
         let mut resources = build::build(plan, sized.replicas);
-        if facts.pod_monitors_undefined {
-            resources.pod_monitor = None;
-        }
+        let monitor = resources.pod_monitor.take().filter(|_| !facts.pod_monitors_undefined);
         let version = facts.existing.deployment.as_ref().and_then(|found| found.resource_version());
-        let writes = context.applier.apply(resources, &facts.existing, &plan.uid).await?;
-        count("objects", writes);
-        if sized.replicas == sized.before {
-            return Ok(());
+        count("objects", context.applier.apply(resources, &facts.existing, &plan.uid).await?);
+        if sized.replicas != sized.before {
+            self.resized(plan, sized, version, facts.at_ms).await;
         }
-        self.state.scaling.made(sized.replicas, version, facts.at_ms);
-        if let Some(decision) = &sized.decision {
-            tracing::info!(model = %plan.model, sentence = decision.sentence, "the number of workers changes");
-            context.metrics.decided(decision);
-            let up = sized.replicas > sized.before;
-            let reason = if up { Reason::ScalingUp } else { Reason::ScalingDown };
-            context.status.event(self.object, reason, decision.sentence.clone(), false).await;
-        }
+        let owner = (plan.model.namespace.as_str(), plan.uid.as_str());
+        count("objects", context.applier.monitor(monitor.as_ref(), &facts.existing, owner).await?);
         Ok(())
+    }
+
+    /// Notes and tells that the number of workers was changed, over a version of the Deployment.
+    async fn resized(&mut self, plan: &Plan, sized: &Sized, version: Option<String>, at_ms: u64) {
+        self.state.scaling.made(sized.replicas, version, at_ms);
+        let Some(decision) = &sized.decision else { return };
+        tracing::info!(model = %plan.model, sentence = decision.sentence, "the number of workers changes");
+        self.context.metrics.decided(decision);
+        let up = sized.replicas > sized.before;
+        let reason = if up { Reason::ScalingUp } else { Reason::ScalingDown };
+        self.context.status.event(self.object, reason, decision.sentence.clone(), false).await;
     }
 
     async fn report(
