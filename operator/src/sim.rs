@@ -7,6 +7,7 @@
 
 pub mod cluster;
 pub mod compare;
+pub mod hindsight;
 pub mod hpa;
 pub mod keda;
 pub mod load;

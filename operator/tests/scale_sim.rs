@@ -4,6 +4,7 @@
 use millrace_operator::scale::Record;
 use millrace_operator::sim::cluster::{REPLICAS_MAX, run};
 use millrace_operator::sim::compare::{run_own, spec};
+use millrace_operator::sim::hindsight;
 use millrace_operator::sim::keda::{Keda, KedaSettings};
 use millrace_operator::sim::load::{Job, Load, Random, SPEED, Speed};
 use millrace_operator::sim::millrace::Millrace;
@@ -123,6 +124,7 @@ fn work_is_conserved_and_the_bound_lies_below_every_policy() {
         for row in [row, Row::new(&load, "keda-default", &keda)] {
             let parts_s = work_s + row.starting_s + row.draining_s + row.idle_s;
             assert!((parts_s / row.gpu_seconds - 1.0).abs() < 1e-3, "{parts_s} s of {row:?}");
+            assert!(row.empty_s > 0.0 && row.empty_s <= row.idle_s, "{row:?}");
             let best = optimum(&load, &SPEED, row.wait_p95_s).expect("a bound");
             assert!(best.gpu_s >= work_s, "{}: the bound {} lies below the work", load.name, best.gpu_s);
             assert!(best.gpu_s <= row.gpu_seconds, "{}: {} beats the bound", load.name, row.policy);
@@ -143,6 +145,22 @@ fn a_clairvoyant_plan_that_runs_keeps_the_wait_and_costs_more_than_the_bound() {
         best.gpu_s
     );
     assert!(planned.gpu_seconds <= own(&load, &SPEED).gpu_seconds, "{planned:?}");
+}
+
+#[test]
+fn the_setting_that_hindsight_picks_keeps_the_wait_and_costs_no_more_than_the_defaults() {
+    let load = Load::of_rates("short", 240, |second| if second < 60 { 8.0 } else { 1.0 });
+    let default = own(&load, &SPEED);
+    let tuned = |limit_s| hindsight::tuned(&load, &SPEED, limit_s).expect("every job is done");
+    let (spec, outcome) = tuned(default.wait_p95_s).expect("the defaults are among the settings");
+    let row = Row::new(&load, "millrace-tuned", &outcome);
+    assert!(
+        row.wait_p95_s <= default.wait_p95_s && row.gpu_seconds < default.gpu_seconds,
+        "{row:?}, {default:?}"
+    );
+    let again = run(&load, &SPEED, &mut Millrace::new(spec)).expect("every job is done");
+    assert_eq!(again.gpu_ms, outcome.gpu_ms);
+    assert!(tuned(1.0).is_none(), "no setting starts jobs sooner than a worker");
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use clap::Parser;
 use millrace_operator::sim::compare::{Comparison, compare};
 use millrace_operator::sim::load::{Load, SPEED, Speed};
-use millrace_operator::sim::report::{HEAD, line};
+use millrace_operator::sim::report::{EXCESS_HEAD, HEAD, excess, line};
 use millrace_operator::sim::{plot, report::Row, sweep};
 
 /// Replays traffic through the autoscaler, KEDA's rule, the HPA's rule and the clairvoyant optimum.
@@ -46,6 +46,19 @@ struct Args {
     #[arg(long, value_delimiter = ',', default_values_t = [5.0, 15.0, 30.0, 60.0, 120.0])]
     cold_starts: Vec<f64>,
 }
+
+/// The ratios of GPU time that are told.
+const RATIOS: [(&str, &str); 7] = [
+    ("millrace", "keda-tuned"),
+    ("millrace", "keda-sized"),
+    ("millrace", "clairvoyant-run"),
+    ("millrace", "clairvoyant"),
+    ("millrace-tuned", "keda-tuned"),
+    ("millrace-tuned", "clairvoyant"),
+    ("clairvoyant", "keda-tuned"),
+];
+/// The policies of which is told where their GPU time goes.
+const EXCESSES: [&str; 4] = ["millrace", "millrace-tuned", "keda-tuned", "clairvoyant-run"];
 
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
@@ -107,10 +120,18 @@ fn print(out: &mut impl Write, load: &Load, comparison: &Comparison) -> anyhow::
         Some(pick) => writeln!(out, "keda-tuned: {:?}", pick.settings)?,
         None => writeln!(out, "keda-tuned: no setting of the grid keeps the wait")?,
     }
-    for policy in ["keda-tuned", "keda-sized", "clairvoyant-run", "clairvoyant"] {
-        if let Some(ratio) = comparison.ratio(policy) {
-            writeln!(out, "GPU time of millrace / {policy}: {ratio:.3}")?;
+    if let Some(spec) = &comparison.millrace_tuned {
+        writeln!(out, "millrace-tuned: {}", serde_json::to_string(spec)?)?;
+    }
+    for (one, other) in RATIOS {
+        if let Some(ratio) = comparison.ratio(one, other) {
+            writeln!(out, "GPU time of {one} / {other}: {ratio:.3}")?;
         }
+    }
+    let Some(bound) = comparison.row("clairvoyant") else { return Ok(()) };
+    writeln!(out, "{EXCESS_HEAD}")?;
+    for row in EXCESSES.iter().filter_map(|policy| comparison.row(policy)) {
+        writeln!(out, "{}", excess(row, bound.gpu_seconds))?;
     }
     Ok(())
 }

@@ -75,6 +75,8 @@ pub struct Outcome {
     pub starting_ms: u64,
     /// Of that, the share of the time of workers that drained in which slots were empty.
     pub draining_ms: u64,
+    /// Of that, the time in which workers that were ready and stayed held no job.
+    pub empty_ms: u64,
     /// Of that, the work itself.
     pub working_ms: u64,
     /// Changes of the number of workers.
@@ -222,7 +224,7 @@ impl Run<'_> {
                 self.workers.iter().map(|worker| worker.ready_ms).filter(|&at_ms| at_ms > now_ms).min();
             let next = [arrival, finish, ready].into_iter().flatten().min();
             let Some(at_ms) = next.filter(|&at_ms| at_ms < until_ms) else { break };
-            self.now_ms = at_ms.max(self.now_ms);
+            self.pass(at_ms.max(now_ms));
             while self.load.jobs.get(self.published).is_some_and(|job| job.at_ms <= self.now_ms) {
                 self.published += 1;
             }
@@ -235,6 +237,15 @@ impl Run<'_> {
             }
             self.start();
         }
+        self.pass(until_ms);
+    }
+
+    /// Lets time pass until the next event.
+    fn pass(&mut self, until_ms: u64) {
+        let now_ms = self.now_ms;
+        let empty = |worker: &&Worker| !worker.draining && worker.held == 0 && worker.ready_ms <= now_ms;
+        let empty = self.workers.iter().filter(empty).count() as u64;
+        self.outcome.empty_ms += empty * (until_ms - now_ms);
         self.now_ms = until_ms;
     }
 
@@ -264,5 +275,36 @@ impl Run<'_> {
             self.outcome.waits_ms.push(now_ms - job.at_ms);
             self.started += 1;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::load::Job;
+    use super::*;
+
+    /// Always as many workers.
+    struct Fixed(u32);
+
+    impl Policy for Fixed {
+        fn name(&self) -> String {
+            "fixed".into()
+        }
+
+        fn decide(&mut self, _: &View) -> (u32, Vec<u64>) {
+            (self.0, Vec::new())
+        }
+    }
+
+    #[test]
+    fn a_second_is_a_start_or_work_or_empty_or_partly_full() {
+        // Two workers of two slots start for 10 s. A job of 5 s of work then holds one slot of one for 10 s.
+        let speed =
+            Speed { prompt_tokens_per_s: 100.0, output_tokens_per_s: 100.0, slots: 2, cold_start_s: 10.0 };
+        let jobs = vec![Job { at_ms: 50_000, prompt_tokens: 500, output_tokens: 0 }];
+        let load = Load { name: "one".into(), jobs, length_ms: 100_000, queue_wait_s: 60 };
+        let outcome = run(&load, &speed, &mut Fixed(2)).expect("the job is done");
+        assert_eq!((outcome.gpu_ms, outcome.starting_ms, outcome.working_ms), (200_000, 20_000, 5_000));
+        assert_eq!(outcome.empty_ms, 90_000 + 80_000);
     }
 }

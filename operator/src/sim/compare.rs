@@ -4,6 +4,7 @@ use millrace_crds::scaling::ScalingSpec;
 use millrace_crds::units::Span;
 
 use super::cluster::{Outcome, REPLICAS_MAX, run};
+use super::hindsight;
 use super::hpa::{Behavior, HpaPolicy};
 use super::keda::{Keda, KedaSettings};
 use super::load::{Load, Speed};
@@ -25,6 +26,9 @@ pub struct Comparison {
     pub series: Vec<Series>,
     /// The setting of KEDA's rule that hindsight finds cheapest at [`wait_limit_s`].
     pub keda_tuned: Option<Tried>,
+    /// The spec of the autoscaler that hindsight finds cheapest at no longer a wait than tuned KEDA's; not for loads
+    /// of a million jobs.
+    pub millrace_tuned: Option<ScalingSpec>,
 }
 
 /// The 95th percentile of the wait that every policy of a comparison is to keep: the target, or the autoscaler's own
@@ -69,6 +73,13 @@ pub fn compare(load: &Load, speed: &Speed) -> anyhow::Result<Comparison> {
         comparison.rows.push(Row::of_optimum(load, &best));
         comparison.series.push(Series { name: "clairvoyant".into(), replicas: best.replicas });
     }
+    if load.jobs.len() <= tune::THIN_ABOVE
+        && let Some(rival) = &comparison.keda_tuned
+        && let Some((spec, outcome)) = hindsight::tuned(load, speed, rival.row.wait_p95_s)?
+    {
+        comparison.rows.push(Row::new(load, "millrace-tuned", &outcome));
+        comparison.millrace_tuned = Some(spec);
+    }
     Ok(comparison)
 }
 
@@ -83,8 +94,8 @@ impl Comparison {
         self.rows.iter().find(|row| row.policy == policy)
     }
 
-    /// The autoscaler's GPU time over another policy's.
-    pub fn ratio(&self, policy: &str) -> Option<f64> {
-        Some(self.row("millrace")?.gpu_seconds / self.row(policy)?.gpu_seconds)
+    /// One policy's GPU time over another's.
+    pub fn ratio(&self, one: &str, other: &str) -> Option<f64> {
+        Some(self.row(one)?.gpu_seconds / self.row(other)?.gpu_seconds)
     }
 }

@@ -9,7 +9,8 @@ const PANEL_HEIGHT: f64 = 110.0;
 const LEFT: f64 = 120.0;
 const RIGHT: f64 = 20.0;
 /// Colours that stay apart for most kinds of colour blindness (Okabe and Ito, 2008).
-const COLOURS: [&str; 7] = ["#0072b2", "#d55e00", "#e69f00", "#cc79a7", "#009e73", "#56b4e9", "#000000"];
+const COLOURS: [&str; 8] =
+    ["#0072b2", "#d55e00", "#e69f00", "#cc79a7", "#009e73", "#56b4e9", "#000000", "#f0e442"];
 /// Parts into which the time axis is cut for the arrivals.
 const BINS: usize = 240;
 

@@ -1,4 +1,4 @@
-//! Figures of a run: one [`Row`] a load and policy.
+//! Figures of a run: one [`Row`] a load and policy, and where its GPU time goes.
 
 use serde::Serialize;
 
@@ -35,17 +35,19 @@ pub struct Row {
     pub draining_s: f64,
     /// Of it, that in which slots of other workers stood empty; the rest is work.
     pub idle_s: f64,
+    /// Of the idle time, that of workers that held no job at all.
+    pub empty_s: f64,
 }
 
 impl Row {
     /// The figures of a run.
     pub fn new(load: &Load, policy: &str, outcome: &Outcome) -> Self {
-        let [gpu_seconds, starting_s, draining_s, working_s] =
-            [outcome.gpu_ms, outcome.starting_ms, outcome.draining_ms, outcome.working_ms]
-                .map(|ms| ms as f64 / 1e3);
+        let Outcome { gpu_ms, starting_ms, draining_ms, empty_ms, working_ms, .. } = *outcome;
+        let [gpu_seconds, starting_s, draining_s, empty_s, working_s] =
+            [gpu_ms, starting_ms, draining_ms, empty_ms, working_ms].map(|ms| ms as f64 / 1e3);
         let row = Self::of(load, policy, gpu_seconds, &outcome.waits_ms, &outcome.replicas);
         let idle_s = gpu_seconds - starting_s - draining_s - working_s;
-        Self { starting_s, draining_s, idle_s, ..row }
+        Self { starting_s, draining_s, idle_s, empty_s, ..row }
     }
 
     /// The figures of the optimum's plan; its GPU time is the bound, of which no parts are told.
@@ -76,6 +78,7 @@ impl Row {
             starting_s: 0.0,
             draining_s: 0.0,
             idle_s: 0.0,
+            empty_s: 0.0,
         }
     }
 }
@@ -107,5 +110,24 @@ pub fn line(row: &Row) -> String {
         row.starting_s,
         row.draining_s,
         row.idle_s
+    )
+}
+
+/// The head of the table of excesses.
+pub const EXCESS_HEAD: &str = "GPU-s over the bound   in all  more starts  drains  empty  part full";
+
+/// Where the GPU time of a policy beyond the clairvoyant bound goes, as a line. The bound pays for the work and for
+/// the starts of its plan, so the parts are: what starts cost beyond those; slots of no use in workers that drain;
+/// workers that wait for jobs; free slots in workers that have some.
+pub fn excess(row: &Row, bound_s: f64) -> String {
+    let work_s = row.gpu_seconds - row.starting_s - row.draining_s - row.idle_s;
+    format!(
+        "{:<20} {:>8.0} {:>12.0} {:>7.0} {:>6.0} {:>10.0}",
+        row.policy,
+        row.gpu_seconds - bound_s,
+        row.starting_s - (bound_s - work_s),
+        row.draining_s,
+        row.empty_s,
+        row.idle_s - row.empty_s
     )
 }

@@ -21,8 +21,8 @@ const DOWN_S: [u64; 6] = [0, 15, 30, 60, 120, 300];
 const UP_S: [u64; 2] = [0, 30];
 /// Fewest pods.
 const MIN: [u32; 3] = [0, 1, 2];
-/// Loads with more jobs than this get the thin grid.
-const THIN_ABOVE: usize = 100_000;
+/// Loads with more jobs than this get the thin grid, and the autoscaler none.
+pub const THIN_ABOVE: usize = 100_000;
 
 /// All settings of the grid for some loads, or a thinner grid for loads of a million jobs.
 pub fn grid(loads: &[&Load], speed: &Speed, max: u32) -> Vec<KedaSettings> {
