@@ -1,8 +1,9 @@
 //! Drives the line fetch -> validate -> scale -> build -> apply -> status for each model: on every change of the
 //! model or its objects, when a job wakes it, and by the clock.
 //!
-//! Two reconciles of one model never run at once, and a bounded number of models runs at once. A model that
-//! fails is tried again later and later, and holds up no other.
+//! Two reconciles of one model never run at once, and a bounded number of models runs at once, in the order in which
+//! they became due: none is overtaken while the operator is busy. A model that fails is tried again later and later,
+//! and holds up no other.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -13,12 +14,12 @@ use futures::{FutureExt, StreamExt, stream};
 use k8s_openapi::jiff::Timestamp;
 use kube::core::DeserializeGuard;
 use kube::{Client, Resource, ResourceExt};
-use kube_runtime::controller::{Action, Config as Concurrency, Error as RunError, applier};
+use kube_runtime::controller::{Action, Config as Unlimited, Error as RunError, applier};
 use kube_runtime::reflector::ObjectRef;
 use millrace_crds::model::InferenceModel;
 use millrace_crds::model::reason::Reason;
 use millrace_crds::names::ModelRef;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 
 use crate::apply::{Applier, ApplyError};
 use crate::build;
@@ -70,6 +71,9 @@ pub struct Context {
     pub status: StatusWriter,
     /// Counters.
     pub metrics: Arc<Metrics>,
+    /// Permits for the models that are reconciled at once. They are given in the order in which they were asked for;
+    /// the controller's own limit takes any of those that wait, and left some behind for seconds.
+    pub turns: Semaphore,
     /// What is remembered of each model.
     pub states: Mutex<HashMap<ModelKey, ModelState>>,
 }
@@ -110,15 +114,20 @@ pub async fn run(
     let queue = stream::unfold(changes, |mut changes| async {
         changes.recv().await.map(|key| (Ok::<_, std::convert::Infallible>(key), changes))
     });
-    let concurrency = Concurrency::default().concurrency(context.config.concurrency);
     let store = context.caches.models.clone();
+    let turns = context.clone();
+    let shutdown = async move {
+        shutdown.await;
+        // Who still waits for its turn ends without one.
+        turns.turns.close();
+    };
     let results = applier(
         |object, context| reconcile(object, context).boxed(),
         error_policy,
         context,
         store,
         Box::pin(queue.take_until(shutdown)),
-        concurrency,
+        Unlimited::default(),
     );
     results
         .for_each(|result| async move {
@@ -143,9 +152,12 @@ fn error_policy(object: Arc<Guarded>, error: &Error, context: Arc<Context>) -> A
 }
 
 async fn reconcile(guarded: Arc<Guarded>, context: Arc<Context>) -> Result<Action, Error> {
+    let key = ObjectRef::from_obj(guarded.as_ref());
+    let Ok(_turn) = context.turns.acquire().await else { return Ok(Action::await_change()) };
+    // What came while it waited is seen too.
+    let Some(guarded) = context.caches.models.get(&key) else { return Ok(Action::await_change()) };
     let began = Instant::now();
     context.metrics.reconciles.inc();
-    let key = ObjectRef::from_obj(guarded.as_ref());
     let object = match &guarded.0 {
         Ok(object) => object,
         Err(invalid) => {

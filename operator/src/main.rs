@@ -23,7 +23,7 @@ use millrace_operator::status::StatusWriter;
 use millrace_operator::wake::Wakes;
 use millrace_operator::{server, telemetry};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 
 /// Pause between two sweeps of what is remembered of models that are gone.
 const SWEEP: Duration = Duration::from_secs(30);
@@ -100,6 +100,7 @@ async fn work(
     let context = Arc::new(Context {
         applier: Applier::new(client.clone()),
         status: StatusWriter::new(client.clone(), &config.identity),
+        turns: Semaphore::new(config.concurrency.into()),
         states: Mutex::default(),
         config,
         client,

@@ -13,7 +13,7 @@ use crate::ops::{AttentionShape, KvDtype, KvPlan, KvScales};
 
 /// As in `attention.cuh`.
 const DECODE_THREADS: u32 = 224;
-const RUN_THREADS: u32 = 256;
+const RUN_THREADS: u32 = 32 * plan::RUN_WARPS as u32;
 const RUN_SHARED_BYTES: u32 = 225 * 1024;
 const PREFILL_WGMMA_THREADS: u32 = 384;
 /// Largest heads that the kernel for runs is compiled for.

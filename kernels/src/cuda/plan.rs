@@ -87,18 +87,19 @@ pub fn splits(context: usize) -> usize {
 }
 
 /// Warps of a multiprocessor that walk runs, `RUN_WARPS` in `attention.cuh`.
-const RUN_WARPS: usize = 8;
+pub const RUN_WARPS: usize = 8;
 
 /// Splits of a run for this many spans of one row, or none where the CTAs had better share each split: from a sixth of
 /// a run per warp on runs are faster, and the more of them a warp has, the fewer results it should leave in memory (the
 /// figures are in `TUNING-attention.md`). A choice of speed alone, by what a captured step knows.
 pub fn run_splits(decodes: usize, kv_heads: usize, multiprocessors: usize) -> Option<usize> {
     let (heads, warps) = (decodes * kv_heads, multiprocessors * RUN_WARPS);
-    match () {
-        () if heads * 3 >= warps * 4 => Some(4),
-        () if heads * 3 >= warps * 2 => Some(2),
-        () if heads * 6 >= warps => Some(1),
-        () => None,
+    if heads * 3 >= warps * 4 {
+        Some(4)
+    } else if heads * 3 >= warps * 2 {
+        Some(2)
+    } else {
+        (heads * 6 >= warps).then_some(1)
     }
 }
 
