@@ -1,46 +1,90 @@
 #!/usr/bin/env bash
 # Runs the GPU tests and the benchmarks of this folder on a CUDA host, and prints a short table last.
 #
-# usage: run.sh [OUTPUT FOLDER]      Each step has a log there, benchmarks also a JSON file. A failed step does not stop
-# the others; the exit status says whether all passed.
+# usage: run.sh [OUTPUT FOLDER [STEP...]]      Each step has a log there, benchmarks also a JSON file. A failed step does
+# not stop the others; the exit status says whether all passed. Without STEP all are run. SmolLM2's real weights are
+# compared too where its GGUF lies in `models` beside this script, and a start with 16 GB of weights where /dev/shm has
+# room for them.
 set -uo pipefail
 cd "$(dirname "$0")"
 out=$(realpath -m "${1:-results}")
 mkdir -p "$out"
+wanted=" ${*:2} "
 export MILLRACE_REQUIRE_CUDA=1
 failed=0
 table=""
 
+chosen() { # NAME
+    [ "$wanted" = "  " ] || [[ $wanted == *" $1 "* ]]
+}
+
+note() { # NAME RESULT
+    table+="$(printf '%-28s %s' "$1" "$2")"$'\n'
+}
+
 step() { # NAME SECONDS COMMAND...
     local name=$1 limit=$2 status=passed
+    chosen "$name" || return 0
     shift 2
     timeout "$limit" "$@" >"$out/$name.log" 2>&1 || { status="FAILED ($?)"; failed=1; }
-    table+="$(printf '%-28s %s' "$name" "$status")"$'\n'
+    note "$name" "$status"
 }
 
 bench() { # NAME SECONDS ARGUMENTS...
     local name=$1 limit=$2
+    chosen "$name" || return 0
     shift 2
     if timeout "$limit" ./millrace-worker bench --device cuda --load-format dummy --json "$@" >"$out/$name.json" 2>"$out/$name.log"; then
-        table+="$(python3 - "$name" "$out/$name.json" <<'P'
+        note "$name" "$(python3 - "$out/$name.json" <<'P'
 import json, sys
-r = json.load(open(sys.argv[2]))
-print(f"{sys.argv[1]:28} {r['output_tokens_per_s']:10.0f} tokens/s  {100 * r['bound_share']:5.1f} % of the bound at "
+r = json.load(open(sys.argv[1]))
+print(f"{r['output_tokens_per_s']:10.0f} tokens/s  {100 * r['bound_share']:5.1f} % of the bound at "
       f"{r['read_gb_per_s']:.0f} GB/s  {r['host_us_per_step']:4.0f} us host  {100 * r['device_idle_share']:4.1f} % idle  "
       f"{r['run']['load_s']:5.1f} s load")
 P
-)"$'\n'
+)"
     else
-        table+="$(printf '%-28s FAILED' "$name")"$'\n'
+        note "$name" FAILED
         failed=1
     fi
 }
 
+# The time of a whole process that reads the 8B model from memory and makes one token.
+start() {
+    local folder=/dev/shm/millrace-start began
+    chosen start || return 0
+    if [ "$(df --output=avail -B1 /dev/shm | tail -1)" -lt $((20 << 30)) ]; then
+        note start "not run: /dev/shm has less than 20 GiB"
+        return
+    fi
+    rm -rf "$folder"
+    if python3 checkpoint.py bench/llama-3.1-8b.json "$folder" >"$out/start.log" 2>&1; then
+        for _ in 1 2 3; do
+            began=$(date +%s.%N)
+            timeout 60 ./millrace-worker bench --device cuda --model "$folder" --synthetic 1,16,1 --concurrency 1 >>"$out/start.log" 2>&1 ||
+                { note start FAILED; failed=1; break; }
+            note start "$(python3 -c "import time; print(f'{time.time() - $began:.2f} s from start to end')")"
+        done
+    else
+        note start FAILED
+        failed=1
+    fi
+    rm -rf "$folder"
+}
+
 step kernels 180 ./kernels-tests cuda:: --test-threads=1
-step engine 240 ./gpu-tests --test-threads=1 --nocapture
+step engine 240 ./gpu-tests --test-threads=1 --nocapture no_circumstance a_gpu_answers
+if [ -d models ]; then
+    export MILLRACE_CACHE=$PWD
+    step smollm2 120 ./gpu-tests --nocapture smollm2
+fi
+step attention 240 ./attention check
+step attention-time 120 ./attention time
+step products 120 ./products check
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
         step "$tool" 240 compute-sanitizer --tool "$tool" --error-exitcode 9 ./kernels-tests cuda::tests::small --test-threads=1
+        step "$tool-attention" 240 compute-sanitizer --tool "$tool" --error-exitcode 9 ./attention small
     done
 fi
 small="--config bench/qwen3-0.6b.json" large="--config bench/llama-3.1-8b.json"
@@ -52,5 +96,6 @@ bench qwen3-0.6b-list-fp8-kv 120 $small $list --kv-cache-dtype fp8_e4m3 --repeat
 bench qwen3-0.6b-one 60 $small $one
 bench llama-3.1-8b-list 180 $large $list
 bench llama-3.1-8b-one 90 $large $one
+start
 printf '%s' "$table"
 exit $failed

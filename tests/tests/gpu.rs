@@ -8,12 +8,13 @@ use anyhow::{Context, Result, ensure};
 use millrace_crds::config::{Device, Dtype, EngineConfig, KvCacheDtype};
 use millrace_crds::units::Bytes;
 use millrace_kernels::cuda;
-use millrace_tests::checkpoint;
 use millrace_tests::random::Random;
+use millrace_tests::{checkpoint, model, tools};
 use millrace_worker::engine::handle::Load;
 use millrace_worker::engine::request::{Request, Sampling};
 use millrace_worker::model::config::DecoderConfig;
 use millrace_worker::model::files::Files;
+use millrace_worker::prompt::Text;
 use millrace_worker::start::{Engine, Generated, Tuning};
 use serde_json::{Value, json};
 
@@ -25,13 +26,20 @@ const POSITIONS: u32 = 1024;
 const PLENTY: u64 = 256 << 20;
 /// Blocks for the longest sequence and one or two more.
 const SCARCE_BLOCKS: u64 = 80;
-/// A difference of log probabilities that another order of additions and another place of rounding explain (the CPU
-/// rounds an operand after its norm, the GPU before): between the two greatest, and between those of one token.
-const TIE: f32 = 6e-2;
-const NEAR: f32 = 1e-1;
-/// The same over a cache of 8 bits, where another order may round a key or a value to the neighbouring code.
-const FP8_TIE: f32 = 3e-1;
-const FP8_NEAR: f32 = 5e-1;
+/// How far log probabilities may lie apart where another order of additions and another place of rounding explain it
+/// (the CPU rounds an operand after its norm, the GPU before).
+struct Apart {
+    /// The two greatest, where answers part.
+    tie: f32,
+    /// Those of one token.
+    near: f32,
+}
+
+const APART: Apart = Apart { tie: 6e-2, near: 1e-1 };
+/// Over a cache of 8 bits, where another order may round a key or a value to the neighbouring code.
+const FP8_APART: Apart = Apart { tie: 3e-1, near: 5e-1 };
+/// With SmolLM2's weights. On the CPU, bf16 parts from f32 in 9 of 20 answers, at gaps of up to 6.7e-2.
+const REAL_APART: Apart = Apart { tie: 1e-1, near: 2e-1 };
 
 fn missing() -> bool {
     let missing = !cuda::is_present();
@@ -247,10 +255,20 @@ fn check_answers(config: &Value, kv: KvCacheDtype) -> Result<()> {
         engine.join();
         Ok(all)
     };
-    let (tie, near) = if kv == KvCacheDtype::Fp8E4m3 { (FP8_TIE, FP8_NEAR) } else { (TIE, NEAR) };
+    let allowed = if kv == KvCacheDtype::Fp8E4m3 { FP8_APART } else { APART };
     let (cpu, gpu) = (run(Device::Cpu).context("on the CPU")?, run(Device::Cuda)?);
-    let mut ties = 0;
-    for (number, (cpu, gpu)) in cpu.iter().zip(&gpu).enumerate() {
+    let ties = ties(&cpu, &gpu, &allowed)?;
+    println!("{kv:?}: {} of {REQUESTS} answers part at a tie", ties.len());
+    let most = if kv == KvCacheDtype::Fp8E4m3 { REQUESTS } else { REQUESTS / 2 };
+    ensure!(ties.len() < most, "{} ties", ties.len());
+    Ok(())
+}
+
+/// Where greedy answers part, each with the gap between the two tokens that could follow. They must be equal before
+/// it, and log probabilities near.
+fn ties(cpu: &[Generated], gpu: &[Generated], allowed: &Apart) -> Result<Vec<String>> {
+    let mut ties = Vec::new();
+    for (number, (cpu, gpu)) in cpu.iter().zip(gpu).enumerate() {
         for (place, (expected, found)) in cpu.tokens.iter().zip(&gpu.tokens).enumerate() {
             let (expected_of, found_of) = (
                 expected.logprobs.as_ref().context("asked for")?,
@@ -258,16 +276,46 @@ fn check_answers(config: &Value, kv: KvCacheDtype) -> Result<()> {
             );
             if expected.id != found.id {
                 let gap = expected_of.top[0].1 - expected_of.top[1].1;
-                ensure!(gap < tie, "request {number}, token {place}: another token, gap {gap}");
-                ties += 1;
+                ensure!(gap < allowed.tie, "request {number}, token {place}: another token, gap {gap}");
+                ties.push(format!("request {number}, token {place}, gap {gap:.1e}"));
                 break;
             }
             let difference = (expected_of.chosen - found_of.chosen).abs();
-            ensure!(difference < near, "request {number}, token {place}: {difference}");
+            ensure!(difference < allowed.near, "request {number}, token {place}: {difference}");
         }
     }
-    println!("{kv:?}: {ties} of {REQUESTS} answers part at a tie");
-    let most = if kv == KvCacheDtype::Fp8E4m3 { REQUESTS } else { REQUESTS / 2 };
-    ensure!(ties < most, "{ties} ties");
+    Ok(ties)
+}
+
+#[test]
+fn smollm2_says_on_a_gpu_what_it_says_on_the_cpu() -> Result<()> {
+    const PROMPTS: usize = 20;
+    const OUTPUT: u32 = 64;
+    if missing() || !tools::have(&[model::GGUF]) {
+        return Ok(());
+    }
+    let folder = model::smollm2()?;
+    let prompts = model::prompts(&Text::open(&folder, "smollm2")?, PROMPTS)?;
+    let run = |device| -> Result<Vec<Generated>> {
+        let settings = EngineConfig {
+            device,
+            dtype: Dtype::Bf16,
+            max_model_len: Some(POSITIONS),
+            kv_cache_bytes: Some(Bytes(PLENTY)),
+            ..EngineConfig::default()
+        };
+        let engine = Engine::load(&folder, &settings)?;
+        let with_logprobs = |prompt: &Vec<u32>| Request {
+            sampling: Sampling { logprobs: Some(2), ..Sampling::default() },
+            ..Request::greedy(prompt.clone(), OUTPUT)
+        };
+        let all = answers(&engine, prompts.iter().map(with_logprobs).collect())?;
+        engine.join();
+        Ok(all)
+    };
+    let ties = ties(&run(Device::Cpu)?, &run(Device::Cuda)?, &REAL_APART)?;
+    println!("{} of {PROMPTS} answers part at a tie", ties.len());
+    ties.iter().for_each(|tie| println!("  {tie}"));
+    ensure!(ties.len() <= PROMPTS * 3 / 4, "{} ties", ties.len());
     Ok(())
 }

@@ -311,30 +311,6 @@ fn the_reference_finds_each_forgotten_part() -> Result<()> {
 
 // --- SmolLM2's real weights ---
 
-/// The prompts of `examples/prompts.jsonl`, as the model's chat template and tokenizer give them.
-fn prompts(text: &Text, count: usize) -> Result<Vec<Vec<u32>>> {
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/prompts.jsonl");
-    let lines = fs::read_to_string(file)?;
-    let mut found = Vec::new();
-    for line in lines.lines() {
-        let line: Value = serde_json::from_str(line)?;
-        let Some(messages) = line["body"]["messages"].as_array() else { continue };
-        let message = |m: &Value| {
-            format!(
-                "<|im_start|>{}\n{}<|im_end|>\n",
-                m["role"].as_str().unwrap(),
-                m["content"].as_str().unwrap()
-            )
-        };
-        let chat: String = messages.iter().map(message).collect();
-        found.push(text.encode(&format!("{chat}<|im_start|>assistant\n"), false)?);
-    }
-    anyhow::ensure!(found.len() >= count, "{} chats in the examples; {count} are needed", found.len());
-    // Spread over the file: its prompts are grouped by kind.
-    let step = found.len() / count;
-    Ok(found.into_iter().step_by(step).take(count).collect())
-}
-
 #[test]
 fn smollm2_computes_what_the_reference_computes() -> Result<()> {
     if !tools::have(&[model::GGUF]) {
@@ -342,7 +318,7 @@ fn smollm2_computes_what_the_reference_computes() -> Result<()> {
     }
     let folder = model::smollm2()?;
     let text = Text::open(&folder, "smollm2")?;
-    let prompts = prompts(&text, 4)?;
+    let prompts = model::prompts(&text, 4)?;
     let mut reference = Reference::load(&folder)?;
     let expected: Vec<Vec<f32>> =
         prompts.iter().map(|prompt| reference.logits(prompt)).collect::<Result<_>>()?;
@@ -374,7 +350,7 @@ fn smollm2_says_what_the_reference_says() -> Result<()> {
     }
     let folder = model::smollm2()?;
     let text = Text::open(&folder, "smollm2")?;
-    let mut prompts = prompts(&text, PROMPTS)?;
+    let mut prompts = model::prompts(&text, PROMPTS)?;
     prompts.sort_by_key(Vec::len);
     for group in prompts.chunks_mut(GROUP) {
         let shortest = group[0].len();
