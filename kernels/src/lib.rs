@@ -4,7 +4,7 @@
 //! it knows no sequence, no scheduler and no architecture. [`cpu::Cpu`] implements it for the processor at
 //! hand, [`cuda::Cuda`] for a GPU. The invariant of every implementation: the bytes computed for a row depend
 //! on that row's own sequence alone, never on the other rows of a step, their number, or how a prompt was cut
-//! into chunks.
+//! into chunks. Beside it stands what else needs the processor's own instructions: [`sha256`] of model files.
 
 pub mod bounds;
 pub mod cpu;
@@ -15,6 +15,7 @@ pub mod ops;
 pub mod pool;
 mod region;
 pub mod sampling;
+pub mod sha256;
 pub mod tensor;
 
 pub use region::wait_until_real;

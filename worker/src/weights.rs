@@ -7,6 +7,7 @@
 //! compared at every start.
 
 mod download;
+pub(crate) mod hash;
 pub mod manifest;
 pub mod map;
 mod pull;
@@ -133,15 +134,19 @@ pub async fn pull(config: &ModelConfig) -> Result<Folder, PullError> {
     }
 }
 
-/// Runs a pull on threads of its own, because it writes and hashes there, and a slow disk must not keep others
-/// from running: half as many as there are processors, since a hash and the store's side of the machine's work go
-/// on beside them. Dropping the future ends the pull.
+/// Threads of a pull that write, and threads that hash: half as many as there are processors, so that together they
+/// are no more than these.
+fn pull_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, |count| count.get() / 2).clamp(1, PULL_THREADS_MAX)
+}
+
+/// Runs a pull on threads of its own, because it writes there, and a slow disk must not keep others from running.
+/// Dropping the future ends the pull.
 async fn on_own_threads(
     pull: impl Future<Output = Result<Folder, PullError>> + Send + 'static,
 ) -> Result<Folder, PullError> {
-    let threads = std::thread::available_parallelism().map_or(1, |count| count.get() / 2);
     let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(threads.clamp(1, PULL_THREADS_MAX))
+        .worker_threads(pull_threads())
         .thread_name("pull")
         .enable_all()
         .build()
@@ -168,15 +173,15 @@ impl Drop for Background {
 pub async fn upload(path: &Path, uri: &str, store: &Store) -> Result<Folder, PullError> {
     let target: crate::store::S3Uri = uri.parse()?;
     let owned = path.to_owned();
-    let folder = tokio::task::spawn_blocking(move || verify(owned, u64::MAX))
+    let manifest = tokio::task::spawn_blocking(move || verified(&owned, hash::hash_file))
         .await
         .expect("verifying does not panic")?;
-    for file in local_files(path)? {
-        store.put_file(&target.join(&file), &path.join(&file)).await?;
+    for file in manifest.files() {
+        store.put_file(&target.join(&file.name), &path.join(&file.name)).await?;
     }
-    let manifest = read_manifest(path)?.map_or_else(|| hash_all(path), Ok)?;
     store.put(&target.join(MANIFEST_NAME), manifest.canonical().into()).await?;
-    Ok(folder)
+    let (path, bytes) = (path.to_owned(), manifest.total_bytes());
+    Ok(Folder { path, digest: manifest.digest(), bytes, pulled_bytes: 0 })
 }
 
 /// Whether a file of this name belongs to a model: tensors, configuration, tokenizer. The rest of a folder
@@ -218,32 +223,41 @@ fn read_manifest(path: &Path) -> Result<Option<Manifest>, PullError> {
     }
 }
 
-fn hash_all(path: &Path) -> Result<Manifest, PullError> {
-    let entries = local_files(path)?
-        .into_iter()
-        .map(|name| {
-            let (bytes, sha256) = download::hash_file(&path.join(&name))?;
-            Ok(FileEntry { name, bytes, sha256 })
-        })
-        .collect::<Result<Vec<_>, PullError>>()?;
-    if !entries.iter().any(|entry| entry.name == "config.json") {
+/// The manifest of a folder that has none.
+fn make_manifest(path: &Path, hash: HashFile) -> Result<Manifest, PullError> {
+    let names = local_files(path)?;
+    if !names.iter().any(|name| name == "config.json") {
         return Err(PullError::NoModel(path.display().to_string()));
     }
-    Ok(Manifest::new(entries)?)
+    let entries = names.iter().map(|name| hash(&path.join(name), name));
+    Ok(Manifest::new(entries.collect::<Result<_, _>>()?)?)
 }
 
-/// Compares a local folder with its manifest; without one, the files as they are make it.
-fn verify(path: PathBuf, limit: u64) -> Result<Folder, PullError> {
-    let found = hash_all(&path)?;
-    let manifest = read_manifest(&path)?.unwrap_or_else(|| found.clone());
+/// Hashes a file of a folder without a manifest.
+type HashFile = fn(&Path, &str) -> Result<FileEntry, PullError>;
+
+/// Compares the files of a folder with its manifest by size and hash.
+fn check_files(path: &Path, manifest: &Manifest) -> Result<(), PullError> {
     for wanted in manifest.files() {
-        let file = path.join(&wanted.name).display().to_string();
-        let Some(entry) = found.file(&wanted.name) else {
-            let source = std::io::ErrorKind::NotFound.into();
-            return Err(PullError::Io { path: file, source });
-        };
-        download::compare(&file, entry, wanted)?;
+        let file = path.join(&wanted.name);
+        download::compare(&file.display().to_string(), &hash::hash_as(&file, wanted)?, wanted)?;
     }
+    Ok(())
+}
+
+/// The manifest of a local folder, with which its files were compared; without one, the files as they are make it.
+fn verified(path: &Path, hash: HashFile) -> Result<Manifest, PullError> {
+    match read_manifest(path)? {
+        Some(manifest) => check_files(path, &manifest).map(|()| manifest),
+        None => make_manifest(path, hash),
+    }
+}
+
+/// Verifies a local folder. The manifest that its files make has no digest of chunks: what it takes to pin the digest
+/// of such a model shall not change.
+fn verify(path: PathBuf, limit: u64) -> Result<Folder, PullError> {
+    let manifest =
+        verified(&path, |path, name| hash::hash_as(path, &FileEntry::unknown(name.to_owned(), 0)))?;
     let bytes = manifest.total_bytes();
     if bytes > limit {
         return Err(PullError::TooLarge { bytes, limit });

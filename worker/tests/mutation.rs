@@ -207,9 +207,14 @@ fn safetensors_indices() {
 
 #[test]
 fn manifests() {
-    let entry = |name: &str| FileEntry { name: name.into(), bytes: 7, sha256: "0a".repeat(32) };
-    let good =
-        Manifest::new(vec![entry("config.json"), entry("model.safetensors")]).expect("good").canonical();
+    let entry = |name: &str, chunks: Option<&str>| FileEntry {
+        name: name.into(),
+        bytes: 7,
+        sha256: "0a".repeat(32),
+        chunks_sha256: chunks.map(|digit| digit.repeat(64)),
+    };
+    let files = vec![entry("config.json", None), entry("model.safetensors", Some("b"))];
+    let good = Manifest::new(files).expect("good").canonical();
     run("manifest", 20_000, usize::MAX, &good, |bytes| match Manifest::parse(bytes) {
         Ok(manifest) => {
             for file in manifest.files() {

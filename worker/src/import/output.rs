@@ -11,10 +11,10 @@ use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
 use serde_json::{Map, Value as Json, json};
-use sha2::{Digest as _, Sha256};
 
 use super::layout::PlannedTensor;
 use super::{ImportDtype, ImportError, io_error};
+use crate::weights::hash::FileHash;
 use crate::weights::manifest::{FileEntry, MANIFEST_NAME, Manifest};
 
 /// Numbers that are converted at once, about: 4 MiB as f32.
@@ -117,7 +117,7 @@ impl OutputFolder {
         let path = self.partial.join(name);
         let file = File::create(&path).map_err(|source| io_error("create", &path, source))?;
         let (name, writer) = (name.to_owned(), BufWriter::with_capacity(1 << 20, file));
-        Ok(HashedFile { name, path, writer, hash: Sha256::new(), bytes: 0 })
+        Ok(HashedFile { name, path, writer, hash: FileHash::new() })
     }
 }
 
@@ -139,22 +139,20 @@ struct HashedFile {
     name: String,
     path: PathBuf,
     writer: BufWriter<File>,
-    hash: Sha256,
-    bytes: u64,
+    hash: FileHash,
 }
 
 impl HashedFile {
     fn write(&mut self, bytes: &[u8]) -> Result<(), ImportError> {
         self.hash.update(bytes);
-        self.bytes += bytes.len() as u64;
         self.writer.write_all(bytes).map_err(|source| io_error("write", &self.path, source))
     }
 
     fn finish(self) -> Result<FileEntry, ImportError> {
-        let Self { name, path, writer, hash, bytes } = self;
+        let Self { name, path, writer, hash } = self;
         let file = writer.into_inner().map_err(|error| io_error("write", &path, error.into_error()))?;
         file.sync_all().map_err(|source| io_error("sync", &path, source))?;
-        Ok(FileEntry { name, bytes, sha256: hex::encode(hash.finalize()) })
+        Ok(hash.finish(name))
     }
 }
 

@@ -1,34 +1,33 @@
 //! One file from the object store: parallel ranges, written in place as they come, hashed part by part behind.
 //!
 //! A journal beside the file names the parts that are written, tied to the object's version, so that a
-//! download that was cut off goes on where it stopped. The journal is not trusted: the SHA-256 of the whole
-//! file decides, and a resumed file that fails is pulled once more from the start. Bytes are kept nowhere but in
+//! download that was cut off goes on where it stopped. The journal is not trusted: the SHA-256 of the file or of its
+//! chunks decides, and a resumed file that fails is pulled once more from the start. Bytes are kept nowhere but in
 //! the system's page cache: a connection's read is written at once, while the processor's cache has it, and the
 //! hash reads the mapped file. Memory is bounded by one read for each of the permits that all files of a pull
 //! share.
 
 use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
-use std::io::{Read, Write};
+use std::io::Write;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use futures::{StreamExt, TryStreamExt};
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::{Errno, retry_on_intr};
 use sha2::{Digest, Sha256};
-use tokio::sync::Semaphore;
-use tokio::task::JoinSet;
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::{JoinSet, spawn_blocking};
 
+use super::hash::{PART_BYTES, PartDigests, hash_part, map_part, of_chunks};
 use super::manifest::FileEntry;
-use super::map::MappedFile;
 use super::{PullError, io};
 use crate::store::{Head, S3Uri, Store, StoreError};
 
-/// Bytes of a part: what the journal counts and what is mapped at once to be hashed.
-const PART_BYTES: u64 = 8 << 20;
 /// Parts of one request at most. Long requests cost the server less; what breaks off is not asked for again, so
 /// that they cost no more when they fail.
 const REQUEST_PARTS_MAX: u64 = 4;
@@ -38,13 +37,13 @@ pub const REQUESTS_AT_ONCE: usize = 8;
 const REQUEST_ATTEMPTS_MAX: u32 = 5;
 /// Wait before the second try; doubled for each further one.
 const REQUEST_BACKOFF: Duration = Duration::from_millis(200);
+/// Parts of one file that are hashed or wait for it; the others wait where they are counted.
+const HASHES_AT_ONCE: usize = 8;
 /// Bytes written at once. The system gives a long write large pages, which must be free in one piece, and on a virtual
 /// machine are those that the host has taken back: a GiB in writes of 1 MiB took 1.0 to 2.2 s of system time on
 /// one, in writes of 64 KiB 0.4 s or, with few such pieces free, 0.9 to 2 s. Linux keeps free pieces of up to 32 KiB at
 /// hand (`PAGE_ALLOC_COSTLY_ORDER`), in which it took 0.4 to 0.7 s.
 const WRITE_BYTES: u64 = 32 << 10;
-/// Bytes read at once when hashing a file of which nothing is known: fits the second-level cache.
-const HASH_CHUNK_BYTES: usize = 256 << 10;
 
 /// A file to pull into a folder.
 #[derive(Clone)]
@@ -65,6 +64,8 @@ pub struct Download {
 pub struct Shared {
     /// Permits for requests in flight.
     pub permits: Semaphore,
+    /// How many parts are hashed at once.
+    pub hashes: Semaphore,
     /// The lock on the folder, held for as long as anything may write to it.
     pub _lock: File,
 }
@@ -77,7 +78,7 @@ struct Target {
 }
 
 impl Download {
-    /// Pulls the file; gives its true size and hash, and the bytes that came over the network.
+    /// Pulls the file; gives its true size and the hash that decided, and the bytes that came over the network.
     pub async fn run(self) -> Result<(FileEntry, u64), PullError> {
         let head = self.store.head(&self.uri).await?;
         let announced = FileEntry { bytes: head.bytes, ..self.wanted.clone() };
@@ -105,24 +106,31 @@ impl Download {
 
     async fn attempt(&self, head: &Head) -> Result<(FileEntry, u64, bool), PullError> {
         let (path, journal_path, version) = (self.path(), self.journal_path(), head.clone());
-        let opening = tokio::task::spawn_blocking(move || open(&path, &journal_path, &version));
+        let opening = spawn_blocking(move || open(&path, &journal_path, &version));
         let (target, done) = opening.await.expect("opening does not panic")?;
         let target = Arc::new(target);
         let parts = head.bytes.div_ceil(PART_BYTES);
         // One message for each part at most, so that a sender never waits.
-        let (written, to_hash) = mpsc::sync_channel(parts as usize + 1);
+        let (written, to_hash) = mpsc::channel(parts as usize + 1);
         for &part in &done {
-            written.send(part).expect("the receiver is here");
+            written.try_send(part).expect("there is room for each part");
         }
-        let hasher = {
-            let target = target.clone();
-            tokio::task::spawn_blocking(move || hash_in_order(&target.file, target.head.bytes, &to_hash))
-        };
-        let pulled = self.fetch_all(&target, missing(parts, &done), written).await;
-        let hash = hasher.await.expect("hashing does not panic").map_err(io(&self.path()))?;
-        let pulled = pulled?;
-        let found = FileEntry { name: self.wanted.name.clone(), bytes: head.bytes, sha256: hash };
-        Ok((found, pulled, !done.is_empty()))
+        let fetching = self.fetch_all(&target, missing(parts, &done), written);
+        let (pulled, found) = tokio::join!(fetching, self.hash(&target, to_hash));
+        let found = found.map_err(io(&self.path()))?;
+        Ok((found, pulled?, !done.is_empty()))
+    }
+
+    /// Hashes the parts as they are written: in any order where the digest of the chunks is known, else in theirs.
+    async fn hash(&self, target: &Arc<Target>, written: mpsc::Receiver<u64>) -> std::io::Result<FileEntry> {
+        let found = FileEntry { bytes: target.head.bytes, ..self.wanted.clone() };
+        if self.wanted.chunks_sha256.is_some() {
+            let chunks = hash_in_any_order(target, &self.shared.hashes, written).await?;
+            return Ok(FileEntry { chunks_sha256: Some(chunks), ..found });
+        }
+        let target = target.clone();
+        let hashing = spawn_blocking(move || hash_in_order(&target.file, target.head.bytes, written));
+        Ok(FileEntry { sha256: hashing.await.expect("hashing does not panic")?, ..found })
     }
 
     /// Gets all parts that are missing. When one cannot be had, no request is in flight any more at the end.
@@ -130,7 +138,7 @@ impl Download {
         &self,
         target: &Arc<Target>,
         missing: Vec<Range<u64>>,
-        written: mpsc::SyncSender<u64>,
+        written: mpsc::Sender<u64>,
     ) -> Result<u64, PullError> {
         let (mut requests, mut pulled) = (JoinSet::new(), 0);
         let mut missing = missing.into_iter();
@@ -159,7 +167,7 @@ impl Download {
         &self,
         target: &Target,
         parts: Range<u64>,
-        written: &mpsc::SyncSender<u64>,
+        written: &mpsc::Sender<u64>,
     ) -> Result<u64, PullError> {
         let _permit = self.shared.permits.acquire().await.expect("the permits are never closed");
         let first = parts.start * PART_BYTES;
@@ -187,7 +195,7 @@ impl Download {
         target: &Target,
         at: &mut u64,
         end_part: u64,
-        written: &mpsc::SyncSender<u64>,
+        written: &mpsc::Sender<u64>,
     ) -> Result<(), PullError> {
         let end = target.head.bytes.min(end_part * PART_BYTES);
         let mut body = self.store.get_range(&self.uri, &target.head, *at, end - *at).await?;
@@ -201,7 +209,7 @@ impl Download {
                 let mut journal = target.journal.lock().expect("no writer panics");
                 writeln!(journal, "{part}").map_err(io(&self.journal_path()))?;
                 // The hasher ends early only when mapping fails, which its result tells.
-                let _ = written.send(part);
+                let _ = written.try_send(part);
             }
         }
         Ok(())
@@ -279,34 +287,39 @@ fn reserve(file: &File, bytes: u64) -> std::io::Result<()> {
 }
 
 /// Hashes the parts in their order, each as soon as it and all before it are written.
-fn hash_in_order(file: &File, bytes: u64, written: &mpsc::Receiver<u64>) -> std::io::Result<String> {
+fn hash_in_order(file: &File, bytes: u64, mut written: mpsc::Receiver<u64>) -> std::io::Result<String> {
     let (mut ready, mut next, mut hash) = (BTreeSet::new(), 0, Sha256::new());
-    while let Ok(part) = written.recv() {
+    while let Some(part) = written.blocking_recv() {
         ready.insert(part);
         while ready.remove(&next) {
-            let first = next * PART_BYTES;
-            hash.update(&*MappedFile::part(file, first, PART_BYTES.min(bytes - first) as usize)?);
+            hash.update(&*map_part(file, bytes, next)?);
             next += 1;
         }
     }
     Ok(hex::encode(hash.finalize()))
 }
 
-/// Size and SHA-256 of a local file.
-pub fn hash_file(path: &Path) -> Result<(u64, String), PullError> {
-    let mut file = File::open(path).map_err(io(path))?;
-    let (mut hash, mut chunk, mut bytes) = (Sha256::new(), vec![0; HASH_CHUNK_BYTES], 0);
-    loop {
-        let count = file.read(&mut chunk).map_err(io(path))?;
-        if count == 0 {
-            return Ok((bytes, hex::encode(hash.finalize())));
-        }
-        hash.update(&chunk[..count]);
-        bytes += count as u64;
-    }
+/// Hashes the chunks of each part as soon as it is written, as many parts at once as there are permits.
+async fn hash_in_any_order(
+    target: &Arc<Target>,
+    permits: &Semaphore,
+    mut written: mpsc::Receiver<u64>,
+) -> std::io::Result<String> {
+    let hashed: PartDigests = futures::stream::poll_fn(|context| written.poll_recv(context))
+        .map(async |part| {
+            let _permit = permits.acquire().await.expect("the permits are never closed");
+            let target = target.clone();
+            let hashing = spawn_blocking(move || hash_part(&target.file, target.head.bytes, part));
+            hashing.await.expect("hashing does not panic")
+        })
+        .buffer_unordered(HASHES_AT_ONCE)
+        .try_collect()
+        .await?;
+    Ok(of_chunks(&hashed))
 }
 
-/// Whether a file is what the manifest says. A size or hash that is not known matches anything.
+/// Whether a file is what the manifest says, by size and by the digest of its chunks or, where the manifest has none,
+/// of the whole. A hash that is not known matches anything.
 pub fn compare(file: &str, found: &FileEntry, wanted: &FileEntry) -> Result<(), PullError> {
     let differs = |what, found: String, wanted: String| {
         Err(PullError::Content { file: file.to_owned(), what, found, wanted })
@@ -314,16 +327,22 @@ pub fn compare(file: &str, found: &FileEntry, wanted: &FileEntry) -> Result<(), 
     if found.bytes != wanted.bytes {
         return differs("size", found.bytes.to_string(), wanted.bytes.to_string());
     }
-    if !wanted.sha256.is_empty() && found.sha256 != wanted.sha256 {
-        return differs("SHA-256", found.sha256.clone(), wanted.sha256.clone());
+    match (&found.chunks_sha256, &wanted.chunks_sha256) {
+        (Some(found), Some(wanted)) if found == wanted => Ok(()),
+        (found, Some(wanted)) => {
+            differs("SHA-256 of its chunks", found.clone().unwrap_or_default(), wanted.clone())
+        }
+        (_, None) if wanted.sha256.is_empty() || found.sha256 == wanted.sha256 => Ok(()),
+        (_, None) => differs("SHA-256", found.sha256.clone(), wanted.sha256.clone()),
     }
-    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::hash::FileHash;
+    use super::super::manifest::CHUNK_BYTES;
     use super::*;
 
     proptest! {
@@ -369,17 +388,56 @@ mod tests {
         }
     }
 
-    #[test]
-    fn parts_are_hashed_in_their_order_whenever_they_come() {
+    #[tokio::test]
+    async fn parts_are_hashed_whenever_they_come() {
         let file = tempfile::tempfile().unwrap();
-        let bytes: Vec<u8> = (0..2 * PART_BYTES + 5).map(|n| (n / 1000) as u8).collect();
+        let bytes: Vec<u8> = (0..2 * PART_BYTES + CHUNK_BYTES + 5).map(|n| (n / 1000) as u8).collect();
         file.write_all_at(&bytes, 0).unwrap();
-        let (written, to_hash) = mpsc::sync_channel(3);
-        for part in [2, 0, 1] {
-            written.send(part).unwrap();
+        let mut hash = FileHash::new();
+        hash.update(&bytes);
+        let wanted = hash.finish(String::new());
+        let head = Head { bytes: bytes.len() as u64, etag: String::new() };
+        let journal = Mutex::new(tempfile::tempfile().unwrap());
+        let target = Arc::new(Target { head, file, journal });
+        let written = || {
+            let (written, to_hash) = mpsc::channel(3);
+            [2, 0, 1].into_iter().for_each(|part| written.try_send(part).unwrap());
+            to_hash
+        };
+        let chunks = hash_in_any_order(&target, &Semaphore::new(2), written()).await.unwrap();
+        assert_eq!(Some(chunks), wanted.chunks_sha256);
+        let (in_order, to_hash) = (target.clone(), written());
+        let hash = spawn_blocking(move || hash_in_order(&in_order.file, in_order.head.bytes, to_hash));
+        assert_eq!(hash.await.unwrap().unwrap(), wanted.sha256);
+    }
+
+    #[test]
+    fn a_file_is_compared_by_its_chunks_where_they_are_known() {
+        let entry = |sha256: &str, chunks: Option<&str>| FileEntry {
+            name: "a".into(),
+            bytes: 1,
+            sha256: sha256.into(),
+            chunks_sha256: chunks.map(str::to_owned),
+        };
+        for (found, wanted, refusal) in [
+            (entry("x", Some("c")), entry("y", Some("c")), None),
+            (
+                entry("x", Some("d")),
+                entry("x", Some("c")),
+                Some("SHA-256 of its chunks is d; the manifest says c"),
+            ),
+            (entry("x", None), entry("x", Some("c")), Some("SHA-256 of its chunks is ; ")),
+            (entry("x", Some("c")), entry("y", None), Some("SHA-256 is x; the manifest says y")),
+            (entry("x", None), entry("x", None), None),
+            (entry("x", None), entry("", None), None),
+        ] {
+            let error = compare("a", &found, &wanted).err().map(|error| error.to_string());
+            match refusal {
+                None => assert_eq!(error, None),
+                Some(text) => {
+                    assert!(error.as_deref().is_some_and(|error| error.contains(text)), "{error:?}")
+                }
+            }
         }
-        drop(written);
-        let hash = hash_in_order(&file, bytes.len() as u64, &to_hash).unwrap();
-        assert_eq!(hash, hex::encode(Sha256::digest(&bytes)));
     }
 }

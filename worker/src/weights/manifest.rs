@@ -3,6 +3,19 @@
 //! The digest of a model is the SHA-256 of the canonical form: compact JSON, files sorted by name. The file is
 //! written in exactly that form, so `sha256sum manifest.json` prints the digest. Pure; it refuses names that
 //! could leave the folder, repeated names, and more files or bytes than the limits say.
+//!
+//! A file has two digests. `sha256` is what `sha256sum` prints. But it is one chain, which nothing can hash at more
+//! than the speed of one thread, and only from the first byte to the last: where the network is faster, a model's start
+//! waits for it. `chunksSha256` is the SHA-256 of the digests, 32 bytes each, of the file's chunks of 512 KiB, in order;
+//! the last chunk is what is left, and an empty file has none:
+//!
+//! ```sh
+//! split -b 512K --filter='openssl dgst -sha256 -binary' FILE | sha256sum
+//! ```
+//!
+//! Chunks are hashed in any order and many at once. Either digest covers every byte, so that a file is compared by one of
+//! them: by that of the chunks where the manifest has it. The model's digest covers both; that they are of the same bytes
+//! is the word of who wrote the manifest.
 
 use std::fmt;
 
@@ -13,10 +26,12 @@ use sha2::{Digest as _, Sha256};
 pub const MANIFEST_NAME: &str = "manifest.json";
 /// Files in one model; the largest published checkpoints have some 200 shards.
 pub const FILES_MAX: usize = 1000;
-/// Bytes of a manifest: 1000 files of at most 400 bytes each, with room to spare.
+/// Bytes of a manifest: 1000 files of at most 500 bytes each, with room to spare.
 pub const MANIFEST_BYTES_MAX: u64 = 1 << 20;
 /// Bytes of a file name, as file systems limit it, less room for the suffixes of partial files.
 pub const NAME_BYTES_MAX: usize = 200;
+/// Bytes of a chunk; a part of the format.
+pub const CHUNK_BYTES: u64 = 512 << 10;
 /// The only version of the format.
 const VERSION: u32 = 1;
 
@@ -53,8 +68,10 @@ pub enum ManifestError {
         rule: &'static str,
     },
     /// A hash that is not 64 lower-case hex digits.
-    #[error("sha256 of {name} in the manifest is {found:?}, it must be 64 lower-case hex digits")]
+    #[error("{field} of {name} in the manifest is {found:?}, it must be 64 lower-case hex digits")]
     Hash {
+        /// Which of the file's hashes.
+        field: &'static str,
         /// The file.
         name: String,
         /// The text found.
@@ -81,6 +98,16 @@ pub struct FileEntry {
     pub bytes: u64,
     /// SHA-256 in lower-case hex.
     pub sha256: String,
+    /// SHA-256 of the SHA-256 of each chunk, in lower-case hex.
+    #[serde(default, rename = "chunksSha256", skip_serializing_if = "Option::is_none")]
+    pub chunks_sha256: Option<String>,
+}
+
+impl FileEntry {
+    /// A file of which no digest is known. No manifest takes it.
+    pub fn unknown(name: String, bytes: u64) -> Self {
+        Self { name, bytes, sha256: String::new(), chunks_sha256: None }
+    }
 }
 
 /// Every file of a model, sorted by name.
@@ -150,8 +177,11 @@ impl Manifest {
             if index > 0 && self.files[index - 1].name == file.name {
                 return Err(name_error(&file.name, "it is listed twice"));
             }
-            if !is_hash(&file.sha256) {
-                return Err(ManifestError::Hash { name: file.name.clone(), found: file.sha256.clone() });
+            let chunks = file.chunks_sha256.iter().map(|hash| ("chunksSha256", hash));
+            for (field, hash) in [("sha256", &file.sha256)].into_iter().chain(chunks) {
+                if !is_hash(hash) {
+                    return Err(ManifestError::Hash { field, name: file.name.clone(), found: hash.clone() });
+                }
             }
             total = total
                 .checked_add(file.bytes)
@@ -218,15 +248,21 @@ mod tests {
     use super::*;
 
     fn entry(name: &str) -> FileEntry {
-        FileEntry { name: name.into(), bytes: 3, sha256: "ab".repeat(32) }
+        FileEntry { name: name.into(), bytes: 3, sha256: "ab".repeat(32), chunks_sha256: None }
+    }
+
+    fn with_chunks(name: &str) -> FileEntry {
+        FileEntry { chunks_sha256: Some("cd".repeat(32)), ..entry(name) }
     }
 
     #[test]
     fn canonical_form_is_stable() {
-        let manifest = Manifest::new(vec![entry("model.safetensors"), entry("config.json")]).unwrap();
-        let hash = "ab".repeat(32);
-        let file = |name: &str| format!(r#"{{"name":"{name}","bytes":3,"sha256":"{hash}"}}"#);
-        let files = format!("{},{}", file("config.json"), file("model.safetensors"));
+        let manifest = Manifest::new(vec![with_chunks("model.safetensors"), entry("config.json")]).unwrap();
+        let (hash, chunks) = ("ab".repeat(32), "cd".repeat(32));
+        let file =
+            |name: &str, more: &str| format!(r#"{{"name":"{name}","bytes":3,"sha256":"{hash}"{more}}}"#);
+        let chunks = file("model.safetensors", &format!(r#","chunksSha256":"{chunks}""#));
+        let files = format!("{},{chunks}", file("config.json", ""));
         let expected = format!(r#"{{"version":1,"files":[{files}]}}"#);
         assert_eq!(String::from_utf8(manifest.canonical()).unwrap(), expected);
         assert_eq!(Manifest::parse(expected.as_bytes()).unwrap(), manifest);
@@ -266,7 +302,13 @@ mod tests {
         ]);
         assert!(huge.unwrap_err().to_string().contains("overflow"));
         let hash = Manifest::new(vec![FileEntry { sha256: "AB".repeat(32), ..entry("a") }]);
-        assert!(hash.unwrap_err().to_string().contains("lower-case hex"));
+        assert!(hash.unwrap_err().to_string().starts_with("sha256 of a in the manifest is \"ABAB"));
+        for chunks in ["", "ab", &"AB".repeat(32), &"g".repeat(64)] {
+            let hash =
+                Manifest::new(vec![FileEntry { chunks_sha256: Some(chunks.to_owned()), ..entry("a") }]);
+            let error = hash.unwrap_err().to_string();
+            assert!(error.starts_with("chunksSha256 of a in the manifest is"), "{chunks:?}: {error}");
+        }
         for (text, fragment) in [
             ("{", "not valid"),
             (r#"{"version":2,"files":[]}"#, "version is 2"),

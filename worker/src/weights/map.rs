@@ -2,8 +2,8 @@
 //! so that loading a model takes no memory beside what the engine keeps.
 //!
 //! The one place outside of the kernels with `unsafe`. It refuses what is no plain file. Files are mapped whole
-//! after their digests were checked, and the cache's are read-only from then on; a pull maps the parts that it has
-//! written to hash them.
+//! after their digests were checked, and the cache's are read-only from then on; parts are mapped to be
+//! hashed, as soon as a pull has written them.
 
 use std::fs::File;
 use std::io;
@@ -38,16 +38,16 @@ impl MappedFile {
         Ok(Self(Some(map)))
     }
 
-    /// Maps the bytes `first..first + count` of a file that is being pulled, with all their pages. They must be
-    /// written already, and not be written again while they are mapped.
+    /// Maps the bytes `first..first + count` of a file, with all their pages. They must not be written, nor the file
+    /// be cut, while they are mapped.
     ///
     /// # Errors
     /// When the system refuses.
     pub fn part(file: &File, first: u64, count: usize) -> io::Result<Self> {
         let mut options = MmapOptions::new();
         options.offset(first).len(count).populate();
-        // SAFETY: the map is read-only. A part is handed on when its last byte is written, no request asks for it
-        // again, and the lock of the cache keeps other workers from the file.
+        // SAFETY: the map is read-only. A pull hands a part on when its last byte is written, no request asks for it
+        // again, and the lock of the cache keeps other workers from the file. A file that nobody pulls is a model's.
         let map = unsafe { options.map(file)? };
         Ok(Self(Some(map)))
     }

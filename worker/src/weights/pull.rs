@@ -18,9 +18,9 @@ use millrace_crds::config::ModelConfig;
 use sha2::{Digest, Sha256};
 use tokio::sync::Semaphore;
 
-use super::download::{Download, REQUESTS_AT_ONCE, Shared, compare, hash_file};
+use super::download::{Download, REQUESTS_AT_ONCE, Shared, compare};
 use super::manifest::{FileEntry, MANIFEST_BYTES_MAX, MANIFEST_NAME, Manifest, ModelDigest};
-use super::{Folder, PullError, belongs, io, read_manifest};
+use super::{Folder, PullError, belongs, check_files, io, pull_threads, read_manifest};
 use crate::store::{S3Uri, Store, StoreError};
 
 /// The mark of a folder whose bytes have all reached the disk.
@@ -50,7 +50,11 @@ impl Pull {
         let cache = &self.config.cache_dir;
         fs::create_dir_all(cache).map_err(io(cache))?;
         let lock = lock(cache.join(format!("{key}.lock"))).await?;
-        let shared = Arc::new(Shared { permits: Semaphore::new(REQUESTS_AT_ONCE), _lock: lock });
+        let shared = Arc::new(Shared {
+            permits: Semaphore::new(REQUESTS_AT_ONCE),
+            hashes: Semaphore::new(pull_threads()),
+            _lock: lock,
+        });
         let ready = cache.join(&key);
         let place = ready.clone();
         let cached =
@@ -85,7 +89,7 @@ impl Pull {
                 let files: Vec<FileEntry> = listed
                     .into_iter()
                     .filter(|(name, _)| belongs(name))
-                    .map(|(name, bytes)| FileEntry { name, bytes, sha256: String::new() })
+                    .map(|(name, bytes)| FileEntry::unknown(name, bytes))
                     .collect();
                 if !files.iter().any(|file| file.name == "config.json") {
                     return Err(PullError::NoModel(uri.to_string()));
@@ -163,15 +167,14 @@ fn cached(ready: &Path) -> Result<Option<Folder>, PullError> {
 fn check(ready: &Path, sizes_only: bool) -> Result<Folder, PullError> {
     let manifest =
         read_manifest(ready)?.ok_or_else(|| io(&ready.join(MANIFEST_NAME))(ErrorKind::NotFound.into()))?;
-    for wanted in manifest.files() {
-        let path = ready.join(&wanted.name);
-        let found = if sizes_only {
-            FileEntry { bytes: fs::metadata(&path).map_err(io(&path))?.len(), ..wanted.clone() }
-        } else {
-            let (bytes, sha256) = hash_file(&path)?;
-            FileEntry { name: wanted.name.clone(), bytes, sha256 }
-        };
-        compare(&path.display().to_string(), &found, wanted)?;
+    if sizes_only {
+        for wanted in manifest.files() {
+            let path = ready.join(&wanted.name);
+            let bytes = fs::metadata(&path).map_err(io(&path))?.len();
+            compare(&path.display().to_string(), &FileEntry { bytes, ..wanted.clone() }, wanted)?;
+        }
+    } else {
+        check_files(ready, &manifest)?;
     }
     let bytes = manifest.total_bytes();
     Ok(Folder { path: ready.to_owned(), digest: manifest.digest(), bytes, pulled_bytes: 0 })
