@@ -98,6 +98,7 @@ async fn models_are_pulled_once_verified_and_resumed() -> Result<()> {
     not_on_the_disk(&setup, &put).await?;
     resumes(&setup, &put).await?;
     goes_on(&setup, &put).await?;
+    with_an_older_manifest(&setup, &put).await?;
     refuses(&setup, &put).await?;
     without_manifest(&setup).await
 }
@@ -214,6 +215,27 @@ async fn goes_on(setup: &Setup, put: &Folder) -> Result<()> {
     Ok(())
 }
 
+/// Manifests without digests of chunks stay what they are: their files are compared by the digests of the whole.
+async fn with_an_older_manifest(setup: &Setup, put: &Folder) -> Result<()> {
+    let bytes = setup.store.get(&"s3://models/whole/manifest.json".parse()?, 1 << 20).await?;
+    let mut manifest: serde_json::Value = serde_json::from_slice(&bytes)?;
+    for file in manifest["files"].as_array_mut().expect("files") {
+        file.as_object_mut().and_then(|file| file.remove("chunksSha256")).expect("the digest of its chunks");
+    }
+    setup.s3.put_folder(setup.model.path(), "models", "older").await?;
+    setup.store.put(&"s3://models/older/manifest.json".parse()?, manifest.to_string().into()).await?;
+    let cache = TempDir::new()?;
+    let config = setup.config("older", cache.path());
+    let folder = weights::pull(&config).await?;
+    setup.assert_equal(&folder)?;
+    assert_ne!(folder.digest, put.digest);
+    assert_eq!(fs::read(folder.path.join("manifest.json"))?, manifest.to_string().as_bytes());
+    setup.store.put(&"s3://models/older/tokenizer.json".parse()?, "{\"model\":1234}".into()).await?;
+    let config = setup.config("older", TempDir::new()?.path());
+    refused(weights::pull(&config).await, &["tokenizer.json", "SHA-256 is"]);
+    Ok(())
+}
+
 async fn refuses(setup: &Setup, put: &Folder) -> Result<()> {
     let cache = TempDir::new()?;
     let config = setup.config("whole", cache.path());
@@ -231,7 +253,7 @@ async fn refuses(setup: &Setup, put: &Folder) -> Result<()> {
 
     // An object that is not what the manifest says, by size and by content.
     let tokenizer = "s3://models/whole/tokenizer.json".parse()?;
-    for (content, fragment) in [("{\"model\":1234}", "SHA-256"), ("{}", "size is 2")] {
+    for (content, fragment) in [("{\"model\":1234}", "SHA-256 of its chunks is"), ("{}", "size is 2")] {
         setup.store.put(&tokenizer, content.into()).await?;
         refused(weights::pull(&config).await, &["tokenizer.json", fragment]);
     }

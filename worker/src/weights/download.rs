@@ -66,12 +66,13 @@ pub struct Shared {
     pub permits: Semaphore,
     /// How many parts are hashed at once.
     pub hashes: Semaphore,
-    /// The lock on the folder, held for as long as anything may write to it.
+    /// The lock on the folder, held for as long as anything may write to it or has mapped it.
     pub _lock: File,
 }
 
-/// The file that is being written, and its journal.
+/// The file that is being written, and its journal. Whoever reads or writes it holds the folder's lock with it.
 struct Target {
+    shared: Arc<Shared>,
     head: Head,
     file: File,
     journal: Mutex<File>,
@@ -107,9 +108,10 @@ impl Download {
     async fn attempt(&self, head: &Head) -> Result<(FileEntry, u64, bool), PullError> {
         let (path, journal_path, version) = (self.path(), self.journal_path(), head.clone());
         let opening = spawn_blocking(move || open(&path, &journal_path, &version));
-        let (target, done) = opening.await.expect("opening does not panic")?;
-        let target = Arc::new(target);
-        let parts = head.bytes.div_ceil(PART_BYTES);
+        let (file, journal, done) = opening.await.expect("opening does not panic")?;
+        let (shared, head) = (self.shared.clone(), head.clone());
+        let target = Arc::new(Target { shared, head, file, journal: Mutex::new(journal) });
+        let parts = target.head.bytes.div_ceil(PART_BYTES);
         // One message for each part at most, so that a sender never waits.
         let (written, to_hash) = mpsc::channel(parts as usize + 1);
         for &part in &done {
@@ -125,11 +127,11 @@ impl Download {
     async fn hash(&self, target: &Arc<Target>, written: mpsc::Receiver<u64>) -> std::io::Result<FileEntry> {
         let found = FileEntry { bytes: target.head.bytes, ..self.wanted.clone() };
         if self.wanted.chunks_sha256.is_some() {
-            let chunks = hash_in_any_order(target, &self.shared.hashes, written).await?;
+            let chunks = hash_in_any_order(target, written).await?;
             return Ok(FileEntry { chunks_sha256: Some(chunks), ..found });
         }
         let target = target.clone();
-        let hashing = spawn_blocking(move || hash_in_order(&target.file, target.head.bytes, written));
+        let hashing = spawn_blocking(move || hash_in_order(&target, written));
         Ok(FileEntry { sha256: hashing.await.expect("hashing does not panic")?, ..found })
     }
 
@@ -246,8 +248,8 @@ fn missing(parts: u64, done: &BTreeSet<u64>) -> Vec<Range<u64>> {
     runs
 }
 
-/// Opens the file and its journal; gives the parts that are written already.
-fn open(path: &Path, journal_path: &Path, head: &Head) -> Result<(Target, BTreeSet<u64>), PullError> {
+/// Opens the file and its journal, and tells the parts that are written already.
+fn open(path: &Path, journal_path: &Path, head: &Head) -> Result<(File, File, BTreeSet<u64>), PullError> {
     let title = format!("{} {}", head.bytes, head.etag);
     let text = std::fs::read_to_string(journal_path).unwrap_or_default();
     let (first, rest) = text.split_once('\n').unwrap_or_default();
@@ -270,7 +272,7 @@ fn open(path: &Path, journal_path: &Path, head: &Head) -> Result<(Target, BTreeS
     let mut journal = File::create(journal_path).map_err(io(journal_path))?;
     let lines: String = done.iter().map(|part| format!("{part}\n")).collect();
     write!(journal, "{title}\n{lines}").map_err(io(journal_path))?;
-    Ok((Target { head: head.clone(), file, journal: Mutex::new(journal) }, done))
+    Ok((file, journal, done))
 }
 
 /// Gives a file its length, and its place on the disk where the file system can: no write has to find one then, and
@@ -287,27 +289,26 @@ fn reserve(file: &File, bytes: u64) -> std::io::Result<()> {
 }
 
 /// Hashes the parts in their order, each as soon as it and all before it are written.
-fn hash_in_order(file: &File, bytes: u64, mut written: mpsc::Receiver<u64>) -> std::io::Result<String> {
+fn hash_in_order(target: &Target, mut written: mpsc::Receiver<u64>) -> std::io::Result<String> {
     let (mut ready, mut next, mut hash) = (BTreeSet::new(), 0, Sha256::new());
     while let Some(part) = written.blocking_recv() {
         ready.insert(part);
         while ready.remove(&next) {
-            hash.update(&*map_part(file, bytes, next)?);
+            hash.update(&*map_part(&target.file, target.head.bytes, next)?);
             next += 1;
         }
     }
     Ok(hex::encode(hash.finalize()))
 }
 
-/// Hashes the chunks of each part as soon as it is written, as many parts at once as there are permits.
+/// Hashes the chunks of each part as soon as it is written, as many parts at once as all files of the pull may.
 async fn hash_in_any_order(
     target: &Arc<Target>,
-    permits: &Semaphore,
     mut written: mpsc::Receiver<u64>,
 ) -> std::io::Result<String> {
     let hashed: PartDigests = futures::stream::poll_fn(|context| written.poll_recv(context))
         .map(async |part| {
-            let _permit = permits.acquire().await.expect("the permits are never closed");
+            let _permit = target.shared.hashes.acquire().await.expect("the permits are never closed");
             let target = target.clone();
             let hashing = spawn_blocking(move || hash_part(&target.file, target.head.bytes, part));
             hashing.await.expect("hashing does not panic")
@@ -397,17 +398,19 @@ mod tests {
         hash.update(&bytes);
         let wanted = hash.finish(String::new());
         let head = Head { bytes: bytes.len() as u64, etag: String::new() };
-        let journal = Mutex::new(tempfile::tempfile().unwrap());
-        let target = Arc::new(Target { head, file, journal });
+        let temporary = || tempfile::tempfile().unwrap();
+        let shared = Shared { permits: Semaphore::new(0), hashes: Semaphore::new(2), _lock: temporary() };
+        let journal = Mutex::new(temporary());
+        let target = Arc::new(Target { shared: Arc::new(shared), head, file, journal });
         let written = || {
             let (written, to_hash) = mpsc::channel(3);
             [2, 0, 1].into_iter().for_each(|part| written.try_send(part).unwrap());
             to_hash
         };
-        let chunks = hash_in_any_order(&target, &Semaphore::new(2), written()).await.unwrap();
+        let chunks = hash_in_any_order(&target, written()).await.unwrap();
         assert_eq!(Some(chunks), wanted.chunks_sha256);
         let (in_order, to_hash) = (target.clone(), written());
-        let hash = spawn_blocking(move || hash_in_order(&in_order.file, in_order.head.bytes, to_hash));
+        let hash = spawn_blocking(move || hash_in_order(&in_order, to_hash));
         assert_eq!(hash.await.unwrap().unwrap(), wanted.sha256);
     }
 

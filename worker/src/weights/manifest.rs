@@ -5,17 +5,17 @@
 //! could leave the folder, repeated names, and more files or bytes than the limits say.
 //!
 //! A file has two digests. `sha256` is what `sha256sum` prints. But it is one chain, which nothing can hash at more
-//! than the speed of one thread, and only from the first byte to the last: where the network is faster, a model's start
-//! waits for it. `chunksSha256` is the SHA-256 of the digests, 32 bytes each, of the file's chunks of 512 KiB, in order;
-//! the last chunk is what is left, and an empty file has none:
+//! than the speed of one thread, and only from the first byte to the last: where the network is faster, a model's
+//! start waits for it. `chunksSha256` is the SHA-256 of the digests, 32 bytes each, of the file's chunks of 512 KiB, in
+//! order; the last chunk is what is left, and an empty file has none:
 //!
 //! ```sh
 //! split -b 512K --filter='openssl dgst -sha256 -binary' FILE | sha256sum
 //! ```
 //!
-//! Chunks are hashed in any order and many at once. Either digest covers every byte, so that a file is compared by one of
-//! them: by that of the chunks where the manifest has it. The model's digest covers both; that they are of the same bytes
-//! is the word of who wrote the manifest.
+//! Chunks are hashed in any order and many at once. Either digest covers every byte, so that a file is compared by one
+//! of them: by that of the chunks where the manifest has it. The model's digest covers both; that they are of the same
+//! bytes is the word of who wrote the manifest.
 
 use std::fmt;
 
