@@ -13,7 +13,7 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW, DQ, VL and VNNI (Cascade Lake and up). bf16 is widened to f32.
     Avx512,
-    /// The same with AVX-512 BF16 (Cooper Lake, Zen 4 and up).
+    /// The same with AVX-512 BF16 (Zen 4 and up; Intel's processors have it too, but widening is faster there).
     Avx512Bf16,
     /// The same with AMX tiles for weights in bf16 and int8 (Sapphire Rapids and up); used only if a self-test
     /// against the portable form passes on this processor.
@@ -24,10 +24,18 @@ impl Isa {
     /// All of them, from the plainest to the widest.
     pub const ALL: [Isa; 5] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16, Isa::Amx];
 
-    /// The widest form that this processor has.
+    /// The widest form that this processor has, but for one that is slower than the next: on Intel's cores
+    /// `vdpbf16ps`, 32 products, takes two cycles, in which two units do 64 products of f32. The vendor decides, not a
+    /// clock: processors of one kind have to give the same bytes.
     pub fn detect() -> Isa {
+        let pays = |isa: &Isa| *isa != Isa::Avx512Bf16 || !is_intel();
         let mut all = Self::ALL.into_iter().rev();
-        all.find(|isa| isa.is_available()).unwrap_or(Isa::Scalar)
+        all.find(|isa| isa.is_available() && pays(isa)).unwrap_or(Isa::Scalar)
+    }
+
+    /// Whether bf16 weights and cache are widened to f32 as they are multiplied; the left operands are f32 then.
+    pub fn widens_bf16(self) -> bool {
+        matches!(self, Isa::Avx2 | Isa::Avx512)
     }
 
     /// Whether this processor (and its operating system) has it.
@@ -62,6 +70,18 @@ impl Isa {
     pub fn is_available(self) -> bool {
         self == Isa::Scalar
     }
+}
+
+/// Whether the processor is one of Intel's.
+fn is_intel() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let leaf = std::arch::x86_64::__cpuid(0);
+        let vendor = [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes);
+        vendor.as_flattened() == b"GenuineIntel"
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    false
 }
 
 impl fmt::Display for Isa {

@@ -381,7 +381,7 @@ fn precision(
     Ok(match config.dtype {
         Dtype::F32 => Precision::F32,
         Dtype::Bf16 => Precision::Bf16,
-        Dtype::Auto if stored == Some(StoredDtype::F32) || isa < Isa::Avx512Bf16 => Precision::F32,
+        Dtype::Auto if stored == Some(StoredDtype::F32) || isa < Isa::Avx512 => Precision::F32,
         Dtype::Auto => Precision::Bf16,
     })
 }

@@ -24,7 +24,7 @@ pub struct Activation {
 /// Rows in one of the forms that kernels read.
 #[derive(Debug)]
 pub enum Rows {
-    /// Values, and operands in f32.
+    /// Values, and operands in f32 (of f32 weights, and of bf16 weights that are widened).
     F32(Aligned<f32>),
     /// Operands in bf16, as bits.
     Bf16(Aligned<u16>),
@@ -166,16 +166,20 @@ fn check(plan: &ArenaPlan) -> Result<(), PlanError> {
 }
 
 impl Arena {
-    /// Takes the memory.
+    /// Takes the memory, for weights of a precision and what their left operands are held in.
     ///
     /// # Errors
     /// When a size is out of bounds.
-    pub fn new(plan: ArenaPlan, precision: Precision, threads: usize) -> Result<Self, PlanError> {
+    pub fn new(
+        plan: ArenaPlan,
+        (precision, left): (Precision, Precision),
+        threads: usize,
+    ) -> Result<Self, PlanError> {
         check(&plan)?;
         let buffers: Vec<Activation> = plan
             .buffers
             .iter()
-            .map(|buffer| Activation::new(buffer.width, buffer.kind, plan.rows_max, precision))
+            .map(|buffer| Activation::new(buffer.width, buffer.kind, plan.rows_max, left))
             .collect();
         let cache = Cache::new(plan.kv, precision);
         let rope = rope_table(&plan);
@@ -217,10 +221,10 @@ impl Arena {
 }
 
 impl Activation {
-    fn new(width: usize, kind: BufferKind, rows_max: usize, precision: Precision) -> Self {
+    fn new(width: usize, kind: BufferKind, rows_max: usize, left: Precision) -> Self {
         let stride = width.next_multiple_of(LANES);
         let elements = rows_max * stride;
-        let rows = match (kind, precision) {
+        let rows = match (kind, left) {
             (BufferKind::Values, _) | (_, Precision::F32) => Rows::F32(Aligned::zeroed(elements)),
             (_, Precision::Bf16) => Rows::Bf16(Aligned::zeroed(elements)),
             (_, Precision::Int8) => {

@@ -32,7 +32,7 @@ pub const GROUP_MAX: usize = TILE_ROWS;
 const RUNS_PER_THREAD: usize = 8;
 const HEAD_PANELS: usize = HEAD_DIM_MAX / LANES;
 
-/// Rows of a left operand; one of the two is used, as the cache's precision says.
+/// Rows of a left operand; one of the two is used, as the form says.
 #[repr(C, align(64))]
 struct Left<const WIDTH: usize> {
     f32: [[f32; WIDTH]; TILE_ROWS],
@@ -64,7 +64,7 @@ impl std::fmt::Debug for Scratch {
 impl<const WIDTH: usize> Left<WIDTH> {
     const ZERO: Self = Self { f32: [[0.0; WIDTH]; TILE_ROWS], bf16: [[0; WIDTH]; TILE_ROWS] };
 
-    /// The rows as groups of 32 bits, each of `group` elements, and the groups from row to row.
+    /// The rows as words of 32 bits, each of `group` elements, and the words from row to row.
     fn operand(&self, group: usize) -> (*const u32, usize) {
         match group {
             1 => (self.f32.as_ptr().cast(), WIDTH),
@@ -108,8 +108,10 @@ struct Task<'a> {
     places: Places,
     /// Query heads per key-value head.
     group: usize,
-    /// Elements in a group of 32 bits.
+    /// Elements in 32 bits of the cache, widened from 8-bit codes if it holds any.
     pack: usize,
+    /// Elements in 32 bits of queries and weights.
+    left: usize,
     scales: KvScales,
 }
 
@@ -150,6 +152,7 @@ pub fn attention(
     let cache = &*cache;
     let places = cache.places();
     let (pack, coded) = (cache.pack, matches!(cache.blocks, CacheBlocks::E4m3(_)));
+    let left = forms.cache_left.group();
     let scales = if coded { shape.kv_scales } else { KvScales::ONE };
     // The heads of a block lie next to each other, so a task takes all heads of a run if there are enough runs.
     let heads = if runs.len() >= RUNS_PER_THREAD * pool.threads() { shape.kv_heads } else { 1 };
@@ -159,7 +162,7 @@ pub fn attention(
         let scratch = unsafe { &mut *scratch.range(thread, 1)[0] };
         let (run, first_head) = (runs[index / parts], index % parts * heads);
         let table = &step.block_tables[step.spans[run.span].table as usize..];
-        let task = Task { forms, shape, run, table, layer, cache, places, group, pack, scales };
+        let task = Task { forms, shape, run, table, layer, cache, places, group, pack, left, scales };
         for head in first_head..first_head + heads {
             task.load_queries(head, (qkv.values(), qkv.stride), scratch);
             task.stream(head, scratch);
@@ -178,7 +181,7 @@ impl Task<'_> {
         for row in 0..self.rows() {
             let first = (self.run.row + row / self.group) * stride;
             let query = &qkv[first + (head * self.group + row % self.group) * dim..][..dim];
-            if self.pack == 1 {
+            if self.left == 1 {
                 let out = &mut scratch.queries.f32[row][..self.places.dim];
                 out[..dim].copy_from_slice(query);
                 out[dim..].fill(0.0);
@@ -264,7 +267,7 @@ impl Task<'_> {
     /// `scores[row][block] = queries * keys`.
     fn score(&self, keys: &[*const u32], scratch: &mut Scratch) {
         let rows = self.rows();
-        let (a, a_stride) = scratch.queries.operand(self.pack);
+        let (a, a_stride) = scratch.queries.operand(self.left);
         let mut index = 0;
         while index < keys.len() {
             let panels = panels_of(rows, keys.len() - index);
@@ -313,7 +316,7 @@ impl Task<'_> {
             results: if first { &mut [] } else { &mut scratch.results[..rows * panels] },
             panels,
         };
-        match self.pack {
+        match self.left {
             1 => weigh_f32(self.forms.isa, tile, &mut scratch.weights.f32),
             _ => weigh_bf16(self.forms.isa, tile, &mut scratch.weights.bf16),
         }
@@ -322,7 +325,7 @@ impl Task<'_> {
     /// `results += weights * values`; the first tile of a head starts from zero.
     fn add_values(&self, values: &[*const u32], first: bool, scratch: &mut Scratch) {
         let (rows, panels) = (self.rows(), self.places.dim / LANES);
-        let (a, a_stride) = scratch.weights.operand(self.pack);
+        let (a, a_stride) = scratch.weights.operand(self.left);
         let mut panel = 0;
         while panel < panels {
             let chunk = panels_of(rows, panels - panel);

@@ -6,6 +6,7 @@
 
 use std::f32::consts::LOG2_E;
 
+use super::Precision;
 use super::arena::{Activation, Rows};
 use super::lanes::{self, versions};
 use super::pack::{Matrix, PANEL, Panels};
@@ -35,6 +36,8 @@ pub struct Forms {
     pub tile_rows: usize,
     /// The tile product for the precision of the cache.
     pub cache_tile: TileFn,
+    /// What the left operands of that are held in.
+    pub cache_left: Precision,
 }
 
 impl std::fmt::Debug for Forms {
@@ -169,9 +172,8 @@ fn multiply(
     block: Block,
     sink: impl Fn(Area, Option<Finished<'_>>),
 ) {
-    let (a, b, group_shift) = operands(matrix, x);
-    let groups = matrix.columns_padded >> group_shift;
-    let a_stride = x.stride >> group_shift;
+    let (a, a_group, b, b_group) = operands(matrix, x);
+    let (groups, a_stride) = (matrix.columns_padded / b_group, x.stride / a_group);
     let (start, end) = block.rows;
     let wide = end - start <= WIDE_TILE_ROWS;
     let mut sums = Sums::ZERO;
@@ -224,14 +226,15 @@ fn multiply(
     }
 }
 
-/// Both operands as groups of 32 bits, and the logarithm of the elements in a group.
-fn operands(matrix: &Matrix, x: &Activation) -> (*const u32, *const u32, usize) {
+/// Left and right operand as words of 32 bits, each with its elements in a word.
+fn operands(matrix: &Matrix, x: &Activation) -> (*const u32, usize, *const u32, usize) {
     assert!(x.stride >= matrix.columns_padded, "operand rows hold the padding");
     match (&x.rows, &matrix.panels) {
-        (Rows::F32(rows), Panels::F32(panels)) => (rows.as_ptr().cast(), panels.as_ptr().cast(), 0),
-        (Rows::Bf16(rows), Panels::Bf16(panels)) => (rows.as_ptr().cast(), panels.as_ptr().cast(), 1),
+        (Rows::F32(rows), Panels::F32(panels)) => (rows.as_ptr().cast(), 1, panels.as_ptr().cast(), 1),
+        (Rows::F32(rows), Panels::Bf16(panels)) => (rows.as_ptr().cast(), 1, panels.as_ptr().cast(), 2),
+        (Rows::Bf16(rows), Panels::Bf16(panels)) => (rows.as_ptr().cast(), 2, panels.as_ptr().cast(), 2),
         (Rows::Int8 { codes: rows, .. }, Panels::Int8 { codes, .. }) => {
-            (rows.as_ptr().cast(), codes.as_ptr().cast(), 2)
+            (rows.as_ptr().cast(), 4, codes.as_ptr().cast(), 4)
         }
         _ => panic!("operand and matrix differ in precision"),
     }

@@ -1,7 +1,7 @@
 //! The ops on a CPU.
 //!
 //! Weights are packed once when they are loaded; a step's memory is an arena. Three precisions: f32, which is
-//! the reference; bf16 weights and operands with f32 sums; int8 weights with a scale per output feature and
+//! the reference; bf16 weights with f32 sums, and operands in bf16 or f32, whichever the processor multiplies faster; int8 weights with a scale per output feature and
 //! activations quantised row by row, with bf16 keys and values. The residual stream is f32 in all of them. With
 //! any of them the cache may hold 8-bit floats instead, which attention widens on its way to what it computes with.
 
@@ -32,7 +32,7 @@ use linear::{Forms, Gated, Values};
 pub use pack::Matrix;
 use pack::{PANEL, Source, pack};
 use rows::{HeadNorms, Norm, Store};
-use tile::{cache_tile_fn, tile_fn, tile_rows};
+use tile::{cache_isa, left_precision, tile_fn, tile_rows};
 
 use crate::isa::Isa;
 use crate::ops::{
@@ -47,7 +47,7 @@ use crate::tensor::{Aligned, HostTensor, LoadError};
 pub enum Precision {
     /// f32 weights, operands and cache.
     F32,
-    /// bf16 weights, operands and cache; f32 sums.
+    /// bf16 weights and cache, f32 sums; operands are bf16, or f32 where weights are widened ([`Isa::widens_bf16`]).
     Bf16,
     /// int8 weights and operands, int32 sums; bf16 cache.
     Int8,
@@ -129,7 +129,8 @@ impl Cpu {
             isa,
             tile: tile_fn(isa, options.precision),
             tile_rows: tile_rows(isa, options.precision),
-            cache_tile: cache_tile_fn(isa, cache),
+            cache_tile: tile_fn(cache_isa(isa), cache),
+            cache_left: left_precision(cache_isa(isa), cache),
         };
         Ok(Self {
             precision: options.precision,
@@ -153,6 +154,11 @@ impl Cpu {
     /// Instructions in use.
     pub fn isa(&self) -> Isa {
         self.forms.isa
+    }
+
+    /// What left operands of weights are held in.
+    fn left(&self) -> Precision {
+        left_precision(self.forms.isa, self.precision)
     }
 
     /// Threads that work on a step.
@@ -265,7 +271,7 @@ impl Ops for Cpu {
     }
 
     fn allocate(&mut self, plan: ArenaPlan) -> Result<(), PlanError> {
-        let arena = Arena::new(plan, self.precision, self.pool.threads())?;
+        let arena = Arena::new(plan, (self.precision, self.left()), self.pool.threads())?;
         self.logits = Aligned::zeroed(arena.plan.logits_rows_max * arena.plan.vocabulary);
         self.sampling = (0..self.pool.threads()).map(|_| Scratch::new(arena.plan.vocabulary)).collect();
         self.greedy = vec![Best::NOTHING; self.pool.threads() * arena.plan.logits_rows_max];

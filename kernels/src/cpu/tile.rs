@@ -36,9 +36,10 @@ impl Sums {
 /// Operands of a tile.
 #[derive(Clone, Copy)]
 pub struct Tile {
-    /// First row of the left operand; each group is 32 bits.
+    /// First row of the left operand: a word of 32 bits for each group, or an f32 for each of its elements where the
+    /// form widens bf16 ([`left_precision`]).
     pub a: *const u32,
-    /// Groups from row to row.
+    /// Words from row to row.
     pub a_stride: usize,
     /// Rows, 1 to [`tile_rows`] (or [`WIDE_TILE_ROWS`] with more than two panels).
     pub rows: usize,
@@ -76,9 +77,14 @@ pub fn tile_rows(isa: Isa, precision: Precision) -> usize {
     if isa == Isa::Amx && precision != Precision::F32 { TILE_ROWS_MAX } else { TILE_ROWS }
 }
 
-/// The form for operands of a step (attention's), which are never multiplied by AMX.
-pub fn cache_tile_fn(isa: Isa, precision: Precision) -> TileFn {
-    tile_fn(if isa == Isa::Amx { Isa::Avx512Bf16 } else { isa }, precision)
+/// What attention multiplies with: never AMX, whose processors multiply f32 faster than pairs of bf16.
+pub fn cache_isa(isa: Isa) -> Isa {
+    if isa == Isa::Amx { Isa::Avx512 } else { isa }
+}
+
+/// What left operands are held in. A form that widens bf16 has them in f32, unrounded.
+pub fn left_precision(isa: Isa, precision: Precision) -> Precision {
+    if precision == Precision::Bf16 && isa.widens_bf16() { Precision::F32 } else { precision }
 }
 
 /// The form for an instruction set and a precision of the operands.

@@ -1,6 +1,6 @@
 //! The tile product with AVX2 and FMA: two registers per (row, panel), up to four rows at a time.
 //!
-//! bf16 is widened to f32. Without VNNI, int8 is widened to 16 bits: the one-step byte product saturates.
+//! bf16 weights are widened to f32, and their left operands are f32. Without VNNI, int8 is widened to 16 bits: the one-step byte product saturates.
 
 use std::arch::x86_64::*;
 
@@ -56,7 +56,7 @@ pub unsafe fn f32(tile: &Tile, sums: *mut [f32; LANES]) {
     unsafe { by_rows!(tile, sums, fixed) }
 }
 
-/// bf16 operands.
+/// f32 left and bf16 right operands.
 ///
 /// # Safety
 /// As [`TileFn`](super::tile::TileFn).
@@ -74,13 +74,13 @@ pub unsafe fn bf16(tile: &Tile, sums: *mut [f32; LANES]) {
                 let (segment, group) = (index / tile.groups, index % tile.groups);
                 let b = tile.b[segment][panel].add(group * tile.b_stride);
                 let (b0, b1) = (_mm256_loadu_si256(b.cast()), _mm256_loadu_si256(b.add(8).cast()));
-                for (part, total) in totals.iter_mut().enumerate() {
-                    let a = tile.a.add((row + part) * tile.a_stride + index).read();
-                    let a = _mm256_set1_epi32(a.cast_signed());
-                    total[0] = _mm256_fmadd_ps(low(a), low(b0), total[0]);
-                    total[0] = _mm256_fmadd_ps(high(a), high(b0), total[0]);
-                    total[1] = _mm256_fmadd_ps(low(a), low(b1), total[1]);
-                    total[1] = _mm256_fmadd_ps(high(a), high(b1), total[1]);
+                for (half, b) in [[low(b0), low(b1)], [high(b0), high(b1)]].into_iter().enumerate() {
+                    for (part, total) in totals.iter_mut().enumerate() {
+                        let a = tile.a.add((row + part) * tile.a_stride + 2 * index + half);
+                        let a = _mm256_set1_ps(f32::from_bits(a.read()));
+                        total[0] = _mm256_fmadd_ps(a, b[0], total[0]);
+                        total[1] = _mm256_fmadd_ps(a, b[1], total[1]);
+                    }
                 }
             }
             store_totals(tile, sums, row, panel, &totals);
