@@ -110,7 +110,7 @@ pub struct NatsConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {
-    /// What the checkpoint holds; on a CPU bf16 where the processor multiplies it, else f32.
+    /// What the checkpoint holds; on a CPU bf16 where the processor has AVX-512, else f32.
     #[default]
     Auto,
     /// 32-bit IEEE floats: the reference.

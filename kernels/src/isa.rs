@@ -28,9 +28,13 @@ impl Isa {
     /// `vdpbf16ps`, 32 products, takes two cycles, in which two units do 64 products of f32. The vendor decides, not a
     /// clock: processors of one kind have to give the same bytes.
     pub fn detect() -> Isa {
-        let pays = |isa: &Isa| *isa != Isa::Avx512Bf16 || !is_intel();
+        Self::choose(is_intel(), Isa::is_available)
+    }
+
+    fn choose(intel: bool, available: impl Fn(Isa) -> bool) -> Isa {
+        let pays = |isa| isa != Isa::Avx512Bf16 || !intel;
         let mut all = Self::ALL.into_iter().rev();
-        all.find(|isa| isa.is_available() && pays(isa)).unwrap_or(Isa::Scalar)
+        all.find(|&isa| available(isa) && pays(isa)).unwrap_or(Isa::Scalar)
     }
 
     /// Whether bf16 weights and cache are widened to f32 as they are multiplied; the left operands are f32 then.
@@ -93,5 +97,23 @@ impl fmt::Display for Isa {
             Isa::Avx512Bf16 => "avx512-bf16",
             Isa::Amx => "amx",
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn intel_widens_bf16_unless_it_has_amx() {
+        let up_to = |widest: Isa| move |isa: Isa| isa <= widest;
+        for intel in [false, true] {
+            for isa in [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Amx] {
+                assert_eq!(Isa::choose(intel, up_to(isa)), isa);
+            }
+        }
+        assert_eq!(Isa::choose(false, up_to(Isa::Avx512Bf16)), Isa::Avx512Bf16);
+        assert_eq!(Isa::choose(true, up_to(Isa::Avx512Bf16)), Isa::Avx512);
+        assert!(Isa::detect().is_available());
     }
 }

@@ -1,6 +1,7 @@
 //! Every form against plain arithmetic in f64, and batch invariance byte by byte.
 
 mod attention;
+mod products;
 
 use proptest::prelude::*;
 
@@ -47,15 +48,6 @@ fn vector(cpu: &mut Cpu, values: &[f32]) -> Vector {
     cpu.vector(&[HostTensor::new(DType::F32, &[values.len()], &raw).unwrap()]).unwrap()
 }
 
-/// Relative error that a precision may have against exact arithmetic, on random operands.
-fn tolerance(precision: Precision) -> f64 {
-    match precision {
-        Precision::F32 => 1e-5,
-        Precision::Bf16 => 1e-2,
-        Precision::Int8 => 3e-2,
-    }
-}
-
 fn plan(widths: &[(usize, BufferKind)], kv: KvPlan) -> ArenaPlan {
     ArenaPlan {
         rows_max: 80,
@@ -98,56 +90,6 @@ fn values(cpu: &mut Cpu, buffer: Buffer, row: usize) -> &mut [f32] {
     let activation = &mut cpu.arena.as_mut().unwrap().buffers[buffer.0];
     let (width, stride) = (activation.width, activation.stride);
     &mut activation.values_mut()[row * stride..][..width]
-}
-
-/// Products of all shapes around the edges of tiles, poisoned outputs, bias and addition.
-fn check_linear(isa: Isa, precision: Precision, (rows, columns, features): (usize, usize, usize)) {
-    use BufferKind::{Operand, Values};
-    let mut cpu = cpu(isa, precision);
-    let (x, operand, out) = (Buffer(0), Buffer(1), Buffer(2));
-    cpu.allocate(plan(&[(columns, Values), (columns, Operand), (features, Values)], NO_KV)).unwrap();
-    begin(&mut cpu, rows);
-    let weights = random(1, features * columns);
-    let matrix = load(&mut cpu, features, columns, &weights);
-    let (ones, bias) = (vec![1.0; columns], random(3, features));
-    let (ones, bias_vector) = (vector(&mut cpu, &ones), vector(&mut cpu, &bias));
-    let inputs = random(2, rows * columns);
-    for row in 0..rows {
-        values(&mut cpu, x, row).copy_from_slice(&inputs[row * columns..][..columns]);
-        values(&mut cpu, out, row).fill(f32::NAN);
-    }
-    cpu.rms_norm(x, &ones, 1e-6, operand);
-    cpu.linear(&matrix, Some(&bias_vector), operand, out);
-    cpu.linear_add(&matrix, None, operand, out);
-    for row in 0..rows {
-        let input = &inputs[row * columns..][..columns];
-        let square: f64 = input.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / columns as f64;
-        for feature in 0..features {
-            let weights = &weights[feature * columns..][..columns];
-            let products = input.iter().zip(weights).map(|(&x, &w)| f64::from(x) * f64::from(w));
-            let expected = 2.0 * products.sum::<f64>() / (square + 1e-6).sqrt() + f64::from(bias[feature]);
-            let found = f64::from(values(&mut cpu, out, row)[feature]);
-            let bound = tolerance(precision) * (columns as f64).sqrt() * 2.0;
-            assert!(
-                (found - expected).abs() <= bound,
-                "{isa} {precision:?} {rows}x{columns}x{features} at ({row}, {feature}): {found} for {expected}"
-            );
-        }
-    }
-}
-
-#[test]
-fn products_are_right() {
-    for isa in isas() {
-        for precision in PRECISIONS {
-            for rows in [1, 2, 5, 6, 7, 12, 13, 25, 64] {
-                check_linear(isa, precision, (rows, 50, 49));
-            }
-            for (columns, features) in [(1, 1), (3, 16), (64, 33), (576, 80), (101, 130)] {
-                check_linear(isa, precision, (3, columns, features));
-            }
-        }
-    }
 }
 
 #[test]

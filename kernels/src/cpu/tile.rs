@@ -162,3 +162,63 @@ unsafe fn int8(tile: &Tile, sums: *mut [f32; LANES]) {
     // SAFETY: passed on; integers have the size and alignment of the floats.
     unsafe { portable(tile, sums.cast::<[i32; LANES]>(), 0, dot) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sampling::uniform;
+
+    /// A form that widens bf16 adds exact f32 products in order, whatever the rows, panels and segments.
+    #[test]
+    fn widened_products_are_a_chain_of_fused_products() {
+        const GROUPS: usize = 5;
+        let word = |seed, at: usize| (uniform(seed, at as u32) as f32 * 2.0 - 1.0).to_bits();
+        let pair = |at| word(1, 2 * at) >> 16 | word(1, 2 * at + 1) & 0xFFFF_0000;
+        let a_stride = 2 * GROUPS * TILE_SEGMENTS + 3;
+        let a: Vec<u32> = (0..TILE_ROWS * a_stride).map(|at| word(2, at)).collect();
+        let b: Vec<u32> = (0..TILE_SEGMENTS * TILE_PANELS * GROUPS * LANES).map(pair).collect();
+        let b_of = |segment: usize, panel: usize| &b[(segment * TILE_PANELS + panel) * GROUPS * LANES..];
+        let sides = [0, 1, 2, 3].map(|segment| [0, 1, 2, 3].map(|panel| b_of(segment, panel).as_ptr()));
+        let shapes = (1..=TILE_ROWS).flat_map(|rows| [1, 2, 4].map(|panels| (rows, panels)));
+        for (rows, panels) in shapes.filter(|&(rows, panels)| panels < 4 || rows <= WIDE_TILE_ROWS) {
+            for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available() && isa.widens_bf16()) {
+                for (segments, accumulate) in [(1, false), (TILE_SEGMENTS, true)] {
+                    let (groups, sums_stride) = (GROUPS, panels);
+                    let (a, next, later) = (a.as_ptr(), sides, a.as_ptr());
+                    let tile = Tile {
+                        a,
+                        a_stride,
+                        rows,
+                        b: sides,
+                        segments,
+                        b_stride: LANES,
+                        panels,
+                        groups,
+                        sums_stride,
+                        accumulate,
+                        next,
+                        later,
+                    };
+                    let mut sums = Sums([[0.5; LANES]; TILE_ROWS_MAX * 2]);
+                    // SAFETY: the operands have these rows, panels and groups, and the processor the instructions.
+                    unsafe { tile_fn(isa, Precision::Bf16)(&tile, sums.0.as_mut_ptr()) };
+                    for (index, lanes) in sums.0[..rows * panels].iter().enumerate() {
+                        let (row, panel) = (index / panels, index % panels);
+                        for (lane, &found) in lanes.iter().enumerate() {
+                            let mut expected = if accumulate { 0.5 } else { 0.0_f32 };
+                            for at in 0..segments * groups {
+                                let pair = b_of(at / groups, panel)[at % groups * LANES + lane];
+                                for (half, b) in [pair << 16, pair & 0xFFFF_0000].into_iter().enumerate() {
+                                    // SAFETY: inside of the left operand.
+                                    let a = unsafe { tile.a.add(row * a_stride + 2 * at + half).read() };
+                                    expected = f32::from_bits(a).mul_add(f32::from_bits(b), expected);
+                                }
+                            }
+                            assert_eq!(found, expected, "{isa} {rows}x{panels} row {row} panel {panel}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

@@ -6,7 +6,7 @@
 //! the tile registers, and compares a set of products with the portable form: any difference refuses it.
 //!
 //! `tdpbf16ps` adds the two halves of a pair in an order of its own, so with AMX every product of bf16 weights
-//! goes through it, whatever the number of rows; attention keeps the AVX-512 form.
+//! goes through it, whatever the number of rows; attention widens bf16 to f32 with AVX-512 instead.
 
 use std::arch::asm;
 use std::cell::Cell;
@@ -193,8 +193,8 @@ fn configure(rows: usize, tail: usize) {
 pub fn permit() -> Result<(), &'static str> {
     static PERMIT: OnceLock<Result<(), &'static str>> = OnceLock::new();
     *PERMIT.get_or_init(|| {
-        if !Isa::Avx512Bf16.is_available() {
-            return Err("the processor lacks AVX-512 BF16, which attention needs beside AMX");
+        if !Isa::Avx512.is_available() {
+            return Err("the processor lacks AVX-512, which attention needs beside AMX");
         }
         supported()?;
         request()?;

@@ -66,7 +66,7 @@ macro_rules! tile_form {
                                     "/* {0} {1} */",
                                     inout(reg) a,
                                     inout(zmm_reg) totals[ROWS - 1][PANELS - 1],
-                                    options(pure, nomem, nostack, preserves_flags)
+                                    options(pure, readonly, nostack, preserves_flags)
                                 );
                             )+
                             offset += tile.b_stride;
