@@ -1,9 +1,10 @@
 //! The ops on a CPU.
 //!
 //! Weights are packed once when they are loaded; a step's memory is an arena. Three precisions: f32, which is
-//! the reference; bf16 weights with f32 sums, and operands in bf16 or f32, whichever the processor multiplies faster; int8 weights with a scale per output feature and
-//! activations quantised row by row, with bf16 keys and values. The residual stream is f32 in all of them. With
-//! any of them the cache may hold 8-bit floats instead, which attention widens on its way to what it computes with.
+//! the reference; bf16 weights with f32 sums, and operands in bf16 or f32, whichever the processor multiplies faster;
+//! int8 weights with a scale per output feature and activations quantised row by row, with bf16 keys and values. The
+//! residual stream is f32 in all of them. With any of them the cache may hold 8-bit floats instead, which attention
+//! widens on its way to what it computes with.
 
 mod arena;
 mod attention;

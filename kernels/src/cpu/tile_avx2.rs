@@ -1,6 +1,7 @@
 //! The tile product with AVX2 and FMA: two registers per (row, panel), up to four rows at a time.
 //!
-//! bf16 weights are widened to f32, and their left operands are f32. Without VNNI, int8 is widened to 16 bits: the one-step byte product saturates.
+//! bf16 weights are widened to f32, and their left operands are f32. Without VNNI, int8 is widened to 16 bits: the
+//! one-step byte product saturates.
 
 use std::arch::x86_64::*;
 
