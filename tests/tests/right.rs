@@ -435,7 +435,7 @@ fn the_imported_folder_is_the_model_of_the_gguf_file() -> Result<()> {
     let text = Text::open(&imported, "smollm2")?;
     assert_eq!(text.encode("<|im_start|>", false)?, [tokens_of_file["<|im_start|>"]]);
     let mut ours = Ours::load(&imported, F32, Isa::detect())?;
-    for prompt in prompts(&text, 4)? {
+    for prompt in model::prompts(&text, 4)? {
         let input = Tensor::new(&prompt[..], &Device::Cpu)?.unsqueeze(0)?;
         reference.clear_kv_cache();
         let expected: Vec<f32> = reference.forward(&input, 0)?.flatten_all()?.to_vec1()?;
