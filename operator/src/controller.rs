@@ -14,7 +14,7 @@ use futures::{FutureExt, StreamExt, stream};
 use k8s_openapi::jiff::Timestamp;
 use kube::core::DeserializeGuard;
 use kube::{Client, Resource, ResourceExt};
-use kube_runtime::controller::{Action, Config as Unlimited, Error as RunError, applier};
+use kube_runtime::controller::{Action, Config as RunnerConfig, Error as RunError, applier};
 use kube_runtime::reflector::ObjectRef;
 use millrace_crds::model::InferenceModel;
 use millrace_crds::model::reason::Reason;
@@ -115,11 +115,11 @@ pub async fn run(
         changes.recv().await.map(|key| (Ok::<_, std::convert::Infallible>(key), changes))
     });
     let store = context.caches.models.clone();
-    let turns = context.clone();
+    let closing = context.clone();
     let shutdown = async move {
         shutdown.await;
         // Who still waits for its turn ends without one.
-        turns.turns.close();
+        closing.turns.close();
     };
     let results = applier(
         |object, context| reconcile(object, context).boxed(),
@@ -127,7 +127,8 @@ pub async fn run(
         context,
         store,
         Box::pin(queue.take_until(shutdown)),
-        Unlimited::default(),
+        // No limit: the turns are one.
+        RunnerConfig::default(),
     );
     results
         .for_each(|result| async move {

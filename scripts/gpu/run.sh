@@ -75,8 +75,7 @@ start() {
 step kernels 180 ./kernels-tests cuda:: --test-threads=1
 step engine 240 ./gpu-tests --test-threads=1 --nocapture no_circumstance a_gpu_answers
 if [ -d models ]; then
-    export MILLRACE_CACHE=$PWD
-    step smollm2 120 ./gpu-tests --nocapture smollm2
+    step smollm2 120 env MILLRACE_CACHE="$PWD" MILLRACE_REQUIRE_TOOLS=1 ./gpu-tests --nocapture smollm2
 fi
 step attention 240 ./attention check
 step attention-time 120 ./attention time

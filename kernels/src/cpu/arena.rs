@@ -172,7 +172,8 @@ impl Arena {
     /// When a size is out of bounds.
     pub fn new(
         plan: ArenaPlan,
-        (precision, left): (Precision, Precision),
+        precision: Precision,
+        left: Precision,
         threads: usize,
     ) -> Result<Self, PlanError> {
         check(&plan)?;

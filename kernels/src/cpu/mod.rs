@@ -272,7 +272,7 @@ impl Ops for Cpu {
     }
 
     fn allocate(&mut self, plan: ArenaPlan) -> Result<(), PlanError> {
-        let arena = Arena::new(plan, (self.precision, self.left()), self.pool.threads())?;
+        let arena = Arena::new(plan, self.precision, self.left(), self.pool.threads())?;
         self.logits = Aligned::zeroed(arena.plan.logits_rows_max * arena.plan.vocabulary);
         self.sampling = (0..self.pool.threads()).map(|_| Scratch::new(arena.plan.vocabulary)).collect();
         self.greedy = vec![Best::NOTHING; self.pool.threads() * arena.plan.logits_rows_max];
