@@ -1,8 +1,8 @@
 //! The engine on a GPU: the same bytes under any circumstance, as graphs and op by op, and the CPU's answers.
 //!
-//! The same 64 requests run alone and in batches of 7 and 64, cut into chunks, with prefix hits, with too few KV
-//! blocks, so that sequences are preempted, and with and without a step being queued while one runs. Without a GPU
-//! the tests say that they were skipped; with MILLRACE_REQUIRE_CUDA they fail.
+//! The same 64 requests run alone, in batches of 7 and 64, four times over in one of 256, cut into chunks, with prefix
+//! hits, with too few KV blocks, so that sequences are preempted, and with and without a step being queued while one
+//! runs. Without a GPU the tests say that they were skipped; with MILLRACE_REQUIRE_CUDA they fail.
 
 use anyhow::{Context, Result, ensure};
 use millrace_crds::config::{Device, Dtype, EngineConfig, KvCacheDtype};
@@ -182,6 +182,7 @@ fn no_circumstance_changes_a_byte_on_a_gpu() -> Result<()> {
     let circumstances = [
         under(7, 64),
         under(64, 4096),
+        under(256, 8192),
         under(64, 96),
         Circumstances { graphs: false, ..under(64, 4096) },
         Circumstances { overlap: false, ..under(64, 4096) },
@@ -208,14 +209,15 @@ fn check_invariance(config: &Value, kv: KvCacheDtype, circumstances: &[Circumsta
         let Sampling { repetition_penalty, presence_penalty, frequency_penalty, .. } = *sampling;
         (repetition_penalty, presence_penalty, frequency_penalty) != (1.0, 0.0, 0.0)
     };
-    let taken = |penalties: bool| -> (Vec<usize>, Vec<Request>) {
-        let all = requests().into_iter().enumerate();
+    let taken = |penalties: bool, copies: usize| -> (Vec<usize>, Vec<Request>) {
+        let all = (0..copies).flat_map(|_| requests().into_iter().enumerate());
         all.filter(|(_, request)| penalties || !penalises(&request.sampling)).unzip()
     };
     for &at in circumstances {
         let bytes = if at.scarce { SCARCE_BLOCKS * block_bytes } else { PLENTY };
         let engine = engine(config, place, at, bytes)?;
-        for (numbers, requests) in [taken(true), taken(false)] {
+        let copies = (at.sequences as usize).div_ceil(REQUESTS);
+        for (numbers, requests) in [taken(true, copies), taken(false, copies)] {
             let found = bits(&answers(&engine, requests)?);
             for (&number, found) in numbers.iter().zip(&found) {
                 let expected = &expected[number];

@@ -156,7 +156,9 @@ impl Device {
         let bus_bits = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH)?;
         // Two transfers per clock.
         let memory_bytes_per_s = f64::from(memory_khz) * 1e3 * 2.0 * f64::from(bus_bits) / 8.0;
-        let hopper = (major, minor) == (9, 0);
+        // A driver that is told to compile PTX has that of sm_80 alone.
+        let compiles = std::env::var_os("CUDA_FORCE_PTX_JIT").is_some_and(|value| value == "1");
+        let hopper = (major, minor) == (9, 0) && !compiles;
         let stream = context.new_stream()?;
         let kernels = load_kernels()?;
         let name = context.name()?;
