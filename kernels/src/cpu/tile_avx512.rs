@@ -37,9 +37,13 @@ macro_rules! tile_form {
                         let mut offset = 0;
                         for _ in 0..tile.groups {
                             for panel in 0..PANELS {
-                                if PANELS > 1 {
-                                    // A prefetch never faults, wherever it points.
-                                    _mm_prefetch::<_MM_HINT_T0>(next[panel].wrapping_add(offset).cast());
+                                // A prefetch never faults, wherever it points.
+                                let next = next[panel].wrapping_add(offset).cast();
+                                if PANELS > 2 {
+                                    // Four panels are more than a first-level cache holds.
+                                    _mm_prefetch::<_MM_HINT_T1>(next);
+                                } else if PANELS > 1 {
+                                    _mm_prefetch::<_MM_HINT_T0>(next);
                                 }
                             }
                             if PANELS == 2 {
