@@ -58,7 +58,8 @@ pub struct Tile {
     /// Start from the sums that are there instead of zero.
     pub accumulate: bool,
     /// What is needed next: with each group of a right operand the memory at the same distance from here is
-    /// asked for. Any address will do; nothing is read from it.
+    /// asked for: with AVX-512 into the first-level cache, or the second where a tile has four panels. Any address will
+    /// do; nothing is read from it.
     pub next: [[*const u32; TILE_PANELS]; TILE_SEGMENTS],
     /// What is needed after that: with each group of a tile of two panels, a line of 64 bytes from here on is
     /// asked for, into the second-level cache.

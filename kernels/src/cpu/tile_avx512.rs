@@ -40,7 +40,7 @@ macro_rules! tile_form {
                                 // A prefetch never faults, wherever it points.
                                 let next = next[panel].wrapping_add(offset).cast();
                                 if PANELS > 2 {
-                                    // Four panels are more than a first-level cache holds.
+                                    // Four panels of bf16 are more than a first-level cache holds.
                                     _mm_prefetch::<_MM_HINT_T1>(next);
                                 } else if PANELS > 1 {
                                     _mm_prefetch::<_MM_HINT_T0>(next);

@@ -157,8 +157,8 @@ impl Device {
         // Two transfers per clock.
         let memory_bytes_per_s = f64::from(memory_khz) * 1e3 * 2.0 * f64::from(bus_bits) / 8.0;
         // A driver that is told to compile PTX has that of sm_80 alone.
-        let compiles = std::env::var_os("CUDA_FORCE_PTX_JIT").is_some_and(|value| value == "1");
-        let hopper = (major, minor) == (9, 0) && !compiles;
+        let from_ptx = std::env::var_os("CUDA_FORCE_PTX_JIT").is_some_and(|value| value == "1");
+        let hopper = (major, minor) == (9, 0) && !from_ptx;
         let stream = context.new_stream()?;
         let kernels = load_kernels()?;
         let name = context.name()?;
