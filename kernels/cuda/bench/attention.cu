@@ -143,7 +143,9 @@ void check_invariance(const Device& device, const Shape& shape, uint32_t length,
     }
     Device crowded = device;
     crowded.decode_grid = 3;
-    expect(in_chunks(crowded, batch, Kernel::Decode, 1, true) == decoded, "decode on three multiprocessors");
+    for (const Kernel kernel : {Kernel::Decode, Kernel::DecodeFp8})
+        if (codes || !reads_codes(kernel))
+            expect(in_chunks(crowded, batch, kernel, 1, true) == decoded, "decode on three multiprocessors");
     for (const Kernel kernel : {Kernel::Runs, Kernel::RunsFp8}) {
         if (!exists(kernel, shape.head_dim) || (reads_codes(kernel) && !codes)) continue;
         for (const uint32_t splits : {1u, 2u, 8u}) {
