@@ -15,6 +15,8 @@ pub enum Isa {
     Avx512,
     /// The same with AVX-512 BF16 (Zen 4 and up; Intel's processors have it too, but widening is faster there).
     Avx512Bf16,
+    /// AVX-512 with FP16 (Sapphire Rapids and up): bf16 weights are multiplied as f16, 32 products at a time.
+    Avx512Fp16,
     /// The same with AMX tiles for weights in bf16 and int8 (Sapphire Rapids and up); used only if a self-test
     /// against the portable form passes on this processor.
     Amx,
@@ -22,17 +24,23 @@ pub enum Isa {
 
 impl Isa {
     /// All of them, from the plainest to the widest.
-    pub const ALL: [Isa; 5] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16, Isa::Amx];
+    pub const ALL: [Isa; 6] =
+        [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16, Isa::Avx512Fp16, Isa::Amx];
 
     /// The widest form that this processor has, but for one that is slower than the next: on Intel's cores
-    /// `vdpbf16ps`, 32 products, takes two cycles, in which two units do 64 products of f32. The vendor decides, not a
-    /// clock: processors of one kind have to give the same bytes.
+    /// `vdpbf16ps`, 32 products, takes two cycles, in which two units do 64 products of f32 or 128 of f16; elsewhere it
+    /// takes one, and its sums are in f32. The vendor decides, not a clock: processors of one kind have to give the
+    /// same bytes.
     pub fn detect() -> Isa {
         Self::choose(is_intel(), Isa::is_available)
     }
 
     fn choose(intel: bool, available: impl Fn(Isa) -> bool) -> Isa {
-        let pays = |isa| isa != Isa::Avx512Bf16 || !intel;
+        let pays = |isa| match isa {
+            Isa::Avx512Bf16 => !intel,
+            Isa::Avx512Fp16 => intel,
+            _ => true,
+        };
         let mut all = Self::ALL.into_iter().rev();
         all.find(|&isa| available(isa) && pays(isa)).unwrap_or(Isa::Scalar)
     }
@@ -57,6 +65,7 @@ impl Isa {
                     && is_x86_feature_detected!("avx512vnni")
             }
             Isa::Avx512Bf16 => Isa::Avx512.is_available() && is_x86_feature_detected!("avx512bf16"),
+            Isa::Avx512Fp16 => Isa::Avx512.is_available() && is_x86_feature_detected!("avx512fp16"),
             Isa::Amx => crate::cpu::tile_amx::permit().is_ok(),
         }
     }
@@ -95,6 +104,7 @@ impl fmt::Display for Isa {
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
             Isa::Avx512Bf16 => "avx512-bf16",
+            Isa::Avx512Fp16 => "avx512-fp16",
             Isa::Amx => "amx",
         })
     }
@@ -105,7 +115,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn intel_widens_bf16_unless_it_has_amx() {
+    fn pairs_of_bf16_are_multiplied_where_that_is_fast() {
         let up_to = |widest: Isa| move |isa: Isa| isa <= widest;
         for intel in [false, true] {
             for isa in [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Amx] {
@@ -114,6 +124,8 @@ mod tests {
         }
         assert_eq!(Isa::choose(false, up_to(Isa::Avx512Bf16)), Isa::Avx512Bf16);
         assert_eq!(Isa::choose(true, up_to(Isa::Avx512Bf16)), Isa::Avx512);
+        assert_eq!(Isa::choose(false, up_to(Isa::Avx512Fp16)), Isa::Avx512Bf16);
+        assert_eq!(Isa::choose(true, up_to(Isa::Avx512Fp16)), Isa::Avx512Fp16);
         assert!(Isa::detect().is_available());
     }
 }

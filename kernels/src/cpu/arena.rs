@@ -6,7 +6,7 @@ use super::Precision;
 use super::attention::{HEAD_DIM_MAX, Scratch};
 use super::fp8::Widened;
 use super::rows::Run;
-use super::tile::LANES;
+use super::tile::{Held, LANES};
 use crate::ops::{ArenaPlan, BLOCK_TOKENS, Batch, BufferKind, KvDtype, KvPlan, PlanError, Span, bound};
 use crate::tensor::Aligned;
 
@@ -28,6 +28,13 @@ pub enum Rows {
     F32(Aligned<f32>),
     /// Operands in bf16, as bits.
     Bf16(Aligned<u16>),
+    /// Operands in f16: value = half * scale of the row, a power of two.
+    F16 {
+        /// Bits.
+        halves: Aligned<u16>,
+        /// One per row.
+        scales: Aligned<f32>,
+    },
     /// Operands in 8 bits: value = (code - 128) * scale of the row.
     Int8 {
         /// Codes.
@@ -45,7 +52,7 @@ pub enum Rows {
 pub struct Cache {
     /// Sizes.
     pub plan: KvPlan,
-    /// Elements in 32 bits of what attention multiplies: 1 of f32, 2 of bf16.
+    /// Elements in 32 bits of what attention multiplies: 1 of f32, 2 of bf16 and f16.
     pub pack: usize,
     /// `[layers][blocks][kv_heads][2 (keys, values)][16 * dim]`
     pub blocks: CacheBlocks,
@@ -56,8 +63,10 @@ pub struct Cache {
 pub enum CacheBlocks {
     /// With f32 operands.
     F32(Aligned<f32>),
-    /// With bf16 and int8 operands; bf16 bits.
+    /// With bf16 and int8 weights; bf16 bits.
     Bf16(Aligned<u16>),
+    /// The same where halves are multiplied; f16 bits.
+    F16(Aligned<u16>),
     /// With any operands, where the plan asks for it; codes.
     E4m3(Aligned<u8>),
 }
@@ -79,15 +88,15 @@ impl Places {
 }
 
 impl Cache {
-    fn new(plan: KvPlan, precision: Precision) -> Self {
+    fn new(plan: KvPlan, held: Held) -> Self {
         let elements = kv_block_elements(&plan) * plan.blocks;
-        let pack = if precision == Precision::F32 { 1 } else { 2 };
-        let blocks = match (plan.dtype, pack) {
+        let blocks = match (plan.dtype, held) {
             (KvDtype::Fp8E4m3, _) => CacheBlocks::E4m3(Aligned::zeroed(elements)),
-            (KvDtype::Operand, 1) => CacheBlocks::F32(Aligned::zeroed(elements)),
+            (KvDtype::Operand, Held::F32) => CacheBlocks::F32(Aligned::zeroed(elements)),
+            (KvDtype::Operand, Held::F16) => CacheBlocks::F16(Aligned::zeroed(elements)),
             (KvDtype::Operand, _) => CacheBlocks::Bf16(Aligned::zeroed(elements)),
         };
-        Self { plan, pack, blocks }
+        Self { plan, pack: held.group(), blocks }
     }
 
     /// Room for a thread's tile of widened codes, if there are any to widen.
@@ -141,8 +150,8 @@ pub struct Arena {
     pub runs: Vec<Run>,
     /// Attention's memory, one per thread.
     pub attention: Vec<Box<Scratch>>,
-    /// `[rows_max][stride of the widest operand]`: rows that are complete before they are quantised.
-    pub unquantised: Aligned<f32>,
+    /// `[rows_max][stride of the widest operand]`: rows that are complete before they are scaled.
+    pub unscaled: Aligned<f32>,
 }
 
 fn kv_block_elements(kv: &KvPlan) -> usize {
@@ -166,23 +175,18 @@ fn check(plan: &ArenaPlan) -> Result<(), PlanError> {
 }
 
 impl Arena {
-    /// Takes the memory, for weights of a precision and what their left operands are held in.
+    /// Takes the memory, for what the left operands of weights, and the cache, are held in.
     ///
     /// # Errors
     /// When a size is out of bounds.
-    pub fn new(
-        plan: ArenaPlan,
-        precision: Precision,
-        left: Precision,
-        threads: usize,
-    ) -> Result<Self, PlanError> {
+    pub fn new(plan: ArenaPlan, (left, cache): (Held, Held), threads: usize) -> Result<Self, PlanError> {
         check(&plan)?;
         let buffers: Vec<Activation> = plan
             .buffers
             .iter()
             .map(|buffer| Activation::new(buffer.width, buffer.kind, plan.rows_max, left))
             .collect();
-        let cache = Cache::new(plan.kv, precision);
+        let cache = Cache::new(plan.kv, cache);
         let rope = rope_table(&plan);
         let step = Step {
             tokens: Vec::with_capacity(plan.rows_max),
@@ -191,8 +195,8 @@ impl Arena {
             logits_rows: Vec::with_capacity(plan.logits_rows_max),
             rows: 0,
         };
-        let quantised = buffers.iter().filter(|buffer| matches!(buffer.rows, Rows::Int8 { .. }));
-        let stride = quantised.map(|buffer| buffer.stride).max().unwrap_or(0);
+        let scaled = buffers.iter().filter(|buffer| buffer.is_scaled());
+        let stride = scaled.map(|buffer| buffer.stride).max().unwrap_or(0);
         let attention = (0..threads).map(|_| Scratch::new(cache.widened())).collect();
         Ok(Self {
             buffers,
@@ -201,7 +205,7 @@ impl Arena {
             step,
             runs: Vec::with_capacity(plan.rows_max),
             attention,
-            unquantised: Aligned::zeroed(plan.rows_max * stride),
+            unscaled: Aligned::zeroed(plan.rows_max * stride),
             plan,
         })
     }
@@ -222,17 +226,25 @@ impl Arena {
 }
 
 impl Activation {
-    fn new(width: usize, kind: BufferKind, rows_max: usize, left: Precision) -> Self {
+    fn new(width: usize, kind: BufferKind, rows_max: usize, left: Held) -> Self {
         let stride = width.next_multiple_of(LANES);
         let elements = rows_max * stride;
         let rows = match (kind, left) {
-            (BufferKind::Values, _) | (_, Precision::F32) => Rows::F32(Aligned::zeroed(elements)),
-            (_, Precision::Bf16) => Rows::Bf16(Aligned::zeroed(elements)),
-            (_, Precision::Int8) => {
+            (BufferKind::Values, _) | (_, Held::F32) => Rows::F32(Aligned::zeroed(elements)),
+            (_, Held::Bf16) => Rows::Bf16(Aligned::zeroed(elements)),
+            (_, Held::F16) => {
+                Rows::F16 { halves: Aligned::zeroed(elements), scales: Aligned::zeroed(rows_max) }
+            }
+            (_, Held::Int8) => {
                 Rows::Int8 { codes: Aligned::zeroed(elements), scales: Aligned::zeroed(rows_max) }
             }
         };
         Self { width, stride, rows }
+    }
+
+    /// Whether each row has a scale, so that it has to be complete before it is written.
+    pub fn is_scaled(&self) -> bool {
+        matches!(self.rows, Rows::F16 { .. } | Rows::Int8 { .. })
     }
 
     /// The rows as f32.

@@ -12,18 +12,18 @@ use std::ops::Range;
 
 use super::arena::{Arena, Cache, CacheBlocks, Places};
 use super::fp8::Widened;
-use super::lanes::{self, versions};
+use super::lanes;
 use super::linear::{Forms, GROUPS_AHEAD};
 use super::rows::{Run, Store, cut};
-use super::tile::{LANES, TILE_PANELS, TILE_ROWS, TILE_SEGMENTS, Tile, WIDE_TILE_ROWS};
-use crate::isa::Isa;
+use super::tile::{Held, LANES, QUERY_TOP, TILE_PANELS, TILE_ROWS, TILE_SEGMENTS, Tile, WIDE_TILE_ROWS};
+use super::weigh::{Weighing, weigh_bf16, weigh_f16, weigh_f32};
 use crate::ops::{AttentionShape, BLOCK_TOKENS, Buffer, KvScales};
 use crate::pool::{Pool, Scattered};
 
 /// Positions of a tile.
 pub const TILE_TOKENS: usize = 64;
 /// Blocks of a tile.
-const TILE_BLOCKS: usize = TILE_TOKENS / BLOCK_TOKENS;
+pub const TILE_BLOCKS: usize = TILE_TOKENS / BLOCK_TOKENS;
 /// Most elements of a head.
 pub const HEAD_DIM_MAX: usize = 256;
 /// Most query heads that may share a key-value head.
@@ -36,13 +36,16 @@ const HEAD_PANELS: usize = HEAD_DIM_MAX / LANES;
 #[repr(C, align(64))]
 struct Left<const WIDTH: usize> {
     f32: [[f32; WIDTH]; TILE_ROWS],
-    bf16: [[u16; WIDTH]; TILE_ROWS],
+    /// bf16 or f16.
+    paired: [[u16; WIDTH]; TILE_ROWS],
 }
 
 /// A thread's memory for attention.
 #[repr(C, align(64))]
 pub struct Scratch {
     queries: Left<HEAD_DIM_MAX>,
+    /// What makes values of queries in f16; 1 for others.
+    query_scales: [f32; TILE_ROWS],
     /// The softmax' numerators of a tile.
     weights: Left<TILE_TOKENS>,
     scores: [[[f32; LANES]; TILE_BLOCKS]; TILE_ROWS],
@@ -62,13 +65,13 @@ impl std::fmt::Debug for Scratch {
 }
 
 impl<const WIDTH: usize> Left<WIDTH> {
-    const ZERO: Self = Self { f32: [[0.0; WIDTH]; TILE_ROWS], bf16: [[0; WIDTH]; TILE_ROWS] };
+    const ZERO: Self = Self { f32: [[0.0; WIDTH]; TILE_ROWS], paired: [[0; WIDTH]; TILE_ROWS] };
 
     /// The rows as words of 32 bits, each of `group` elements, and the words from row to row.
     fn operand(&self, group: usize) -> (*const u32, usize) {
         match group {
             1 => (self.f32.as_ptr().cast(), WIDTH),
-            _ => (self.bf16.as_ptr().cast(), WIDTH / 2),
+            _ => (self.paired.as_ptr().cast(), WIDTH / 2),
         }
     }
 }
@@ -78,6 +81,7 @@ impl Scratch {
     pub fn new(widened: Widened) -> Box<Self> {
         Box::new(Self {
             queries: Left::ZERO,
+            query_scales: [1.0; TILE_ROWS],
             weights: Left::ZERO,
             scores: [[[0.0; LANES]; TILE_BLOCKS]; TILE_ROWS],
             results: [[0.0; LANES]; TILE_ROWS * HEAD_PANELS],
@@ -110,8 +114,8 @@ struct Task<'a> {
     group: usize,
     /// Elements in 32 bits of the cache, widened from 8-bit codes if it holds any.
     pack: usize,
-    /// Elements in 32 bits of queries and weights.
-    left: usize,
+    /// What queries and weights are held in.
+    left: Held,
     scales: KvScales,
 }
 
@@ -152,7 +156,7 @@ pub fn attention(
     let cache = &*cache;
     let places = cache.places();
     let (pack, coded) = (cache.pack, matches!(cache.blocks, CacheBlocks::E4m3(_)));
-    let left = forms.cache_left.group();
+    let left = forms.cache_left;
     let scales = if coded { shape.kv_scales } else { KvScales::ONE };
     // The heads of a block lie next to each other, so a task takes all heads of a run if there are enough runs.
     let heads = if runs.len() >= RUNS_PER_THREAD * pool.threads() { shape.kv_heads } else { 1 };
@@ -181,15 +185,20 @@ impl Task<'_> {
         for row in 0..self.rows() {
             let first = (self.run.row + row / self.group) * stride;
             let query = &qkv[first + (head * self.group + row % self.group) * dim..][..dim];
-            if self.left == 1 {
+            if self.left == Held::F32 {
                 let out = &mut scratch.queries.f32[row][..self.places.dim];
                 out[..dim].copy_from_slice(query);
                 out[dim..].fill(0.0);
-            } else {
-                let out = &mut scratch.queries.bf16[row][..self.places.dim];
-                lanes::to_bf16(self.forms.isa, query, &mut out[..dim]);
-                out[dim..].fill(0);
+                continue;
             }
+            let out = &mut scratch.queries.paired[row][..self.places.dim];
+            if self.left == Held::F16 {
+                let scale = &mut scratch.query_scales[row];
+                lanes::to_f16(self.forms.isa, query, QUERY_TOP, &mut out[..dim], scale);
+            } else {
+                lanes::to_bf16(self.forms.isa, query, &mut out[..dim]);
+            }
+            out[dim..].fill(0);
         }
     }
 
@@ -239,7 +248,7 @@ impl Task<'_> {
             let place = start..start + elements;
             *operand = match &self.cache.blocks {
                 CacheBlocks::F32(all) => all[place].as_ptr().cast(),
-                CacheBlocks::Bf16(all) => all[place].as_ptr().cast(),
+                CacheBlocks::Bf16(all) | CacheBlocks::F16(all) => all[place].as_ptr().cast(),
                 CacheBlocks::E4m3(all) => widened.block(self.forms.isa, index, &all[place]),
             };
         }
@@ -258,7 +267,9 @@ impl Task<'_> {
             let start = self.places.offset(self.layer, block as usize, head) + half as usize * elements;
             match &self.cache.blocks {
                 CacheBlocks::F32(all) => lanes::prefetch(all[start..].as_ptr().cast(), elements * 4),
-                CacheBlocks::Bf16(all) => lanes::prefetch(all[start..].as_ptr().cast(), elements * 2),
+                CacheBlocks::Bf16(all) | CacheBlocks::F16(all) => {
+                    lanes::prefetch(all[start..].as_ptr().cast(), elements * 2);
+                }
                 CacheBlocks::E4m3(all) => lanes::prefetch(all[start..].as_ptr(), elements),
             }
         }
@@ -267,7 +278,7 @@ impl Task<'_> {
     /// `scores[row][block] = queries * keys`.
     fn score(&self, keys: &[*const u32], scratch: &mut Scratch) {
         let rows = self.rows();
-        let (a, a_stride) = scratch.queries.operand(self.left);
+        let (a, a_stride) = scratch.queries.operand(self.left.group());
         let mut index = 0;
         while index < keys.len() {
             let panels = panels_of(rows, keys.len() - index);
@@ -310,6 +321,7 @@ impl Task<'_> {
             blocks: blocks.len(),
             seen: &seen[..rows],
             scale: self.shape.scale * self.scales.key * LOG2_E,
+            query_scales: &scratch.query_scales,
             scores: &mut scratch.scores,
             maxima: &mut scratch.maxima,
             totals: &mut scratch.totals,
@@ -317,15 +329,16 @@ impl Task<'_> {
             panels,
         };
         match self.left {
-            1 => weigh_f32(self.forms.isa, tile, &mut scratch.weights.f32),
-            _ => weigh_bf16(self.forms.isa, tile, &mut scratch.weights.bf16),
+            Held::F32 => weigh_f32(self.forms.isa, tile, &mut scratch.weights.f32),
+            Held::F16 => weigh_f16(self.forms.isa, tile, &mut scratch.weights.paired),
+            _ => weigh_bf16(self.forms.isa, tile, &mut scratch.weights.paired),
         }
     }
 
     /// `results += weights * values`; the first tile of a head starts from zero.
     fn add_values(&self, values: &[*const u32], first: bool, scratch: &mut Scratch) {
         let (rows, panels) = (self.rows(), self.places.dim / LANES);
-        let (a, a_stride) = scratch.weights.operand(self.left);
+        let (a, a_stride) = scratch.weights.operand(self.left.group());
         let mut panel = 0;
         while panel < panels {
             let chunk = panels_of(rows, panels - panel);
@@ -381,106 +394,4 @@ fn panels_of(rows: usize, left: usize) -> usize {
         _ if rows <= WIDE_TILE_ROWS => 4,
         _ => 2,
     }
-}
-
-/// A tile between its two products.
-struct Weighing<'a> {
-    blocks: usize,
-    /// Per row, the lanes that it sees: from and up to.
-    seen: &'a [(u32, u32)],
-    /// Factor that makes exponents of two of scores.
-    scale: f32,
-    scores: &'a mut [[[f32; LANES]; TILE_BLOCKS]; TILE_ROWS],
-    maxima: &'a mut [f32; TILE_ROWS],
-    totals: &'a mut [[f32; LANES]; TILE_ROWS],
-    /// What was added up before, `[rows][panels]`; empty if nothing was.
-    results: &'a mut [[f32; LANES]],
-    panels: usize,
-}
-
-/// Weights of all rows relative to the running maxima; what was added up before is scaled to the new ones.
-#[inline(always)]
-fn weigh<T: Copy>(tile: Weighing<'_>, out: &mut [[T; TILE_TOKENS]; TILE_ROWS], convert: impl Fn(f32) -> T) {
-    match tile.blocks {
-        1 => weigh_blocks::<1, T>(tile, out, convert),
-        2 => weigh_blocks::<2, T>(tile, out, convert),
-        3 => weigh_blocks::<3, T>(tile, out, convert),
-        _ => weigh_blocks::<TILE_BLOCKS, T>(tile, out, convert),
-    }
-}
-
-#[inline(always)]
-fn weigh_blocks<const BLOCKS: usize, T: Copy>(
-    tile: Weighing<'_>,
-    out: &mut [[T; TILE_TOKENS]; TILE_ROWS],
-    convert: impl Fn(f32) -> T,
-) {
-    let Weighing { seen, scale, scores, maxima, totals, results, panels, .. } = tile;
-    let mut shifts = [0.0; TILE_ROWS];
-    for (row, &(low, high)) in seen.iter().enumerate() {
-        let whole = low == 0 && high as usize == BLOCKS * BLOCK_TOKENS;
-        let mut greatest = [f32::NEG_INFINITY; LANES];
-        for (block, scores) in scores[row][..BLOCKS].iter_mut().enumerate() {
-            let mut scaled = *scores;
-            lanes::multiply(&mut scaled, scale);
-            if !whole {
-                for (lane, score) in scaled.iter_mut().enumerate() {
-                    let token = (block * LANES + lane) as u32;
-                    let visible = (token >= low) & (token < high);
-                    *score = if visible { *score } else { f32::NEG_INFINITY };
-                }
-            }
-            for lane in 0..LANES {
-                greatest[lane] = if scaled[lane] > greatest[lane] { scaled[lane] } else { greatest[lane] };
-            }
-            *scores = scaled;
-        }
-        let before = maxima[row];
-        let greatest = lanes::maximum(&greatest);
-        let maximum = if greatest > before { greatest } else { before };
-        maxima[row] = maximum;
-        // Nothing seen yet, in no tile: any finite maximum keeps the arithmetic free of infinity minus infinity.
-        shifts[row] = if maximum == f32::NEG_INFINITY { 0.0 } else { maximum };
-        if before != maximum {
-            let factor = lanes::exp2(before - shifts[row]);
-            lanes::multiply(&mut totals[row], factor);
-            if let Some(results) = results.get_mut(row * panels..(row + 1) * panels) {
-                for result in results {
-                    lanes::multiply(result, factor);
-                }
-            }
-        }
-    }
-    for (row, &shift) in shifts.iter().enumerate().take(seen.len()) {
-        let mut total = totals[row];
-        let (out, _) = out[row].as_chunks_mut::<LANES>();
-        for (scores, out) in scores[row][..BLOCKS].iter().zip(out) {
-            for lane in 0..LANES {
-                let weight = lanes::exp2(scores[lane] - shift);
-                total[lane] += weight;
-                out[lane] = convert(weight);
-            }
-        }
-        totals[row] = total;
-    }
-}
-
-#[inline(always)]
-fn weigh_f32_body(tile: Weighing<'_>, out: &mut [[f32; TILE_TOKENS]; TILE_ROWS]) {
-    weigh(tile, out, |weight| weight);
-}
-
-versions! {
-    /// Weights in f32.
-    fn weigh_f32(tile: Weighing<'_>, out: &mut [[f32; TILE_TOKENS]; TILE_ROWS]) = weigh_f32_body;
-}
-
-#[inline(always)]
-fn weigh_bf16_body(tile: Weighing<'_>, out: &mut [[u16; TILE_TOKENS]; TILE_ROWS]) {
-    weigh(tile, out, lanes::bf16_bits);
-}
-
-versions! {
-    /// Weights in bf16.
-    fn weigh_bf16(tile: Weighing<'_>, out: &mut [[u16; TILE_TOKENS]; TILE_ROWS]) = weigh_bf16_body;
 }

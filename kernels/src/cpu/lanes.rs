@@ -68,6 +68,36 @@ pub fn bf16_value(bits: u16) -> f32 {
     f32::from_bits(u32::from(bits) << 16)
 }
 
+/// Nearest f16, ties to even, infinity from 65,520 on; a value that is not a number stays one.
+#[inline(always)]
+pub fn f16_bits(value: f32) -> u16 {
+    /// 2^-14: below it halves lie evenly apart.
+    const LEAST_NORMAL: u32 = 113 << 23;
+    /// 65,520.
+    const OVER: u32 = 0x477F_F000;
+    let bits = value.to_bits();
+    let (sign, magnitude) = (bits >> 16 & 0x8000, bits & 0x7FFF_FFFF);
+    // Adding 1/2, whose last place is 2^-24, rounds to a multiple of that and leaves it in the low bits.
+    let even = (f32::from_bits(magnitude) + 0.5).to_bits().wrapping_sub(0.5_f32.to_bits());
+    let normal = magnitude.wrapping_sub(112 << 23).wrapping_add(0xFFF + (magnitude >> 13 & 1)) >> 13;
+    let finite = if magnitude < LEAST_NORMAL { even } else { normal };
+    let bounded = if magnitude < OVER { finite } else { 0x7C00 };
+    (sign | if value.is_nan() { 0x7E00 } else { bounded }) as u16
+}
+
+/// The power of two that takes values to below `top`, itself one, and to half of it if that can be, with its inverse:
+/// value = scaled * power. The power is no number if a value is none, or over 2^123.
+#[inline(always)]
+pub fn binary_scale(values: &[f32], top: f32) -> (f32, f32) {
+    // As integers the bits of absolute values order like the values, with infinity and then everything that
+    // is not a number on top.
+    let greatest = values.iter().fold(0_u32, |greatest, value| greatest.max(value.to_bits() & 0x7FFF_FFFF));
+    let power = |exponent: u32| f32::from_bits(exponent << 23);
+    // Of the power of two above the greatest; rows far below the numbers that f32 holds are as good as zero.
+    let exponent = (greatest >> 23).max(26) + 1;
+    if exponent > 250 { (f32::NAN, 0.0) } else { (power(exponent) / top, power(254 - exponent) * top) }
+}
+
 /// 2^x to 2 units in the last place; 0 below -126, infinity from 127.5 on. Range reduction to halves and a minimax
 /// polynomial of degree 5 (Remez, relative error 7.5e-8).
 #[inline(always)]
@@ -211,6 +241,20 @@ versions! {
 }
 
 #[inline(always)]
+fn to_f16_body(values: &[f32], top: f32, out: &mut [u16], scale: &mut f32) {
+    let inverse;
+    (*scale, inverse) = binary_scale(values, top);
+    for (out, &value) in out.iter_mut().zip(values) {
+        *out = f16_bits(value * inverse);
+    }
+}
+
+versions! {
+    /// Rounds a row to halves below `top` and a power of two, which makes values of them.
+    pub fn to_f16(values: &[f32], top: f32, out: &mut [u16], scale: &mut f32) = to_f16_body;
+}
+
+#[inline(always)]
 fn turn_body(head: &mut [f32], table: &[f32]) {
     let half = table.len() / 2;
     let (cosines, sines) = table.split_at(half);
@@ -270,6 +314,57 @@ mod tests {
         }
         assert!(bf16_value(bf16_bits(f32::NAN)).is_nan());
         assert!(bf16_value(bf16_bits(f32::from_bits(0x7F80_0001))).is_nan());
+    }
+
+    #[test]
+    fn halves_are_the_nearest() {
+        // Every half, its neighbours among the f32, and the points between two halves.
+        for bits in 0..=u16::MAX {
+            let value = half::f16::from_bits(bits).to_f32();
+            let middle = (value + half::f16::from_bits(bits.wrapping_add(1)).to_f32()) / 2.0;
+            for value in [value, middle] {
+                for value in [value, value.next_up(), value.next_down()] {
+                    let found = half::f16::from_bits(f16_bits(value));
+                    let nearest = half::f16::from_f32(value);
+                    assert!(found == nearest || found.is_nan() && value.is_nan(), "{found} for {value}");
+                    assert!(value.is_nan() || found.is_sign_negative() == value.is_sign_negative());
+                }
+            }
+        }
+        for value in [f32::MAX, f32::INFINITY, 1e6, f32::MIN_POSITIVE, 1e-40, 65519.9, 65520.0] {
+            for value in [value, -value] {
+                assert_eq!(f16_bits(value), half::f16::from_f32(value).to_bits(), "{value}");
+            }
+        }
+    }
+
+    #[test]
+    fn rows_of_halves_lie_below_the_top() {
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+            for exponent in -99..123 {
+                let size = 2.0_f32.powi(exponent);
+                let values: Vec<f32> = (0..70).map(|index| (index as f32 * 0.7).sin() * size).collect();
+                let (mut halves, mut scale) = (vec![0; 70], 0.0);
+                to_f16(isa, &values, 16.0, &mut halves, &mut scale);
+                let found: Vec<f32> =
+                    halves.iter().map(|&bits| half::f16::from_bits(bits).to_f32()).collect();
+                let greatest = found.iter().fold(0.0_f32, |greatest, value| greatest.max(value.abs()));
+                assert!((8.0..=16.0).contains(&greatest), "{greatest} at 2^{exponent}");
+                for (found, value) in found.iter().zip(&values) {
+                    assert!(
+                        (found * scale - value).abs() <= size * 5e-4,
+                        "{isa} {found} * {scale} for {value}"
+                    );
+                }
+            }
+            let (mut halves, mut scale) = ([1; 2], f32::NAN);
+            to_f16(isa, &[0.0, -0.0], 16.0, &mut halves, &mut scale);
+            assert!(halves.map(|half| half & 0x7FFF) == [0; 2] && scale.is_finite());
+            for poison in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                to_f16(isa, &[1.0, poison], 16.0, &mut halves, &mut scale);
+                assert!(scale.is_nan());
+            }
+        }
     }
 
     #[test]

@@ -11,8 +11,12 @@ use super::arena::{Activation, Rows};
 use super::lanes::{self, versions};
 use super::pack::{Matrix, PANEL, Panels};
 use super::rows::Store;
-use super::tile::{LANES, Sums, TILE_PANELS, TILE_SEGMENTS, Tile, TileFn, WIDE_TILE_ROWS};
+use super::tile::{
+    Held, LANES, Sums, TILE_PANELS, TILE_SEGMENTS, Tile, TileFn, WIDE_TILE_ROWS, cache_isa, left_held,
+    tile_fn, tile_rows, weights_held,
+};
 use crate::isa::Isa;
+use crate::ops::KvDtype;
 use crate::pool::{Pool, Scattered};
 
 /// Rows of a task: their operands (240 rows of 2,048 bytes) fill half of a second-level cache of 1 MiB.
@@ -34,10 +38,28 @@ pub struct Forms {
     pub tile: TileFn,
     /// Most rows of that tile.
     pub tile_rows: usize,
-    /// The tile product for the precision of the cache.
+    /// The tile product for the cache.
     pub cache_tile: TileFn,
+    /// What the cache holds, or its codes are widened to.
+    pub cache: Held,
     /// What the left operands of that are held in.
-    pub cache_left: Precision,
+    pub cache_left: Held,
+}
+
+impl Forms {
+    /// Those of an instruction set for weights of a precision and a cache.
+    pub fn new(isa: Isa, precision: Precision, dtype: KvDtype) -> Self {
+        let cache = if precision == Precision::F32 { Precision::F32 } else { Precision::Bf16 };
+        let cache_isa = cache_isa(isa, dtype);
+        Self {
+            isa,
+            tile: tile_fn(isa, precision),
+            tile_rows: tile_rows(isa, precision),
+            cache_tile: tile_fn(cache_isa, cache),
+            cache: weights_held(cache_isa, cache),
+            cache_left: left_held(cache_isa, cache),
+        }
+    }
 }
 
 impl std::fmt::Debug for Forms {
@@ -63,13 +85,14 @@ pub struct Area {
 pub struct Finished<'a> {
     sums: &'a [[f32; LANES]],
     panels: usize,
-    /// Of int8 sums, which are integers as bits.
+    /// Of scaled operands.
     scales: Option<Scales<'a>>,
 }
 
-/// value = (sum - offset of the feature) * scale of the feature * scale of the row
+/// value = (sum - offset of the feature) * (scale of the feature * scale of the row)
 struct Scales<'a> {
-    offsets: &'a [[i32; LANES]],
+    /// Of int8 operands, whose sums are integers as bits.
+    offsets: Option<&'a [[i32; LANES]]>,
     features: &'a [[f32; LANES]],
     rows: &'a [f32],
 }
@@ -90,10 +113,13 @@ impl Finished<'_> {
     pub fn values(&self, row: usize, panel: usize) -> [f32; LANES] {
         let mut values = self.sums[row * self.panels + panel];
         if let Some(Scales { offsets, features, rows }) = &self.scales {
-            let (offsets, features, row) = (&offsets[panel], &features[panel], rows[row]);
+            if let Some(offsets) = offsets {
+                for lane in 0..LANES {
+                    values[lane] = (values[lane].to_bits().cast_signed() - offsets[panel][lane]) as f32;
+                }
+            }
             for lane in 0..LANES {
-                let total = values[lane].to_bits().cast_signed() - offsets[lane];
-                values[lane] = total as f32 * (features[lane] * row);
+                values[lane] *= features[panel][lane] * rows[row];
             }
         }
         values
@@ -233,6 +259,9 @@ fn operands(matrix: &Matrix, x: &Activation) -> (*const u32, usize, *const u32, 
         (Rows::F32(rows), Panels::F32(panels)) => (rows.as_ptr().cast(), 1, panels.as_ptr().cast(), 1),
         (Rows::F32(rows), Panels::Bf16(panels)) => (rows.as_ptr().cast(), 1, panels.as_ptr().cast(), 2),
         (Rows::Bf16(rows), Panels::Bf16(panels)) => (rows.as_ptr().cast(), 2, panels.as_ptr().cast(), 2),
+        (Rows::F16 { halves: rows, .. }, Panels::F16 { halves, .. }) => {
+            (rows.as_ptr().cast(), 2, halves.as_ptr().cast(), 2)
+        }
         (Rows::Int8 { codes: rows, .. }, Panels::Int8 { codes, .. }) => {
             (rows.as_ptr().cast(), 4, codes.as_ptr().cast(), 4)
         }
@@ -241,12 +270,15 @@ fn operands(matrix: &Matrix, x: &Activation) -> (*const u32, usize, *const u32, 
 }
 
 fn scales<'a>(matrix: &'a Matrix, x: &'a Activation, area: Area) -> Option<Scales<'a>> {
-    let (Panels::Int8 { scales, offsets, .. }, Rows::Int8 { scales: rows, .. }) = (&matrix.panels, &x.rows)
-    else {
-        return None;
+    let (offsets, scales, rows) = match (&matrix.panels, &x.rows) {
+        (Panels::F16 { scales, .. }, Rows::F16 { scales: rows, .. }) => (None, scales, rows),
+        (Panels::Int8 { scales, offsets, .. }, Rows::Int8 { scales: rows, .. }) => {
+            (Some(&offsets.as_chunks().0[area.panel..area.panel + area.panels]), scales, rows)
+        }
+        _ => return None,
     };
     Some(Scales {
-        offsets: &offsets.as_chunks().0[area.panel..area.panel + area.panels],
+        offsets,
         features: &scales.as_chunks().0[area.panel..area.panel + area.panels],
         rows: &rows[area.row..area.row + area.rows],
     })
@@ -370,7 +402,7 @@ impl Epilogue for Gated {
         match self.store {
             Store::F32(out) => out.prefetch(first, len, (area.rows, self.stride)),
             Store::Bf16(out) => out.prefetch(first, len, (area.rows, self.stride)),
-            Store::Int8(..) => {}
+            Store::F16(..) | Store::Int8(..) => {}
         }
     }
 
@@ -379,7 +411,7 @@ impl Epilogue for Gated {
         match self.store {
             Store::F32(out) => gate_f32(self.isa, tile, out, place),
             Store::Bf16(out) => gate_bf16(self.isa, tile, out, place),
-            Store::Int8(..) => panic!("a part of a quantised row cannot be written"),
+            Store::F16(..) | Store::Int8(..) => panic!("a part of a scaled row cannot be written"),
         }
     }
 }

@@ -2,8 +2,8 @@
 
 use std::time::Instant;
 
-use super::tile::{LANES, Sums, TILE_PANELS, TILE_ROWS, TILE_SEGMENTS, Tile, tile_fn};
-use super::{Cpu, lanes};
+use super::tile::{Held, LANES, Sums, TILE_PANELS, TILE_ROWS, TILE_SEGMENTS, Tile, tile_fn};
+use super::{Cpu, Precision, lanes};
 use crate::bounds::Bounds;
 use crate::isa::Isa;
 use crate::tensor::Aligned;
@@ -49,7 +49,8 @@ impl Cpu {
         let a = Aligned::<u32>::zeroed(TILE_ROWS * GROUPS);
         let b = Aligned::<u32>::zeroed(2 * GROUPS * LANES);
         // Of a form that widens, the products alone: what could be done if widening took no time.
-        let precision = self.left();
+        let held = self.left();
+        let precision = if held == Held::F32 { Precision::F32 } else { self.precision };
         let form = tile_fn(self.forms.isa, precision);
         let mut best = 0.0_f64;
         for _ in 0..ROUNDS {
@@ -79,7 +80,7 @@ impl Cpu {
                     std::hint::black_box(&mut sums);
                 }
             });
-            let elements = GROUPS * precision.group();
+            let elements = GROUPS * held.group();
             let operations = 2.0 * (TASKS * TILES * TILE_ROWS * 2 * LANES * elements) as f64;
             best = best.max(operations / start.elapsed().as_secs_f64());
         }

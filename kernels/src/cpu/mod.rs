@@ -22,22 +22,25 @@ pub(crate) mod tile_amx;
 mod tile_avx2;
 #[cfg(target_arch = "x86_64")]
 mod tile_avx512;
+#[cfg(target_arch = "x86_64")]
+mod tile_fp16;
+mod weigh;
 
 use std::num::NonZeroUsize;
 use std::time::Duration;
 
-use arena::{Activation, Arena, Rows, kv_block_bytes};
+use arena::{Activation, Arena, kv_block_bytes};
 use attention::Target;
 use greedy::{Best, Greedy};
 use linear::{Forms, Gated, Values};
 pub use pack::Matrix;
 use pack::{PANEL, Source, pack};
 use rows::{HeadNorms, Norm, Store};
-use tile::{cache_isa, left_precision, tile_fn, tile_rows};
+use tile::{Held, left_held, weights_held};
 
 use crate::isa::Isa;
 use crate::ops::{
-    ArenaPlan, AttentionShape, Batch, Buffer, KvPlan, Ops, PlanError, QUEUED_MAX, QkNorm, StepError,
+    ArenaPlan, AttentionShape, Batch, Buffer, KvDtype, KvPlan, Ops, PlanError, QUEUED_MAX, QkNorm, StepError,
 };
 use crate::pool::{Pool, Scattered};
 use crate::sampling::{Poisoned, SampleRow, Sampled, Scratch, sample_row};
@@ -48,21 +51,11 @@ use crate::tensor::{Aligned, HostTensor, LoadError};
 pub enum Precision {
     /// f32 weights, operands and cache.
     F32,
-    /// bf16 weights and cache, f32 sums; operands are bf16, or f32 where weights are widened ([`Isa::widens_bf16`]).
+    /// bf16 weights and cache, f32 sums; operands are bf16, or f32 where weights are widened ([`Isa::widens_bf16`]), or
+    /// both are f16, exactly scaled ([`Isa::Avx512Fp16`]).
     Bf16,
     /// int8 weights and operands, int32 sums; bf16 cache.
     Int8,
-}
-
-impl Precision {
-    /// Adjacent columns in a packed operand: as many as make 32 bits.
-    pub const fn group(self) -> usize {
-        match self {
-            Precision::F32 => 1,
-            Precision::Bf16 => 2,
-            Precision::Int8 => 4,
-        }
-    }
 }
 
 /// How to run on this machine.
@@ -125,14 +118,7 @@ impl Cpu {
         if !isa.is_available() {
             return Err(Unsupported { wanted: isa, widest: Isa::detect() });
         }
-        let cache = if options.precision == Precision::F32 { Precision::F32 } else { Precision::Bf16 };
-        let forms = Forms {
-            isa,
-            tile: tile_fn(isa, options.precision),
-            tile_rows: tile_rows(isa, options.precision),
-            cache_tile: tile_fn(cache_isa(isa), cache),
-            cache_left: left_precision(cache_isa(isa), cache),
-        };
+        let forms = Forms::new(isa, options.precision, KvDtype::Operand);
         Ok(Self {
             precision: options.precision,
             forms,
@@ -158,8 +144,12 @@ impl Cpu {
     }
 
     /// What left operands of weights are held in.
-    fn left(&self) -> Precision {
-        left_precision(self.forms.isa, self.precision)
+    fn left(&self) -> Held {
+        left_held(self.forms.isa, self.precision)
+    }
+
+    fn pack(&mut self, source: &Source<'_, '_>) -> Result<Matrix, LoadError> {
+        pack(&mut self.pool, source, weights_held(self.forms.isa, self.precision))
     }
 
     /// Threads that work on a step.
@@ -242,7 +232,7 @@ impl Ops for Cpu {
     const BESIDE: bool = false;
 
     fn matrix(&mut self, parts: &[HostTensor<'_>]) -> Result<Matrix, LoadError> {
-        pack(&mut self.pool, &Source::Stacked(parts), self.precision)
+        self.pack(&Source::Stacked(parts))
     }
 
     fn qkv_matrix(&mut self, parts: &[HostTensor<'_>], _head_dim: usize) -> Result<Matrix, LoadError> {
@@ -250,7 +240,7 @@ impl Ops for Cpu {
     }
 
     fn gated_matrix(&mut self, gate: &HostTensor<'_>, up: &HostTensor<'_>) -> Result<Matrix, LoadError> {
-        pack(&mut self.pool, &Source::Gated(gate, up), self.precision)
+        self.pack(&Source::Gated(gate, up))
     }
 
     fn vector(&mut self, parts: &[HostTensor<'_>]) -> Result<Vector, LoadError> {
@@ -272,7 +262,9 @@ impl Ops for Cpu {
     }
 
     fn allocate(&mut self, plan: ArenaPlan) -> Result<(), PlanError> {
-        let arena = Arena::new(plan, self.precision, self.left(), self.pool.threads())?;
+        let forms = Forms::new(self.forms.isa, self.precision, plan.kv.dtype);
+        let arena = Arena::new(plan, (self.left(), forms.cache), self.pool.threads())?;
+        self.forms = forms;
         self.logits = Aligned::zeroed(arena.plan.logits_rows_max * arena.plan.vocabulary);
         self.sampling = (0..self.pool.threads()).map(|_| Scratch::new(arena.plan.vocabulary)).collect();
         self.greedy = vec![Best::NOTHING; self.pool.threads() * arena.plan.logits_rows_max];
@@ -300,7 +292,7 @@ impl Ops for Cpu {
         let (pool, forms, arena) = self.parts();
         let rows = arena.step.rows;
         let (x, out) = pair(&mut arena.buffers, x, out);
-        let norm = Norm { x, out, scratch: &mut arena.unquantised, rows };
+        let norm = Norm { x, out, scratch: &mut arena.unscaled, rows };
         rows::rms_norm(pool, forms.isa, norm, (&weight.0, eps));
     }
 
@@ -317,14 +309,12 @@ impl Ops for Cpu {
         let rows = arena.step.rows;
         let (x, out) = pair(&mut arena.buffers, x, out);
         assert_eq!(out.width.next_multiple_of(PANEL) * 2, gate_up.rows, "width of a gated product");
-        let store = match &out.rows {
-            Rows::Int8 { .. } => Store::F32(Scattered::new(&mut arena.unquantised)),
-            _ => Store::new(out),
-        };
+        let store =
+            if out.is_scaled() { Store::F32(Scattered::new(&mut arena.unscaled)) } else { Store::new(out) };
         let gated = Gated { isa: forms.isa, store, stride: out.stride };
         linear::product(pool, forms, gate_up, (x, rows), &gated);
-        if matches!(out.rows, Rows::Int8 { .. }) {
-            rows::quantise(pool, forms.isa, &arena.unquantised, out, rows);
+        if out.is_scaled() {
+            rows::scale(pool, forms.isa, &arena.unscaled, out, rows);
         }
     }
 
@@ -345,17 +335,14 @@ impl Ops for Cpu {
         assert!(qkv != out, "attention reads and writes two buffers");
         let activation = &mut arena.buffers[out.0];
         assert_eq!(activation.width, shape.heads * shape.head_dim, "width of attention's result");
-        let quantised = matches!(activation.rows, Rows::Int8 { .. });
+        let scaled = activation.is_scaled();
         let stride = activation.stride;
-        let store = if quantised {
-            Store::F32(Scattered::new(&mut arena.unquantised))
-        } else {
-            Store::new(activation)
-        };
+        let store =
+            if scaled { Store::F32(Scattered::new(&mut arena.unscaled)) } else { Store::new(activation) };
         attention::attention(pool, forms, arena, (layer, qkv, Target { store, stride }), shape);
-        if quantised {
+        if scaled {
             let rows = arena.step.rows;
-            rows::quantise(pool, forms.isa, &arena.unquantised, &mut arena.buffers[out.0], rows);
+            rows::scale(pool, forms.isa, &arena.unscaled, &mut arena.buffers[out.0], rows);
         }
     }
 

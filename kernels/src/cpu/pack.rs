@@ -1,11 +1,14 @@
 //! Weights packed for the matrix products, and taken apart again.
 //!
 //! A matrix of `rows` output features and `columns` input features becomes panels of [`PANEL`] rows. Inside a
-//! panel, groups of columns (1 in f32, 2 in bf16, 4 in int8) lie next to each other for each row, which is the
+//! panel, groups of columns (1 in f32, 2 in bf16 and f16, 4 in int8) lie next to each other for each row, which is the
 //! operand that `vdpbf16ps`, `vpdpbusd` and the AMX tile products read. Missing rows and columns are zero.
-//! Int8 weights are symmetric with one scale per output feature.
+//! Int8 weights are symmetric with one scale per output feature; f16 weights have a power of two.
 
-use super::{Precision, lanes};
+use half::f16;
+
+use super::lanes;
+use super::tile::{Held, RIGHT_TOP};
 use crate::pool::{Pool, Scattered};
 use crate::tensor::{Aligned, HostTensor, LoadError};
 
@@ -25,13 +28,20 @@ pub struct Matrix {
     pub panels: Panels,
 }
 
-/// Panels in one of the three precisions.
+/// Panels in one of the forms that weights are held in.
 #[derive(Debug)]
 pub enum Panels {
     /// `[rows / 16][columns][16]`
     F32(Aligned<f32>),
     /// `[rows / 16][columns / 2][16][2]`, bf16 bits
     Bf16(Aligned<u16>),
+    /// Scaled.
+    F16 {
+        /// `[rows / 16][columns / 2][16][2]`, f16 bits
+        halves: Aligned<u16>,
+        /// Per output feature: weight = half * scale, a power of two.
+        scales: Aligned<f32>,
+    },
     /// Quantised.
     Int8 {
         /// `[rows / 16][columns / 4][16][4]`
@@ -49,6 +59,7 @@ impl Matrix {
         match &self.panels {
             Panels::F32(panels) => panels.len() * 4,
             Panels::Bf16(panels) => panels.len() * 2,
+            Panels::F16 { halves, scales } => halves.len() * 2 + scales.len() * 4,
             Panels::Int8 { codes, scales, offsets } => codes.len() + scales.len() * 4 + offsets.len() * 4,
         }
     }
@@ -73,6 +84,14 @@ impl Matrix {
                 for (out, group) in out.chunks_mut(2).zip(panel.chunks_exact(2 * PANEL)) {
                     for (out, &bits) in out.iter_mut().zip(&group[2 * lane..]) {
                         *out = lanes::bf16_value(bits);
+                    }
+                }
+            }
+            Panels::F16 { halves, scales } => {
+                let panel = &halves[start..start + elements];
+                for (out, group) in out.chunks_mut(2).zip(panel.chunks_exact(2 * PANEL)) {
+                    for (out, &bits) in out.iter_mut().zip(&group[2 * lane..]) {
+                        *out = f16::from_bits(bits).to_f32() * scales[row];
                     }
                 }
             }
@@ -157,48 +176,39 @@ impl Source<'_, '_> {
 ///
 /// # Errors
 /// When the parts do not fit together.
-pub fn pack(pool: &mut Pool, source: &Source<'_, '_>, precision: Precision) -> Result<Matrix, LoadError> {
+pub fn pack(pool: &mut Pool, source: &Source<'_, '_>, held: Held) -> Result<Matrix, LoadError> {
     let (rows, columns) = source.shape()?;
-    let columns_padded = columns.next_multiple_of(precision.group());
+    let columns_padded = columns.next_multiple_of(held.group());
     let rows_padded = rows.next_multiple_of(PANEL);
     let elements = rows_padded * columns_padded;
-    let mut panels = match precision {
-        Precision::F32 => Panels::F32(Aligned::zeroed(elements)),
-        Precision::Bf16 => Panels::Bf16(Aligned::zeroed(elements)),
-        Precision::Int8 => Panels::Int8 {
+    let mut panels = match held {
+        Held::F32 => Panels::F32(Aligned::zeroed(elements)),
+        Held::Bf16 => Panels::Bf16(Aligned::zeroed(elements)),
+        Held::F16 => Panels::F16 { halves: Aligned::zeroed(elements), scales: Aligned::zeroed(rows_padded) },
+        Held::Int8 => Panels::Int8 {
             codes: Aligned::zeroed(elements),
             scales: Aligned::zeroed(rows_padded),
             offsets: Aligned::zeroed(rows_padded),
         },
     };
     let size = columns_padded * PANEL;
-    let each = |fill: &(dyn Fn(usize, usize, &[f32]) + Sync), pool: &mut Pool| {
-        pool.run(rows_padded / PANEL, |_, panel| {
-            let mut values = vec![0.0_f32; columns];
-            for row in panel * PANEL..rows.min((panel + 1) * PANEL) {
-                source.read_row(row, &mut values);
-                fill(panel, row, &values);
-            }
-        });
-    };
+    let mut each =
+        |fill: &(dyn Fn(usize, usize, &[f32]) + Sync)| each_row(pool, source, (rows, columns), fill);
     match &mut panels {
-        Panels::F32(panels) => {
-            let panels = Scattered::new(panels);
+        Panels::F32(panels) => each(&plain(Scattered::new(panels), (size, 1), |value| value)),
+        Panels::Bf16(panels) => each(&plain(Scattered::new(panels), (size, 2), lanes::bf16_bits)),
+        Panels::F16 { halves, scales } => {
+            let (halves, scales) = (Scattered::new(halves), Scattered::new(scales));
             let fill = |panel: usize, row: usize, values: &[f32]| {
-                // SAFETY: each panel belongs to one task.
-                let panel = unsafe { panels.range(panel * size, size) };
-                spread(values, panel, (row % PANEL, 1), |value| value);
+                let (scale, inverse) = lanes::binary_scale(values, RIGHT_TOP);
+                let half = |value: f32| lanes::f16_bits(value * inverse);
+                // SAFETY: each panel and each row belongs to one task.
+                unsafe {
+                    spread(values, halves.range(panel * size, size), (row % PANEL, 2), half);
+                    scales.range(row, 1)[0] = scale;
+                }
             };
-            each(&fill, pool);
-        }
-        Panels::Bf16(panels) => {
-            let panels = Scattered::new(panels);
-            let fill = |panel: usize, row: usize, values: &[f32]| {
-                // SAFETY: each panel belongs to one task.
-                let panel = unsafe { panels.range(panel * size, size) };
-                spread(values, panel, (row % PANEL, 2), lanes::bf16_bits);
-            };
-            each(&fill, pool);
+            each(&fill);
         }
         Panels::Int8 { codes, scales, offsets } => {
             let (codes, scales, offsets) =
@@ -216,10 +226,39 @@ pub fn pack(pool: &mut Pool, source: &Source<'_, '_>, precision: Precision) -> R
                         values.iter().map(|&value| i32::from(code(value))).sum::<i32>() * 128;
                 }
             };
-            each(&fill, pool);
+            each(&fill);
         }
     }
     Ok(Matrix { rows, columns, columns_padded, panels })
+}
+
+/// Calls `fill` with each row's panel, number and values, panel by panel on all threads.
+fn each_row(
+    pool: &mut Pool,
+    source: &Source<'_, '_>,
+    (rows, columns): (usize, usize),
+    fill: &(dyn Fn(usize, usize, &[f32]) + Sync),
+) {
+    pool.run(rows.div_ceil(PANEL), |_, panel| {
+        let mut values = vec![0.0_f32; columns];
+        for row in panel * PANEL..rows.min((panel + 1) * PANEL) {
+            source.read_row(row, &mut values);
+            fill(panel, row, &values);
+        }
+    });
+}
+
+/// Fills panels of `size` elements without scales.
+fn plain<T: Send>(
+    panels: Scattered<T>,
+    (size, group): (usize, usize),
+    convert: impl Fn(f32) -> T + Sync,
+) -> impl Fn(usize, usize, &[f32]) + Sync {
+    move |panel, row, values| {
+        // SAFETY: each panel belongs to one task.
+        let panel = unsafe { panels.range(panel * size, size) };
+        spread(values, panel, (row % PANEL, group), &convert);
+    }
 }
 
 /// Writes a row of values into its lane of a panel with `group` adjacent columns.

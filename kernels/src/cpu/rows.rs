@@ -6,6 +6,7 @@ use super::arena::{Activation, Arena, CacheBlocks, Rows};
 use super::fp8::{self, Entry};
 use super::lanes;
 use super::pack::Matrix;
+use super::tile::LEFT_TOP;
 use crate::isa::Isa;
 use crate::ops::{AttentionShape, BLOCK_TOKENS, Buffer, Span};
 use crate::pool::{Pool, Scattered};
@@ -20,6 +21,8 @@ pub enum Store {
     F32(Scattered<f32>),
     /// bf16 operands.
     Bf16(Scattered<u16>),
+    /// Scaled f16 operands.
+    F16(Scattered<u16>, Scattered<f32>),
     /// Quantised operands.
     Int8(Scattered<u8>, Scattered<f32>),
 }
@@ -30,11 +33,12 @@ impl Store {
         match &mut buffer.rows {
             Rows::F32(rows) => Store::F32(Scattered::new(rows)),
             Rows::Bf16(rows) => Store::Bf16(Scattered::new(rows)),
+            Rows::F16 { halves, scales } => Store::F16(Scattered::new(halves), Scattered::new(scales)),
             Rows::Int8 { codes, scales } => Store::Int8(Scattered::new(codes), Scattered::new(scales)),
         }
     }
 
-    /// Writes values from element `first` on (counted over all rows); int8 takes whole rows only, elsewhere.
+    /// Writes values from element `first` on (counted over all rows), but for rows that have a scale.
     ///
     /// # Safety
     /// No one else writes or reads these elements in this dispatch.
@@ -44,7 +48,29 @@ impl Store {
             match self {
                 Store::F32(rows) => rows.range(first, values.len()).copy_from_slice(values),
                 Store::Bf16(rows) => lanes::to_bf16(isa, values, rows.range(first, values.len())),
-                Store::Int8(..) => panic!("a part of a quantised row cannot be written"),
+                Store::F16(..) | Store::Int8(..) => panic!("a part of a scaled row cannot be written"),
+            }
+        }
+    }
+
+    /// Scales the values of row `row`, of rows `stride` elements apart.
+    ///
+    /// # Safety
+    /// As [`Store::put`].
+    unsafe fn scale(&self, isa: Isa, (row, stride): (usize, usize), values: &[f32]) {
+        let first = row * stride;
+        // SAFETY: passed on.
+        unsafe {
+            match self {
+                Store::F16(halves, scales) => {
+                    let halves = halves.range(first, values.len());
+                    lanes::to_f16(isa, values, LEFT_TOP, halves, &mut scales.range(row, 1)[0]);
+                }
+                Store::Int8(codes, scales) => {
+                    let codes = codes.range(first, values.len());
+                    lanes::quantise(isa, values, codes, &mut scales.range(row, 1)[0]);
+                }
+                Store::F32(_) | Store::Bf16(_) => panic!("the rows have no scale"),
             }
         }
     }
@@ -74,7 +100,7 @@ pub struct Norm<'a> {
     pub x: &'a Activation,
     /// Operand or values.
     pub out: &'a mut Activation,
-    /// Room for rows as wide as those of `out`, used when they are quantised.
+    /// Room for rows as wide as those of `out`, used when they are scaled.
     pub scratch: &'a mut [f32],
     /// Rows to norm.
     pub rows: usize,
@@ -97,26 +123,23 @@ pub fn rms_norm(pool: &mut Pool, isa: Isa, norm: Norm<'_>, (weight, eps): (&[f32
                 Store::Bf16(rows) => {
                     lanes::norm_bf16(isa, values, weight, eps, rows.range(row * stride, width));
                 }
-                Store::Int8(codes, scales) => {
+                Store::F16(..) | Store::Int8(..) => {
                     let normed = scratch.range(row * stride, width);
                     lanes::norm(isa, values, weight, eps, normed);
-                    let scale = &mut scales.range(row, 1)[0];
-                    lanes::quantise(isa, normed, codes.range(row * stride, width), scale);
+                    store.scale(isa, (row, stride), normed);
                 }
             }
         }
     });
 }
 
-/// Quantises rows of values.
-pub fn quantise(pool: &mut Pool, isa: Isa, values: &[f32], out: &mut Activation, rows: usize) {
+/// Scales rows of values into operands that have a scale for each row.
+pub fn scale(pool: &mut Pool, isa: Isa, values: &[f32], out: &mut Activation, rows: usize) {
     let (width, stride) = (out.width, out.stride);
-    let Store::Int8(codes, scales) = Store::new(out) else { panic!("only int8 operands are quantised") };
+    let store = Store::new(out);
     each_row(pool, rows, |row| {
-        let values = &values[row * stride..][..width];
         // SAFETY: each row belongs to one task.
-        let (codes, scale) = unsafe { (codes.range(row * stride, width), scales.range(row, 1)) };
-        lanes::quantise(isa, values, codes, &mut scale[0]);
+        unsafe { store.scale(isa, (row, stride), &values[row * stride..][..width]) };
     });
 }
 
@@ -183,7 +206,8 @@ pub fn rope_cache(
     let places = cache.places();
     let slots = match &mut cache.blocks {
         CacheBlocks::F32(blocks) => Slots::F32(Scattered::new(blocks)),
-        CacheBlocks::Bf16(blocks) => Slots::Bf16(Scattered::new(blocks)),
+        CacheBlocks::Bf16(blocks) => Slots::Paired(Scattered::new(blocks), write_bf16),
+        CacheBlocks::F16(blocks) => Slots::Paired(Scattered::new(blocks), write_f16),
         CacheBlocks::E4m3(blocks) => {
             let scales = (1.0 / shape.kv_scales.key, 1.0 / shape.kv_scales.value);
             Slots::E4m3(Scattered::new(blocks), cache.pack, scales)
@@ -219,11 +243,15 @@ pub fn rope_cache(
     });
 }
 
+/// Rounds a key and a value into their slot of a block.
+type WritePairs = fn(Isa, (&[f32], &[f32]), usize, (&mut [u16], &mut [u16]));
+
 /// The cache taken apart for a dispatch.
 #[derive(Clone, Copy)]
 enum Slots {
     F32(Scattered<f32>),
-    Bf16(Scattered<u16>),
+    /// bf16 or f16, and what rounds to it.
+    Paired(Scattered<u16>, WritePairs),
     /// Codes, the elements in 32 bits of what they are widened to, and one over the scales of keys and values.
     E4m3(Scattered<u8>, usize, (f32, f32)),
 }
@@ -248,14 +276,14 @@ impl Slots {
                     values[slot * dim + element] = value;
                 }
             }
-            Slots::Bf16(blocks) => {
+            Slots::Paired(blocks, write) => {
                 // SAFETY: passed on.
                 let block = unsafe { blocks.range(start, 2 * half) };
                 if slot == 0 {
                     block.fill(0);
                 }
                 let (keys, values) = block.split_at_mut(half);
-                write_bf16(isa, row, slot, (keys, &mut values[slot / 2 * 2 * dim..][..2 * dim]));
+                write(isa, row, slot, (keys, &mut values[slot / 2 * 2 * dim..][..2 * dim]));
             }
             Slots::E4m3(blocks, pack, inverse_scales) => {
                 // SAFETY: passed on.
@@ -276,20 +304,40 @@ impl Slots {
 }
 
 #[inline(always)]
-fn write_bf16_body((key, value): (&[f32], &[f32]), slot: usize, (keys, values): (&mut [u16], &mut [u16])) {
+fn write_pairs(
+    (key, value): (&[f32], &[f32]),
+    slot: usize,
+    (keys, values): (&mut [u16], &mut [u16]),
+    bits: impl Fn(f32) -> u16,
+) {
     for (pair, group) in key.as_chunks::<2>().0.iter().zip(keys.as_chunks_mut::<{ 2 * BLOCK_TOKENS }>().0) {
-        group[2 * slot] = lanes::bf16_bits(pair[0]);
-        group[2 * slot + 1] = lanes::bf16_bits(pair[1]);
+        group[2 * slot] = bits(pair[0]);
+        group[2 * slot + 1] = bits(pair[1]);
     }
     for (&value, pair) in value.iter().zip(values.as_chunks_mut::<2>().0) {
-        pair[slot % 2] = lanes::bf16_bits(value);
+        pair[slot % 2] = bits(value);
     }
+}
+
+#[inline(always)]
+fn write_bf16_body(row: (&[f32], &[f32]), slot: usize, out: (&mut [u16], &mut [u16])) {
+    write_pairs(row, slot, out, lanes::bf16_bits);
+}
+
+#[inline(always)]
+fn write_f16_body(row: (&[f32], &[f32]), slot: usize, out: (&mut [u16], &mut [u16])) {
+    write_pairs(row, slot, out, lanes::f16_bits);
 }
 
 lanes::versions! {
     /// Rounds a key and a value into their slot: of the keys `[dim / 2][16][2]` of a block, and of the values
     /// `[dim][2]` of the slot and its neighbour.
     fn write_bf16(row: (&[f32], &[f32]), slot: usize, out: (&mut [u16], &mut [u16])) = write_bf16_body;
+}
+
+lanes::versions! {
+    /// The same in f16.
+    fn write_f16(row: (&[f32], &[f32]), slot: usize, out: (&mut [u16], &mut [u16])) = write_f16_body;
 }
 
 /// Moves the chosen rows to the front. They ascend, so a row is never overwritten before it is moved.
@@ -301,6 +349,10 @@ pub fn narrow(buffer: &mut Activation, chosen: &[u32]) {
         match &mut buffer.rows {
             Rows::F32(rows) => rows.copy_within(range, to * stride),
             Rows::Bf16(rows) => rows.copy_within(range, to * stride),
+            Rows::F16 { halves, scales } => {
+                halves.copy_within(range, to * stride);
+                scales[to] = scales[from];
+            }
             Rows::Int8 { codes, scales } => {
                 codes.copy_within(range, to * stride);
                 scales[to] = scales[from];

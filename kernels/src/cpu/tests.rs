@@ -136,6 +136,7 @@ impl Model {
         match &mut cpu.arena.as_mut().unwrap().cache.blocks {
             arena::CacheBlocks::F32(blocks) => blocks.fill(f32::NAN),
             arena::CacheBlocks::Bf16(blocks) => blocks.fill(0x7FC0),
+            arena::CacheBlocks::F16(blocks) => blocks.fill(0x7E00),
             arena::CacheBlocks::E4m3(blocks) => blocks.fill(e4m3::NAN),
         }
         let table = load(&mut cpu, 97, HIDDEN, &random(11, 97 * HIDDEN));

@@ -8,6 +8,7 @@
 
 use super::Precision;
 use crate::isa::Isa;
+use crate::ops::KvDtype;
 
 /// Most rows of a tile, but for AMX ([`tile_rows`]).
 pub const TILE_ROWS: usize = 12;
@@ -22,6 +23,12 @@ pub const TILE_SEGMENTS: usize = 4;
 pub const WIDE_TILE_ROWS: usize = 6;
 /// Lanes of a panel.
 pub const LANES: usize = 16;
+/// Rows of left operands in f16 are scaled to lie below this.
+pub const LEFT_TOP: f32 = 16.0;
+/// The same for queries, whose keys are not scaled: keys below 680 cannot overflow.
+pub const QUERY_TOP: f32 = 1.0;
+/// Output features of right operands in f16 are scaled to lie below this.
+pub const RIGHT_TOP: f32 = 32.0;
 
 /// Sums of a tile: `[rows][panels]` of lanes, rows [`Tile::sums_stride`] apart. Int8 sums are integers as bits.
 #[repr(C, align(64))]
@@ -37,7 +44,7 @@ impl Sums {
 #[derive(Clone, Copy)]
 pub struct Tile {
     /// First row of the left operand: a word of 32 bits for each group, or an f32 for each of its elements where the
-    /// form widens bf16 ([`left_precision`]).
+    /// form widens bf16 ([`left_held`]).
     pub a: *const u32,
     /// Words from row to row.
     pub a_stride: usize,
@@ -78,26 +85,70 @@ pub fn tile_rows(isa: Isa, precision: Precision) -> usize {
     if isa == Isa::Amx && precision != Precision::F32 { TILE_ROWS_MAX } else { TILE_ROWS }
 }
 
-/// What attention multiplies with: never AMX, whose processors multiply f32 faster than pairs of bf16.
-pub fn cache_isa(isa: Isa) -> Isa {
-    if isa == Isa::Amx { Isa::Avx512 } else { isa }
+/// What attention multiplies with: not AMX, whose processors multiply f32 faster than pairs of bf16, and not halves
+/// where the cache holds codes, which are widened to bf16.
+pub fn cache_isa(isa: Isa, dtype: KvDtype) -> Isa {
+    match (isa, dtype) {
+        (Isa::Amx, _) | (Isa::Avx512Fp16, KvDtype::Fp8E4m3) => Isa::Avx512,
+        _ => isa,
+    }
+}
+
+/// What the elements of an operand are held in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Held {
+    F32,
+    Bf16,
+    /// With a power of two for each row, or each output feature, as scale.
+    F16,
+    /// With a scale for each row or each output feature.
+    Int8,
+}
+
+impl Held {
+    /// Adjacent columns in a packed operand: as many as make 32 bits.
+    pub const fn group(self) -> usize {
+        match self {
+            Held::F32 => 1,
+            Held::Bf16 | Held::F16 => 2,
+            Held::Int8 => 4,
+        }
+    }
+}
+
+/// What weights are held in.
+pub fn weights_held(isa: Isa, precision: Precision) -> Held {
+    match precision {
+        Precision::F32 => Held::F32,
+        Precision::Bf16 if isa == Isa::Avx512Fp16 => Held::F16,
+        Precision::Bf16 => Held::Bf16,
+        Precision::Int8 => Held::Int8,
+    }
 }
 
 /// What left operands are held in. A form that widens bf16 has them in f32, unrounded.
-pub fn left_precision(isa: Isa, precision: Precision) -> Precision {
-    if precision == Precision::Bf16 && isa.widens_bf16() { Precision::F32 } else { precision }
+pub fn left_held(isa: Isa, precision: Precision) -> Held {
+    match weights_held(isa, precision) {
+        Held::Bf16 if isa.widens_bf16() => Held::F32,
+        held => held,
+    }
 }
 
 /// The form for an instruction set and a precision of the operands.
 pub fn tile_fn(isa: Isa, precision: Precision) -> TileFn {
     #[cfg(target_arch = "x86_64")]
     match (isa, precision) {
-        (Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx, Precision::F32) => return super::tile_avx512::f32,
+        (Isa::Avx512 | Isa::Avx512Bf16 | Isa::Avx512Fp16 | Isa::Amx, Precision::F32) => {
+            return super::tile_avx512::f32;
+        }
         (Isa::Amx, Precision::Bf16) => return super::tile_amx::bf16,
         (Isa::Amx, Precision::Int8) => return super::tile_amx::int8,
-        (Isa::Avx512 | Isa::Avx512Bf16, Precision::Int8) => return super::tile_avx512::int8,
+        (Isa::Avx512 | Isa::Avx512Bf16 | Isa::Avx512Fp16, Precision::Int8) => {
+            return super::tile_avx512::int8;
+        }
         (Isa::Avx512, Precision::Bf16) => return super::tile_avx512::bf16_widened,
         (Isa::Avx512Bf16, Precision::Bf16) => return super::tile_avx512::bf16,
+        (Isa::Avx512Fp16, Precision::Bf16) => return super::tile_fp16::f16,
         (Isa::Avx2, Precision::F32) => return super::tile_avx2::f32,
         (Isa::Avx2, Precision::Bf16) => return super::tile_avx2::bf16,
         (Isa::Avx2, Precision::Int8) => return super::tile_avx2::int8,
@@ -166,59 +217,142 @@ unsafe fn int8(tile: &Tile, sums: *mut [f32; LANES]) {
 
 #[cfg(test)]
 mod tests {
+    use half::f16;
+
     use super::*;
     use crate::sampling::uniform;
 
-    /// A form that widens bf16 adds exact f32 products in order, whatever the rows, panels and segments.
-    #[test]
-    fn widened_products_are_a_chain_of_fused_products() {
-        const GROUPS: usize = 5;
-        let word = |seed, at: usize| (uniform(seed, at as u32) as f32 * 2.0 - 1.0).to_bits();
-        let pair = |at| word(1, 2 * at) >> 16 | word(1, 2 * at + 1) & 0xFFFF_0000;
-        let a_stride = 2 * GROUPS * TILE_SEGMENTS + 3;
-        let a: Vec<u32> = (0..TILE_ROWS * a_stride).map(|at| word(2, at)).collect();
-        let b: Vec<u32> = (0..TILE_SEGMENTS * TILE_PANELS * GROUPS * LANES).map(pair).collect();
-        let b_of = |segment: usize, panel: usize| &b[(segment * TILE_PANELS + panel) * GROUPS * LANES..];
-        let sides = [0, 1, 2, 3].map(|segment| [0, 1, 2, 3].map(|panel| b_of(segment, panel).as_ptr()));
-        let shapes = (1..=TILE_ROWS).flat_map(|rows| [1, 2, 4].map(|panels| (rows, panels)));
-        for (rows, panels) in shapes.filter(|&(rows, panels)| panels < 4 || rows <= WIDE_TILE_ROWS) {
-            for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available() && isa.widens_bf16()) {
+    /// Operands for every shape of a tile, in [`TILE_SEGMENTS`] segments.
+    struct Operands {
+        groups: usize,
+        a: Vec<u32>,
+        a_stride: usize,
+        b: Vec<u32>,
+    }
+
+    /// A number in [-1, 1).
+    fn number(seed: u64, at: usize) -> f32 {
+        uniform(seed, at as u32) as f32 * 2.0 - 1.0
+    }
+
+    impl Operands {
+        /// With `words` words of the left operand for each group.
+        fn new(
+            groups: usize,
+            words: usize,
+            left: impl Fn(usize) -> u32,
+            right: impl Fn(usize) -> u32,
+        ) -> Self {
+            let a_stride = words * groups * TILE_SEGMENTS + 3;
+            let a = (0..TILE_ROWS * a_stride).map(left).collect();
+            let b = (0..TILE_SEGMENTS * TILE_PANELS * groups * LANES).map(right).collect();
+            Self { groups, a, a_stride, b }
+        }
+
+        fn left(&self, row: usize, word: usize) -> u32 {
+            self.a[row * self.a_stride + word]
+        }
+
+        /// The word of a lane, groups counted through all segments.
+        fn right(&self, panel: usize, group: usize, lane: usize) -> u32 {
+            let (segment, group) = (group / self.groups, group % self.groups);
+            self.b[((segment * TILE_PANELS + panel) * self.groups + group) * LANES + lane]
+        }
+
+        /// Compares all shapes with `expected`, which is given row, panel, lane, groups and what was there before.
+        fn check(&self, isa: Isa, form: TileFn, expected: impl Fn(usize, usize, usize, usize, f32) -> f32) {
+            let panel = |segment: usize, panel: usize| {
+                &self.b[(segment * TILE_PANELS + panel) * self.groups * LANES..]
+            };
+            let b = [0, 1, 2, 3].map(|segment| [0, 1, 2, 3].map(|index| panel(segment, index).as_ptr()));
+            let shapes = (1..=TILE_ROWS).flat_map(|rows| [1, 2, 4].map(|panels| (rows, panels)));
+            for (rows, panels) in shapes.filter(|&(rows, panels)| panels < 4 || rows <= WIDE_TILE_ROWS) {
                 for (segments, accumulate) in [(1, false), (TILE_SEGMENTS, true)] {
-                    let (groups, sums_stride) = (GROUPS, panels);
-                    let (a, next, later) = (a.as_ptr(), sides, a.as_ptr());
                     let tile = Tile {
-                        a,
-                        a_stride,
+                        a: self.a.as_ptr(),
+                        a_stride: self.a_stride,
                         rows,
-                        b: sides,
+                        b,
                         segments,
                         b_stride: LANES,
                         panels,
-                        groups,
-                        sums_stride,
+                        groups: self.groups,
+                        sums_stride: panels,
                         accumulate,
-                        next,
-                        later,
+                        next: b,
+                        later: self.a.as_ptr(),
                     };
                     let mut sums = Sums([[0.5; LANES]; TILE_ROWS_MAX * 2]);
                     // SAFETY: the operands have these rows, panels and groups, and the processor the instructions.
-                    unsafe { tile_fn(isa, Precision::Bf16)(&tile, sums.0.as_mut_ptr()) };
+                    unsafe { form(&tile, sums.0.as_mut_ptr()) };
                     for (index, lanes) in sums.0[..rows * panels].iter().enumerate() {
                         let (row, panel) = (index / panels, index % panels);
                         for (lane, &found) in lanes.iter().enumerate() {
-                            let mut expected = if accumulate { 0.5 } else { 0.0_f32 };
-                            for at in 0..segments * groups {
-                                let pair = b_of(at / groups, panel)[at % groups * LANES + lane];
-                                for (half, b) in [pair << 16, pair & 0xFFFF_0000].into_iter().enumerate() {
-                                    // SAFETY: inside of the left operand.
-                                    let a = unsafe { tile.a.add(row * a_stride + 2 * at + half).read() };
-                                    expected = f32::from_bits(a).mul_add(f32::from_bits(b), expected);
-                                }
-                            }
+                            let before = if accumulate { 0.5 } else { 0.0 };
+                            let expected = expected(row, panel, lane, segments * self.groups, before);
                             assert_eq!(found, expected, "{isa} {rows}x{panels} row {row} panel {panel}");
                         }
                     }
                 }
+            }
+        }
+    }
+
+    /// A form that widens bf16 adds exact f32 products in order, whatever the rows, panels and segments.
+    #[test]
+    fn widened_products_are_a_chain_of_fused_products() {
+        let pair = |at| number(1, 2 * at).to_bits() >> 16 | number(1, 2 * at + 1).to_bits() & 0xFFFF_0000;
+        let operands = Operands::new(5, 2, |at| number(2, at).to_bits(), pair);
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available() && isa.widens_bf16()) {
+            operands.check(isa, tile_fn(isa, Precision::Bf16), |row, panel, lane, groups, before| {
+                let mut expected = before;
+                for group in 0..groups {
+                    let pair = operands.right(panel, group, lane);
+                    for (half, b) in [pair << 16, pair & 0xFFFF_0000].into_iter().enumerate() {
+                        let a = f32::from_bits(operands.left(row, 2 * group + half));
+                        expected = a.mul_add(f32::from_bits(b), expected);
+                    }
+                }
+                expected
+            });
+        }
+    }
+
+    /// Nearest f16: rounded to an odd f32 on the way, so that it is rounded once.
+    fn nearest(value: f64) -> f16 {
+        let near = value as f32;
+        let below = if f64::from(near).abs() > value.abs() { near.to_bits() - 1 } else { near.to_bits() };
+        f16::from_f32(f32::from_bits(below | u32::from(f64::from(near) != value)))
+    }
+
+    /// Chains of 96 fused products in f16, of each element of a pair for itself, added in f32.
+    #[test]
+    fn halves_are_chains_of_fused_products_in_halves() {
+        let halves =
+            |pair: u32| [pair as u16, (pair >> 16) as u16].map(|bits| f64::from(f16::from_bits(bits)));
+        let pair = |seed: u64, at| {
+            let half = |at| u32::from(f16::from_f32(number(seed, at)).to_bits());
+            half(2 * at) | half(2 * at + 1) << 16
+        };
+        for groups in [8, 100] {
+            let operands = Operands::new(groups, 1, |at| pair(3, at), |at| pair(4, at));
+            for isa in [Isa::Avx512Fp16].into_iter().filter(|isa| isa.is_available()) {
+                operands.check(isa, tile_fn(isa, Precision::Bf16), |row, panel, lane, groups, before| {
+                    let mut totals = [0.0_f32; 2];
+                    for first in (0..groups).step_by(96) {
+                        let mut chains = [f16::ZERO; 2];
+                        for group in first..groups.min(first + 96) {
+                            let (a, b) = (operands.left(row, group), operands.right(panel, group, lane));
+                            for (chain, (a, b)) in chains.iter_mut().zip(halves(a).into_iter().zip(halves(b)))
+                            {
+                                // Products of halves in [-1, 1), and sums with them, are exact in f64.
+                                *chain = nearest(a * b + f64::from(*chain));
+                            }
+                        }
+                        totals = [0, 1].map(|half| totals[half] + f32::from(chains[half]));
+                    }
+                    before + (totals[0] + totals[1])
+                });
             }
         }
     }

@@ -9,6 +9,46 @@ use std::arch::x86_64::*;
 
 use super::tile::{LANES, Tile};
 
+/// Calls the form for a tile's rows and panels: all that [`Tile`] allows.
+macro_rules! by_shape {
+    ($form:ident, $tile:ident, $sums:ident) => {
+        match ($tile.rows, $tile.panels) {
+            (1, 1) => $form::<1, 1>($tile, $sums),
+            (2, 1) => $form::<2, 1>($tile, $sums),
+            (3, 1) => $form::<3, 1>($tile, $sums),
+            (4, 1) => $form::<4, 1>($tile, $sums),
+            (5, 1) => $form::<5, 1>($tile, $sums),
+            (6, 1) => $form::<6, 1>($tile, $sums),
+            (7, 1) => $form::<7, 1>($tile, $sums),
+            (8, 1) => $form::<8, 1>($tile, $sums),
+            (9, 1) => $form::<9, 1>($tile, $sums),
+            (10, 1) => $form::<10, 1>($tile, $sums),
+            (11, 1) => $form::<11, 1>($tile, $sums),
+            (12, 1) => $form::<12, 1>($tile, $sums),
+            (1, 2) => $form::<1, 2>($tile, $sums),
+            (2, 2) => $form::<2, 2>($tile, $sums),
+            (3, 2) => $form::<3, 2>($tile, $sums),
+            (4, 2) => $form::<4, 2>($tile, $sums),
+            (5, 2) => $form::<5, 2>($tile, $sums),
+            (6, 2) => $form::<6, 2>($tile, $sums),
+            (7, 2) => $form::<7, 2>($tile, $sums),
+            (8, 2) => $form::<8, 2>($tile, $sums),
+            (9, 2) => $form::<9, 2>($tile, $sums),
+            (10, 2) => $form::<10, 2>($tile, $sums),
+            (11, 2) => $form::<11, 2>($tile, $sums),
+            (12, 2) => $form::<12, 2>($tile, $sums),
+            (1, 4) => $form::<1, 4>($tile, $sums),
+            (2, 4) => $form::<2, 4>($tile, $sums),
+            (3, 4) => $form::<3, 4>($tile, $sums),
+            (4, 4) => $form::<4, 4>($tile, $sums),
+            (5, 4) => $form::<5, 4>($tile, $sums),
+            (6, 4) => $form::<6, 4>($tile, $sums),
+            (rows, panels) => unreachable!("a tile of {rows} rows and {panels} panels"),
+        }
+    };
+}
+pub(super) use by_shape;
+
 /// Makes a form of the tile product from its types, what each step of a group takes of a right operand, and the step.
 macro_rules! tile_form {
     ($(#[$doc:meta])* $name:ident, $features:literal, $sum:ty, $zero:ident, $broadcast:ident, $load:ident,
@@ -83,42 +123,8 @@ macro_rules! tile_form {
                     }
                 }
             }
-            // SAFETY: passed on; the match covers the shapes that `Tile` allows.
-            unsafe {
-                match (tile.rows, tile.panels) {
-                    (1, 1) => fixed::<1, 1>(tile, sums),
-                    (2, 1) => fixed::<2, 1>(tile, sums),
-                    (3, 1) => fixed::<3, 1>(tile, sums),
-                    (4, 1) => fixed::<4, 1>(tile, sums),
-                    (5, 1) => fixed::<5, 1>(tile, sums),
-                    (6, 1) => fixed::<6, 1>(tile, sums),
-                    (7, 1) => fixed::<7, 1>(tile, sums),
-                    (8, 1) => fixed::<8, 1>(tile, sums),
-                    (9, 1) => fixed::<9, 1>(tile, sums),
-                    (10, 1) => fixed::<10, 1>(tile, sums),
-                    (11, 1) => fixed::<11, 1>(tile, sums),
-                    (12, 1) => fixed::<12, 1>(tile, sums),
-                    (1, 2) => fixed::<1, 2>(tile, sums),
-                    (2, 2) => fixed::<2, 2>(tile, sums),
-                    (3, 2) => fixed::<3, 2>(tile, sums),
-                    (4, 2) => fixed::<4, 2>(tile, sums),
-                    (5, 2) => fixed::<5, 2>(tile, sums),
-                    (6, 2) => fixed::<6, 2>(tile, sums),
-                    (7, 2) => fixed::<7, 2>(tile, sums),
-                    (8, 2) => fixed::<8, 2>(tile, sums),
-                    (9, 2) => fixed::<9, 2>(tile, sums),
-                    (10, 2) => fixed::<10, 2>(tile, sums),
-                    (11, 2) => fixed::<11, 2>(tile, sums),
-                    (12, 2) => fixed::<12, 2>(tile, sums),
-                    (1, 4) => fixed::<1, 4>(tile, sums),
-                    (2, 4) => fixed::<2, 4>(tile, sums),
-                    (3, 4) => fixed::<3, 4>(tile, sums),
-                    (4, 4) => fixed::<4, 4>(tile, sums),
-                    (5, 4) => fixed::<5, 4>(tile, sums),
-                    (6, 4) => fixed::<6, 4>(tile, sums),
-                    (rows, panels) => unreachable!("a tile of {rows} rows and {panels} panels"),
-                }
-            }
+            // SAFETY: passed on.
+            unsafe { by_shape!(fixed, tile, sums) }
         }
     };
 }

@@ -1,6 +1,7 @@
 //! Attention over the paged cache, in each of its types, against its definition in f64.
 
 use super::*;
+use crate::cpu::arena::Rows;
 
 /// Attention of one layer against its definition in f64, with grouped heads, a window and a long context.
 #[test]
@@ -50,6 +51,9 @@ fn check_attention(
     let found = |row: usize, at: usize| match &cpu.arena.as_ref().unwrap().buffers[1] {
         Activation { stride, rows: Rows::F32(rows), .. } => rows[row * stride + at],
         Activation { stride, rows: Rows::Bf16(rows), .. } => lanes::bf16_value(rows[row * stride + at]),
+        Activation { stride, rows: Rows::F16 { halves, scales }, .. } => {
+            half::f16::from_bits(halves[row * stride + at]).to_f32() * scales[row]
+        }
         _ => unreachable!("no int8 here"),
     };
     // Keys and values as the cache holds them.
