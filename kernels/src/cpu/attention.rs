@@ -16,7 +16,7 @@ use super::lanes;
 use super::linear::{Forms, GROUPS_AHEAD};
 use super::rows::{Run, Store, cut};
 use super::tile::{Held, LANES, QUERY_TOP, TILE_PANELS, TILE_ROWS, TILE_SEGMENTS, Tile, WIDE_TILE_ROWS};
-use super::weigh::{Weighing, weigh_bf16, weigh_f16, weigh_f32};
+use super::weigh::{Weighing, weigh_bf16, weigh_f32};
 use crate::ops::{AttentionShape, BLOCK_TOKENS, Buffer, KvScales};
 use crate::pool::{Pool, Scattered};
 
@@ -330,7 +330,13 @@ impl Task<'_> {
         };
         match self.left {
             Held::F32 => weigh_f32(self.forms.isa, tile, &mut scratch.weights.f32),
-            Held::F16 => weigh_f16(self.forms.isa, tile, &mut scratch.weights.paired),
+            Held::F16 => {
+                let (weights, seen) = (&mut scratch.weights, 0..blocks.len() * BLOCK_TOKENS);
+                weigh_f32(self.forms.isa, tile, &mut weights.f32);
+                for (weights, out) in weights.f32.iter().zip(&mut weights.paired).take(rows) {
+                    lanes::scale_to_f16(self.forms.isa, &weights[seen.clone()], 1.0, &mut out[seen.clone()]);
+                }
+            }
             _ => weigh_bf16(self.forms.isa, tile, &mut scratch.weights.paired),
         }
     }

@@ -241,17 +241,61 @@ versions! {
 }
 
 #[inline(always)]
-fn to_f16_body(values: &[f32], top: f32, out: &mut [u16], scale: &mut f32) {
-    let inverse;
-    (*scale, inverse) = binary_scale(values, top);
+fn scale_to_f16_body(values: &[f32], (factor, out): (f32, &mut [u16])) {
     for (out, &value) in out.iter_mut().zip(values) {
-        *out = f16_bits(value * inverse);
+        *out = f16_bits(value * factor);
     }
 }
 
 versions! {
-    /// Rounds a row to halves below `top` and a power of two, which makes values of them.
-    pub fn to_f16(values: &[f32], top: f32, out: &mut [u16], scale: &mut f32) = to_f16_body;
+    /// As [`scale_to_f16`], in portable Rust.
+    fn scale_to_f16_portable(values: &[f32], out: (f32, &mut [u16])) = scale_to_f16_body;
+}
+
+/// Sixteen at a time.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+fn scale_to_f16_avx512(values: &[f32], (factor, out): (f32, &mut [u16])) {
+    use std::arch::x86_64::*;
+    let (values, values_rest) = values.as_chunks::<LANES>();
+    let (out, out_rest) = out.as_chunks_mut::<LANES>();
+    for (values, out) in values.iter().zip(out) {
+        // SAFETY: the chunks have the size of what is loaded and stored.
+        unsafe {
+            let scaled = _mm512_mul_ps(_mm512_loadu_ps(values.as_ptr()), _mm512_set1_ps(factor));
+            let halves = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(scaled);
+            _mm256_storeu_si256(out.as_mut_ptr().cast(), halves);
+        }
+    }
+    scale_to_f16_body(values_rest, (factor, out_rest));
+}
+
+/// Products of values and a factor, rounded to f16.
+pub fn scale_to_f16(isa: Isa, values: &[f32], factor: f32, out: &mut [u16]) {
+    #[cfg(target_arch = "x86_64")]
+    if isa >= Isa::Avx512 {
+        // SAFETY: an `Isa` in use is one that the processor has.
+        return unsafe { scale_to_f16_avx512(values, (factor, out)) };
+    }
+    scale_to_f16_portable(isa, values, (factor, out));
+}
+
+#[inline(always)]
+fn binary_scale_body(values: &[f32], top: f32, scale: &mut (f32, f32)) {
+    *scale = binary_scale(values, top);
+}
+
+versions! {
+    /// The scale of [`binary_scale`], and its inverse.
+    fn row_scale(values: &[f32], top: f32, scale: &mut (f32, f32)) = binary_scale_body;
+}
+
+/// Rounds a row to halves below `top` and a power of two, which makes values of them.
+pub fn to_f16(isa: Isa, values: &[f32], top: f32, out: &mut [u16], scale: &mut f32) {
+    let mut scales = (0.0, 0.0);
+    row_scale(isa, values, top, &mut scales);
+    *scale = scales.0;
+    scale_to_f16(isa, values, scales.1, out);
 }
 
 #[inline(always)]

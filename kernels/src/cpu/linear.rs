@@ -13,7 +13,7 @@ use super::pack::{Matrix, PANEL, Panels};
 use super::rows::Store;
 use super::tile::{
     Held, LANES, Sums, TILE_PANELS, TILE_SEGMENTS, Tile, TileFn, WIDE_TILE_ROWS, cache_isa, left_held,
-    tile_fn, tile_rows, weights_held,
+    tile_fn, tile_groups, tile_rows, weights_held,
 };
 use crate::isa::Isa;
 use crate::ops::KvDtype;
@@ -38,6 +38,8 @@ pub struct Forms {
     pub tile: TileFn,
     /// Most rows of that tile.
     pub tile_rows: usize,
+    /// Most groups of that tile.
+    pub tile_groups: usize,
     /// The tile product for the cache.
     pub cache_tile: TileFn,
     /// What the cache holds, or its codes are widened to.
@@ -55,6 +57,7 @@ impl Forms {
             isa,
             tile: tile_fn(isa, precision),
             tile_rows: tile_rows(isa, precision),
+            tile_groups: tile_groups(isa, precision),
             cache_tile: tile_fn(cache_isa, cache),
             cache: weights_held(cache_isa, cache),
             cache_left: left_held(cache_isa, cache),
@@ -199,9 +202,12 @@ fn multiply(
     sink: impl Fn(Area, Option<Finished<'_>>),
 ) {
     let (a, a_group, b, b_group) = operands(matrix, x);
-    let (groups, a_stride) = (matrix.columns_padded / b_group, x.stride / a_group);
+    let (groups, a_stride, a_words) =
+        (matrix.columns_padded / b_group, x.stride / a_group, b_group / a_group);
     let (start, end) = block.rows;
     let wide = end - start <= WIDE_TILE_ROWS;
+    // Blocks of nearly equal size: a last one of one or two rows would leave the multipliers idle.
+    let count = (end - start).div_ceil(forms.tile_rows);
     let mut sums = Sums::ZERO;
     let mut panel = block.panels.0;
     while panel < block.panels.1 {
@@ -211,40 +217,37 @@ fn multiply(
             _ if wide => 4,
             _ => 2,
         };
-        let mut pointers = [b; TILE_PANELS];
-        for (index, pointer) in pointers.iter_mut().enumerate().take(panels) {
-            // SAFETY: the panel is below the matrix' panel count.
-            *pointer = unsafe { b.add((panel + index) * groups * LANES) };
-        }
-        // Blocks of nearly equal size: a last one of one or two rows would leave the multipliers idle.
-        let count = (end - start).div_ceil(forms.tile_rows);
         let ahead = if count == 1 { panels * groups } else { GROUPS_AHEAD };
-        let mut tile = Tile {
-            a,
-            a_stride,
-            rows: 0,
-            b: [pointers; TILE_SEGMENTS],
-            segments: 1,
-            b_stride: LANES,
-            panels,
-            groups,
-            sums_stride: panels,
-            accumulate: false,
-            next: [pointers.map(|panel| panel.wrapping_add(ahead * LANES)); TILE_SEGMENTS],
-            later: a,
-        };
         for index in 0..count {
-            let (first, rows) = share(end - start, count, index);
-            let area = Area { row: start + first, rows, panel, panels };
+            let (row, rows) = share(end - start, count, index);
+            let area = Area { row: start + row, rows, panel, panels };
             sink(area, None);
-            tile.rows = rows;
-            // SAFETY: the row is one of the operand's rows.
-            tile.a = unsafe { a.add(area.row * a_stride) };
-            // The first tiles ask for the panels after these, a panel each: they come from memory.
-            tile.later = pointers[0].wrapping_add((panels + index.min(panels - 1)) * groups * LANES);
-            // SAFETY: the operands span these rows and panels (asserted in `operands`), and the processor has
-            // the form's instructions.
-            unsafe { (forms.tile)(&tile, sums.0.as_mut_ptr()) };
+            for first in (0..groups).step_by(forms.tile_groups) {
+                let mut pointers = [b; TILE_PANELS];
+                for (index, pointer) in pointers.iter_mut().enumerate().take(panels) {
+                    // SAFETY: the panel is below the matrix' panel count, the group below its groups.
+                    *pointer = unsafe { b.add(((panel + index) * groups + first) * LANES) };
+                }
+                let tile = Tile {
+                    // SAFETY: the row is one of the operand's rows, the group one of its groups.
+                    a: unsafe { a.add(area.row * a_stride + first * a_words) },
+                    a_stride,
+                    rows,
+                    b: [pointers; TILE_SEGMENTS],
+                    segments: 1,
+                    b_stride: LANES,
+                    panels,
+                    groups: forms.tile_groups.min(groups - first),
+                    sums_stride: panels,
+                    accumulate: first > 0,
+                    next: [pointers.map(|panel| panel.wrapping_add(ahead * LANES)); TILE_SEGMENTS],
+                    // The first tiles ask for the panels after these, a panel each: they come from memory.
+                    later: pointers[0].wrapping_add((panels + index.min(panels - 1)) * groups * LANES),
+                };
+                // SAFETY: the operands span these rows and panels (asserted in `operands`), and the processor has
+                // the form's instructions.
+                unsafe { (forms.tile)(&tile, sums.0.as_mut_ptr()) };
+            }
             let scales = scales(matrix, x, area);
             sink(area, Some(Finished { sums: &sums.0[..rows * panels], panels, scales }));
         }

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::tile::{Held, LANES, Sums, TILE_PANELS, TILE_ROWS, TILE_SEGMENTS, Tile, tile_fn};
+use super::tile::{CHAIN_GROUPS, Held, LANES, Sums, TILE_PANELS, TILE_ROWS, TILE_SEGMENTS, Tile, tile_fn};
 use super::{Cpu, Precision, lanes};
 use crate::bounds::Bounds;
 use crate::isa::Isa;
@@ -15,7 +15,7 @@ const READ_TASK_BYTES: usize = 1 << 20;
 /// The best of this many rounds counts: what others on the host do only makes it slower.
 const ROUNDS: usize = 5;
 /// Groups of the measured tile: twelve rows and two panels of it fill the first-level cache to two thirds.
-const GROUPS: usize = 128;
+const GROUPS: usize = CHAIN_GROUPS;
 /// Tiles per task and tasks per round: about a millisecond and twenty.
 const TILES: usize = 500;
 const TASKS: usize = 64;

@@ -23,12 +23,15 @@ pub const TILE_SEGMENTS: usize = 4;
 pub const WIDE_TILE_ROWS: usize = 6;
 /// Lanes of a panel.
 pub const LANES: usize = 16;
+/// Groups that are added in f16: those of a head of 256 elements.
+pub const CHAIN_GROUPS: usize = 128;
 /// Rows of left operands in f16 are scaled to lie below this.
 pub const LEFT_TOP: f32 = 16.0;
-/// The same for queries, whose keys are not scaled: keys below 680 cannot overflow.
+/// The same for queries, whose keys are not scaled: keys below 500 cannot overflow.
 pub const QUERY_TOP: f32 = 1.0;
 /// Output features of right operands in f16 are scaled to lie below this.
-pub const RIGHT_TOP: f32 = 32.0;
+pub const RIGHT_TOP: f32 = 16.0;
+const _: () = assert!(CHAIN_GROUPS as f32 * LEFT_TOP * RIGHT_TOP < 65504.0);
 
 /// Sums of a tile: `[rows][panels]` of lanes, rows [`Tile::sums_stride`] apart. Int8 sums are integers as bits.
 #[repr(C, align(64))]
@@ -83,6 +86,11 @@ pub type TileFn = unsafe fn(&Tile, sums: *mut [f32; LANES]);
 /// Most rows of a tile for weights of a precision. The other forms, attention's among them, have [`TILE_ROWS`].
 pub fn tile_rows(isa: Isa, precision: Precision) -> usize {
     if isa == Isa::Amx && precision != Precision::F32 { TILE_ROWS_MAX } else { TILE_ROWS }
+}
+
+/// Most groups of a tile for weights of a precision, over all segments: where sums are halves, as many as a chain has.
+pub fn tile_groups(isa: Isa, precision: Precision) -> usize {
+    if weights_held(isa, precision) == Held::F16 { CHAIN_GROUPS } else { usize::MAX }
 }
 
 /// What attention multiplies with: not AMX, whose processors multiply f32 faster than pairs of bf16, and not halves
@@ -325,7 +333,7 @@ mod tests {
         f16::from_f32(f32::from_bits(below | u32::from(f64::from(near) != value)))
     }
 
-    /// Chains of 96 fused products in f16, of each element of a pair for itself, added in f32.
+    /// Chains of fused products in f16, of each element of a pair for itself, which are added at the end.
     #[test]
     fn halves_are_chains_of_fused_products_in_halves() {
         let halves =
@@ -334,24 +342,18 @@ mod tests {
             let half = |at| u32::from(f16::from_f32(number(seed, at)).to_bits());
             half(2 * at) | half(2 * at + 1) << 16
         };
-        for groups in [8, 100] {
+        for groups in [1, 8, CHAIN_GROUPS / TILE_SEGMENTS] {
             let operands = Operands::new(groups, 1, |at| pair(3, at), |at| pair(4, at));
             for isa in [Isa::Avx512Fp16].into_iter().filter(|isa| isa.is_available()) {
                 operands.check(isa, tile_fn(isa, Precision::Bf16), |row, panel, lane, groups, before| {
-                    let mut totals = [0.0_f32; 2];
-                    for first in (0..groups).step_by(96) {
-                        let mut chains = [f16::ZERO; 2];
-                        for group in first..groups.min(first + 96) {
-                            let (a, b) = (operands.left(row, group), operands.right(panel, group, lane));
-                            for (chain, (a, b)) in chains.iter_mut().zip(halves(a).into_iter().zip(halves(b)))
-                            {
-                                // Products of halves in [-1, 1), and sums with them, are exact in f64.
-                                *chain = nearest(a * b + f64::from(*chain));
-                            }
-                        }
-                        totals = [0, 1].map(|half| totals[half] + f32::from(chains[half]));
+                    let mut chains = [0.0, 0.0];
+                    for group in 0..groups {
+                        let a = halves(operands.left(row, group));
+                        let b = halves(operands.right(panel, group, lane));
+                        // Products of halves in [-1, 1), and sums with them, are exact in f64.
+                        chains = [0, 1].map(|half| f64::from(nearest(a[half] * b[half] + chains[half])));
                     }
-                    before + (totals[0] + totals[1])
+                    before + f32::from(nearest(chains[0] + chains[1]))
                 });
             }
         }

@@ -105,16 +105,6 @@ fn weigh_bf16_body(tile: Weighing<'_>, out: &mut [[u16; TILE_TOKENS]; TILE_ROWS]
     weigh(tile, out, lanes::bf16_bits);
 }
 
-#[inline(always)]
-fn weigh_f16_body(tile: Weighing<'_>, out: &mut [[u16; TILE_TOKENS]; TILE_ROWS]) {
-    weigh(tile, out, lanes::f16_bits);
-}
-
-versions! {
-    /// Weights in f16.
-    pub fn weigh_f16(tile: Weighing<'_>, out: &mut [[u16; TILE_TOKENS]; TILE_ROWS]) = weigh_f16_body;
-}
-
 versions! {
     /// Weights in bf16.
     pub fn weigh_bf16(tile: Weighing<'_>, out: &mut [[u16; TILE_TOKENS]; TILE_ROWS]) = weigh_bf16_body;
