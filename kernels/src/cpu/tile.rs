@@ -27,11 +27,12 @@ pub const LANES: usize = 16;
 pub const CHAIN_GROUPS: usize = 128;
 /// Rows of left operands in f16 are scaled to lie below this.
 pub const LEFT_TOP: f32 = 16.0;
-/// The same for queries, whose keys are not scaled: keys below 500 cannot overflow.
+/// The same for queries, whose keys are not scaled: keys below 250 cannot overflow.
 pub const QUERY_TOP: f32 = 1.0;
 /// Output features of right operands in f16 are scaled to lie below this.
-pub const RIGHT_TOP: f32 = 16.0;
-const _: () = assert!(CHAIN_GROUPS as f32 * LEFT_TOP * RIGHT_TOP < 65504.0);
+pub const RIGHT_TOP: f32 = 8.0;
+// Both elements of the pairs of a chain, each at its greatest.
+const _: () = assert!(2.0 * CHAIN_GROUPS as f32 * LEFT_TOP * RIGHT_TOP < 65504.0);
 
 /// Sums of a tile: `[rows][panels]` of lanes, rows [`Tile::sums_stride`] apart. Int8 sums are integers as bits.
 #[repr(C, align(64))]
