@@ -93,7 +93,7 @@ pub fn binary_scale(values: &[f32], top: f32) -> (f32, f32) {
     // is not a number on top.
     let greatest = values.iter().fold(0_u32, |greatest, value| greatest.max(value.to_bits() & 0x7FFF_FFFF));
     let power = |exponent: u32| f32::from_bits(exponent << 23);
-    // Of the power of two above the greatest; rows far below the numbers that f32 holds are as good as zero.
+    // Of the power of two above the greatest; of rows below 2^-100 it is that, whose inverse f32 still holds.
     let exponent = (greatest >> 23).max(26) + 1;
     if exponent > 250 { (f32::NAN, 0.0) } else { (power(exponent) / top, power(254 - exponent) * top) }
 }
