@@ -7,7 +7,7 @@
 use std::arch::asm;
 use std::arch::x86_64::*;
 
-use super::tile::{LANES, Tile};
+use super::tile::{LANES, TILE_PANELS, Tile};
 
 /// Calls the form for a tile's rows and panels: all that [`Tile`] allows.
 macro_rules! by_shape {
@@ -49,6 +49,32 @@ macro_rules! by_shape {
 }
 pub(super) use by_shape;
 
+/// Asks for what is needed next and later, as [`Tile`] says. A prefetch never faults, wherever it points.
+#[inline(always)]
+pub(super) fn ask_for<const PANELS: usize>(
+    next: &[*const u32; TILE_PANELS],
+    offset: usize,
+    later: &mut *const u32,
+) {
+    for next in &next[..PANELS] {
+        let next = next.wrapping_add(offset).cast();
+        // SAFETY: as said above.
+        unsafe {
+            if PANELS > 2 {
+                // Four panels of bf16 are more than a first-level cache holds.
+                _mm_prefetch::<_MM_HINT_T1>(next);
+            } else if PANELS > 1 {
+                _mm_prefetch::<_MM_HINT_T0>(next);
+            }
+        }
+    }
+    if PANELS == 2 {
+        // SAFETY: as said above.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>((*later).cast()) };
+        *later = later.wrapping_add(LANES);
+    }
+}
+
 /// Makes a form of the tile product from its types, what each step of a group takes of a right operand, and the step.
 macro_rules! tile_form {
     ($(#[$doc:meta])* $name:ident, $features:literal, $sum:ty, $zero:ident, $broadcast:ident, $load:ident,
@@ -76,20 +102,7 @@ macro_rules! tile_form {
                     for (b, next) in tile.b[..tile.segments].iter().zip(&tile.next) {
                         let mut offset = 0;
                         for _ in 0..tile.groups {
-                            for panel in 0..PANELS {
-                                // A prefetch never faults, wherever it points.
-                                let next = next[panel].wrapping_add(offset).cast();
-                                if PANELS > 2 {
-                                    // Four panels of bf16 are more than a first-level cache holds.
-                                    _mm_prefetch::<_MM_HINT_T1>(next);
-                                } else if PANELS > 1 {
-                                    _mm_prefetch::<_MM_HINT_T0>(next);
-                                }
-                            }
-                            if PANELS == 2 {
-                                _mm_prefetch::<_MM_HINT_T1>(later.cast());
-                                later = later.wrapping_add(LANES);
-                            }
+                            ask_for::<PANELS>(next, offset, &mut later);
                             $(
                                 let mut right: [$sum; PANELS] = [$zero(); PANELS];
                                 for panel in 0..PANELS {

@@ -8,8 +8,8 @@
 use std::arch::asm;
 use std::arch::x86_64::*;
 
-use super::tile::{CHAIN_GROUPS, LANES, TILE_PANELS, Tile};
-use super::tile_avx512::by_shape;
+use super::tile::{CHAIN_GROUPS, LANES, Tile};
+use super::tile_avx512::{ask_for, by_shape};
 
 /// f16 operands.
 ///
@@ -72,25 +72,4 @@ fn pair_sums(pairs: __m512i) -> __m512 {
     let seconds = _mm512_castsi512_ph(_mm512_srli_epi32::<16>(pairs));
     let sums = _mm512_castph_si512(_mm512_add_ph(_mm512_castsi512_ph(pairs), seconds));
     _mm512_cvtph_ps(_mm512_cvtepi32_epi16(sums))
-}
-
-/// Asks for what is needed next and later, as [`Tile`] says. A prefetch never faults, wherever it points.
-#[inline(always)]
-fn ask_for<const PANELS: usize>(next: &[*const u32; TILE_PANELS], offset: usize, later: &mut *const u32) {
-    for next in &next[..PANELS] {
-        let next = next.wrapping_add(offset).cast();
-        // SAFETY: as said above.
-        unsafe {
-            if PANELS > 2 {
-                _mm_prefetch::<_MM_HINT_T1>(next);
-            } else if PANELS > 1 {
-                _mm_prefetch::<_MM_HINT_T0>(next);
-            }
-        }
-    }
-    if PANELS == 2 {
-        // SAFETY: as said above.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>((*later).cast()) };
-        *later = later.wrapping_add(LANES);
-    }
 }
