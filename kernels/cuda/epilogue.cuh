@@ -315,51 +315,43 @@ __device__ __forceinline__ void store_squares(const S &shared, const Output &out
     }
 }
 
-/// Adds the bias to one tile of sums, stores it, and leaves what the next norm needs.
+/// Adds one tile of sums and the bias to what stood there, stores it, and leaves what the next norm needs.
 template <class S>
-__device__ __forceinline__ void finish_tile(S &shared, const Output &output, Spot spot, const float (&sums)[4],
-                                            const float (&bias)[4], const float (&weight)[4]) {
+__device__ __forceinline__ void finish_tile(S &shared, const Output &output, Spot spot, const float (&before)[4],
+                                            const float (&sums)[4], const float (&bias)[4], const float (&weight)[4]) {
     float values[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) values[i] = sums[i] + bias[i];
+    for (int i = 0; i < 4; ++i) values[i] = before[i] + sums[i] + bias[i];
     store_floats(output, spot, values);
     leave_normed(shared, output, spot, values, weight);
 }
 
-/// Calls `run(spot, values)` for each tile, with what stands there added to its sums.
-template <int TILES, class F>
-__device__ __forceinline__ void each_added(const Output &output, Spot start, const float (&sums)[TILES * 4], F run) {
-#pragma unroll
-    for (int ahead = 0; ahead < TILES; ahead += AHEAD) {
-        const Spot first = start.anew();
-        float values[AHEAD][4];
-#pragma unroll
-        for (int i = 0; i < AHEAD && ahead + i < TILES; ++i) load_before(output, first.tile(ahead + i), values[i]);
-#pragma unroll
-        for (int i = 0; i < AHEAD && ahead + i < TILES; ++i) {
-#pragma unroll
-            for (int j = 0; j < 4; ++j) values[i][j] += sums[4 * (ahead + i) + j];
-            run(first.tile(ahead + i), values[i]);
-        }
-    }
-}
-
-/// Adds the sums of a part of K that is not the last.
-template <int TILES>
-__device__ __forceinline__ void store_part(const Output &output, Spot start, const float (&sums)[TILES * 4]) {
-    each_added<TILES>(output, start, sums, [&](Spot spot, const float (&values)[4]) { store_floats(output, spot, values); });
-}
-
-/// Adds a block's sums, those of the last part of K.
+/// Adds a block's sums, those of all of K. What stands at the next tiles is on its way meanwhile.
 template <class S, int TILES>
 __device__ __forceinline__ void store_sums(S &shared, const Output &output, Spot start, const float (&sums)[TILES * 4],
                                            int block_feature) {
-    float bias[4], weight[4];
+    constexpr int GROUPS = (TILES + AHEAD - 1) / AHEAD;
+    float before[2][AHEAD][4], bias[4], weight[4];
+    const auto load = [&](int group) {
+        const Spot first = start.anew();
+#pragma unroll
+        for (int i = 0; i < AHEAD && group * AHEAD + i < TILES; ++i)
+            load_before(output, first.tile(group * AHEAD + i), before[group % 2][i]);
+    };
+    load(0);
     load_vector(output.bias, output, start.feature, bias);
     load_vector(output.after.weight, output, start.feature, weight);
-    each_added<TILES>(output, start, sums, [&](Spot spot, const float (&values)[4]) {
-        finish_tile(shared, output, spot, values, bias, weight);
-    });
+#pragma unroll
+    for (int group = 0; group < GROUPS; ++group) {
+        if (group + 1 < GROUPS) load(group + 1);
+        const Spot first = start.anew();
+#pragma unroll
+        for (int i = 0; i < AHEAD && group * AHEAD + i < TILES; ++i) {
+            const int tile = group * AHEAD + i;
+            finish_tile(shared, output, first.tile(tile), before[group % 2][i],
+                        {sums[4 * tile], sums[4 * tile + 1], sums[4 * tile + 2], sums[4 * tile + 3]}, bias, weight);
+        }
+    }
     store_squares(shared, output, block_feature, start.first_row, 0, 1);
 }
 

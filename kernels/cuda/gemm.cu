@@ -102,8 +102,9 @@ __device__ __forceinline__ Place first_place(const Output &output) {
 }
 
 /// Goes on to the next part of K or the next tile of a pair that walks, if there is one.
-template <typename S>
+template <typename S, Parts PARTS>
 __device__ __forceinline__ bool walk_on(Place &place, const Output &output) {
+    if constexpr (PARTS != IN_TURN) return false;
     place.split += 1;
     if (place.split == output.splits) place.split = 0, place.tile += gridDim.x / 2;
     if (place.tile >= output.batch_tiles * output.feature_tiles) return false;
@@ -164,7 +165,7 @@ __device__ __forceinline__ void produce(Ring<S> ring, const CUtensorMap &matrix,
             copy_batch<S>(target + S::MATRIX_BYTES, batch, place, step, barrier);
             ring.next();
         }
-    } while (PARTS == IN_TURN && walk_on<S>(place, output));
+    } while (walk_on<S, PARTS>(place, output));
 }
 
 /// Four steps of 16 columns out of one stage.
@@ -214,6 +215,21 @@ __device__ __forceinline__ void consume(float (&sums)[S::BATCH / 2], Ring<S> &ri
     release<S>(read, place);
 }
 
+/// A warpgroup multiplies the parts of K in turn, and adds their sums in order. The place ends up at the last.
+template <typename S>
+__device__ __forceinline__ void consume_parts(float (&total)[S::BATCH / 2], Ring<S> &ring, Place &place,
+                                              const Output &output) {
+    float sums[S::BATCH / 2];
+#pragma unroll
+    for (float &sum : sums) sum = 0.0f;
+    for (;;) {
+        consume<S>(sums, ring, place);
+        add_part(total, sums, place.split);
+        if (place.split + 1 == output.splits) return;
+        walk_on<S, IN_TURN>(place, output);
+    }
+}
+
 /// Waits for all pairs of a tile's parts and sees what they wrote: through a counter that the last to leave clears.
 __device__ __forceinline__ void meet_in_memory(uint32_t *counter, uint32_t parts) {
     if (threadIdx.x != 0) return;
@@ -225,75 +241,84 @@ __device__ __forceinline__ void meet_in_memory(uint32_t *counter, uint32_t parts
     if (atomicAdd(counter, 1) == 2 * parts - 1) atomicExch(counter, 0);
 }
 
-/// Adds the parts' sums in order: the block of part r takes every r-th share of the tile. There are two parts or more.
-/// The blocks read each other's sums in their shared memory, or where pairs are apart in the device's.
-template <typename S, Parts PARTS, class L>
+__device__ __forceinline__ float4 operator+(float4 a, float4 b) {
+    return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+
+/// Adds the parts' sums in order: the block of part r takes every r-th share of the tile, of `COUNT`. The blocks read
+/// each other's sums in their shared memory, or where pairs are apart in the device's.
+template <typename S, Parts PARTS, int COUNT, class L>
 __device__ __forceinline__ void add_parts(L &shared, const Output &output, const float (&sums)[S::BATCH / 2],
                                           uint8_t *scratch, const Place &place, Spot first) {
-    constexpr int TILES = S::BATCH / 8, MINE = (TILES + 1) / 2;
-    // What is added to is on its way while the parts meet.
-    float before[MINE][4], bias[4], weight[4];
-    load_vector(output.bias, output, first.feature, bias);
-    load_vector(output.after.weight, output, first.feature, weight);
-#pragma unroll
-    for (int i = 0; i < MINE; ++i) load_before(output, first.anew().tile(place.split + i * output.splits), before[i]);
+    constexpr int TILES = S::BATCH / 8, MINE = (TILES + COUNT - 1) / COUNT;
+    /// Tiles whose sums are loaded at a time: more would take too many registers.
+    constexpr int LOADED = 16 / COUNT;
     // All warps have read their last stage, and nobody copies into the ring any more: its memory is free.
     if (PARTS == BESIDE) meet<S::CONSUMERS>();
-    const int share = TILES * S::CONSUMERS, block = place.tile * 2 * output.splits + place.pair;
+    const int share = TILES * S::CONSUMERS, block = place.tile * 2 * COUNT + place.pair;
     float4 *kept = PARTS == APART ? output.meeting.sums + size_t(block + 2 * place.split) * share + threadIdx.x
                                   : reinterpret_cast<float4 *>(scratch) + threadIdx.x;
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile)
         kept[tile * S::CONSUMERS] =
             make_float4(sums[4 * tile], sums[4 * tile + 1], sums[4 * tile + 2], sums[4 * tile + 3]);
+    // What is added to is on its way while the parts meet.
+    float before[MINE][4], bias[4], weight[4];
+    load_vector(output.bias, output, first.feature, bias);
+    load_vector(output.after.weight, output, first.feature, weight);
+#pragma unroll
+    for (int i = 0; i < MINE; ++i) load_before(output, first.anew().tile(place.split + i * COUNT), before[i]);
     if constexpr (PARTS == APART) {
         __threadfence();
         meet<S::CONSUMERS>();
-        meet_in_memory(output.meeting.counters + place.tile * 2 + place.pair, output.splits);
+        meet_in_memory(output.meeting.counters + place.tile * 2 + place.pair, COUNT);
         meet<S::CONSUMERS>();
     } else {
         cluster_sync();
     }
     const uint32_t base = shared_address(scratch);
+    const auto part_of = [&](int tile, int part) {
+        const int at = tile * S::CONSUMERS + threadIdx.x;
+        return PARTS == APART ? __ldcg(output.meeting.sums + size_t(block + 2 * part) * share + at)
+                              : load_from_block(base + at * 16, place.pair * place.beside + part);
+    };
 #pragma unroll
-    for (int i = 0; i < MINE; ++i) {
-        const int tile = place.split + i * output.splits;
-        if (tile >= TILES) break;
-        float (&total)[4] = before[i];
-        for (int part = 0; part < output.splits; ++part) {
-            const int at = tile * S::CONSUMERS + threadIdx.x;
-            const float4 v = PARTS == APART
-                                 ? __ldcg(output.meeting.sums + size_t(block + 2 * part) * share + at)
-                                 : load_from_block(base + at * 16, place.pair * place.beside + part);
-            total[0] += v.x;
-            total[1] += v.y;
-            total[2] += v.z;
-            total[3] += v.w;
+    for (int loaded = 0; loaded < MINE; loaded += LOADED) {
+        float4 parts[LOADED][COUNT];
+#pragma unroll
+        for (int i = 0; i < LOADED && loaded + i < MINE; ++i) {
+            const int tile = place.split + (loaded + i) * COUNT;
+#pragma unroll
+            for (int part = 0; part < COUNT; ++part)
+                if (tile < TILES) parts[i][part] = part_of(tile, part);
         }
-        finish_tile(shared, output, first.anew().tile(tile), total, bias, weight);
+#pragma unroll
+        for (int i = 0; i < LOADED && loaded + i < MINE; ++i) {
+            const int tile = place.split + (loaded + i) * COUNT;
+            if (tile >= TILES) break;
+            float4 total = parts[i][0];
+#pragma unroll
+            for (int part = 1; part < COUNT; ++part) total = total + parts[i][part];
+            finish_tile(shared, output, first.anew().tile(tile), before[loaded + i],
+                        {total.x, total.y, total.z, total.w}, bias, weight);
+        }
     }
-    store_squares(shared, output, place.feature, place.row, place.split, output.splits);
+    store_squares(shared, output, place.feature, place.row, place.split, COUNT);
 }
 
 /// Adds the sums to the residual.
 template <typename S, Parts PARTS, class L>
 __device__ __forceinline__ void leave_sums(L &shared, const Output &output, const float (&sums)[S::BATCH / 2],
                                            uint8_t *scratch, const Place &place, Spot spot) {
-    constexpr int TILES = S::BATCH / 8;
-    if constexpr (PARTS == IN_TURN) {
-        if (place.split + 1 < output.splits) {
-            store_part<TILES>(output, spot, sums);
-            return;
-        }
-        // The squares of the tile before have been read.
-        meet_group();
-    } else {
-        if (output.splits > 1) {
-            add_parts<S, PARTS>(shared, output, sums, scratch, place, spot);
-            return;
-        }
+    if constexpr (PARTS != IN_TURN) {
+        if (output.splits == 2) return add_parts<S, PARTS, 2>(shared, output, sums, scratch, place, spot);
+        if (output.splits == 4) return add_parts<S, PARTS, 4>(shared, output, sums, scratch, place, spot);
     }
-    store_sums<L, TILES>(shared, output, spot, sums, place.feature);
+    if constexpr (PARTS != APART) {
+        // The squares of the tile before have been read.
+        if (PARTS == IN_TURN) meet_group();
+        store_sums<L, S::BATCH / 8>(shared, output, spot, sums, place.feature);
+    }
 }
 
 /// The factors of the norms of heads. A head of 128 elements is two groups of 64 features: both of this block, or one of
@@ -358,7 +383,7 @@ __device__ __forceinline__ void rows_wait(int barrier) {
 template <typename S, bool PLACES, Parts PARTS, class L>
 __device__ __forceinline__ void load_tiles_rows(L &shared, const Output &output, Place place) {
     const auto walks_on = [&] {
-        if (!walk_on<S>(place, output)) return false;
+        if (!walk_on<S, PARTS>(place, output)) return false;
         for (int group = 0; group < S::GROUPS; ++group) rows_wait<S>(ROWS_FREE + group);
         return true;
     };
@@ -366,7 +391,7 @@ __device__ __forceinline__ void load_tiles_rows(L &shared, const Output &output,
     do {
         load_rows<PLACES>(shared, output, place.row, int(threadIdx.x) - S::CONSUMERS - 32, S::HELPERS);
         for (int group = 0; group < S::GROUPS; ++group) rows_arrive<S>(ROWS_READY + group);
-    } while (PARTS == IN_TURN && walks_on());
+    } while (walks_on());
 }
 
 /// Sums leave a block that has multiplied one part of K.
@@ -405,14 +430,14 @@ __device__ __forceinline__ void gemm(const CUtensorMap &matrix, const CUtensorMa
     launch_dependents();
     Place place = first_place<S, PARTS>(output);
     if (threadIdx.x >= S::CONSUMERS) {
-        if constexpr (S::HELPERS > 0) asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+        if constexpr (S::HELPERS > 0) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(EPILOGUE == ADD ? 40 : 56));
         if (threadIdx.x == S::CONSUMERS) produce<S, PARTS>(ring, matrix, batch, place, output);
         if constexpr (EPILOGUE != ADD && S::HELPERS > 0) {
             if (threadIdx.x >= S::CONSUMERS + 32) load_tiles_rows<S, EPILOGUE == ROPE, PARTS>(shared, output, place);
         }
         return;
     }
-    if constexpr (S::HELPERS > 0) asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+    if constexpr (S::HELPERS > 0) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(EPILOGUE == ADD ? 232 : 224));
     if constexpr (EPILOGUE != ADD && S::HELPERS == 0) {
         wait_for_predecessor();
         load_rows<EPILOGUE == ROPE>(shared, output, place.row, threadIdx.x, S::CONSUMERS);
@@ -421,14 +446,18 @@ __device__ __forceinline__ void gemm(const CUtensorMap &matrix, const CUtensorMa
     uint8_t *scratch = dynamic + (ring.memory - shared_address(dynamic));
     float sums[S::BATCH / 2];
     const auto walks_on = [&] {
-        if (!walk_on<S>(place, output)) return false;
+        if (!walk_on<S, PARTS>(place, output)) return false;
         if constexpr (EPILOGUE != ADD) rows_arrive<S>(ROWS_FREE + threadIdx.x / 128);
         return true;
     };
     do {
-        consume<S>(sums, ring, place);
+        if constexpr (EPILOGUE == ADD && PARTS == IN_TURN) {
+            consume_parts<S>(sums, ring, place, output);
+        } else {
+            consume<S>(sums, ring, place);
+        }
         leave<S, EPILOGUE, PARTS>(shared, output, sums, scratch, place);
-    } while (PARTS == IN_TURN && walks_on());
+    } while (walks_on());
     // A block must not end while the other one may still arrive at its barriers, or reads its sums.
     if constexpr (S::PAIR || EPILOGUE == ADD) cluster_meet();
 }
@@ -454,6 +483,12 @@ __device__ __forceinline__ void gemm(const CUtensorMap &matrix, const CUtensorMa
                                                               const __grid_constant__ Output output) {                 \
         GEMM_BODY(gemm<Shape<1, BATCH, STAGES, false>, EPILOGUE, BESIDE>(matrix, batch, output);)                      \
     }
+#define NARROW(NAME, BATCH, STAGES, EPILOGUE)                                                                          \
+    extern "C" __global__ void __launch_bounds__(160, 1) NAME(const __grid_constant__ CUtensorMap matrix,              \
+                                                              const __grid_constant__ CUtensorMap batch,               \
+                                                              const __grid_constant__ Output output) {                 \
+        GEMM_BODY(gemm<Shape<1, BATCH, STAGES, true>, EPILOGUE, APART>(matrix, batch, output);)                        \
+    }
 #define SMALL(NAME, EPILOGUE)                                                                                          \
     THIN(gemm_thin_8_##NAME, 8, 11, EPILOGUE)                                                                          \
     THIN(gemm_thin_16_##NAME, 16, 10, EPILOGUE)                                                                        \
@@ -474,8 +509,9 @@ WIDE(gemm_wide_128_silu_mul, 128, 6, SILU_MUL, BESIDE)
 WIDE(gemm_wide_192_silu_mul, 192, 5, SILU_MUL, BESIDE)
 WIDE(gemm_walk_256_silu_mul, 256, 4, SILU_MUL, IN_TURN)
 SMALL(add, ADD)
-WIDE(gemm_wide_128_add, 128, 6, ADD, BESIDE)
-WIDE(gemm_wide_192_add, 192, 5, ADD, BESIDE)
 WIDE(gemm_apart_128_add, 128, 6, ADD, APART)
+WIDE(gemm_apart_192_add, 192, 5, ADD, APART)
+NARROW(gemm_narrow_128_add, 128, 8, ADD)
+NARROW(gemm_narrow_192_add, 192, 6, ADD)
 WIDE(gemm_walk_128_add, 128, 6, ADD, IN_TURN)
-WIDE(gemm_walk_256_add, 256, 4, ADD, IN_TURN)
+WIDE(gemm_walk_192_add, 192, 5, ADD, IN_TURN)

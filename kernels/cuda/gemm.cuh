@@ -2,8 +2,8 @@
 //
 // out[m][f] = sum over k of x[m][k] * matrix[f][k]. Tiles have features as rows and batch rows as columns, so that a
 // tile for one row wastes little. A dot product is a chain over K in steps of 16 from zero, in f32; where K is split,
-// what is added to and the parts' sums are added in order. Neither depends on the tile, so that a row has the same bytes
-// at any batch size.
+// the parts' sums are added in order, and then to what they are added to. None of it depends on the tile, so that a row
+// has the same bytes at any batch size.
 #pragma once
 
 #include "common.cuh"
@@ -12,6 +12,13 @@
 /// Steps of 64 columns before part `split` of K.
 __device__ __forceinline__ int split_start(const Output &output, int split) {
     return (output.columns + 63) / 64 * split / output.splits;
+}
+
+/// Adds the sums of part `split` of K to those of the parts before.
+template <int COUNT>
+__device__ __forceinline__ void add_part(float (&total)[COUNT], const float (&sums)[COUNT], int split) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) total[i] = split == 0 ? sums[i] : total[i] + sums[i];
 }
 
 #if defined(MILLRACE_SM90)

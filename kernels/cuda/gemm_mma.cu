@@ -64,7 +64,7 @@ __device__ __forceinline__ void gemm_mma(const __nv_bfloat16 *matrix, int matrix
         copy_tile(matrix_tile[step % 2], matrix, matrix_stride, feature, output.features, step * COLUMNS, output.columns);
         copy_tile(batch_tile[step % 2], batch, batch_stride, row, output.rows, step * COLUMNS, output.columns);
     };
-    float sums[TILE / 2];
+    float sums[TILE / 2], total[TILE / 2];
     copy(0);
     int split = 0, begin = 0, end = split_start(output, 1);
     for (int step = 0; step < steps; ++step) {
@@ -90,18 +90,17 @@ __device__ __forceinline__ void gemm_mma(const __nv_bfloat16 *matrix, int matrix
             }
         }
         __syncthreads();
-        if (EPILOGUE == ADD && step + 1 == end && end < steps) {
-            pair_rows(sums);
-            store_part<TILE / 8>(output, spot, sums);
+        if (step + 1 == end) {
+            add_part(total, sums, split);
             split += 1;
             begin = end;
             end = split_start(output, split + 1);
         }
     }
-    pair_rows(sums);
-    if constexpr (EPILOGUE == VALUES) store_values<Leaving, TILE / 8>(shared, output, spot, sums);
-    if constexpr (EPILOGUE == SILU_MUL) store_gated<Leaving, TILE / 8>(shared, output, spot, sums);
-    if constexpr (EPILOGUE == ADD) store_sums<Leaving, TILE / 8>(shared, output, spot, sums, feature);
+    pair_rows(total);
+    if constexpr (EPILOGUE == VALUES) store_values<Leaving, TILE / 8>(shared, output, spot, total);
+    if constexpr (EPILOGUE == SILU_MUL) store_gated<Leaving, TILE / 8>(shared, output, spot, total);
+    if constexpr (EPILOGUE == ADD) store_sums<Leaving, TILE / 8>(shared, output, spot, total, feature);
 }
 
 }  // namespace

@@ -13,8 +13,10 @@ const ROWS: [usize; 18] = [1, 8, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 224,
 const ROWS_CHECKED: [usize; 7] = [576, 256, 224, 144, 96, 48, 16];
 /// Most rows of products whose values are stored.
 const ROWS_OF_VALUES: usize = 576;
+const MODELS: [&str; 2] = ["0.6B", "8B"];
 /// Name, how sums leave, features, columns, whether heads are normed.
-const PRODUCTS: [(&str, Epilogue, usize, usize, bool); 10] = [
+type Product = (&'static str, Epilogue, usize, usize, bool);
+const PRODUCTS: [Product; 10] = [
     ("0.6B qkv", Epilogue::Rope, 4096, 1024, true),
     ("0.6B o", Epilogue::Add, 1024, 2048, false),
     ("0.6B gate-up", Epilogue::SiluMul, 6144, 1024, false),
@@ -31,10 +33,12 @@ const PRODUCTS: [(&str, Epilogue, usize, usize, bool); 10] = [
 const VALUES_CHECKED: (usize, usize) = (6144, 1024);
 
 fn products(rows: usize) -> impl Iterator<Item = (&'static str, TimedProduct)> {
-    let all = PRODUCTS.into_iter().filter(move |p| p.1 != Epilogue::Values || rows <= ROWS_OF_VALUES);
-    all.map(move |(name, epilogue, features, columns, head_norms)| {
-        (name, TimedProduct { epilogue, rows, matrix: (features, columns), head_norms })
-    })
+    let all = PRODUCTS.iter().filter(move |p| p.1 != Epilogue::Values || rows <= ROWS_OF_VALUES);
+    all.map(move |product| (product.0, timed(product, rows)))
+}
+
+fn timed(&(_, epilogue, features, columns, head_norms): &Product, rows: usize) -> TimedProduct {
+    TimedProduct { epilogue, rows, matrix: (features, columns), head_norms }
 }
 
 fn time(cuda: &Cuda, rows: &[usize]) -> Result<(), Failure> {
@@ -51,6 +55,11 @@ fn time(cuda: &Cuda, rows: &[usize]) -> Result<(), Failure> {
                 print!("  {}{mark} {:.1}", time.kernel, time.microseconds);
             }
             println!();
+        }
+        for model in MODELS {
+            let layer = PRODUCTS.iter().filter(|p| p.0.starts_with(model) && p.1 != Epilogue::Values);
+            let layer: Vec<_> = layer.map(|p| timed(p, rows)).collect();
+            println!("{:13}{rows:5} in a chain {:.1}", format!("{model} layer"), cuda.time_chain(&layer)?);
         }
     }
     Ok(())

@@ -19,7 +19,8 @@ type Tile = (usize, u32);
 /// As `gemm.cu` has them.
 const THIN: [Tile; 4] = [(8, 11), (16, 10), (32, 8), (64, 6)];
 const WIDE: [Tile; 3] = [(64, 8), (128, 6), (192, 5)];
-const APART: [Tile; 1] = [(128, 6)];
+const APART: [Tile; 2] = [(128, 6), (192, 5)];
+const NARROW: [Tile; 2] = [(128, 8), (192, 6)];
 const WALK: [Tile; 3] = [(128, 6), (192, 5), (256, 4)];
 /// Features of a block.
 const WIDE_FEATURES: usize = 128;
@@ -93,33 +94,35 @@ enum Kind {
     Wide,
     /// As wide, the parts of K in pairs of blocks that meet in memory.
     Apart,
+    /// As apart, with two blocks for 128 features.
+    Narrow,
     /// As wide, in pairs that take tile after tile, and all parts of K in turn.
     Walk,
 }
 
 impl Kind {
-    const ALL: [(Self, &str, &'static [Tile]); 4] = [
+    const ALL: [(Self, &str, &'static [Tile]); 5] = [
         (Self::Thin, "thin", &THIN),
         (Self::Wide, "wide", &WIDE),
         (Self::Apart, "apart", &APART),
+        (Self::Narrow, "narrow", &NARROW),
         (Self::Walk, "walk", &WALK),
     ];
 
     /// Features of a block.
     fn features(self) -> usize {
-        if self == Self::Thin { THIN_FEATURES } else { WIDE_FEATURES }
+        if matches!(self, Self::Thin | Self::Narrow) { THIN_FEATURES } else { WIDE_FEATURES }
     }
 
     /// Whether `gemm.cu` has it with tiles of this many rows for sums that leave like this: it has the best ones.
     fn has(self, batch: usize, epilogue: Epilogue) -> bool {
-        use Epilogue::{Add, Rope, SiluMul, Values};
+        use Epilogue::{Add, SiluMul, Values};
         match (self, batch) {
             (Self::Thin, _) | (Self::Wide, 64) => true,
-            (Self::Wide, _) => matches!(epilogue, SiluMul | Add),
-            (Self::Apart, _) => epilogue == Add,
-            (Self::Walk, 128) => matches!(epilogue, Values | Rope | Add),
-            (Self::Walk, 192) => matches!(epilogue, Values | Rope),
-            (Self::Walk, _) => matches!(epilogue, Values | SiluMul | Add),
+            (Self::Wide, _) => epilogue == SiluMul,
+            (Self::Apart | Self::Narrow, _) => epilogue == Add,
+            (Self::Walk, 256) => matches!(epilogue, Values | SiluMul),
+            (Self::Walk, _) => epilogue != SiluMul,
         }
     }
 
@@ -138,7 +141,7 @@ impl Kind {
     }
 
     fn threads(self) -> u32 {
-        if self == Self::Thin { 160 } else { 384 }
+        if matches!(self, Self::Thin | Self::Narrow) { 160 } else { 384 }
     }
 }
 
@@ -199,7 +202,7 @@ impl Gemm {
     pub fn new(device: &Arc<Device>, portable: bool) -> Result<Self, DeviceError> {
         let hopper = device.hopper && !portable;
         let multiprocessors = device.multiprocessors as usize;
-        let sums_bytes = multiprocessors * APART[0].0 * WIDE_FEATURES * 4;
+        let sums_bytes = multiprocessors * APART[APART.len() - 1].0 * WIDE_FEATURES * 4;
         let meeting = hopper.then(|| Memory::zeroed(device, sums_bytes + multiprocessors * 4)).transpose()?;
         let pointers = meeting.as_ref().map_or_else(Meeting::default, |memory| Meeting {
             sums: memory.pointer(),
@@ -301,21 +304,21 @@ impl Work {
             Kind::Wide => self.rows > THIN_ROWS_MAX,
             Kind::Walk => self.rows > 64,
             // All blocks have to run at once.
-            Kind::Apart => {
+            Kind::Apart | Kind::Narrow => {
                 self.splits > 1 && self.rows > 64 && 2 * self.clusters(kind, batch) <= multiprocessors
             }
         }
     }
 
     fn tiles(&self, kind: Kind, batch: usize) -> (usize, usize) {
-        let features = if kind == Kind::Thin { THIN_FEATURES } else { 2 * WIDE_FEATURES };
+        let features = if kind == Kind::Thin { THIN_FEATURES } else { 2 * kind.features() };
         (self.rows.div_ceil(batch), self.features.div_ceil(features))
     }
 
     /// Clusters that the product falls into.
     fn clusters(&self, kind: Kind, batch: usize) -> usize {
         let (batch_tiles, feature_tiles) = self.tiles(kind, batch);
-        batch_tiles * feature_tiles * if kind == Kind::Apart { self.splits } else { 1 }
+        batch_tiles * feature_tiles * if matches!(kind, Kind::Apart | Kind::Narrow) { self.splits } else { 1 }
     }
 
     /// Blocks that work together.
@@ -323,7 +326,7 @@ impl Work {
         match kind {
             Kind::Thin => self.splits,
             Kind::Wide => 2 * self.splits,
-            Kind::Apart | Kind::Walk => 2,
+            Kind::Apart | Kind::Narrow | Kind::Walk => 2,
         }
     }
 
@@ -332,20 +335,10 @@ impl Work {
     /// and what its sums take to leave. Fitted to what the example `products` measured on an H200 (TUNING.md).
     fn microseconds(&self, kind: Kind, batch: usize, room: &Room) -> f64 {
         /// Products of 64 columns that a multiprocessor does in a microsecond, per row and feature.
-        const MULTIPLY: f64 = 46e3;
+        const MULTIPLY: f64 = 52e3;
         /// Bytes per microsecond: out of the shared cache, into a multiprocessor.
-        const FETCH: f64 = 10.5e6;
-        const TAKE_IN: f64 = 91e3;
-        /// For sums to leave: in all, and per row of a tile, which ROPE turns or which are added.
-        const LEAVE: f64 = 1.3;
-        const LEAVE_THIN: f64 = 2.0;
-        const LEAVE_ROW: f64 = 0.014;
-        const LEAVE_ROW_ROPE: f64 = 0.046;
-        const LEAVE_ROW_ADD: f64 = 0.037;
-        /// The same of a part of K that is not the last, where one pair takes all.
-        const PART_ROW: f64 = 0.05;
-        /// For blocks to meet in memory.
-        const MEET: f64 = 3.0;
+        const FETCH: f64 = 10.3e6;
+        const TAKE_IN: f64 = 97e3;
         let batch_tiles = self.tiles(kind, batch).0;
         let (cluster, clusters) = (self.cluster(kind), self.clusters(kind, batch));
         // Clusters of more than two blocks leave some multiprocessors over.
@@ -362,19 +355,35 @@ impl Work {
             .max((features + rows / sharing) * row_bytes * busy / FETCH)
             .max((features + rows) * row_bytes / TAKE_IN)
             .max(features * row_bytes * busy / batch_tiles as f64 / room.read);
-        let leave_row = match self.epilogue {
-            Epilogue::Rope => LEAVE_ROW_ROPE,
-            Epilogue::Add => LEAVE_ROW_ADD,
-            Epilogue::Values | Epilogue::SiluMul => LEAVE_ROW,
+        (stages as f64 * stage + self.leave_microseconds(kind, rows)) * clusters.div_ceil(slots) as f64
+    }
+
+    /// About how long the sums of a tile of so many rows take to leave.
+    fn leave_microseconds(&self, kind: Kind, rows: f64) -> f64 {
+        /// In any case, and per row.
+        const LEAVE: f64 = 1.5;
+        const LEAVE_THIN: f64 = 1.7;
+        const LEAVE_ROW: f64 = 0.014;
+        /// Per row that ROPE turns, that is added, and that is added where parts have met in memory, for which blocks
+        /// wait besides.
+        const ROPE_ROW: f64 = 0.046;
+        const ROPE_ROW_THIN: f64 = 0.13;
+        const ADD_ROW: f64 = 0.037;
+        const ADD_ROW_NARROW: f64 = 0.0185;
+        const MEET: f64 = 3.0;
+        let row = match (self.epilogue, kind) {
+            (Epilogue::Rope, Kind::Thin) => ROPE_ROW_THIN,
+            (Epilogue::Rope, _) => ROPE_ROW,
+            (Epilogue::Add, Kind::Narrow) => ADD_ROW_NARROW,
+            (Epilogue::Add, _) => ADD_ROW,
+            (Epilogue::Values | Epilogue::SiluMul, _) => LEAVE_ROW,
         };
-        let more = match kind {
-            Kind::Walk => (self.splits - 1) as f64 * PART_ROW * rows,
-            Kind::Apart => MEET,
-            Kind::Thin | Kind::Wide => 0.0,
+        let start = match kind {
+            Kind::Thin => LEAVE_THIN,
+            Kind::Apart | Kind::Narrow => LEAVE + MEET,
+            Kind::Wide | Kind::Walk => LEAVE,
         };
-        let leave = if kind == Kind::Thin { LEAVE_THIN } else { LEAVE };
-        let block = stages as f64 * stage + leave + leave_row * rows + more;
-        block * clusters.div_ceil(slots) as f64
+        start + row * rows
     }
 }
 
@@ -407,12 +416,15 @@ mod tests {
         assert_eq!(best(1, (4096, 1024), Epilogue::Rope), (Kind::Thin, 8));
         assert_eq!(best(24, (4096, 1024), Epilogue::Values), (Kind::Thin, 32));
         assert_eq!(best(64, (4096, 14336), Epilogue::Add), (Kind::Thin, 64));
-        assert_eq!(best(128, (4096, 4096), Epilogue::Add), (Kind::Wide, 128));
+        assert_eq!(best(128, (4096, 4096), Epilogue::Add), (Kind::Narrow, 128));
+        assert_eq!(best(192, (4096, 14336), Epilogue::Add), (Kind::Narrow, 192));
         assert_eq!(best(256, (4096, 14336), Epilogue::Add), (Kind::Apart, 128));
         assert_eq!(best(512, (1024, 3072), Epilogue::Add), (Kind::Apart, 128));
-        assert_eq!(best(8192, (4096, 14336), Epilogue::Add), (Kind::Walk, 256));
+        assert_eq!(best(2048, (4096, 14336), Epilogue::Add), (Kind::Walk, 128));
+        assert_eq!(best(8192, (4096, 14336), Epilogue::Add), (Kind::Walk, 192));
         assert_eq!(best(128, (28672, 4096), Epilogue::SiluMul), (Kind::Wide, 128));
         assert_eq!(best(192, (28672, 4096), Epilogue::SiluMul), (Kind::Wide, 192));
+        assert_eq!(best(64, (6144, 4096), Epilogue::Rope), (Kind::Wide, 64));
         assert_eq!(best(8192, (28672, 4096), Epilogue::SiluMul), (Kind::Walk, 256));
         assert_eq!(best(256, (151_936, 1024), Epilogue::Values), (Kind::Walk, 256));
     }

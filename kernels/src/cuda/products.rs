@@ -5,6 +5,8 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use cudarc::driver::CudaGraph;
+
 use super::Cuda;
 use super::device::{Device, DeviceError, Memory, Pinned, arguments};
 use super::gemm::{BatchMap, Choice, GROUP_FEATURES, Work};
@@ -84,21 +86,40 @@ impl Cuda {
         for variant in self.gemm.suitable(&work) {
             let choice = variant.choice(&work);
             let graph = capture(&self.device, || self.queue_products(&bench, &work, &choice, LAUNCHES))?;
-            graph.launch()?;
-            graph.launch()?;
-            self.device.synchronize()?;
-            let begun = Instant::now();
-            for _ in 0..REPLAYS {
-                graph.launch()?;
-            }
-            self.device.synchronize()?;
-            times.push(KernelTime {
-                kernel: variant.name(),
-                microseconds: begun.elapsed().as_secs_f64() * 1e6 / (LAUNCHES * REPLAYS) as f64,
-                chosen: choice.kernel == chosen,
-            });
+            let microseconds = self.time(&graph)?;
+            times.push(KernelTime { kernel: variant.name(), microseconds, chosen: choice.kernel == chosen });
         }
         Ok(times)
+    }
+
+    /// Microseconds of each of a graph's launches.
+    fn time(&self, graph: &CudaGraph) -> Result<f64, DeviceError> {
+        graph.launch()?;
+        graph.launch()?;
+        self.device.synchronize()?;
+        let begun = Instant::now();
+        for _ in 0..REPLAYS {
+            graph.launch()?;
+        }
+        self.device.synchronize()?;
+        Ok(begun.elapsed().as_secs_f64() * 1e6 / (LAUNCHES * REPLAYS) as f64)
+    }
+
+    /// Times products after each other, each by the kernel that a step takes: microseconds from the first to the first.
+    ///
+    /// # Errors
+    /// As [`Self::time_products`].
+    pub fn time_chain(&self, products: &[TimedProduct]) -> Result<f64, DeviceError> {
+        let chain = products.iter().map(|product| self.bench(product)).collect::<Result<Vec<_>, _>>()?;
+        let graph = capture(&self.device, || {
+            for launch in 0..LAUNCHES {
+                for (work, bench) in &chain {
+                    self.queue_product(bench, work, &self.gemm.choose(work), launch)?;
+                }
+            }
+            Ok(())
+        })?;
+        self.time(&graph)
     }
 
     /// Computes a product once with every kernel that can, from the same random numbers; fewer rows are the first of
@@ -197,18 +218,26 @@ impl Cuda {
         choice: &Choice,
         launches: usize,
     ) -> Result<(), DeviceError> {
+        (0..launches).try_for_each(|launch| self.queue_product(bench, work, choice, launch))
+    }
+
+    /// Queues a product with the weights of this launch.
+    fn queue_product(
+        &self,
+        bench: &Bench,
+        work: &Work,
+        choice: &Choice,
+        launch: usize,
+    ) -> Result<(), DeviceError> {
         let box_rows = if choice.map == BatchMap::Rows8 { 8 } else { 32 };
         let size = (work.rows + ROWS_BEYOND, work.columns);
         let batch = tensor_map(bench.operand.pointer(), size, work.columns, box_rows)?;
+        let at = bench.weights.pointer() + (launch % bench.copies * bench.matrix_bytes) as u64;
+        let matrix = tensor_map(at, (work.features, work.columns), work.columns, 64)?;
         let output = choice.output(work, bench.output);
-        for launch in 0..launches {
-            let at = bench.weights.pointer() + (launch % bench.copies * bench.matrix_bytes) as u64;
-            let matrix = tensor_map(at, (work.features, work.columns), work.columns, 64)?;
-            // SAFETY: the arguments are those that the kernels declare; their memory is the bench's, which outlives the
-            // graph's replays.
-            unsafe { self.device.launch(choice.kernel, choice.launch, arguments![matrix, batch, output]) }?;
-        }
-        Ok(())
+        // SAFETY: the arguments are those that the kernels declare; their memory is the bench's, which outlives the
+        // graph's replays.
+        unsafe { self.device.launch(choice.kernel, choice.launch, arguments![matrix, batch, output]) }
     }
 }
 
