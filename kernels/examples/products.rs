@@ -1,8 +1,8 @@
 //! The kernels of matrix products on a GPU, for the products of two models: `cargo run --release -p millrace-kernels
-//! --example products [ROWS...]` prints each kernel's time in microseconds, and marks the one that a step takes. The
-//! floor is the time to read the matrix, or to multiply, at what the machine is first measured to do. With `check`
-//! before the rows it compares what the kernels leave, byte for byte, over all these numbers of rows; it fails if one
-//! differs.
+//! --example products [ROWS...]` prints each kernel's time in microseconds, marks the one that a step takes, and tells
+//! how long the products of a layer take one after the other. The floor is the time to read the matrix, or to multiply,
+//! at what the machine is first measured to do. With `check` before the rows it compares what the kernels leave, byte
+//! for byte, over all these numbers of rows; it fails if one differs.
 
 use millrace_kernels::cuda::{Cuda, CudaOptions, Epilogue, TimedProduct};
 
@@ -13,6 +13,7 @@ const ROWS: [usize; 18] = [1, 8, 16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 224,
 const ROWS_CHECKED: [usize; 7] = [576, 256, 224, 144, 96, 48, 16];
 /// Most rows of products whose values are stored.
 const ROWS_OF_VALUES: usize = 576;
+/// How the names of each model's products begin.
 const MODELS: [&str; 2] = ["0.6B", "8B"];
 /// Name, how sums leave, features, columns, whether heads are normed.
 type Product = (&'static str, Epilogue, usize, usize, bool);

@@ -90,4 +90,13 @@ mod tests {
         let spilling: Vec<&Resources> = all.iter().filter(|kernel| kernel.spilled_bytes > 0).collect();
         assert!(spilling.is_empty(), "{spilling:#?}");
     }
+
+    /// ptxas runs a loop's wgmma one by one if it finds their sums defined by others in between, and only notes it.
+    #[test]
+    fn tensor_cores_do_not_wait_for_each_product() {
+        let lines = MODULES.iter().flat_map(|module| module.report.lines());
+        let serialized: Vec<&str> =
+            lines.filter(|line| line.contains("wgmma") && line.contains("serialized")).collect();
+        assert!(serialized.is_empty(), "{serialized:#?}");
+    }
 }
