@@ -220,6 +220,7 @@ template <typename S, Parts PARTS, class L>
 __device__ __forceinline__ void leave_sums(L &shared, const Output &output, const float (&sums)[S::BATCH / 2],
                                            uint8_t *scratch, const Place &place, Spot spot) {
     if constexpr (PARTS != IN_TURN) {
+        // There are 1, 2 or 4 parts (`splits` in gemm.rs).
         if (output.splits == 2) return add_parts<S, PARTS, 2>(shared, output, sums, scratch, place, spot);
         if (output.splits == 4) return add_parts<S, PARTS, 4>(shared, output, sums, scratch, place, spot);
     }

@@ -15,8 +15,11 @@ const ROWS_CHECKED: [usize; 7] = [576, 256, 224, 144, 96, 48, 16];
 const ROWS_OF_VALUES: usize = 576;
 /// How the names of each model's products begin.
 const MODELS: [&str; 2] = ["0.6B", "8B"];
+
 /// Name, how sums leave, features, columns, whether heads are normed.
 type Product = (&'static str, Epilogue, usize, usize, bool);
+
+/// A layer's products of each model, in their order, and its head.
 const PRODUCTS: [Product; 10] = [
     ("0.6B qkv", Epilogue::Rope, 4096, 1024, true),
     ("0.6B o", Epilogue::Add, 1024, 2048, false),

@@ -141,7 +141,12 @@ impl Kind {
     }
 
     fn threads(self) -> u32 {
-        if matches!(self, Self::Thin | Self::Narrow) { 160 } else { 384 }
+        if self.features() == THIN_FEATURES { 160 } else { 384 }
+    }
+
+    /// Whether the parts of K go to pairs of blocks, which must all run at once.
+    fn meets_in_memory(self) -> bool {
+        matches!(self, Self::Apart | Self::Narrow)
     }
 }
 
@@ -202,7 +207,10 @@ impl Gemm {
     pub fn new(device: &Arc<Device>, portable: bool) -> Result<Self, DeviceError> {
         let hopper = device.hopper && !portable;
         let multiprocessors = device.multiprocessors as usize;
-        let sums_bytes = multiprocessors * APART[APART.len() - 1].0 * WIDE_FEATURES * 4;
+        let meeting_kinds = Kind::kernels(Epilogue::Add).filter(|kernel| kernel.0.meets_in_memory());
+        let largest_tile =
+            meeting_kinds.map(|(kind, _, (batch, _))| batch * kind.features()).max().unwrap_or(0);
+        let sums_bytes = multiprocessors * largest_tile * 4;
         let meeting = hopper.then(|| Memory::zeroed(device, sums_bytes + multiprocessors * 4)).transpose()?;
         let pointers = meeting.as_ref().map_or_else(Meeting::default, |memory| Meeting {
             sums: memory.pointer(),
@@ -303,7 +311,6 @@ impl Work {
             Kind::Thin => batch >= self.rows && (batch == THIN[0].0 || batch / 2 < self.rows),
             Kind::Wide => self.rows > THIN_ROWS_MAX,
             Kind::Walk => self.rows > 64,
-            // All blocks have to run at once.
             Kind::Apart | Kind::Narrow => {
                 self.splits > 1 && self.rows > 64 && 2 * self.clusters(kind, batch) <= multiprocessors
             }
@@ -318,7 +325,7 @@ impl Work {
     /// Clusters that the product falls into.
     fn clusters(&self, kind: Kind, batch: usize) -> usize {
         let (batch_tiles, feature_tiles) = self.tiles(kind, batch);
-        batch_tiles * feature_tiles * if matches!(kind, Kind::Apart | Kind::Narrow) { self.splits } else { 1 }
+        batch_tiles * feature_tiles * if kind.meets_in_memory() { self.splits } else { 1 }
     }
 
     /// Blocks that work together.
@@ -364,12 +371,12 @@ impl Work {
         const LEAVE: f64 = 1.5;
         const LEAVE_THIN: f64 = 1.7;
         const LEAVE_ROW: f64 = 0.014;
-        /// Per row that ROPE turns, that is added, and that is added where parts have met in memory, for which blocks
-        /// wait besides.
+        /// Per row that ROPE turns, or that is added; a narrow tile's has half of the features.
         const ROPE_ROW: f64 = 0.046;
         const ROPE_ROW_THIN: f64 = 0.13;
         const ADD_ROW: f64 = 0.037;
         const ADD_ROW_NARROW: f64 = 0.0185;
+        /// For blocks to meet in memory.
         const MEET: f64 = 3.0;
         let row = match (self.epilogue, kind) {
             (Epilogue::Rope, Kind::Thin) => ROPE_ROW_THIN,

@@ -85,15 +85,16 @@ impl Cuda {
         let mut times = Vec::new();
         for variant in self.gemm.suitable(&work) {
             let choice = variant.choice(&work);
-            let graph = capture(&self.device, || self.queue_products(&bench, &work, &choice, LAUNCHES))?;
-            let microseconds = self.time(&graph)?;
+            let queue = |launch| self.queue_product(&bench, &work, &choice, launch);
+            let graph = capture(&self.device, || (0..LAUNCHES).try_for_each(queue))?;
+            let microseconds = self.time_launch(&graph)?;
             times.push(KernelTime { kernel: variant.name(), microseconds, chosen: choice.kernel == chosen });
         }
         Ok(times)
     }
 
-    /// Microseconds of each of a graph's launches.
-    fn time(&self, graph: &CudaGraph) -> Result<f64, DeviceError> {
+    /// Microseconds of one of the `LAUNCHES` of which a graph consists.
+    fn time_launch(&self, graph: &CudaGraph) -> Result<f64, DeviceError> {
         graph.launch()?;
         graph.launch()?;
         self.device.synchronize()?;
@@ -105,7 +106,7 @@ impl Cuda {
         Ok(begun.elapsed().as_secs_f64() * 1e6 / (LAUNCHES * REPLAYS) as f64)
     }
 
-    /// Times products after each other, each by the kernel that a step takes: microseconds from the first to the first.
+    /// Times products that follow each other, each by the kernel that a step takes: microseconds of all of them.
     ///
     /// # Errors
     /// As [`Self::time_products`].
@@ -119,7 +120,7 @@ impl Cuda {
             }
             Ok(())
         })?;
-        self.time(&graph)
+        self.time_launch(&graph)
     }
 
     /// Computes a product once with every kernel that can, from the same random numbers; fewer rows are the first of
@@ -134,7 +135,7 @@ impl Cuda {
             for (memory, _) in &bench.results {
                 memory.fill_random()?;
             }
-            self.queue_products(&bench, &work, &variant.choice(&work), 1)?;
+            self.queue_product(&bench, &work, &variant.choice(&work), 0)?;
             let mut results = Vec::new();
             for (memory, row_bytes) in &bench.results {
                 let mut bytes = vec![0; product.rows * row_bytes];
@@ -209,16 +210,6 @@ impl Cuda {
             output.heads = heads(features, norm, [&read[0], &read[1]], [&results[0].0, &results[1].0]);
         }
         Ok((work, Bench { weights, copies, matrix_bytes, operand, output, results, _read: read }))
-    }
-
-    fn queue_products(
-        &self,
-        bench: &Bench,
-        work: &Work,
-        choice: &Choice,
-        launches: usize,
-    ) -> Result<(), DeviceError> {
-        (0..launches).try_for_each(|launch| self.queue_product(bench, work, choice, launch))
     }
 
     /// Queues a product with the weights of this launch.
