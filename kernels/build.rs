@@ -1,4 +1,5 @@
-//! Compiles the CUDA kernels where there is a compiler, so that the crate builds with and without one.
+//! Compiles the CUDA kernels for the feature `cuda` where there is a compiler, so that the crate builds with and
+//! without one.
 //!
 //! The compiler is the one that `NVCC` names, that of the `PATH`, or that of the cache that `scripts/cuda` fills.
 //! Each `cuda/*.cu` becomes a fat binary for sm_80 (with PTX for later chips) and sm_90a; a generated file lists
@@ -14,6 +15,9 @@ const TARGETS: [&str; 2] =
     ["-gencode=arch=compute_80,code=[sm_80,compute_80]", "-gencode=arch=compute_90a,code=sm_90a"];
 
 fn main() {
+    if env::var_os("CARGO_FEATURE_CUDA").is_none() {
+        return;
+    }
     println!("cargo:rerun-if-env-changed=NVCC");
     println!("cargo:rerun-if-env-changed=MILLRACE_CACHE");
     println!("cargo:rerun-if-changed=cuda");

@@ -13,7 +13,7 @@ use std::path::Path;
 
 use candle_core::quantized::GgmlDType;
 use libfuzzer_sys::fuzz_target;
-use millrace_worker::import::Gguf;
+use millrace_engine::import::Gguf;
 use serde_json::json;
 
 fuzz_target!(init: write_and_end(), |_input: &[u8]| {});

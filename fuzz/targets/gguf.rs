@@ -3,7 +3,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use millrace_worker::import::Gguf;
+use millrace_engine::import::Gguf;
 
 /// Larger than any input, so that a header alone is a good file.
 const FILE_BYTES: u64 = 1 << 30;

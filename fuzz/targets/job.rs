@@ -4,7 +4,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use millrace_crds::job::{JobHeaders, REQUESTS_MAX, header};
-use millrace_worker::job::{Job, JobLimits};
+use millrace_engine::text::job::{Job, JobLimits};
 
 const LIMITS: JobLimits = JobLimits { max_model_len: 512, vocabulary: 1000 };
 

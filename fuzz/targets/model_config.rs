@@ -3,7 +3,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use millrace_worker::model::config::DecoderConfig;
+use millrace_engine::model::config::DecoderConfig;
 
 fuzz_target!(|text: &str| {
     if let Ok(config) = DecoderConfig::parse(text, None) {

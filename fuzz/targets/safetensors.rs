@@ -4,8 +4,8 @@
 
 use libfuzzer_sys::fuzz_target;
 use millrace_fuzz::folder_with;
-use millrace_worker::model::files::Files;
-use millrace_worker::model::source::TensorSource;
+use millrace_engine::model::files::Files;
+use millrace_engine::model::source::TensorSource;
 
 fuzz_target!(|data: &[u8]| {
     if let Ok(files) = Files::read(folder_with("model.safetensors", data)) {

@@ -3,8 +3,8 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use millrace_worker::job::{Chat, Message};
-use millrace_worker::template::Template;
+use millrace_engine::text::job::{Chat, Message};
+use millrace_engine::text::template::Template;
 
 fn message(role: &str, content: &str) -> Message {
     Message { role: role.into(), content: content.into(), name: None, reasoning_content: None }

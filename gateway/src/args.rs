@@ -1,11 +1,12 @@
 //! The command line as it is typed: types only. Each command turns its own part into a plan before it acts.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use millrace_crds::config::StoreConfig;
 use millrace_crds::names::{Class, ModelRef};
 use millrace_crds::units::{Bytes, Span};
+use millrace_queue::args::StoreArgs;
 
 use crate::failure::{EXIT_CODES, Failure};
 
@@ -99,7 +100,9 @@ pub enum Command {
     /// Make the model's streams and consumers, or compare them with what they should be
     Provision(ProvisionArgs),
     /// Turn a GGUF file into a model folder, and upload it if asked
-    Import(ImportArgs),
+    Import(WorkerArgs),
+    /// Look at a model folder as a worker would at its start, without its weights
+    Check(WorkerArgs),
     /// Check broker, streams, object store, model folder, clock and workers, and print each fix
     Doctor(DoctorArgs),
 }
@@ -182,36 +185,6 @@ pub struct PromptArgs {
     /// Text that ends the answer; may be repeated
     #[arg(long, value_name = "TEXT")]
     pub stop: Vec<String>,
-}
-
-/// How to reach the object store, where one is needed.
-#[derive(Debug, Clone, Default, Args)]
-#[command(next_help_heading = "Object store")]
-pub struct StoreArgs {
-    /// Address of an S3-compatible service; AWS without it
-    #[arg(long, env = "AWS_ENDPOINT_URL", value_name = "URL")]
-    pub s3_endpoint: Option<String>,
-    /// Region
-    #[arg(long, env = "AWS_REGION", value_name = "NAME")]
-    pub s3_region: Option<String>,
-    /// Put the bucket into the path instead of the host name; always so with --s3-endpoint
-    #[arg(long)]
-    pub s3_path_style: bool,
-    /// Folder with the files AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; the usual AWS chain without it
-    #[arg(long, value_name = "FOLDER")]
-    pub s3_credentials_dir: Option<PathBuf>,
-}
-
-impl StoreArgs {
-    /// As the worker's configuration says it.
-    pub fn config(&self) -> StoreConfig {
-        StoreConfig {
-            endpoint: self.s3_endpoint.clone(),
-            region: self.s3_region.clone(),
-            path_style: self.s3_path_style || self.s3_endpoint.is_some(),
-            credentials_dir: self.s3_credentials_dir.clone(),
-        }
-    }
 }
 
 /// `millrace submit`
@@ -372,36 +345,14 @@ pub struct ProvisionArgs {
     pub apply: bool,
 }
 
-/// Numeric type of an imported model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
-pub enum ImportDtype {
-    /// 16-bit brain floats
-    #[default]
-    Bf16,
-    /// 16-bit IEEE floats
-    F16,
-    /// 32-bit IEEE floats
-    F32,
-}
-
-/// `millrace import`
+/// `millrace import` and `millrace check`: the words are those of the same command of `millrace-worker`, whose
+/// engine reads model files.
 #[derive(Debug, Args)]
-pub struct ImportArgs {
-    /// The GGUF file
-    #[arg(value_name = "GGUF")]
-    pub gguf: PathBuf,
-    /// The folder to write, in Hugging Face layout
-    #[arg(long, short, value_name = "FOLDER")]
-    pub out: PathBuf,
-    /// Numeric type of the weights
-    #[arg(long, value_enum, default_value_t)]
-    pub dtype: ImportDtype,
-    /// Then upload the folder to s3://bucket/prefix
-    #[arg(long, value_name = "URI")]
-    pub to: Option<String>,
-    /// How to reach the object store
-    #[command(flatten)]
-    pub store: StoreArgs,
+#[command(disable_help_flag = true)]
+pub struct WorkerArgs {
+    /// What `millrace-worker` is told
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGUMENTS")]
+    pub words: Vec<OsString>,
 }
 
 /// `millrace doctor`

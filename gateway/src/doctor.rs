@@ -2,16 +2,14 @@
 //!
 //! It only looks; nothing is changed. What it could not look at is a warning, never a silent pass.
 
-mod model;
-
 use std::time::Instant;
 
 use async_nats::Client;
+use millrace_crds::check::{Check, Grade};
 use millrace_crds::job::JOB_BYTES_MAX;
 use millrace_crds::load::Phase;
-use millrace_worker::monitor::{self, Fsync};
-use millrace_worker::provision::{Mode, State, provision};
-use serde::Serialize;
+use millrace_queue::monitor::{self, Fsync};
+use millrace_queue::provision::{Mode, State, provision};
 use serde_json::Value;
 use time::OffsetDateTime;
 
@@ -22,42 +20,12 @@ use crate::output::Printer;
 use crate::provision as provisioned;
 use crate::queue;
 use crate::summary::counted;
+use crate::worker;
 
 /// Oldest broker with everything that is used here.
 const BROKER_VERSION_MIN: (u32, u32) = (2, 11);
 /// A clock that is further off makes deadlines start or end jobs at the wrong time.
 const SKEW_MAX_S: f64 = 2.0;
-
-/// How a check came out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-enum Grade {
-    Ok,
-    Warn,
-    Fail,
-}
-
-/// One check.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-struct Check {
-    check: &'static str,
-    grade: Grade,
-    found: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    fix: Option<String>,
-}
-
-impl Check {
-    fn ok(check: &'static str, found: impl Into<String>) -> Self {
-        Self { check, grade: Grade::Ok, found: found.into(), fix: None }
-    }
-    fn warn(check: &'static str, found: impl Into<String>, fix: impl Into<String>) -> Self {
-        Self { check, grade: Grade::Warn, found: found.into(), fix: Some(fix.into()) }
-    }
-    fn fail(check: &'static str, found: impl Into<String>, fix: impl Into<String>) -> Self {
-        Self { grade: Grade::Fail, ..Self::warn(check, found, fix) }
-    }
-}
 
 /// Runs the command. Unwell when a check fails; warnings do not count.
 ///
@@ -71,13 +39,7 @@ pub async fn run(global: &Global, args: &DoctorArgs) -> Result<Verdict, Failure>
     let mut show = |check: Check| {
         well &= check.grade != Grade::Fail;
         printer.object(&check);
-        let mark = match check.grade {
-            Grade::Ok => "ok  ",
-            Grade::Warn => "warn",
-            Grade::Fail => "FAIL",
-        };
-        printer.say(&format!("{mark}  {}: {}", check.check, check.found));
-        check.fix.iter().for_each(|fix| printer.say(&format!("      fix: {fix}")));
+        printer.say(&check.lines());
     };
     let broker = match connect::connect(global).await {
         Ok(broker) => broker,
@@ -109,7 +71,7 @@ pub async fn run(global: &Global, args: &DoctorArgs) -> Result<Verdict, Failure>
             });
         }),
     }
-    model::check(args.model_uri.as_deref(), &args.store.config()).await.into_iter().for_each(&mut show);
+    worker::check(args).into_iter().for_each(&mut show);
     show(clock(&broker).await);
     show(workers(&broker).await);
     Ok(Verdict::of(well))

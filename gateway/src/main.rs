@@ -14,7 +14,6 @@ mod entries;
 mod failure;
 mod follow;
 mod gather;
-mod import;
 mod input;
 mod live;
 mod outcome;
@@ -27,6 +26,7 @@ mod results;
 mod store;
 mod submit;
 mod summary;
+mod worker;
 
 use std::process::ExitCode;
 
@@ -60,7 +60,8 @@ async fn run(cli: &Cli) -> Result<Verdict, Failure> {
         Command::Dead(args) => dead::run(global, &args.command).await,
         Command::Queue(args) => queue::run(global, args).await,
         Command::Provision(args) => provision::run(global, args).await,
-        Command::Import(args) => import::run(global, args).await,
+        Command::Import(args) => worker::run("import", &args.words),
+        Command::Check(args) => worker::run("check", &args.words),
         Command::Doctor(args) => doctor::run(global, args).await,
     }
 }

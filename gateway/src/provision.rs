@@ -1,7 +1,7 @@
 //! `millrace provision`: the model's streams and consumers, made or compared, without the operator.
 
 use millrace_crds::config::{QueueConfig, ResultsConfig, WorkerConfig};
-use millrace_worker::provision::{Item, Mode, State, provision};
+use millrace_queue::provision::{Item, Mode, State, provision};
 use serde_json::{Value, json};
 
 use crate::args::{Global, ProvisionArgs, QueueSettingArgs};

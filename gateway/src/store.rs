@@ -9,7 +9,7 @@ use millrace_crds::config::StoreConfig;
 use millrace_crds::job::INPUT_BYTES_MAX;
 use millrace_crds::names::JobId;
 use millrace_crds::result::OutputReference;
-use millrace_worker::store::{S3Uri, Store};
+use millrace_queue::store::{S3Uri, Store};
 use sha2::{Digest, Sha256};
 use tokio::sync::OnceCell;
 

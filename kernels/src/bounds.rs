@@ -5,8 +5,8 @@
 //! memory and the rate of the tile product on operands in the first-level cache, on all threads; a step's cost
 //! over these rates is the least time it could take.
 
-use crate::cpu::Precision;
 use crate::ops::KvDtype;
+use crate::precision::Precision;
 
 /// Rates of this machine with all threads.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -34,7 +34,6 @@ pub mod scaling;
 pub mod server;
 // It runs in a program of its own, for whom an end with a message is as good.
 #[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
-pub mod sim;
 pub mod status;
 pub mod telemetry;
 pub mod validate;

@@ -9,7 +9,7 @@ use data_encoding::BASE64URL_NOPAD;
 use nkeys::KeyPair;
 use serde_json::{Value, json};
 
-use crate::kube::certificates::Certificates;
+use crate::certificates::Certificates;
 
 /// Rights of an account: all of them, without limits.
 const LIMITS: &str = r#"{"subs":-1,"data":-1,"payload":-1,"imports":-1,"exports":-1,"wildcards":true,"conn":-1,

@@ -8,9 +8,9 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use millrace_worker::model::binding::{names, shape_of};
-use millrace_worker::model::config::DecoderConfig;
-use millrace_worker::model::source::StoredDtype;
+use millrace_engine::model::binding::{names, shape_of};
+use millrace_engine::model::config::DecoderConfig;
+use millrace_engine::model::source::StoredDtype;
 use serde_json::{Map, Value, json};
 
 use crate::random::Random;

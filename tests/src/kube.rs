@@ -4,7 +4,6 @@
 //! runs a pod's containers as processes of this machine and is made for tests and the demo only.
 
 pub mod audit;
-pub mod certificates;
 pub mod cluster;
 pub mod control_plane;
 pub mod faults;

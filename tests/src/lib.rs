@@ -7,12 +7,14 @@
 //! Starting, killing and waiting for a child block the thread, so async tests run on several threads.
 
 pub mod accounts;
+pub mod certificates;
 pub mod chaos;
 pub mod checkpoint;
 pub mod cluster;
 pub mod demo;
 pub mod http;
 pub mod jobs;
+#[cfg(feature = "cluster")]
 pub mod kube;
 pub mod model;
 pub mod nats;

@@ -4,8 +4,8 @@ use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
-use millrace_worker::import::{self, ImportOptions};
-use millrace_worker::prompt::Text;
+use millrace_engine::import::{self, ImportOptions};
+use millrace_engine::text::prompt::Text;
 use serde_json::Value;
 
 use crate::tools;

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use millrace_crds::config::ModelConfig;
 use millrace_crds::units::Bytes;
-use millrace_worker::store::Store;
+use millrace_queue::store::Store;
 use millrace_worker::weights;
 use tempfile::TempDir;
 

@@ -14,12 +14,12 @@ use millrace_crds::config::{EngineConfig, WorkerConfig};
 use millrace_crds::job::{JobHeaders, header};
 use millrace_crds::result::ErrorCode;
 use millrace_crds::units::Bytes;
+use millrace_engine::start::Engine;
+use millrace_engine::text::prompt::Text;
+use millrace_queue::fault::{Disposition, Fault};
 use millrace_tests::{checkpoint, tiny, tools};
 use millrace_worker::ending::Ending;
-use millrace_worker::fault::{Disposition, Fault};
-use millrace_worker::prompt::Text;
 use millrace_worker::run::{Answer, EngineRun, Run, Work};
-use millrace_worker::start::Engine;
 use millrace_worker::{load, weights};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -37,7 +37,7 @@ struct Malformed {
 
 /// The table that the decoder's own test reads too.
 fn malformed() -> Vec<Malformed> {
-    let table = include_str!("../../worker/tests/golden/malformed-requests.json");
+    let table = include_str!("../../engine/tests/golden/malformed-requests.json");
     serde_json::from_str(table).expect("a table")
 }
 

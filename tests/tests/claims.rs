@@ -9,11 +9,11 @@ use millrace_crds::config::ObjectStoreConfig;
 use millrace_crds::job::{JSONL, header};
 use millrace_crds::result::{ErrorCode, OutcomeKind, OutputReference};
 use millrace_crds::units;
+use millrace_queue::store::Store;
 use millrace_tests::cluster::Cluster;
 use millrace_tests::jobs::{Job, Queue, Record, Stored};
 use millrace_tests::s3::{self, S3};
 use millrace_tests::{nats, tools};
-use millrace_worker::store::Store;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 

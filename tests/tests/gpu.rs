@@ -7,15 +7,15 @@
 use anyhow::{Context, Result, ensure};
 use millrace_crds::config::{Device, Dtype, EngineConfig, KvCacheDtype};
 use millrace_crds::units::Bytes;
+use millrace_engine::model::config::DecoderConfig;
+use millrace_engine::model::files::Files;
+use millrace_engine::schedule::handle::Load;
+use millrace_engine::schedule::request::{Request, Sampling};
+use millrace_engine::start::{Engine, Generated, Tuning};
+use millrace_engine::text::prompt::Text;
 use millrace_kernels::cuda;
 use millrace_tests::random::Random;
 use millrace_tests::{checkpoint, model, tools};
-use millrace_worker::engine::handle::Load;
-use millrace_worker::engine::request::{Request, Sampling};
-use millrace_worker::model::config::DecoderConfig;
-use millrace_worker::model::files::Files;
-use millrace_worker::prompt::Text;
-use millrace_worker::start::{Engine, Generated, Tuning};
 use serde_json::{Value, json};
 
 const REQUESTS: usize = 64;

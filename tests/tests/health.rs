@@ -9,13 +9,13 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use millrace_queue::provision::{Mode, provision};
 use millrace_tests::cluster::Cluster;
 use millrace_tests::jobs::{Job, Record};
 use millrace_tests::process::Signal;
 use millrace_tests::s3::{self, S3};
 use millrace_tests::worker::Worker;
 use millrace_tests::{http, nats, tools};
-use millrace_worker::provision::{Mode, provision};
 use serde_json::json;
 
 const LIMIT: Duration = Duration::from_secs(60);

@@ -1,6 +1,6 @@
 //! The example of the engine as a library, compiled and run on a tiny model.
 
-#[path = "../../worker/examples/generate.rs"]
+#[path = "../../engine/examples/generate.rs"]
 #[allow(dead_code, reason = "the example's main is not called")]
 mod generate;
 

@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use millrace_crds::config::{Device, EngineConfig};
 use millrace_crds::units::Bytes;
+use millrace_engine::model::config::DecoderConfig;
+use millrace_engine::model::files::Files;
+use millrace_engine::model::source::{SourceError, StoredTensor, TensorSource};
+use millrace_engine::schedule::handle::Load;
+use millrace_engine::schedule::request::{Event, Finish, Request};
+use millrace_engine::start::{Engine, Tuning};
 use millrace_tests::tiny;
-use millrace_worker::engine::handle::Load;
-use millrace_worker::engine::request::{Event, Finish, Request};
-use millrace_worker::model::config::DecoderConfig;
-use millrace_worker::model::files::Files;
-use millrace_worker::model::source::{SourceError, StoredTensor, TensorSource};
-use millrace_worker::start::{Engine, Tuning};
 
 /// Bytes of an element of the tiny model.
 const ELEMENT: usize = 4;
@@ -71,7 +71,7 @@ type Answer = (Vec<u32>, Result<Finish, String>);
 fn answers(engine: &Engine, requests: Vec<Request>) -> Result<Vec<Answer>> {
     let running: Vec<_> =
         requests.into_iter().map(|request| engine.generate_stream(request)).collect::<Result<_, _>>()?;
-    let answer = |mut generation: millrace_worker::engine::handle::Generation| {
+    let answer = |mut generation: millrace_engine::schedule::handle::Generation| {
         let mut tokens = Vec::new();
         loop {
             match generation.next_blocking().context("the engine lives")? {

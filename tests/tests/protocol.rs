@@ -15,8 +15,8 @@ use millrace_crds::names::{Class, JobId, ModelRef};
 use millrace_crds::result::ErrorCode;
 use millrace_crds::tokens::TokenDelta;
 use millrace_crds::units::Span;
+use millrace_queue::provision::{Mode, State, provision};
 use millrace_tests::scripted::{Bench, PATIENCE, text, until};
-use millrace_worker::provision::{Mode, State, provision};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn jobs_of_each_kind_end_with_one_outcome() -> Result<()> {

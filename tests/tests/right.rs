@@ -17,18 +17,18 @@ use candle_nn::VarBuilder;
 use candle_transformers::models::{llama, mistral, quantized_llama, qwen2, qwen3};
 use millrace_crds::config::{Dtype, EngineConfig};
 use millrace_crds::units::Bytes;
+use millrace_engine::import::{self, ImportDtype, ImportOptions};
+use millrace_engine::model::config::DecoderConfig;
+use millrace_engine::model::decoder::{ArenaSizes, Decoder, arena_plan};
+use millrace_engine::model::files::Files;
+use millrace_engine::schedule::request::Request;
+use millrace_engine::start::Engine;
+use millrace_engine::text::prompt::Text;
 use millrace_kernels::cpu::{Cpu, CpuOptions, Precision};
 use millrace_kernels::isa::Isa;
 use millrace_kernels::ops::{BLOCK_TOKENS, Batch, KvDtype, Ops, Span};
 use millrace_tests::random::Random;
 use millrace_tests::{checkpoint, model, tools};
-use millrace_worker::engine::request::Request;
-use millrace_worker::import::{self, ImportDtype, ImportOptions};
-use millrace_worker::model::config::DecoderConfig;
-use millrace_worker::model::decoder::{ArenaSizes, Decoder, arena_plan};
-use millrace_worker::model::files::Files;
-use millrace_worker::prompt::Text;
-use millrace_worker::start::Engine;
 use serde_json::{Value, json};
 
 /// Largest error in f32.

@@ -22,13 +22,13 @@ use millrace_crds::config::{Dtype, EngineConfig, ModelConfig, Quantization, Stor
 use millrace_crds::units::Bytes;
 use sha2::{Digest, Sha256};
 
-use crate::engine::handle::EngineHandle;
-use crate::generate::{Fault, Requests, Totals};
-use crate::job::JobLimits;
-use crate::prompt::Text;
-use crate::start::Engine;
 use crate::weights;
 use input::Input;
+use millrace_engine::schedule::handle::EngineHandle;
+use millrace_engine::start::Engine;
+use millrace_engine::text::generate::{Fault, Requests, Totals};
+use millrace_engine::text::job::JobLimits;
+use millrace_engine::text::prompt::Text;
 use output::{Output, State};
 
 /// What the ids of answers begin with, in place of a job's id.

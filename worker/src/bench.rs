@@ -7,7 +7,6 @@
 mod record;
 mod requests;
 
-use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -16,19 +15,18 @@ use clap::Args;
 use millrace_crds::config::{Device, Dtype, EngineConfig, KvCacheDtype, Quantization};
 use millrace_crds::units::Bytes;
 use millrace_kernels::bounds::{Bounds, ModelShape};
-use millrace_kernels::cpu::{Cpu, CpuOptions, Precision};
-use millrace_kernels::cuda::{Cuda, CudaOptions};
+use millrace_kernels::cpu::Precision;
 use millrace_kernels::ops::KvDtype;
 use millrace_kernels::wait_until_real;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use crate::engine::request::{Request, Sampling};
-use crate::model::config::DecoderConfig;
-use crate::model::files::Files;
-use crate::model::random::RandomSource;
-use crate::model::source::TensorSource;
-use crate::start::{Engine, Hardware, Info, Tuning};
+use millrace_engine::model::config::DecoderConfig;
+use millrace_engine::model::files::Files;
+use millrace_engine::model::random::RandomSource;
+use millrace_engine::model::source::TensorSource;
+use millrace_engine::schedule::request::{Request, Sampling};
+use millrace_engine::start::{Engine, Info, Tuning};
 use record::{Recorder, Steps};
 use requests::Item;
 
@@ -144,7 +142,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     }
     let info = engine.info().clone();
     engine.join();
-    let bounds = machine_bounds(&info)?;
+    let bounds = info.measure()?;
     runs.sort_by(|a, b| a.output_tokens_per_s().total_cmp(&b.output_tokens_per_s()));
     let all: Vec<f64> = runs.iter().map(Run::output_tokens_per_s).collect();
     let median = runs.swap_remove((runs.len() - 1) / 2);
@@ -244,17 +242,6 @@ fn measure(engine: &Engine, items: &[Item], temperature: f32, recorder: &Recorde
     }
     let prompt_tokens = items.iter().map(|item| item.prompt.len()).sum();
     Ok(Run { wall_s, output_tokens, prompt_tokens, steps: recorder.take() })
-}
-
-fn machine_bounds(info: &Info) -> anyhow::Result<Bounds> {
-    match info.hardware {
-        Hardware::Cpu { isa, threads } => {
-            let threads = NonZeroUsize::new(threads);
-            let mut cpu = Cpu::new(CpuOptions { precision: info.precision, threads, isa: Some(isa) })?;
-            Ok(cpu.measure())
-        }
-        Hardware::Cuda { index, .. } => Ok(Cuda::new(CudaOptions::new(index))?.measure()?),
-    }
 }
 
 /// Everything that was measured, as one JSON object.

@@ -4,7 +4,7 @@
 //! recent jobs took, careful at first. The engine corrects it: while sequences wait for room there, nothing
 //! is pulled beyond a small reserve that hides the broker's round trip.
 
-use crate::engine::handle::Limits;
+use millrace_engine::schedule::handle::Limits;
 
 /// Most jobs held at once, whatever the engine's size: bounds tasks and memory.
 pub const JOBS_HELD_MAX: usize = 2048;

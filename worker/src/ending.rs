@@ -8,10 +8,12 @@ use std::fmt;
 use std::process::ExitCode;
 
 use crate::config::ConfigError;
-use crate::prompt::TextError;
-use crate::start::StartError;
-use crate::store::StoreError;
 use crate::weights::PullError;
+use millrace_engine::folder::FolderError;
+use millrace_engine::import::ImportError;
+use millrace_engine::start::StartError;
+use millrace_engine::text::prompt::TextError;
+use millrace_queue::store::StoreError;
 
 /// The exit codes, as `--help` prints them.
 pub const EXIT_CODES: &str = "\
@@ -45,7 +47,7 @@ impl Ending {
         if error.downcast_ref::<ConfigError>().is_some() {
             return Ending::ConfigInvalid;
         }
-        if error.downcast_ref::<TextError>().is_some() {
+        if error.downcast_ref::<TextError>().is_some() || error.downcast_ref::<ImportError>().is_some() {
             return Ending::ModelInvalid;
         }
         if let Some(error) = error.downcast_ref::<StartError>() {
@@ -70,12 +72,12 @@ impl Ending {
             | PullError::Store(StoreError::Address(_) | StoreError::Credentials { .. }) => {
                 Ending::ConfigInvalid
             }
-            PullError::Manifest(_)
-            | PullError::NoModel(_)
-            | PullError::TooLarge { .. }
-            | PullError::Digest { .. }
-            | PullError::Content { .. } => Ending::ModelInvalid,
-            PullError::Store(_) | PullError::Disk { .. } | PullError::Io { .. } => Ending::ModelUnavailable,
+            PullError::Folder(FolderError::Io { .. }) | PullError::Store(_) | PullError::Disk { .. } => {
+                Ending::ModelUnavailable
+            }
+            PullError::Folder(_) | PullError::TooLarge { .. } | PullError::Digest { .. } => {
+                Ending::ModelInvalid
+            }
         }
     }
 
@@ -133,7 +135,7 @@ mod tests {
 
     #[test]
     fn the_refusal_is_found_behind_what_was_said_around_it() {
-        let refused: Result<(), _> = Err(PullError::NoModel("/models/a".into()));
+        let refused: Result<(), _> = Err(PullError::from(FolderError::NoModel("/models/a".into())));
         let error = refused.context("the model").context("the start").unwrap_err();
         assert_eq!(Ending::of(&error), Ending::ModelInvalid);
         assert_eq!(Ending::of(&anyhow::anyhow!("a broken pipe")), Ending::Failed);
@@ -144,7 +146,7 @@ mod tests {
     #[test]
     fn each_cause_is_said_once() {
         let missing = || std::io::Error::from(std::io::ErrorKind::NotFound);
-        let says_its_cause = PullError::Io { path: "/models/a".into(), source: missing() };
+        let says_its_cause = FolderError::Io { path: "/models/a".into(), source: missing() };
         let error = anyhow::Error::from(says_its_cause).context("the model");
         assert_eq!(message(&error), "the model: /models/a: entity not found");
         let error = anyhow::Error::from(missing()).context("the model");

@@ -15,11 +15,11 @@ use axum::routing::get;
 
 use millrace_crds::load::ColdStart;
 
-use crate::broker::Broker;
-use crate::engine::handle::EngineHandle;
 use crate::metrics::Metrics;
-use crate::queue::PullTrouble;
 use crate::watchdog::Watch;
+use millrace_engine::schedule::handle::EngineHandle;
+use millrace_queue::broker::Broker;
+use millrace_queue::delivery::PullTrouble;
 
 /// What the pages show. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -171,14 +171,14 @@ mod tests {
         assert_eq!(health.missing(), ["the weights are not loaded", no_broker]);
         health.set_waiting(Some("s3://a/b: refused".into()));
         assert_eq!(health.missing(), ["the weights are not loaded: s3://a/b: refused", no_broker]);
-        let limits = crate::engine::handle::Limits {
+        let limits = millrace_engine::schedule::handle::Limits {
             max_model_len: 8,
             max_sequences: 1,
             block_tokens: 4,
             kv_blocks: 4,
             vocabulary: 4,
         };
-        let (engine, _inbox) = crate::engine::handle::channel(limits);
+        let (engine, _inbox) = millrace_engine::schedule::handle::channel(limits);
         health.set_engine(engine);
         assert_eq!(health.missing(), ["the warm-up step is not through", no_broker]);
         let zero = ColdStart { connect_ms: 0.0, pull_ms: 0.0, load_ms: 0.0, warm_up_ms: 0.0, total_ms: 0.0 };

@@ -1,264 +1,73 @@
-//! `millrace import`: a GGUF file becomes a model folder in Hugging Face layout.
-//!
-//! The straight line is `gguf` (header, bounded) -> `layout` (sizes, names, completeness) and `tokenizer` ->
-//! `output` (dequantised safetensors, JSON files, manifest). The worker itself never reads a GGUF: it serves the
-//! folder, whose files are pinned by one digest. Refused: whatever is malformed, incomplete, not understood or
-//! not to be served by the worker, with a message that names the field, its value and the limit.
+//! `millrace-worker import`: a GGUF file into a model folder, and the folder into an object store.
 
-mod blocks;
-mod gguf;
-mod layout;
-mod output;
-mod rope;
-mod sentencepiece;
-mod tokenizer;
+use std::path::PathBuf;
 
-use std::fs::File;
-use std::io::{self, BufReader};
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
-use std::str::FromStr;
+use anyhow::Context;
+use clap::Args;
+use millrace_engine::import::{self, ImportDtype, ImportOptions};
+use millrace_queue::args::StoreArgs;
+use millrace_queue::store::{S3Uri, Store};
+use serde_json::json;
 
-pub use blocks::BlockFormat;
-pub use gguf::{Gguf, GgufError, TensorInfo, Value};
+use crate::weights;
 
-use self::layout::Layout;
-use self::output::{OutputFolder, TensorShape};
-use self::tokenizer::Vocabulary;
-use crate::model::config::{ConfigError, DecoderConfig};
-use crate::prompt::{Text, TextError};
-use crate::weights::manifest::ManifestError;
-
-/// Bytes of tensor data in one safetensors file, as Hugging Face writes them.
-const SHARD_BYTES_MAX: u64 = 5_000_000_000;
-/// Bytes of a chat template; the longest published ones have some 20 KB.
-const CHAT_TEMPLATE_BYTES_MAX: usize = 256 << 10;
-
-/// Numeric type of the tensors that are written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum ImportDtype {
-    /// 16-bit brain floats: what the checkpoints were trained in.
-    #[default]
-    Bf16,
-    /// 16-bit IEEE floats; refused when a weight is beyond their range.
-    F16,
-    /// 32-bit floats: no rounding after dequantisation.
-    F32,
+/// `millrace-worker import`
+#[derive(Debug, Args)]
+pub struct ImportArgs {
+    /// The GGUF file
+    #[arg(value_name = "GGUF")]
+    gguf: PathBuf,
+    /// The folder to write, in Hugging Face layout
+    #[arg(long, short, value_name = "FOLDER")]
+    out: PathBuf,
+    /// Numeric type of the weights: bf16, f16 or f32
+    #[arg(long, default_value = "bf16")]
+    dtype: ImportDtype,
+    /// Then upload the folder to s3://bucket/prefix
+    #[arg(long, value_name = "URI")]
+    to: Option<String>,
+    /// Print JSON alone on standard output
+    #[arg(long)]
+    json: bool,
+    /// How to reach the object store
+    #[command(flatten)]
+    store: StoreArgs,
 }
 
-impl ImportDtype {
-    const fn bytes(self) -> usize {
-        match self {
-            Self::Bf16 | Self::F16 => 2,
-            Self::F32 => 4,
+/// Runs the command.
+///
+/// # Errors
+/// When the file is refused, with the field, its value and the limit, or the store cannot be had. A wrong address is
+/// said before the work, not after it.
+pub fn run(args: &ImportArgs) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let target = match &args.to {
+        None => None,
+        Some(text) => {
+            text.parse::<S3Uri>().with_context(|| format!("--to {text:?}"))?;
+            Some((runtime.block_on(Store::connect(&args.store.config()))?, text))
         }
-    }
-
-    const fn safetensors(self) -> &'static str {
-        match self {
-            Self::Bf16 => "BF16",
-            Self::F16 => "F16",
-            Self::F32 => "F32",
-        }
-    }
-
-    const fn torch(self) -> &'static str {
-        match self {
-            Self::Bf16 => "bfloat16",
-            Self::F16 => "float16",
-            Self::F32 => "float32",
-        }
-    }
-}
-
-impl FromStr for ImportDtype {
-    type Err = String;
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "bf16" => Ok(Self::Bf16),
-            "f16" => Ok(Self::F16),
-            "f32" => Ok(Self::F32),
-            other => Err(format!("dtype is {other:?}, it must be bf16, f16 or f32")),
-        }
-    }
-}
-
-/// Choices of an import.
-#[derive(Debug, Clone, Default)]
-pub struct ImportOptions {
-    /// Numeric type of the tensors.
-    pub dtype: ImportDtype,
-    /// Name of the pre-tokenizer, for files that name none or an unknown one.
-    pub pre_tokenizer: Option<String>,
-    /// Most bytes of tensor data in one file; 5 GB when absent.
-    pub shard_bytes_max: Option<u64>,
-}
-
-/// What an import wrote.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Imported {
-    /// The folder.
-    pub folder: PathBuf,
-    /// `sha256:` digest of its manifest.
-    pub digest: String,
-    /// Numbers in all tensors.
-    pub parameters: u64,
-    /// Tensors written.
-    pub tensors: usize,
-    /// Bytes of all files.
-    pub bytes: u64,
-}
-
-/// Why an import failed.
-#[derive(Debug, thiserror::Error)]
-pub enum ImportError {
-    /// The header of the GGUF was refused.
-    #[error(transparent)]
-    Gguf(#[from] GgufError),
-    /// A tensor that the architecture needs is absent.
-    #[error("tensor {name} is missing")]
-    TensorMissing {
-        /// Its name in the GGUF.
-        name: String,
-    },
-    /// A tensor that the architecture does not have.
-    #[error("tensor {name} is not part of this architecture")]
-    TensorUnknown {
-        /// Its name in the GGUF.
-        name: String,
-    },
-    /// A tensor whose shape contradicts the metadata.
-    #[error("tensor {name} has shape {found:?}, the metadata imply {expected:?}")]
-    Shape {
-        /// Its name in the GGUF.
-        name: String,
-        /// The shape in the file, outermost dimension first.
-        found: Vec<u64>,
-        /// The shape that the metadata imply.
-        expected: Vec<u64>,
-    },
-    /// A row or rotary head that is too long, or rows that do not divide into heads.
-    #[error("tensor {name}: {elements} numbers belong together, which is beyond the limit or no whole part")]
-    RowLength {
-        /// Its name in the GGUF.
-        name: String,
-        /// Numbers in the row or head.
-        elements: u64,
-    },
-    /// The data of a tensor could not be read.
-    #[error("cannot read tensor {name} at offset {offset}: {source}")]
-    TensorRead {
-        /// Its name in the GGUF.
-        name: String,
-        /// Where in the file.
-        offset: u64,
-        /// The system's answer.
-        source: io::Error,
-    },
-    /// A weight that is infinite or no number in the output type.
-    #[error("tensor {name} holds {value}, which is not finite in {dtype}")]
-    NotFinite {
-        /// Its name in the GGUF.
-        name: String,
-        /// The weight.
-        value: f32,
-        /// The output type.
-        dtype: &'static str,
-    },
-    /// The chat template is too long.
-    #[error("tokenizer.chat_template has {bytes} bytes, the limit is {CHAT_TEMPLATE_BYTES_MAX}")]
-    ChatTemplate {
-        /// Its length.
-        bytes: usize,
-    },
-    /// The target folder holds something.
-    #[error("{path} exists and is not an empty folder; choose another --out or remove it")]
-    OutputExists {
-        /// The folder.
-        path: PathBuf,
-    },
-    /// The target has no name of its own.
-    #[error("{path} does not end in the name of a folder")]
-    OutputName {
-        /// The path.
-        path: PathBuf,
-    },
-    /// A file could not be read or written.
-    #[error("cannot {action} {path}: {source}")]
-    Io {
-        /// What was tried.
-        action: &'static str,
-        /// On which path.
-        path: PathBuf,
-        /// The system's answer.
-        source: io::Error,
-    },
-    /// The manifest of what was written broke its own rules.
-    #[error(transparent)]
-    Manifest(#[from] ManifestError),
-    /// The configuration that the metadata give is none that the worker takes.
-    #[error("the metadata give a configuration that cannot be served: {0}")]
-    Config(#[from] ConfigError),
-    /// The tokenizer or chat template is none that the worker takes.
-    #[error("the vocabulary or chat template cannot be served: {0}")]
-    Text(#[from] TextError),
-}
-
-fn io_error(action: &'static str, path: &Path, source: io::Error) -> ImportError {
-    ImportError::Io { action, path: path.to_owned(), source }
-}
-
-/// Converts the GGUF file at `gguf` into the folder `out`, which must not exist or be empty.
-pub fn run(gguf: &Path, out: &Path, options: &ImportOptions) -> Result<Imported, ImportError> {
-    let file = File::open(gguf).map_err(|source| io_error("open", gguf, source))?;
-    let len = file.metadata().map_err(|source| io_error("inspect", gguf, source))?.len();
-    let header = Gguf::read(BufReader::with_capacity(1 << 20, &file), len)?;
-    let factors = rope_factors(&file, &header)?;
-    let layout = Layout::read(&header, factors.as_deref())?;
-    let tensors = layout.plan(&header)?;
-    if let Some(template) = header.text("tokenizer.chat_template")?
-        && template.len() > CHAT_TEMPLATE_BYTES_MAX
-    {
-        return Err(ImportError::ChatTemplate { bytes: template.len() });
-    }
-    let vocabulary = Vocabulary::read(&header, layout.vocabulary)?;
-    let files = tokenizer::build(&header, &vocabulary, options.pre_tokenizer.as_deref())?;
-    let config = layout.config(&vocabulary.special_ids(), options.dtype.torch());
-    DecoderConfig::parse(&config.to_string(), None)?;
-    let mut folder = OutputFolder::create(out)?;
-    folder.write_json("config.json", &config)?;
-    folder.write_json("generation_config.json", &files.generation)?;
-    folder.write_json("tokenizer.json", &files.tokenizer)?;
-    folder.write_json("tokenizer_config.json", &files.config)?;
-    Text::open(folder.partial(), "imported")?;
-    let shard_bytes_max = options.shard_bytes_max.unwrap_or(SHARD_BYTES_MAX);
-    folder.write_tensors(&file, &tensors, &TensorShape { dtype: options.dtype, shard_bytes_max })?;
-    let manifest = folder.finish()?;
-    Ok(Imported {
-        folder: out.to_owned(),
-        digest: manifest.digest().to_string(),
-        parameters: tensors.iter().map(|tensor| tensor.source.elements()).sum(),
-        tensors: tensors.len(),
-        bytes: manifest.total_bytes(),
-    })
-}
-
-/// The frequency factors of Llama 3, if the file has them.
-fn rope_factors(file: &File, header: &Gguf) -> Result<Option<Vec<f32>>, ImportError> {
-    let Some(tensor) = header.tensors.iter().find(|tensor| tensor.name == rope::FACTORS_TENSOR) else {
-        return Ok(None);
     };
-    if tensor.elements() > rope::FACTORS_MAX {
-        let (field, value) = (format!("number of elements of tensor {}", tensor.name), tensor.elements());
-        return Err(GgufError::Limit { field, value, limit: rope::FACTORS_MAX }.into());
+    eprintln!("importing {}", args.gguf.display());
+    let options = ImportOptions { dtype: args.dtype, ..ImportOptions::default() };
+    let imported =
+        import::run(&args.gguf, &args.out, &options).with_context(|| format!("{}", args.gguf.display()))?;
+    if let Some((store, uri)) = target {
+        eprintln!("uploading to {uri}");
+        runtime.block_on(weights::upload(&imported.folder, uri, &store))?;
     }
-    let mut bytes = vec![0; tensor.bytes as usize];
-    file.read_exact_at(&mut bytes, tensor.offset).map_err(|source| ImportError::TensorRead {
-        name: tensor.name.clone(),
-        offset: tensor.offset,
-        source,
-    })?;
-    let mut factors = vec![0.0; tensor.elements() as usize];
-    tensor.format.dequantize(&bytes, &mut factors);
-    Ok(Some(factors))
+    let folder = imported.folder.display().to_string();
+    if args.json {
+        let object = json!({
+            "folder": folder,
+            "digest": imported.digest,
+            "parameters": imported.parameters,
+            "bytes": imported.bytes,
+            "uploaded_to": args.to,
+        });
+        println!("{object}");
+    } else {
+        println!("{folder}: {} parameters, {}", imported.parameters, imported.digest);
+    }
+    Ok(())
 }

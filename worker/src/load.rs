@@ -3,10 +3,10 @@
 use anyhow::Context;
 use millrace_crds::config::WorkerConfig;
 
-use crate::engine::handle::EngineHandle;
-use crate::prompt::Text;
-use crate::start::Engine;
 use crate::weights::Folder;
+use millrace_engine::schedule::handle::EngineHandle;
+use millrace_engine::start::Engine;
+use millrace_engine::text::prompt::Text;
 
 /// A model that runs.
 #[derive(Debug)]

@@ -1,11 +1,13 @@
-//! `millrace-worker`: serve a queue, run a file of requests, or measure the engine.
+//! `millrace-worker`: serve a queue, run a file of requests, measure the engine, import or check a model.
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use millrace_worker::batch::{self, BatchArgs};
 use millrace_worker::bench::{self, BenchArgs};
+use millrace_worker::check::{self, CheckArgs};
 use millrace_worker::ending::{self, EXIT_CODES, Ending};
+use millrace_worker::import::{self, ImportArgs};
 use millrace_worker::worker::{self, ServeArgs};
 
 /// Runs prompt jobs through a paged-attention engine.
@@ -24,6 +26,10 @@ enum Command {
     Batch(BatchArgs),
     /// Measure the engine's speed on this machine, beside the machine's limits.
     Bench(BenchArgs),
+    /// Turn a GGUF file into a model folder, and upload it if asked.
+    Import(ImportArgs),
+    /// Look at a model folder as a start would, without its weights; ends with 1 when something fails.
+    Check(CheckArgs),
 }
 
 fn main() -> ExitCode {
@@ -31,6 +37,8 @@ fn main() -> ExitCode {
         Command::Serve(args) => worker::run(&args),
         Command::Batch(args) => batch::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Import(args) => import::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Check(args) => check::run(&args).map(|well| ExitCode::from(u8::from(!well))),
     };
     match ended {
         Ok(code) => code,

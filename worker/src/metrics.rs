@@ -15,9 +15,9 @@ use prometheus::{
     Opts, Registry, TextEncoder,
 };
 
-use crate::engine::handle::{Limits, Load};
-use crate::fault::Fault;
 use crate::run::Answer;
+use millrace_engine::schedule::handle::{Limits, Load};
+use millrace_queue::fault::Fault;
 
 /// Seconds, from a millisecond to an hour: vLLM's request buckets, finer below.
 const SECONDS: [f64; 22] = [

@@ -8,10 +8,10 @@ use millrace_crds::load::{LoadReport, Phase};
 use millrace_crds::names::{ModelRef, Token};
 use tokio::time::MissedTickBehavior;
 
-use crate::broker::Broker;
-use crate::engine::handle::{EngineHandle, Load};
 use crate::health::Health;
 use crate::metrics::Metrics;
+use millrace_engine::schedule::handle::{EngineHandle, Load};
+use millrace_queue::broker::Broker;
 
 /// Pause between two reports.
 const PERIOD: Duration = Duration::from_secs(1);

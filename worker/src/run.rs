@@ -11,11 +11,11 @@ use millrace_crds::tokens::TokenDelta;
 use time::OffsetDateTime;
 use tokio::sync::mpsc;
 
-use crate::engine::handle::{EngineHandle, Limits, Load};
-use crate::fault::Fault;
-use crate::generate;
-use crate::job::{Job, JobLimits};
-use crate::prompt::Text;
+use millrace_engine::schedule::handle::{EngineHandle, Limits, Load};
+use millrace_engine::text::generate;
+use millrace_engine::text::job::{Job, JobLimits};
+use millrace_engine::text::prompt::Text;
+use millrace_queue::fault::Fault;
 
 /// One attempt's input.
 #[derive(Debug, Clone)]
@@ -80,7 +80,7 @@ impl Run for EngineRun {
         let limits = JobLimits::from(self.engine.limits());
         let job = decode(work, limits).await?;
         let sequences = job.sequences() as u64;
-        let completion = generate::generate(job, &self.text, &self.engine, deltas).await?;
+        let completion = generate::generate(job, &self.text, &self.engine, deltas).await.map_err(fault_of)?;
         Ok(Answer {
             body: completion.body,
             prompt_tokens: completion.prompt_tokens,
@@ -113,15 +113,14 @@ async fn decode(work: Work, limits: JobLimits) -> Result<Job, Fault> {
         // A panic aborts the process before it could arrive here; a shutdown cancels.
         decoding.await.map_err(|_| Fault::Draining)?
     };
-    decoded.map_err(|reject| Fault::from(generate::Fault::Reject(reject)))
+    decoded.map_err(|reject| fault_of(reject.into()))
 }
 
-impl From<generate::Fault> for Fault {
-    fn from(fault: generate::Fault) -> Self {
-        match fault {
-            generate::Fault::Reject(reject) => Fault::Invalid { message: reject.to_string() },
-            generate::Fault::Sequence(message) => Fault::Inference { message },
-            generate::Fault::Stopped => Fault::EngineStopped,
-        }
+/// What the text side's fault is for the queue.
+fn fault_of(fault: generate::Fault) -> Fault {
+    match fault {
+        generate::Fault::Reject(reject) => Fault::Invalid { message: reject.to_string() },
+        generate::Fault::Sequence(message) => Fault::Inference { message },
+        generate::Fault::Stopped => Fault::EngineStopped,
     }
 }

@@ -25,18 +25,18 @@ use tokio::sync::{Notify, RwLock};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::broker::{Broker, BrokerError, Created};
-use crate::cancel::Cancels;
 use crate::capacity::Capacity;
-use crate::claim::Claims;
 use crate::failpoint::reach;
-use crate::fault::{Disposition, Fault};
 use crate::metrics::Metrics;
-use crate::queue::{Delivery, PullTrouble, Queue};
-use crate::results::{Envelope, Known, Outcome, Results, StoredOutcome, reason};
 use crate::run::Run;
-use crate::tokens::Tokens;
 use crate::watchdog::Watch;
+use millrace_queue::broker::{Broker, BrokerError, Created};
+use millrace_queue::cancel::Cancels;
+use millrace_queue::claim::Claims;
+use millrace_queue::delivery::{Delivery, PullTrouble, Queue};
+use millrace_queue::fault::{Disposition, Fault};
+use millrace_queue::results::{Envelope, Known, Outcome, Results, StoredOutcome, reason};
+use millrace_queue::tokens::Tokens;
 use pulse::{Phase, Pulse, keep_alive};
 
 /// Deliveries after which a job is given up whatever its ledger says, in multiples of its attempts: the bound
@@ -290,7 +290,7 @@ struct Held<'a, R> {
     line: &'a Line<R>,
     delivery: &'a Delivery,
     headers: JobHeaders,
-    cancel: crate::cancel::Cancel,
+    cancel: millrace_queue::cancel::Cancel,
     pulse: Pulse,
     attempt: u32,
     start: Option<attempt::Start>,
@@ -438,16 +438,6 @@ fn backoff(queue: &QueueConfig, attempt: u32) -> Duration {
     let last = queue.backoff.len().saturating_sub(1);
     let index = (attempt.max(1) as usize - 1).min(last);
     queue.backoff.get(index).map_or(Duration::from_secs(1), |span| span.0)
-}
-
-impl From<BrokerError> for Fault {
-    fn from(error: BrokerError) -> Self {
-        match error {
-            // Asking again would not help.
-            BrokerError::TooLarge { .. } => Fault::Invalid { message: error.to_string() },
-            other => Fault::Broker { message: other.to_string() },
-        }
-    }
 }
 
 /// Claim checks as a configuration without an object store allows them.

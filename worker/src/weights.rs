@@ -7,17 +7,15 @@
 //! compared at every start.
 
 mod download;
-pub(crate) mod hash;
-pub mod manifest;
-pub mod map;
 mod pull;
 
 use std::path::{Path, PathBuf};
 
 use millrace_crds::config::ModelConfig;
 
-use crate::store::{Store, StoreError};
-use manifest::{FileEntry, MANIFEST_NAME, Manifest, ManifestError, ModelDigest};
+use millrace_engine::folder::manifest::{FileEntry, MANIFEST_NAME, ManifestError, ModelDigest};
+use millrace_engine::folder::{FolderError, hash, io, verified};
+use millrace_queue::store::{Store, StoreError};
 
 /// Threads of a pull at most: each takes about a GiB a second from its connections.
 const PULL_THREADS_MAX: usize = 8;
@@ -41,15 +39,12 @@ pub enum PullError {
     /// The address is of no known kind.
     #[error("model.uri is {0:?}; it must begin with s3:// or file:///")]
     Scheme(String),
-    /// The manifest is not valid.
+    /// The folder is not what it should be.
     #[error(transparent)]
-    Manifest(#[from] ManifestError),
+    Folder(#[from] FolderError),
     /// The object store.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// The folder has none of the files of a model.
-    #[error("{0} holds no config.json; it is not a model folder in Hugging Face layout")]
-    NoModel(String),
     /// The files are larger than allowed.
     #[error("the model has {bytes} bytes; model.bytesMax is {limit}")]
     TooLarge {
@@ -76,32 +71,12 @@ pub enum PullError {
         /// The digest found.
         found: ModelDigest,
     },
-    /// A file is not what the manifest says.
-    #[error("{file}: {what} is {found}; the manifest says {wanted}")]
-    Content {
-        /// The file.
-        file: String,
-        /// Size or SHA-256.
-        what: &'static str,
-        /// As found.
-        found: String,
-        /// As the manifest has it.
-        wanted: String,
-    },
-    /// A local file or folder.
-    #[error("{path}: {source}")]
-    Io {
-        /// The file or folder.
-        path: String,
-        /// Why.
-        source: std::io::Error,
-    },
 }
 
-/// Names an I/O error's path.
-fn io(path: &Path) -> impl FnOnce(std::io::Error) -> PullError {
-    let path = path.display().to_string();
-    move |source| PullError::Io { path, source }
+impl From<ManifestError> for PullError {
+    fn from(error: ManifestError) -> Self {
+        FolderError::from(error).into()
+    }
 }
 
 /// Brings the model's files to this machine and compares them with their manifest and the configured digest.
@@ -171,7 +146,7 @@ impl Drop for Background {
 /// # Errors
 /// When the folder is not what its manifest says, or the store refuses.
 pub async fn upload(path: &Path, uri: &str, store: &Store) -> Result<Folder, PullError> {
-    let target: crate::store::S3Uri = uri.parse()?;
+    let target: millrace_queue::store::S3Uri = uri.parse()?;
     let owned = path.to_owned();
     let manifest = tokio::task::spawn_blocking(move || verified(&owned, hash::hash_file))
         .await
@@ -182,75 +157,6 @@ pub async fn upload(path: &Path, uri: &str, store: &Store) -> Result<Folder, Pul
     store.put(&target.join(MANIFEST_NAME), manifest.canonical().into()).await?;
     let (path, bytes) = (path.to_owned(), manifest.total_bytes());
     Ok(Folder { path, digest: manifest.digest(), bytes, pulled_bytes: 0 })
-}
-
-/// Whether a file of this name belongs to a model: tensors, configuration, tokenizer. The rest of a folder
-/// (readme files, other formats) is never pulled.
-fn belongs(name: &str) -> bool {
-    const NAMES: [&str; 6] = [
-        "config.json",
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "chat_template.jinja",
-    ];
-    NAMES.contains(&name) || name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json")
-}
-
-fn local_files(path: &Path) -> Result<Vec<String>, PullError> {
-    let mut names = Vec::new();
-    for entry in std::fs::read_dir(path).map_err(io(path))? {
-        let entry = entry.map_err(io(path))?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        if belongs(&name) && entry.path().is_file() {
-            names.push(name);
-        }
-    }
-    names.sort();
-    Ok(names)
-}
-
-fn read_manifest(path: &Path) -> Result<Option<Manifest>, PullError> {
-    let file = path.join(MANIFEST_NAME);
-    match std::fs::metadata(&file) {
-        Ok(data) if data.len() > manifest::MANIFEST_BYTES_MAX => {
-            Err(ManifestError::TooLarge { bytes: data.len() }.into())
-        }
-        Ok(_) => Ok(Some(Manifest::parse(&std::fs::read(&file).map_err(io(&file))?)?)),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(io(&file)(source)),
-    }
-}
-
-/// The manifest of a folder that has none.
-fn make_manifest(path: &Path, hash: HashFile) -> Result<Manifest, PullError> {
-    let names = local_files(path)?;
-    if !names.iter().any(|name| name == "config.json") {
-        return Err(PullError::NoModel(path.display().to_string()));
-    }
-    let entries = names.iter().map(|name| hash(&path.join(name), name));
-    Ok(Manifest::new(entries.collect::<Result<_, _>>()?)?)
-}
-
-/// Hashes a file of a folder without a manifest.
-type HashFile = fn(&Path, &str) -> Result<FileEntry, PullError>;
-
-/// Compares the files of a folder with its manifest by size and hash.
-fn check_files(path: &Path, manifest: &Manifest) -> Result<(), PullError> {
-    for wanted in manifest.files() {
-        let file = path.join(&wanted.name);
-        download::compare(&file.display().to_string(), &hash::hash_as(&file, wanted)?, wanted)?;
-    }
-    Ok(())
-}
-
-/// The manifest of a local folder, with which its files were compared; without one, the files as they are make it.
-fn verified(path: &Path, hash: HashFile) -> Result<Manifest, PullError> {
-    match read_manifest(path)? {
-        Some(manifest) => check_files(path, &manifest).map(|()| manifest),
-        None => make_manifest(path, hash),
-    }
 }
 
 /// Verifies a local folder. The manifest that its files make has no digest of chunks: what it takes to pin the digest

@@ -18,22 +18,22 @@ use millrace_crds::names::Token;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-use crate::broker::Broker;
-use crate::claim::Claims;
-use crate::engine::handle::EngineHandle;
-use crate::engine::request::{Event, Request, Sampling};
 use crate::health::Health;
 use crate::load::{self, Model};
 use crate::metrics::Metrics;
-use crate::monitor::{self, Fsync};
-use crate::provision::{Mode, State, provision};
 use crate::report::{CurrentPhase, Reporter};
 use crate::run::EngineRun;
 use crate::serve::{Line, LineParts, serve};
-use crate::store::{Store, StoreError};
 use crate::watchdog::{self, Watch};
 use crate::weights::{Folder, PullError};
 use crate::{config, failpoint, telemetry, weights};
+use millrace_engine::schedule::handle::EngineHandle;
+use millrace_engine::schedule::request::{Event, Request, Sampling};
+use millrace_queue::broker::Broker;
+use millrace_queue::claim::Claims;
+use millrace_queue::monitor::{self, Fsync};
+use millrace_queue::provision::{Mode, State, provision};
+use millrace_queue::store::{Store, StoreError};
 
 /// Threads of the async side. The engine has its own; the queue's work is small beside it.
 const ASYNC_THREADS: usize = 2;
@@ -202,7 +202,7 @@ impl Start {
         cold_start: ColdStart,
     ) -> anyhow::Result<Arc<Line<EngineRun>>> {
         let engine = model.engine.clone();
-        let steps = move || crate::engine::handle::Load::get(&engine.load().steps);
+        let steps = move || millrace_engine::schedule::handle::Load::get(&engine.load().steps);
         watchdog::start(self.watch.clone(), self.config.engine.step_timeout.0, steps)?;
         let line = Line::new(LineParts {
             run: EngineRun::new(model.text, model.engine),

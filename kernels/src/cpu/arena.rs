@@ -1,13 +1,11 @@
-//! Memory of a step: activation buffers, the paged cache, RoPE tables and the batch at hand.
+//! Memory of a step: activation buffers, the paged cache, RoPE tables, the batch at hand and its runs.
 //!
 //! Everything is taken when the arena is made and nothing grows afterwards.
 
-use super::Precision;
-use super::attention::{HEAD_DIM_MAX, Scratch};
-use super::fp8::Widened;
-use super::rows::Run;
+use super::scratch::{AttentionScratch, HEAD_DIM_MAX, Widened};
 use super::tile::{Held, LANES};
 use crate::ops::{ArenaPlan, BLOCK_TOKENS, Batch, BufferKind, KvDtype, KvPlan, PlanError, Span, bound};
+use crate::precision::Precision;
 use crate::tensor::Aligned;
 
 /// Rows of activations.
@@ -133,6 +131,34 @@ pub struct Step {
     pub rows: usize,
 }
 
+/// Rows of one sequence inside one aligned run of positions.
+#[derive(Debug, Clone, Copy)]
+pub struct RowRun {
+    /// Index of the span.
+    pub span: usize,
+    /// First row.
+    pub row: usize,
+    /// Position of that row.
+    pub position: usize,
+    /// Rows.
+    pub rows: usize,
+}
+
+/// Cuts spans at the multiples of `size` positions. Clears `runs` first.
+pub fn cut(spans: &[Span], size: usize, runs: &mut Vec<RowRun>) {
+    runs.clear();
+    for (index, span) in spans.iter().enumerate() {
+        let (mut row, mut position) = (span.first_row as usize, span.first_position() as usize);
+        let end = span.context as usize;
+        while position < end {
+            let rows = (size - position % size).min(end - position);
+            runs.push(RowRun { span: index, row, position, rows });
+            row += rows;
+            position += rows;
+        }
+    }
+}
+
 /// All memory of a step.
 #[derive(Debug)]
 pub struct Arena {
@@ -147,9 +173,9 @@ pub struct Arena {
     /// The batch.
     pub step: Step,
     /// The batch's rows cut into runs, by the op at hand.
-    pub runs: Vec<Run>,
+    pub runs: Vec<RowRun>,
     /// Attention's memory, one per thread.
-    pub attention: Vec<Box<Scratch>>,
+    pub attention: Vec<Box<AttentionScratch>>,
     /// `[rows_max][stride of the widest operand]`: rows that are complete before they are scaled.
     pub unscaled: Aligned<f32>,
 }
@@ -197,7 +223,7 @@ impl Arena {
         };
         let scaled = buffers.iter().filter(|buffer| buffer.is_scaled());
         let stride = scaled.map(|buffer| buffer.stride).max().unwrap_or(0);
-        let attention = (0..threads).map(|_| Scratch::new(cache.widened())).collect();
+        let attention = (0..threads).map(|_| AttentionScratch::new(cache.widened())).collect();
         Ok(Self {
             buffers,
             cache,

@@ -2,7 +2,7 @@
 //! tiling: FlashAttention, Dao et al. 2022).
 //!
 //! The query heads that share a key-value head, for a few neighbouring rows, are the rows of the tile product;
-//! the blocks of the cache already lie as its panels. Tiles start at multiples of [`TILE_TOKENS`] positions and
+//! the blocks of the cache already lie as its panels. Tiles start at multiples of `TILE_TOKENS` positions and
 //! end with the block that holds the row itself, and rows are grouped inside aligned runs of positions that lie
 //! in one block: a row goes through the same operations alone, in a chunk and in any batch. A cache of 8-bit codes is
 //! widened tile by tile; its scales are factors on the scores and on the result.
@@ -10,93 +10,28 @@
 use std::f32::consts::LOG2_E;
 use std::ops::Range;
 
-use super::arena::{Arena, Cache, CacheBlocks, Places};
-use super::fp8::Widened;
+use super::arena::{Arena, Cache, CacheBlocks, Places, RowRun, cut};
+use super::forms::Forms;
 use super::lanes;
-use super::linear::{Forms, GROUPS_AHEAD};
-use super::rows::{Run, Store, cut};
-use super::tile::{Held, LANES, QUERY_TOP, TILE_PANELS, TILE_ROWS, TILE_SEGMENTS, Tile, WIDE_TILE_ROWS};
+use super::rows::ScatteredRows;
+use super::scratch::{AttentionScratch, TILE_BLOCKS, Widened};
+use super::tile::{
+    GROUPS_AHEAD, Held, LANES, QUERY_TOP, TILE_PANELS, TILE_ROWS, TILE_SEGMENTS, Tile, WIDE_TILE_ROWS,
+};
 use super::weigh::{Weighing, weigh_bf16, weigh_f32};
 use crate::ops::{AttentionShape, BLOCK_TOKENS, Buffer, KvScales};
 use crate::pool::{Pool, Scattered};
 
-/// Positions of a tile.
-pub const TILE_TOKENS: usize = 64;
-/// Blocks of a tile.
-pub const TILE_BLOCKS: usize = TILE_TOKENS / BLOCK_TOKENS;
-/// Most elements of a head.
-pub const HEAD_DIM_MAX: usize = 256;
 /// Most query heads that may share a key-value head.
 pub const GROUP_MAX: usize = TILE_ROWS;
 /// Runs per thread from which on tasks are whole runs: enough to even out their different lengths.
 const RUNS_PER_THREAD: usize = 8;
-const HEAD_PANELS: usize = HEAD_DIM_MAX / LANES;
-
-/// Rows of a left operand; one of the two is used, as the form says.
-#[repr(C, align(64))]
-struct Left<const WIDTH: usize> {
-    f32: [[f32; WIDTH]; TILE_ROWS],
-    /// bf16 or f16.
-    paired: [[u16; WIDTH]; TILE_ROWS],
-}
-
-/// A thread's memory for attention.
-#[repr(C, align(64))]
-pub struct Scratch {
-    queries: Left<HEAD_DIM_MAX>,
-    /// What makes values of queries in f16; 1 for others.
-    query_scales: [f32; TILE_ROWS],
-    /// The softmax' numerators of a tile.
-    weights: Left<TILE_TOKENS>,
-    scores: [[[f32; LANES]; TILE_BLOCKS]; TILE_ROWS],
-    /// Sums of weighted values, `[rows][dim / 16]`.
-    results: [[f32; LANES]; TILE_ROWS * HEAD_PANELS],
-    /// Greatest score of each row so far, in units of log 2.
-    maxima: [f32; TILE_ROWS],
-    /// Sums of weights, lane by lane.
-    totals: [[f32; LANES]; TILE_ROWS],
-    widened: Widened,
-}
-
-impl std::fmt::Debug for Scratch {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Scratch")
-    }
-}
-
-impl<const WIDTH: usize> Left<WIDTH> {
-    const ZERO: Self = Self { f32: [[0.0; WIDTH]; TILE_ROWS], paired: [[0; WIDTH]; TILE_ROWS] };
-
-    /// The rows as words of 32 bits, each of `group` elements, and the words from row to row.
-    fn operand(&self, group: usize) -> (*const u32, usize) {
-        match group {
-            1 => (self.f32.as_ptr().cast(), WIDTH),
-            _ => (self.paired.as_ptr().cast(), WIDTH / 2),
-        }
-    }
-}
-
-impl Scratch {
-    /// All zero, on the heap.
-    pub fn new(widened: Widened) -> Box<Self> {
-        Box::new(Self {
-            queries: Left::ZERO,
-            query_scales: [1.0; TILE_ROWS],
-            weights: Left::ZERO,
-            scores: [[[0.0; LANES]; TILE_BLOCKS]; TILE_ROWS],
-            results: [[0.0; LANES]; TILE_ROWS * HEAD_PANELS],
-            maxima: [0.0; TILE_ROWS],
-            totals: [[0.0; LANES]; TILE_ROWS],
-            widened,
-        })
-    }
-}
 
 /// Where results go: an operand, or values that are quantised afterwards.
 #[derive(Clone, Copy)]
-pub struct Target {
+pub struct AttentionOutput {
     /// The rows.
-    pub store: Store,
+    pub store: ScatteredRows,
     /// Elements from row to row.
     pub stride: usize,
 }
@@ -105,7 +40,7 @@ pub struct Target {
 struct Task<'a> {
     forms: Forms,
     shape: &'a AttentionShape,
-    run: Run,
+    run: RowRun,
     table: &'a [u32],
     layer: usize,
     cache: &'a Cache,
@@ -140,7 +75,7 @@ pub fn attention(
     pool: &mut Pool,
     forms: Forms,
     arena: &mut Arena,
-    (layer, qkv, target): (usize, Buffer, Target),
+    (layer, qkv, target): (usize, Buffer, AttentionOutput),
     shape: &AttentionShape,
 ) {
     let Arena { buffers, cache, step, runs, attention: scratch, .. } = arena;
@@ -180,7 +115,7 @@ impl Task<'_> {
         self.run.rows * self.group
     }
 
-    fn load_queries(&self, head: usize, (qkv, stride): (&[f32], usize), scratch: &mut Scratch) {
+    fn load_queries(&self, head: usize, (qkv, stride): (&[f32], usize), scratch: &mut AttentionScratch) {
         let dim = self.shape.head_dim;
         for row in 0..self.rows() {
             let first = (self.run.row + row / self.group) * stride;
@@ -209,7 +144,7 @@ impl Task<'_> {
 
     /// Goes over the tiles of a head that any row of the run sees. Tiles end at multiples of their size, wherever
     /// the first one starts.
-    fn stream(&self, head: usize, scratch: &mut Scratch) {
+    fn stream(&self, head: usize, scratch: &mut AttentionScratch) {
         scratch.maxima.fill(f32::NEG_INFINITY);
         scratch.totals.fill([0.0; LANES]);
         let end_block = (self.run.position + self.run.rows - 1) / BLOCK_TOKENS + 1;
@@ -276,7 +211,7 @@ impl Task<'_> {
     }
 
     /// `scores[row][block] = queries * keys`.
-    fn score(&self, keys: &[*const u32], scratch: &mut Scratch) {
+    fn score(&self, keys: &[*const u32], scratch: &mut AttentionScratch) {
         let rows = self.rows();
         let (a, a_stride) = scratch.queries.operand(self.left.group());
         let mut index = 0;
@@ -306,7 +241,7 @@ impl Task<'_> {
     }
 
     /// Scores to weights, with the running maximum and total of each row.
-    fn weigh(&self, blocks: &Range<usize>, first: bool, scratch: &mut Scratch) {
+    fn weigh(&self, blocks: &Range<usize>, first: bool, scratch: &mut AttentionScratch) {
         let rows = self.rows();
         let (start, end) = (blocks.start * BLOCK_TOKENS, blocks.end * BLOCK_TOKENS);
         // Lanes of the tile that a row sees, from and up to.
@@ -342,7 +277,7 @@ impl Task<'_> {
     }
 
     /// `results += weights * values`; the first tile of a head starts from zero.
-    fn add_values(&self, values: &[*const u32], first: bool, scratch: &mut Scratch) {
+    fn add_values(&self, values: &[*const u32], first: bool, scratch: &mut AttentionScratch) {
         let (rows, panels) = (self.rows(), self.places.dim / LANES);
         let (a, a_stride) = scratch.weights.operand(self.left.group());
         let mut panel = 0;
@@ -378,7 +313,7 @@ impl Task<'_> {
         }
     }
 
-    fn finish(&self, head: usize, target: Target, scratch: &mut Scratch) {
+    fn finish(&self, head: usize, target: AttentionOutput, scratch: &mut AttentionScratch) {
         let (group, dim, rows) = (self.group, self.shape.head_dim, self.rows());
         let panels = self.places.dim / LANES;
         for row in 0..rows {

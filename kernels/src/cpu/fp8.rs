@@ -3,12 +3,10 @@
 //! The elements lie in the order of the wide forms, a byte each, so that a block is widened front to back. Invariant:
 //! every form gives the bits of [`e4m3::encode`] and [`e4m3::decode`], so the bytes of a row depend on no form.
 
-use super::attention::TILE_TOKENS;
 use super::lanes::{bf16_bits, versions};
 use crate::e4m3;
 use crate::isa::Isa;
 use crate::ops::BLOCK_TOKENS;
-use crate::tensor::Aligned;
 
 #[inline(always)]
 fn to_f32_body(codes: &[u8], out: &mut [f32]) {
@@ -93,47 +91,9 @@ mod avx512 {
     }
 }
 
-/// The keys, then the values, of a tile whose cache holds codes of 8 bits, in what attention multiplies.
-pub enum Widened {
-    /// The cache is multiplied where it lies.
-    Nothing,
-    /// `[blocks of a tile][16 * dim]` in f32.
-    F32(Aligned<f32>),
-    /// The same as bf16 bits.
-    Bf16(Aligned<u16>),
-}
-
-impl Widened {
-    /// Room for heads of `dim` elements in f32.
-    pub fn f32(dim: usize) -> Self {
-        Self::F32(Aligned::zeroed(TILE_TOKENS * dim))
-    }
-
-    /// Room for heads of `dim` elements in bf16.
-    pub fn bf16(dim: usize) -> Self {
-        Self::Bf16(Aligned::zeroed(TILE_TOKENS * dim))
-    }
-
-    /// Widens the codes of the tile's block of that number. Returns where it lies then.
-    pub fn block(&mut self, isa: Isa, index: usize, codes: &[u8]) -> *const u32 {
-        let place = index * codes.len()..(index + 1) * codes.len();
-        match self {
-            Self::Nothing => panic!("the arena has room for codes of its own cache"),
-            Self::F32(all) => {
-                to_f32(isa, codes, &mut all[place.clone()]);
-                all[place].as_ptr().cast()
-            }
-            Self::Bf16(all) => {
-                to_bf16(isa, codes, &mut all[place.clone()]);
-                all[place].as_ptr().cast()
-            }
-        }
-    }
-}
-
 /// A key and a value on their way into the slot of a block.
 #[derive(Clone, Copy)]
-pub struct Entry<'a> {
+pub struct KvEntry<'a> {
     /// `head_dim` elements.
     pub key: &'a [f32],
     /// `head_dim` elements.
@@ -146,7 +106,7 @@ pub struct Entry<'a> {
 
 /// Writes an entry in the order of f32 blocks: keys `[dim][16]`, and of the values `[dim]` of the slot.
 #[inline(always)]
-fn write_single_body(entry: Entry<'_>, keys: &mut [u8], values: &mut [u8]) {
+fn write_single_body(entry: KvEntry<'_>, keys: &mut [u8], values: &mut [u8]) {
     for (&key, group) in entry.key.iter().zip(keys.as_chunks_mut::<BLOCK_TOKENS>().0) {
         group[entry.slot] = e4m3::encode(key * entry.inverse_scales.0);
     }
@@ -158,11 +118,11 @@ fn write_single_body(entry: Entry<'_>, keys: &mut [u8], values: &mut [u8]) {
 versions! {
     /// Rounds a key and a value into their slot, in the order of blocks in f32: of the keys `[dim][16]` of a block,
     /// and of the values `[dim]` of the slot.
-    pub fn write_single(entry: Entry<'_>, keys: &mut [u8], values: &mut [u8]) = write_single_body;
+    pub fn write_single(entry: KvEntry<'_>, keys: &mut [u8], values: &mut [u8]) = write_single_body;
 }
 
 #[inline(always)]
-fn write_paired_body(entry: Entry<'_>, keys: &mut [u8], values: &mut [u8]) {
+fn write_paired_body(entry: KvEntry<'_>, keys: &mut [u8], values: &mut [u8]) {
     let (slot, (key_factor, value_factor)) = (entry.slot, entry.inverse_scales);
     let groups = keys.as_chunks_mut::<{ 2 * BLOCK_TOKENS }>().0;
     for (pair, group) in entry.key.as_chunks::<2>().0.iter().zip(groups) {
@@ -177,7 +137,7 @@ fn write_paired_body(entry: Entry<'_>, keys: &mut [u8], values: &mut [u8]) {
 versions! {
     /// The same in the order of blocks in bf16: of the keys `[dim / 2][16][2]` of a block, and of the values
     /// `[dim][2]` of the slot and its neighbour.
-    pub fn write_paired(entry: Entry<'_>, keys: &mut [u8], values: &mut [u8]) = write_paired_body;
+    pub fn write_paired(entry: KvEntry<'_>, keys: &mut [u8], values: &mut [u8]) = write_paired_body;
 }
 
 #[cfg(test)]
@@ -206,7 +166,7 @@ mod tests {
         let value: Vec<f32> = key.iter().map(|value| 1.0 / (value + 0.7)).collect();
         for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
             for slot in [0, 1, 7, 15] {
-                let entry = Entry { key: &key, value: &value, inverse_scales: (0.5, 4.0), slot };
+                let entry = KvEntry { key: &key, value: &value, inverse_scales: (0.5, 4.0), slot };
                 let (mut keys, mut values) = (vec![0x55; 80 * BLOCK_TOKENS], vec![0x55; 80]);
                 write_single(isa, entry, &mut keys, &mut values);
                 for at in 0..70 {

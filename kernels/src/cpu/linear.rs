@@ -6,70 +6,21 @@
 
 use std::f32::consts::LOG2_E;
 
-use super::Precision;
 use super::arena::{Activation, Rows};
+use super::forms::Forms;
 use super::lanes::{self, versions};
 use super::pack::{Matrix, PANEL, Panels};
-use super::rows::Store;
-use super::tile::{
-    Held, LANES, Sums, TILE_PANELS, TILE_SEGMENTS, Tile, TileFn, WIDE_TILE_ROWS, cache_isa, left_held,
-    tile_fn, tile_groups, tile_rows, weights_held,
-};
+use super::rows::ScatteredRows;
+use super::tile::{GROUPS_AHEAD, LANES, Sums, TILE_PANELS, TILE_SEGMENTS, Tile, WIDE_TILE_ROWS};
 use crate::isa::Isa;
-use crate::ops::KvDtype;
 use crate::pool::{Pool, Scattered};
 
 /// Rows of a task: their operands (240 rows of 2,048 bytes) fill half of a second-level cache of 1 MiB.
 const TASK_ROWS: usize = 240;
 /// Pairs of panels of a task.
 const TASK_PAIRS: usize = 2;
-/// Groups of a right operand that are fetched ahead when many rows use each: it comes from the second-level
-/// cache, and the dozen other streams keep the processor from foreseeing it.
-pub const GROUPS_AHEAD: usize = 8;
 /// Tasks per thread, at least, so that a thread that is held up does not hold up the others for long.
 const TASKS_PER_THREAD: usize = 2;
-
-/// How tiles are computed here.
-#[derive(Clone, Copy)]
-pub struct Forms {
-    /// Instructions of everything but the tile.
-    pub isa: Isa,
-    /// The tile product for the precision of weights.
-    pub tile: TileFn,
-    /// Most rows of that tile.
-    pub tile_rows: usize,
-    /// Most groups of that tile.
-    pub tile_groups: usize,
-    /// The tile product for the cache.
-    pub cache_tile: TileFn,
-    /// What the cache holds, or its codes are widened to.
-    pub cache: Held,
-    /// What the left operands of that are held in.
-    pub cache_left: Held,
-}
-
-impl Forms {
-    /// Those of an instruction set for weights of a precision and a cache.
-    pub fn new(isa: Isa, precision: Precision, dtype: KvDtype) -> Self {
-        let cache = if precision == Precision::F32 { Precision::F32 } else { Precision::Bf16 };
-        let cache_isa = cache_isa(isa, dtype);
-        Self {
-            isa,
-            tile: tile_fn(isa, precision),
-            tile_rows: tile_rows(isa, precision),
-            tile_groups: tile_groups(isa, precision),
-            cache_tile: tile_fn(cache_isa, cache),
-            cache: weights_held(cache_isa, cache),
-            cache_left: left_held(cache_isa, cache),
-        }
-    }
-}
-
-impl std::fmt::Debug for Forms {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Forms").field("isa", &self.isa).finish_non_exhaustive()
-    }
-}
 
 /// Where a tile lies in a product.
 #[derive(Debug, Clone, Copy)]
@@ -388,7 +339,7 @@ pub struct Gated {
     /// Instructions.
     pub isa: Isa,
     /// The rows.
-    pub store: Store,
+    pub store: ScatteredRows,
     /// Elements from row to row, a multiple of the lanes.
     pub stride: usize,
 }
@@ -403,18 +354,20 @@ impl Epilogue for Gated {
     fn prefetch(&self, area: Area) {
         let (first, len) = (self.first(area), area.panels / 2 * PANEL);
         match self.store {
-            Store::F32(out) => out.prefetch(first, len, (area.rows, self.stride)),
-            Store::Bf16(out) => out.prefetch(first, len, (area.rows, self.stride)),
-            Store::F16(..) | Store::Int8(..) => {}
+            ScatteredRows::F32(out) => out.prefetch(first, len, (area.rows, self.stride)),
+            ScatteredRows::Bf16(out) => out.prefetch(first, len, (area.rows, self.stride)),
+            ScatteredRows::F16(..) | ScatteredRows::Int8(..) => {}
         }
     }
 
     fn finish(&self, _: usize, area: Area, tile: &Finished<'_>) {
         let place = (self.first(area), self.stride);
         match self.store {
-            Store::F32(out) => gate_f32(self.isa, tile, out, place),
-            Store::Bf16(out) => gate_bf16(self.isa, tile, out, place),
-            Store::F16(..) | Store::Int8(..) => panic!("a part of a scaled row cannot be written"),
+            ScatteredRows::F32(out) => gate_f32(self.isa, tile, out, place),
+            ScatteredRows::Bf16(out) => gate_bf16(self.isa, tile, out, place),
+            ScatteredRows::F16(..) | ScatteredRows::Int8(..) => {
+                panic!("a part of a scaled row cannot be written")
+            }
         }
     }
 }

@@ -8,6 +8,8 @@
 
 mod arena;
 mod attention;
+mod detect;
+mod forms;
 mod fp8;
 mod greedy;
 mod lanes;
@@ -15,48 +17,41 @@ mod linear;
 mod measure;
 mod pack;
 mod rows;
+mod scratch;
 mod tile;
 #[cfg(target_arch = "x86_64")]
-pub(crate) mod tile_amx;
+mod tile_amx;
 #[cfg(target_arch = "x86_64")]
 mod tile_avx2;
 #[cfg(target_arch = "x86_64")]
 mod tile_avx512;
 #[cfg(target_arch = "x86_64")]
 mod tile_fp16;
+mod tile_portable;
 mod weigh;
 
 use std::num::NonZeroUsize;
 use std::time::Duration;
 
 use arena::{Activation, Arena, kv_block_bytes};
-use attention::Target;
+use attention::AttentionOutput;
+use forms::Forms;
 use greedy::{Best, Greedy};
-use linear::{Forms, Gated, Values};
+use linear::{Gated, Values};
 pub use pack::Matrix;
-use pack::{PANEL, Source, pack};
-use rows::{HeadNorms, Norm, Store};
+use pack::{MatrixSource, PANEL, pack};
+use rows::{HeadNorms, Norm, ScatteredRows};
 use tile::{Held, left_held, weights_held};
 
+use crate::bounds::Bounds;
 use crate::isa::Isa;
 use crate::ops::{
     ArenaPlan, AttentionShape, Batch, Buffer, KvDtype, KvPlan, Ops, PlanError, QUEUED_MAX, QkNorm, StepError,
 };
 use crate::pool::{Pool, Scattered};
+pub use crate::precision::Precision;
 use crate::sampling::{Poisoned, SampleRow, Sampled, Scratch, sample_row};
 use crate::tensor::{Aligned, HostTensor, LoadError};
-
-/// What matrix products compute with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Precision {
-    /// f32 weights, operands and cache.
-    F32,
-    /// bf16 weights and cache, f32 sums; operands are bf16, or f32 where weights are widened ([`Isa::widens_bf16`]), or
-    /// both are f16, exactly scaled ([`Isa::Avx512Fp16`]).
-    Bf16,
-    /// int8 weights and operands, int32 sums; bf16 cache.
-    Int8,
-}
 
 /// How to run on this machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -148,13 +143,18 @@ impl Cpu {
         left_held(self.forms.isa, self.precision)
     }
 
-    fn pack(&mut self, source: &Source<'_, '_>) -> Result<Matrix, LoadError> {
+    fn pack(&mut self, source: &MatrixSource<'_, '_>) -> Result<Matrix, LoadError> {
         pack(&mut self.pool, source, weights_held(self.forms.isa, self.precision))
     }
 
     /// Threads that work on a step.
     pub fn threads(&self) -> usize {
         self.pool.threads()
+    }
+
+    /// Measures memory and tile product on all threads. Takes about a second; no step may be under way.
+    pub fn measure(&mut self) -> Bounds {
+        measure::bounds(&mut self.pool, self.forms.isa, self.precision)
     }
 
     fn parts(&mut self) -> (&mut Pool, Forms, &mut Arena) {
@@ -232,7 +232,7 @@ impl Ops for Cpu {
     const BESIDE: bool = false;
 
     fn matrix(&mut self, parts: &[HostTensor<'_>]) -> Result<Matrix, LoadError> {
-        self.pack(&Source::Stacked(parts))
+        self.pack(&MatrixSource::Stacked(parts))
     }
 
     fn qkv_matrix(&mut self, parts: &[HostTensor<'_>], _head_dim: usize) -> Result<Matrix, LoadError> {
@@ -240,7 +240,7 @@ impl Ops for Cpu {
     }
 
     fn gated_matrix(&mut self, gate: &HostTensor<'_>, up: &HostTensor<'_>) -> Result<Matrix, LoadError> {
-        self.pack(&Source::Gated(gate, up))
+        self.pack(&MatrixSource::Gated(gate, up))
     }
 
     fn vector(&mut self, parts: &[HostTensor<'_>]) -> Result<Vector, LoadError> {
@@ -309,8 +309,11 @@ impl Ops for Cpu {
         let rows = arena.step.rows;
         let (x, out) = pair(&mut arena.buffers, x, out);
         assert_eq!(out.width.next_multiple_of(PANEL) * 2, gate_up.rows, "width of a gated product");
-        let store =
-            if out.is_scaled() { Store::F32(Scattered::new(&mut arena.unscaled)) } else { Store::new(out) };
+        let store = if out.is_scaled() {
+            ScatteredRows::F32(Scattered::new(&mut arena.unscaled))
+        } else {
+            ScatteredRows::new(out)
+        };
         let gated = Gated { isa: forms.isa, store, stride: out.stride };
         linear::product(pool, forms, gate_up, (x, rows), &gated);
         if out.is_scaled() {
@@ -337,9 +340,12 @@ impl Ops for Cpu {
         assert_eq!(activation.width, shape.heads * shape.head_dim, "width of attention's result");
         let scaled = activation.is_scaled();
         let stride = activation.stride;
-        let store =
-            if scaled { Store::F32(Scattered::new(&mut arena.unscaled)) } else { Store::new(activation) };
-        attention::attention(pool, forms, arena, (layer, qkv, Target { store, stride }), shape);
+        let store = if scaled {
+            ScatteredRows::F32(Scattered::new(&mut arena.unscaled))
+        } else {
+            ScatteredRows::new(activation)
+        };
+        attention::attention(pool, forms, arena, (layer, qkv, AttentionOutput { store, stride }), shape);
         if scaled {
             let rows = arena.step.rows;
             rows::scale(pool, forms.isa, &arena.unscaled, &mut arena.buffers[out.0], rows);

@@ -108,7 +108,7 @@ impl Matrix {
 }
 
 /// Where the rows of a packed matrix come from.
-pub enum Source<'a, 'b> {
+pub enum MatrixSource<'a, 'b> {
     /// Parts one after the other.
     Stacked(&'a [HostTensor<'b>]),
     /// Sixteen rows of the gate, sixteen of the up projection, and so on; a last partial sixteen is padded
@@ -116,11 +116,11 @@ pub enum Source<'a, 'b> {
     Gated(&'a HostTensor<'b>, &'a HostTensor<'b>),
 }
 
-impl Source<'_, '_> {
+impl MatrixSource<'_, '_> {
     /// Packed rows and columns.
     pub fn shape(&self) -> Result<(usize, usize), LoadError> {
         match self {
-            Source::Stacked(parts) => {
+            MatrixSource::Stacked(parts) => {
                 let (mut rows, columns) = parts.first().ok_or(LoadError::Empty)?.matrix_shape()?;
                 for part in &parts[1..] {
                     let (more, found) = part.matrix_shape()?;
@@ -131,7 +131,7 @@ impl Source<'_, '_> {
                 }
                 Ok((rows, columns))
             }
-            Source::Gated(gate, up) => {
+            MatrixSource::Gated(gate, up) => {
                 let (gate_rows, columns) = gate.matrix_shape()?;
                 let (up_rows, found) = up.matrix_shape()?;
                 if found != columns {
@@ -148,7 +148,7 @@ impl Source<'_, '_> {
     /// Reads a packed row; rows of padding are zero.
     pub fn read_row(&self, row: usize, out: &mut [f32]) {
         match self {
-            Source::Stacked(parts) => {
+            MatrixSource::Stacked(parts) => {
                 let mut row = row;
                 for part in *parts {
                     let rows = part.shape()[0];
@@ -159,7 +159,7 @@ impl Source<'_, '_> {
                 }
                 unreachable!("row is below the sum of the parts' rows");
             }
-            Source::Gated(gate, up) => {
+            MatrixSource::Gated(gate, up) => {
                 let part = if (row / PANEL).is_multiple_of(2) { gate } else { up };
                 let feature = row / (2 * PANEL) * PANEL + row % PANEL;
                 if feature < part.shape()[0] {
@@ -176,7 +176,7 @@ impl Source<'_, '_> {
 ///
 /// # Errors
 /// When the parts do not fit together.
-pub fn pack(pool: &mut Pool, source: &Source<'_, '_>, held: Held) -> Result<Matrix, LoadError> {
+pub fn pack(pool: &mut Pool, source: &MatrixSource<'_, '_>, held: Held) -> Result<Matrix, LoadError> {
     let (rows, columns) = source.shape()?;
     let columns_padded = columns.next_multiple_of(held.group());
     let rows_padded = rows.next_multiple_of(PANEL);
@@ -235,7 +235,7 @@ pub fn pack(pool: &mut Pool, source: &Source<'_, '_>, held: Held) -> Result<Matr
 /// Calls `fill` with each row's panel, number and values, panel by panel on all threads.
 fn each_row(
     pool: &mut Pool,
-    source: &Source<'_, '_>,
+    source: &MatrixSource<'_, '_>,
     (rows, columns): (usize, usize),
     fill: &(dyn Fn(usize, usize, &[f32]) + Sync),
 ) {

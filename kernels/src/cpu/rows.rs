@@ -2,13 +2,13 @@
 //!
 //! Rows are spread over the threads in small runs; a few rows are not worth a dispatch and stay on the caller.
 
-use super::arena::{Activation, Arena, CacheBlocks, Rows};
-use super::fp8::{self, Entry};
+use super::arena::{Activation, Arena, CacheBlocks, Rows, cut};
+use super::fp8::{self, KvEntry};
 use super::lanes;
 use super::pack::Matrix;
 use super::tile::LEFT_TOP;
 use crate::isa::Isa;
-use crate::ops::{AttentionShape, BLOCK_TOKENS, Buffer, Span};
+use crate::ops::{AttentionShape, BLOCK_TOKENS, Buffer};
 use crate::pool::{Pool, Scattered};
 
 /// Rows of a task.
@@ -16,7 +16,7 @@ const TASK_ROWS: usize = 8;
 
 /// Operand rows taken apart for a dispatch.
 #[derive(Clone, Copy)]
-pub enum Store {
+pub enum ScatteredRows {
     /// f32 operands or values.
     F32(Scattered<f32>),
     /// bf16 operands.
@@ -27,14 +27,18 @@ pub enum Store {
     Int8(Scattered<u8>, Scattered<f32>),
 }
 
-impl Store {
+impl ScatteredRows {
     /// Takes a buffer's rows apart.
     pub fn new(buffer: &mut Activation) -> Self {
         match &mut buffer.rows {
-            Rows::F32(rows) => Store::F32(Scattered::new(rows)),
-            Rows::Bf16(rows) => Store::Bf16(Scattered::new(rows)),
-            Rows::F16 { halves, scales } => Store::F16(Scattered::new(halves), Scattered::new(scales)),
-            Rows::Int8 { codes, scales } => Store::Int8(Scattered::new(codes), Scattered::new(scales)),
+            Rows::F32(rows) => ScatteredRows::F32(Scattered::new(rows)),
+            Rows::Bf16(rows) => ScatteredRows::Bf16(Scattered::new(rows)),
+            Rows::F16 { halves, scales } => {
+                ScatteredRows::F16(Scattered::new(halves), Scattered::new(scales))
+            }
+            Rows::Int8 { codes, scales } => {
+                ScatteredRows::Int8(Scattered::new(codes), Scattered::new(scales))
+            }
         }
     }
 
@@ -46,9 +50,11 @@ impl Store {
         // SAFETY: passed on.
         unsafe {
             match self {
-                Store::F32(rows) => rows.range(first, values.len()).copy_from_slice(values),
-                Store::Bf16(rows) => lanes::to_bf16(isa, values, rows.range(first, values.len())),
-                Store::F16(..) | Store::Int8(..) => panic!("a part of a scaled row cannot be written"),
+                ScatteredRows::F32(rows) => rows.range(first, values.len()).copy_from_slice(values),
+                ScatteredRows::Bf16(rows) => lanes::to_bf16(isa, values, rows.range(first, values.len())),
+                ScatteredRows::F16(..) | ScatteredRows::Int8(..) => {
+                    panic!("a part of a scaled row cannot be written")
+                }
             }
         }
     }
@@ -56,21 +62,21 @@ impl Store {
     /// Scales the values of row `row`, of rows `stride` elements apart.
     ///
     /// # Safety
-    /// As [`Store::put`].
+    /// As [`ScatteredRows::put`].
     unsafe fn scale(&self, isa: Isa, (row, stride): (usize, usize), values: &[f32]) {
         let first = row * stride;
         // SAFETY: passed on.
         unsafe {
             match self {
-                Store::F16(halves, scales) => {
+                ScatteredRows::F16(halves, scales) => {
                     let halves = halves.range(first, values.len());
                     lanes::to_f16(isa, values, LEFT_TOP, halves, &mut scales.range(row, 1)[0]);
                 }
-                Store::Int8(codes, scales) => {
+                ScatteredRows::Int8(codes, scales) => {
                     let codes = codes.range(first, values.len());
                     lanes::quantise(isa, values, codes, &mut scales.range(row, 1)[0]);
                 }
-                Store::F32(_) | Store::Bf16(_) => panic!("the rows have no scale"),
+                ScatteredRows::F32(_) | ScatteredRows::Bf16(_) => panic!("the rows have no scale"),
             }
         }
     }
@@ -113,17 +119,19 @@ pub fn rms_norm(pool: &mut Pool, isa: Isa, norm: Norm<'_>, (weight, eps): (&[f32
     assert_eq!((x.width, out.width), (weight.len(), weight.len()), "width of a norm");
     let (width, stride) = (x.width, out.stride);
     let values = x.values();
-    let store = Store::new(out);
+    let store = ScatteredRows::new(out);
     each_row(pool, rows, |row| {
         let values = &values[row * x.stride..][..width];
         // SAFETY: each row belongs to one task.
         unsafe {
             match store {
-                Store::F32(rows) => lanes::norm(isa, values, weight, eps, rows.range(row * stride, width)),
-                Store::Bf16(rows) => {
+                ScatteredRows::F32(rows) => {
+                    lanes::norm(isa, values, weight, eps, rows.range(row * stride, width))
+                }
+                ScatteredRows::Bf16(rows) => {
                     lanes::norm_bf16(isa, values, weight, eps, rows.range(row * stride, width));
                 }
-                Store::F16(..) | Store::Int8(..) => {
+                ScatteredRows::F16(..) | ScatteredRows::Int8(..) => {
                     let normed = scratch.range(row * stride, width);
                     lanes::norm(isa, values, weight, eps, normed);
                     store.scale(isa, (row, stride), normed);
@@ -136,7 +144,7 @@ pub fn rms_norm(pool: &mut Pool, isa: Isa, norm: Norm<'_>, (weight, eps): (&[f32
 /// Scales rows of values into operands that have a scale for each row.
 pub fn scale(pool: &mut Pool, isa: Isa, values: &[f32], out: &mut Activation, rows: usize) {
     let (width, stride) = (out.width, out.stride);
-    let store = Store::new(out);
+    let store = ScatteredRows::new(out);
     each_row(pool, rows, |row| {
         // SAFETY: each row belongs to one task.
         unsafe { store.scale(isa, (row, stride), &values[row * stride..][..width]) };
@@ -152,34 +160,6 @@ pub struct HeadNorms<'a> {
     pub k: &'a [f32],
     /// Added to the mean square.
     pub eps: f32,
-}
-
-/// Rows of one sequence inside one aligned run of positions.
-#[derive(Debug, Clone, Copy)]
-pub struct Run {
-    /// Index of the span.
-    pub span: usize,
-    /// First row.
-    pub row: usize,
-    /// Position of that row.
-    pub position: usize,
-    /// Rows.
-    pub rows: usize,
-}
-
-/// Cuts spans at the multiples of `size` positions. Clears `runs` first.
-pub fn cut(spans: &[Span], size: usize, runs: &mut Vec<Run>) {
-    runs.clear();
-    for (index, span) in spans.iter().enumerate() {
-        let (mut row, mut position) = (span.first_row as usize, span.first_position() as usize);
-        let end = span.context as usize;
-        while position < end {
-            let rows = (size - position % size).min(end - position);
-            runs.push(Run { span: index, row, position, rows });
-            row += rows;
-            position += rows;
-        }
-    }
 }
 
 /// Norms and turns heads, and fills the cache.
@@ -292,7 +272,7 @@ impl Slots {
                     block.fill(0);
                 }
                 let (keys, values) = block.split_at_mut(half);
-                let entry = Entry { key: row.0, value: row.1, inverse_scales: *inverse_scales, slot };
+                let entry = KvEntry { key: row.0, value: row.1, inverse_scales: *inverse_scales, slot };
                 if *pack == 1 {
                     fp8::write_single(isa, entry, keys, &mut values[slot * dim..][..dim]);
                 } else {

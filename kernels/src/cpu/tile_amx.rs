@@ -12,9 +12,9 @@ use std::arch::asm;
 use std::cell::Cell;
 use std::sync::OnceLock;
 
-use super::Precision;
-use super::tile::{self, LANES, TILE_PANELS, TILE_SEGMENTS, Tile};
-use crate::isa::Isa;
+use super::tile::{LANES, TILE_PANELS, TILE_SEGMENTS, Tile, TileFn};
+use super::tile_portable;
+use crate::precision::Precision;
 
 /// Rows of a tile register.
 pub const AMX_ROWS: usize = 16;
@@ -193,9 +193,6 @@ fn configure(rows: usize, tail: usize) {
 pub fn permit() -> Result<(), &'static str> {
     static PERMIT: OnceLock<Result<(), &'static str>> = OnceLock::new();
     *PERMIT.get_or_init(|| {
-        if !Isa::Avx512.is_available() {
-            return Err("the processor lacks AVX-512, which attention needs beside AMX");
-        }
         supported()?;
         request()?;
         self_test()
@@ -244,7 +241,7 @@ fn self_test() -> Result<(), &'static str> {
         let case = Case::new(rows, panels, groups);
         // SAFETY: the case's operands have these sizes, and the kernel has granted the registers.
         let (bf16, int8) = unsafe { (case.run(bf16, Precision::Bf16), case.run(int8, Precision::Int8)) };
-        let reference = |precision| tile::tile_fn(Isa::Scalar, precision);
+        let reference = tile_portable::form;
         // SAFETY: as above; the portable form needs nothing.
         let (bf16_right, int8_right) = unsafe {
             (
@@ -287,8 +284,8 @@ impl Case {
     /// The sums as `form` computes them, `[rows][panels][lanes]`.
     ///
     /// # Safety
-    /// As [`TileFn`](super::tile::TileFn) for the form.
-    unsafe fn run(&self, form: tile::TileFn, precision: Precision) -> Vec<f32> {
+    /// As [`TileFn`] for the form.
+    unsafe fn run(&self, form: TileFn, precision: Precision) -> Vec<f32> {
         let (a, b) = self.operands(precision);
         let tile = self.tile(&a, &b);
         let mut sums = vec![[f32::NAN; LANES]; self.rows * self.panels];

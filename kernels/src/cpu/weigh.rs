@@ -1,7 +1,7 @@
 //! Between the two products of attention: scores become weights, with the running maximum and total of each row.
 
-use super::attention::{TILE_BLOCKS, TILE_TOKENS};
 use super::lanes::{self, versions};
+use super::scratch::{TILE_BLOCKS, TILE_TOKENS};
 use super::tile::{LANES, TILE_ROWS};
 use crate::isa::Isa;
 use crate::ops::BLOCK_TOKENS;

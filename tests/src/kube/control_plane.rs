@@ -17,8 +17,8 @@ use kube::{Client, Config};
 use serde_json::json;
 use tempfile::TempDir;
 
-use super::certificates::{Certificates, Identity};
 use super::programs;
+use crate::certificates::{Certificates, Identity};
 use crate::http as local;
 use crate::ports::Port;
 use crate::process::Process;

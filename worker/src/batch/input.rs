@@ -10,7 +10,7 @@ use std::time::UNIX_EPOCH;
 use sha2::{Digest, Sha256};
 
 use super::ID;
-use crate::job::{JobLimits, Line, REQUEST_BYTES_MAX, Reject, is_blank};
+use millrace_engine::text::job::{JobLimits, Line, REQUEST_BYTES_MAX, Reject, is_blank};
 
 /// Most requests of a file: what is kept per request to find equal ids is then at most 160 MiB.
 pub(super) const LINES_MAX: usize = 5_000_000;

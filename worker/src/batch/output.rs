@@ -9,7 +9,7 @@ use millrace_crds::result::OutputLine;
 use serde::{Deserialize, Serialize};
 
 use super::ID;
-use crate::completion::to_json;
+use millrace_engine::text::completion::to_json;
 
 /// A power failure costs at most the answers of this time; a killed process costs none that is written.
 const SYNC_INTERVAL: Duration = Duration::from_secs(1);

@@ -9,9 +9,9 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::*;
-use crate::engine::handle::{Limits, channel};
-use crate::engine::request::{Event, Finish, Token, Usage};
-use crate::prompt::tests::{END, tiny};
+use millrace_engine::schedule::handle::{Limits, channel};
+use millrace_engine::schedule::request::{Event, Finish, Token, Usage};
+use millrace_engine::text::prompt::tiny::{END, tiny};
 
 const LIMITS: Limits =
     Limits { max_model_len: 512, max_sequences: 3, block_tokens: 16, kv_blocks: 64, vocabulary: 258 };
@@ -120,7 +120,7 @@ fn an_input_may_be_empty() {
 
 #[test]
 fn a_line_over_the_limit_is_refused_alone() {
-    let limit = crate::job::REQUEST_BYTES_MAX;
+    let limit = millrace_engine::text::job::REQUEST_BYTES_MAX;
     let bare = |text: usize| format!("{{\"prompt\":\"{}\"}}", "x".repeat(text));
     let exact = bare(limit - bare(0).len());
     assert_eq!(exact.len(), limit);

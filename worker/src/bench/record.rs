@@ -9,7 +9,7 @@ use millrace_kernels::cpu::Precision;
 use millrace_kernels::ops::KvDtype;
 use serde_json::{Map, Value, json};
 
-use crate::engine::{Moment, Observer, StepShape};
+use millrace_engine::schedule::{Moment, Observer, StepShape};
 
 /// One step.
 #[derive(Debug, Clone, Copy)]

@@ -6,11 +6,11 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use super::{Held, Phase, reach};
-use crate::broker::Created;
 use crate::capacity::Taken;
-use crate::fault::Fault;
-use crate::results::{Known, Outcome};
 use crate::run::{Answer, Run, Work};
+use millrace_queue::broker::Created;
+use millrace_queue::fault::Fault;
+use millrace_queue::results::{Known, Outcome};
 
 /// A begun attempt, as the ledger has it.
 #[derive(Debug, Clone, Copy)]

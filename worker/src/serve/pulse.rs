@@ -8,9 +8,9 @@ use millrace_crds::names::JobId;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use super::Line;
-use crate::cancel::Cancel;
-use crate::queue::Delivery;
 use crate::run::Run;
+use millrace_queue::cancel::Cancel;
+use millrace_queue::delivery::Delivery;
 
 /// Keep-alives per ack wait.
 const BEATS: u32 = 3;

@@ -23,10 +23,11 @@ use sha2::{Digest, Sha256};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::{JoinSet, spawn_blocking};
 
-use super::hash::{PART_BYTES, PartDigests, hash_part, map_part, of_chunks};
-use super::manifest::FileEntry;
-use super::{PullError, io};
-use crate::store::{Head, S3Uri, Store, StoreError};
+use super::PullError;
+use millrace_engine::folder::hash::{PART_BYTES, PartDigests, hash_part, map_part, of_chunks};
+use millrace_engine::folder::manifest::FileEntry;
+use millrace_engine::folder::{compare, io};
+use millrace_queue::store::{Head, S3Uri, Store, StoreError};
 
 /// Parts of one request at most. Long requests cost the server less; what breaks off is not asked for again, so
 /// that they cost no more when they fail.
@@ -93,7 +94,7 @@ impl Download {
                 compare(&self.uri.to_string(), &found, &self.wanted)?;
                 Ok((found, pulled + again))
             }
-            Err(error) => Err(error),
+            Err(error) => Err(error.into()),
         }
     }
 
@@ -319,32 +320,13 @@ async fn hash_in_any_order(
     Ok(of_chunks(&hashed))
 }
 
-/// Whether a file is what the manifest says, by size and by the digest of its chunks or, where the manifest has none,
-/// of the whole. A hash that is not known matches anything.
-pub fn compare(file: &str, found: &FileEntry, wanted: &FileEntry) -> Result<(), PullError> {
-    let differs = |what, found: String, wanted: String| {
-        Err(PullError::Content { file: file.to_owned(), what, found, wanted })
-    };
-    if found.bytes != wanted.bytes {
-        return differs("size", found.bytes.to_string(), wanted.bytes.to_string());
-    }
-    match (&found.chunks_sha256, &wanted.chunks_sha256) {
-        (Some(found), Some(wanted)) if found == wanted => Ok(()),
-        (found, Some(wanted)) => {
-            differs("SHA-256 of its chunks", found.clone().unwrap_or_default(), wanted.clone())
-        }
-        (_, None) if wanted.sha256.is_empty() || found.sha256 == wanted.sha256 => Ok(()),
-        (_, None) => differs("SHA-256", found.sha256.clone(), wanted.sha256.clone()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::hash::FileHash;
-    use super::super::manifest::CHUNK_BYTES;
     use super::*;
+    use millrace_engine::folder::hash::FileHash;
+    use millrace_engine::folder::manifest::CHUNK_BYTES;
 
     proptest! {
         #[test]
@@ -412,35 +394,5 @@ mod tests {
         let (in_order, to_hash) = (target.clone(), written());
         let hash = spawn_blocking(move || hash_in_order(&in_order, to_hash));
         assert_eq!(hash.await.unwrap().unwrap(), wanted.sha256);
-    }
-
-    #[test]
-    fn a_file_is_compared_by_its_chunks_where_they_are_known() {
-        let entry = |sha256: &str, chunks: Option<&str>| FileEntry {
-            name: "a".into(),
-            bytes: 1,
-            sha256: sha256.into(),
-            chunks_sha256: chunks.map(str::to_owned),
-        };
-        for (found, wanted, refusal) in [
-            (entry("x", Some("c")), entry("y", Some("c")), None),
-            (
-                entry("x", Some("d")),
-                entry("x", Some("c")),
-                Some("SHA-256 of its chunks is d; the manifest says c"),
-            ),
-            (entry("x", None), entry("x", Some("c")), Some("SHA-256 of its chunks is ; ")),
-            (entry("x", Some("c")), entry("y", None), Some("SHA-256 is x; the manifest says y")),
-            (entry("x", None), entry("x", None), None),
-            (entry("x", None), entry("", None), None),
-        ] {
-            let error = compare("a", &found, &wanted).err().map(|error| error.to_string());
-            match refusal {
-                None => assert_eq!(error, None),
-                Some(text) => {
-                    assert!(error.as_deref().is_some_and(|error| error.contains(text)), "{error:?}")
-                }
-            }
-        }
     }
 }

@@ -18,10 +18,13 @@ use millrace_crds::config::ModelConfig;
 use sha2::{Digest, Sha256};
 use tokio::sync::Semaphore;
 
-use super::download::{Download, REQUESTS_AT_ONCE, Shared, compare};
-use super::manifest::{FileEntry, MANIFEST_BYTES_MAX, MANIFEST_NAME, Manifest, ModelDigest};
-use super::{Folder, PullError, belongs, check_files, io, pull_threads, read_manifest};
-use crate::store::{S3Uri, Store, StoreError};
+use super::download::{Download, REQUESTS_AT_ONCE, Shared};
+use super::{Folder, PullError, pull_threads};
+use millrace_engine::folder::manifest::{
+    FileEntry, MANIFEST_BYTES_MAX, MANIFEST_NAME, Manifest, ModelDigest,
+};
+use millrace_engine::folder::{FolderError, belongs, check_files, compare, io, read_manifest};
+use millrace_queue::store::{S3Uri, Store, StoreError};
 
 /// The mark of a folder whose bytes have all reached the disk.
 const SETTLED_NAME: &str = ".settled";
@@ -92,7 +95,7 @@ impl Pull {
                     .map(|(name, bytes)| FileEntry::unknown(name, bytes))
                     .collect();
                 if !files.iter().any(|file| file.name == "config.json") {
-                    return Err(PullError::NoModel(uri.to_string()));
+                    return Err(FolderError::NoModel(uri.to_string()).into());
                 }
                 let listing: Vec<_> = files.iter().map(|file| (&file.name, file.bytes)).collect();
                 let hash = Sha256::digest(format!("{uri} {listing:?}"));
@@ -235,5 +238,5 @@ fn finish(partial: &Path, ready: &Path, manifest: &Manifest) -> Result<(), PullE
     }
     let path = partial.join(MANIFEST_NAME);
     fs::write(&path, manifest.canonical()).map_err(io(&path))?;
-    fs::rename(partial, ready).map_err(io(ready))
+    Ok(fs::rename(partial, ready).map_err(io(ready))?)
 }

@@ -190,7 +190,7 @@ fn the_text_multiplies() {
                 let case = Case::new(rows, panels, groups);
                 let run = |precision| {
                     // SAFETY: the case's operands have the sizes of its tile.
-                    unsafe { case.run(tile::tile_fn(Isa::Scalar, precision), precision) }
+                    unsafe { case.run(tile_portable::form(precision), precision) }
                 };
                 let place = format!("{rows} rows, {panels} panels, {groups} groups");
                 let int8 = emulated(two_panels!("tdpbusd"), &case, Precision::Int8);

@@ -1,0 +1,178 @@
+//! One choice while it runs: tokens come in, text and deltas go out, until something ends it.
+
+use std::time::Duration;
+
+use millrace_crds::request::FinishReason;
+use millrace_crds::tokens::TokenDelta;
+use tokio::sync::mpsc;
+
+use super::Fault;
+use crate::schedule::handle::Generation;
+use crate::schedule::request::{Event, Finish, Token};
+use crate::text::completion::{Choice, TokenLogprobs};
+use crate::text::detokenize::Detokenizer;
+use crate::text::job::Params;
+use crate::text::prompt::Text;
+use crate::text::stop::Stops;
+
+/// How long a finished choice waits for room for its last delta, the one that says why it ended.
+const LAST_DELTA_WAIT: Duration = Duration::from_millis(100);
+
+/// Feeds a generation's events to a choice until one of them ends it. The generation is cancelled by its
+/// owner, which drops it.
+pub(super) async fn listen(
+    generation: &mut Generation,
+    progress: &mut Progress<'_>,
+    first_token: impl FnOnce(),
+) -> Result<(), Fault> {
+    let mut first_token = Some(first_token);
+    loop {
+        match generation.next().await {
+            Some(Event::Token(token)) => {
+                if let Some(note) = first_token.take() {
+                    note();
+                }
+                if progress.push(token) {
+                    return Ok(());
+                }
+            }
+            Some(Event::Finished(Finish::Stop, _)) => {
+                progress.end(FinishReason::Stop);
+                return Ok(());
+            }
+            Some(Event::Finished(Finish::Length, _)) => {
+                progress.end(FinishReason::Length);
+                return Ok(());
+            }
+            Some(Event::Failed(message)) => return Err(Fault::Sequence(message)),
+            None => return Err(Fault::Stopped),
+        }
+    }
+}
+
+/// A choice that is not finished.
+pub(super) struct Progress<'a> {
+    detokenizer: Detokenizer<'a>,
+    stops: Stops,
+    stop_tokens: Vec<u32>,
+    include_stop: bool,
+    logprobs: bool,
+    /// Text as the detokenizer gives it, before the stop strings have seen it; empty between tokens.
+    fresh: String,
+    /// Characters of text so far, counted for the offsets of log probabilities.
+    characters: usize,
+    choice: Choice,
+    deltas: Deltas,
+}
+
+impl<'a> Progress<'a> {
+    pub(super) fn new(text: &'a Text, params: &Params, stop_tokens: Vec<u32>, deltas: Deltas) -> Self {
+        Self {
+            detokenizer: text.detokenizer(params.skip_special_tokens),
+            stops: Stops::new(&params.stop, params.include_stop),
+            stop_tokens,
+            include_stop: params.include_stop,
+            logprobs: params.logprobs.is_some(),
+            fresh: String::new(),
+            characters: 0,
+            choice: Choice {
+                text: String::new(),
+                finish: FinishReason::Length,
+                tokens: 0,
+                logprobs: Vec::new(),
+            },
+            deltas,
+        }
+    }
+
+    /// Takes a token; returns whether it ended the choice.
+    fn push(&mut self, token: Token) -> bool {
+        self.choice.tokens += 1;
+        if let Some(values) = token.logprobs.filter(|_| self.logprobs) {
+            self.choice.logprobs.push(TokenLogprobs { id: token.id, offset: self.characters, values });
+        }
+        let stopped = self.stop_tokens.binary_search(&token.id).is_ok();
+        // The text of a stop token is cut off, like that of a stop string.
+        if !stopped || self.include_stop {
+            self.detokenizer.push(token.id, &mut self.fresh);
+        }
+        let matched = self.release();
+        if stopped && !matched {
+            self.end(FinishReason::Stop);
+        } else if matched {
+            self.choice.finish = FinishReason::Stop;
+        }
+        stopped || matched
+    }
+
+    /// Nothing more comes: what was held back comes out, unless it holds a stop string after all.
+    fn end(&mut self, finish: FinishReason) {
+        self.choice.finish = finish;
+        self.detokenizer.finish(&mut self.fresh);
+        if self.release() {
+            self.choice.finish = FinishReason::Stop;
+        }
+        let before = self.choice.text.len();
+        self.stops.finish(&mut self.choice.text);
+        self.deltas.send(&self.choice.text[before..]);
+    }
+
+    /// Moves fresh text through the stop strings; returns whether one ended the choice.
+    fn release(&mut self) -> bool {
+        if self.fresh.is_empty() {
+            return false;
+        }
+        if self.logprobs {
+            self.characters += self.fresh.chars().count();
+        }
+        let before = self.choice.text.len();
+        let matched = self.stops.push(&self.fresh, &mut self.choice.text);
+        self.fresh.clear();
+        self.deltas.send(&self.choice.text[before..]);
+        matched
+    }
+
+    pub(super) async fn finish(mut self) -> Choice {
+        self.deltas.finish(self.choice.finish).await;
+        self.choice
+    }
+}
+
+/// The deltas of one choice. Sending never waits: text that finds no room joins the next delta.
+pub(super) struct Deltas {
+    sender: Option<mpsc::Sender<TokenDelta>>,
+    next: TokenDelta,
+}
+
+impl Deltas {
+    pub(super) fn new(sender: Option<mpsc::Sender<TokenDelta>>, request: usize, choice: u32) -> Self {
+        let request = u32::try_from(request).unwrap_or(u32::MAX);
+        let next = TokenDelta { number: 0, request, choice, text: String::new(), finish_reason: None };
+        Self { sender, next }
+    }
+
+    fn send(&mut self, text: &str) {
+        let Some(sender) = &self.sender else { return };
+        self.next.text.push_str(text);
+        if self.next.text.is_empty() {
+            return;
+        }
+        let delta = TokenDelta { text: std::mem::take(&mut self.next.text), ..self.next.clone() };
+        match sender.try_send(delta) {
+            Ok(()) => self.next.number += 1,
+            Err(mpsc::error::TrySendError::Full(delta)) => self.next.text = delta.text,
+            Err(mpsc::error::TrySendError::Closed(_)) => self.sender = None,
+        }
+    }
+
+    async fn finish(&mut self, finish: FinishReason) {
+        let Some(sender) = self.sender.take() else { return };
+        let reason = match finish {
+            FinishReason::Stop => "stop",
+            FinishReason::Length => "length",
+        };
+        let last = TokenDelta { finish_reason: Some(reason.into()), ..self.next.clone() };
+        // Nobody waits for a listener longer than this: the outcome holds the text.
+        let _ = sender.send_timeout(last, LAST_DELTA_WAIT).await;
+    }
+}

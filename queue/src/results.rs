@@ -1,0 +1,279 @@
+//! Outcomes: read before a job runs, created where there is none, and for a dead one the copy of the job.
+//!
+//! An outcome never changes. Creating one is a compare-and-set against "no message on this subject", so of
+//! many writers one wins, and losing is as good: there is an outcome. A dead outcome comes first and its
+//! copy second; a crash between them is repaired by whoever sees the job next, before it is acknowledged.
+
+use async_nats::{HeaderMap, Message};
+use bytes::Bytes;
+use millrace_crds::attempts::AttemptRecord;
+use millrace_crds::job::{JobHeaders, header};
+use millrace_crds::names::{JobId, ModelRef, Token};
+use millrace_crds::result::{ErrorCode, LineError, OutcomeKind, OutputLine};
+
+use crate::broker::{Broker, BrokerError, Created, PATIENCE, Patience};
+use crate::delivery::Delivery;
+
+/// Longest message of an error that is stored or logged, in characters.
+const MESSAGE_CHARS_MAX: usize = 2000;
+
+/// How a job ended, before it is stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outcome {
+    /// How.
+    pub kind: OutcomeKind,
+    /// The bytes of the record: one output line, or one a line.
+    pub body: Bytes,
+    /// Why, unless it completed.
+    pub error: Option<LineError>,
+}
+
+impl Outcome {
+    /// The job has its answer.
+    pub fn completed(body: Bytes) -> Self {
+        Self { kind: OutcomeKind::Completed, body, error: None }
+    }
+
+    /// The job has none. `kind` is not `completed`.
+    pub fn failed(kind: OutcomeKind, job: &JobId, code: ErrorCode, message: &str) -> Self {
+        let message: String = message.chars().take(MESSAGE_CHARS_MAX).collect();
+        let error = LineError { code, message };
+        let line = OutputLine {
+            id: job.to_string(),
+            custom_id: job.to_string(),
+            response: None,
+            error: Some(error.clone()),
+        };
+        let body = serde_json::to_vec(&line).expect("strings serialise").into();
+        Self { kind, body, error: Some(error) }
+    }
+}
+
+/// What the broker knows about a job.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Known {
+    /// The stored outcome.
+    pub outcome: Option<StoredOutcome>,
+    /// Whether somebody cancelled it.
+    pub cancelled: bool,
+    /// The ledger of its attempts, and the sequence of that record.
+    pub ledger: Option<(AttemptRecord, u64)>,
+}
+
+/// A stored outcome, as far as finishing the job needs it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredOutcome {
+    /// How the job ended.
+    pub kind: OutcomeKind,
+    /// The attempt that wrote it.
+    pub attempt: u32,
+    /// Why, if it is dead.
+    pub reason: String,
+}
+
+/// What is written beside an outcome's body.
+#[derive(Debug, Clone, Copy)]
+pub struct Envelope<'a> {
+    /// The job.
+    pub headers: &'a JobHeaders,
+    /// Which attempt writes, from 1.
+    pub attempt: u32,
+    /// From the job's stream timestamp until its start, in milliseconds.
+    pub queue_wait_ms: f64,
+    /// How long the attempt ran, in milliseconds.
+    pub run_ms: f64,
+}
+
+/// Where outcomes are kept.
+#[derive(Debug, Clone)]
+pub struct Results {
+    broker: Broker,
+    model: ModelRef,
+    worker: Token,
+    digest: String,
+}
+
+impl Results {
+    /// `digest` is that of the model's files; every record carries it.
+    pub fn new(broker: Broker, model: ModelRef, worker: Token, digest: String) -> Self {
+        Self { broker, model, worker, digest }
+    }
+
+    /// Reads the outcome, cancel marker and ledger of a job; tried again while the broker does not answer.
+    ///
+    /// # Errors
+    /// When one of them could not be read. That is not "absent": the job must wait.
+    pub async fn look_up(&self, job: &JobId) -> Result<Known, BrokerError> {
+        let mut patience = Patience::new(PATIENCE);
+        loop {
+            match self.look_up_once(job).await {
+                Err(error) => patience.rest(error).await?,
+                known => return known,
+            }
+        }
+    }
+
+    async fn look_up_once(&self, job: &JobId) -> Result<Known, BrokerError> {
+        let stream = self.model.results_stream();
+        let (result, cancel, attempts) = (
+            self.model.result_subject(job),
+            self.model.cancel_subject(job),
+            self.model.attempts_subject(job),
+        );
+        let (outcome, cancel, ledger) = futures::try_join!(
+            self.broker.last(&stream, &result),
+            self.broker.last(&stream, &cancel),
+            self.broker.last(&stream, &attempts)
+        )?;
+        Ok(Known {
+            outcome: outcome.map(|message| stored_outcome(&message)),
+            cancelled: cancel.is_some(),
+            ledger: ledger.as_ref().and_then(read_ledger),
+        })
+    }
+
+    /// Whether a cancel marker is stored.
+    ///
+    /// # Errors
+    /// When it could not be read.
+    pub async fn cancelled(&self, job: &JobId) -> Result<bool, BrokerError> {
+        let marker = self.broker.last(&self.model.results_stream(), &self.model.cancel_subject(job)).await?;
+        Ok(marker.is_some())
+    }
+
+    /// Stores the outcome where there is none.
+    ///
+    /// # Errors
+    /// When it could not be stored, or nobody knows.
+    pub async fn create(&self, outcome: &Outcome, envelope: Envelope<'_>) -> Result<Created, BrokerError> {
+        let headers = self.outcome_headers(outcome, envelope);
+        let subject = self.model.result_subject(&envelope.headers.id);
+        self.broker.create(&subject, headers, outcome.body.clone(), 0).await
+    }
+
+    /// Publishes a copy of the outcome where the job asked for one. Best effort.
+    pub async fn copy(&self, outcome: &Outcome, envelope: Envelope<'_>) {
+        let Some(subject) = envelope.headers.reply_subject.clone() else { return };
+        let headers = self.outcome_headers(outcome, envelope);
+        if let Err(error) =
+            self.broker.client().publish_with_headers(subject, headers, outcome.body.clone()).await
+        {
+            tracing::debug!(job = %envelope.headers.id, %error, "no copy of the outcome");
+        }
+    }
+
+    fn outcome_headers(&self, outcome: &Outcome, envelope: Envelope<'_>) -> HeaderMap {
+        let mut map = HeaderMap::new();
+        map.insert(header::RESULT_JOB_ID, envelope.headers.id.as_str());
+        map.insert(header::OUTCOME, outcome.kind.as_str());
+        map.insert(header::ATTEMPT, envelope.attempt.to_string().as_str());
+        map.insert(header::WORKER, self.worker.as_str());
+        map.insert(header::MODEL_DIGEST, self.digest.as_str());
+        map.insert(header::QUEUE_WAIT_MS, format!("{:.3}", envelope.queue_wait_ms).as_str());
+        map.insert(header::RUN_MS, format!("{:.3}", envelope.run_ms).as_str());
+        if let Some(trace) = &envelope.headers.traceparent {
+            map.insert(header::TRACEPARENT, trace.as_str());
+        }
+        if let Some(state) = &envelope.headers.tracestate {
+            map.insert(header::TRACESTATE, state.as_str());
+        }
+        map
+    }
+
+    /// Keeps a copy of a dead job: its own headers and body, and why it was given up. There may be one
+    /// already.
+    ///
+    /// # Errors
+    /// When it could not be stored.
+    pub async fn bury(
+        &self,
+        delivery: &Delivery,
+        job: &JobId,
+        stored: &StoredOutcome,
+    ) -> Result<Created, BrokerError> {
+        let mut map = HeaderMap::new();
+        // The job's own id header would make the broker take a requeued copy for a duplicate, and headers
+        // of the broker's own would be obeyed instead of kept.
+        for (name, value) in delivery.header_pairs().filter(|(name, _)| !is_brokers(name)) {
+            map.insert(name, value);
+        }
+        map.insert(header::RESULT_JOB_ID, job.as_str());
+        map.insert(header::ATTEMPT, stored.attempt.to_string().as_str());
+        map.insert(header::WORKER, self.worker.as_str());
+        map.insert(header::REASON, one_line(&stored.reason).as_str());
+        map.insert(header::CLASS, delivery.class.as_str());
+        self.broker.create(&self.model.dead_subject(job), map, delivery.body.clone(), 0).await
+    }
+
+    /// Replaces the ledger of a job, if it still is the one that was read; 0 means that there was none.
+    ///
+    /// # Errors
+    /// When it could not be stored.
+    pub async fn record(&self, job: &JobId, starts: u32, last_sequence: u64) -> Result<Created, BrokerError> {
+        let record = AttemptRecord { starts, worker: self.worker.clone() };
+        let body = serde_json::to_vec(&record).expect("numbers and strings serialise").into();
+        self.broker.create(&self.model.attempts_subject(job), HeaderMap::new(), body, last_sequence).await
+    }
+}
+
+/// Headers that the broker reads itself.
+fn is_brokers(name: &str) -> bool {
+    name.get(..5).is_some_and(|prefix| prefix.eq_ignore_ascii_case("nats-"))
+}
+
+/// Header values are single lines.
+fn one_line(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(MESSAGE_CHARS_MAX).collect()
+}
+
+fn text<'a>(message: &'a Message, name: &str) -> Option<&'a str> {
+    message.headers.as_ref()?.get(name).map(|value| value.as_str())
+}
+
+fn stored_outcome(message: &Message) -> StoredOutcome {
+    let kind = match text(message, header::OUTCOME) {
+        Some("dead") => OutcomeKind::Dead,
+        Some("rejected") => OutcomeKind::Rejected,
+        _ => OutcomeKind::Completed,
+    };
+    let error = match kind {
+        OutcomeKind::Dead => {
+            serde_json::from_slice::<OutputLine>(&message.payload).ok().and_then(|l| l.error)
+        }
+        _ => None,
+    };
+    StoredOutcome {
+        kind,
+        attempt: text(message, header::ATTEMPT).and_then(|value| value.parse().ok()).unwrap_or(1),
+        reason: error.map(|error| reason(&error)).unwrap_or_default(),
+    }
+}
+
+/// Why a job is dead, as its dead letter says it.
+pub fn reason(error: &LineError) -> String {
+    format!("{}: {}", error.code.as_str(), error.message)
+}
+
+fn read_ledger(message: &Message) -> Option<(AttemptRecord, u64)> {
+    let record = serde_json::from_slice(&message.payload).ok()?;
+    let sequence = text(message, "Nats-Sequence")?.parse().ok()?;
+    Some((record, sequence))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failures_are_output_lines() {
+        let job: JobId = "a-1".parse().unwrap();
+        let long = "x".repeat(MESSAGE_CHARS_MAX + 5);
+        let outcome = Outcome::failed(OutcomeKind::Rejected, &job, ErrorCode::Cancelled, &long);
+        let line: OutputLine = serde_json::from_slice(&outcome.body).unwrap();
+        assert_eq!((line.id.as_str(), line.response), ("a-1", None));
+        let error = line.error.unwrap();
+        assert_eq!((error.code, error.message.len()), (ErrorCode::Cancelled, MESSAGE_CHARS_MAX));
+        assert_eq!(one_line("a\r\nb"), "a  b");
+        assert!(is_brokers("nats-msg-id") && !is_brokers("Millrace-Stream") && !is_brokers("né"));
+    }
+}
