@@ -6,7 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::names::Token;
+use crate::names::SubjectToken;
 
 /// One job's ledger, the body of the message on its attempts subject.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -15,7 +15,7 @@ pub struct AttemptRecord {
     /// Attempts that were started and not handed back.
     pub starts: u32,
     /// The worker that wrote the record.
-    pub worker: Token,
+    pub worker: SubjectToken,
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::names::{ModelRef, Token};
+use crate::names::{ModelRef, SubjectToken};
 use crate::units::{Bytes, Span};
 
 /// Everything a worker needs to know.
@@ -48,9 +48,9 @@ impl WorkerConfig {
 pub struct ModelConfig {
     /// The namespace of the InferenceModel.
     #[serde(default = "defaults::namespace")]
-    pub namespace: Token,
+    pub namespace: SubjectToken,
     /// The name of the InferenceModel; part of every subject.
-    pub name: Token,
+    pub name: SubjectToken,
     /// `s3://bucket/prefix` or `file:///path` of a folder in Hugging Face layout.
     pub uri: String,
     /// `sha256:` and 64 hex digits of the manifest; refused when the files say otherwise.
@@ -379,10 +379,10 @@ impl Default for ServerConfig {
 mod defaults {
     use std::path::PathBuf;
 
-    use crate::names::Token;
+    use crate::names::SubjectToken;
     use crate::units::Bytes;
 
-    pub fn namespace() -> Token {
+    pub fn namespace() -> SubjectToken {
         "default".parse().expect("a constant that is a token")
     }
     pub fn cache_dir() -> PathBuf {

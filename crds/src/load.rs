@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::names::Token;
+use crate::names::SubjectToken;
 
 /// What a worker is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,7 +23,7 @@ pub enum Phase {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct LoadReport {
     /// The worker.
-    pub worker: Token,
+    pub worker: SubjectToken,
     /// What it is doing.
     pub phase: Phase,
     /// Seconds since the process started.

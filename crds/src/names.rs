@@ -87,9 +87,11 @@ impl Form {
 /// One subject token: `[a-z0-9]([-a-z0-9]*[a-z0-9])?`, at most [`TOKEN_BYTES_MAX`] bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "String", into = "String")]
-pub struct Token(#[schemars(length(max = 63), regex(pattern = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"))] String);
+pub struct SubjectToken(
+    #[schemars(length(max = 63), regex(pattern = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"))] String,
+);
 
-impl FromStr for Token {
+impl FromStr for SubjectToken {
     type Err = NameError;
     fn from_str(value: &str) -> Result<Self, NameError> {
         TOKEN.check(value)?;
@@ -146,7 +148,7 @@ macro_rules! text {
         }
     )*};
 }
-text!(Token, JobId);
+text!(SubjectToken, JobId);
 
 /// A job's class of service. Workers serve the classes by weight; none starves.
 #[derive(
@@ -198,9 +200,9 @@ impl FromStr for Class {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ModelRef {
     /// The Kubernetes namespace, or `default` outside of Kubernetes.
-    pub namespace: Token,
+    pub namespace: SubjectToken,
     /// The name of the InferenceModel.
-    pub name: Token,
+    pub name: SubjectToken,
 }
 
 impl fmt::Display for ModelRef {
@@ -213,7 +215,7 @@ impl ModelRef {
     /// A model's address from unchecked text.
     ///
     /// # Errors
-    /// When either part is not a [`Token`].
+    /// When either part is not a [`SubjectToken`].
     pub fn new(namespace: &str, name: &str) -> Result<Self, NameError> {
         Ok(Self { namespace: namespace.parse()?, name: name.parse()? })
     }
@@ -274,7 +276,7 @@ impl ModelRef {
     }
 
     /// Where a worker publishes its load report.
-    pub fn load_subject(&self, worker: &Token) -> String {
+    pub fn load_subject(&self, worker: &SubjectToken) -> String {
         self.subject("load", worker.as_str())
     }
 
@@ -314,7 +316,7 @@ mod tests {
     fn subjects_have_five_tokens() {
         let model = ModelRef::new("team-a", "smollm2").unwrap();
         let job: JobId = "Job_1-x".parse().unwrap();
-        let worker: Token = "worker-0".parse().unwrap();
+        let worker: SubjectToken = "worker-0".parse().unwrap();
         let subjects = [
             model.jobs_subject(Class::High),
             model.result_subject(&job),
@@ -333,9 +335,9 @@ mod tests {
 
     #[test]
     fn refusals_name_value_and_limit() {
-        let error = "a.b".parse::<Token>().unwrap_err().to_string();
+        let error = "a.b".parse::<SubjectToken>().unwrap_err().to_string();
         assert_eq!(error, "name \"a.b\" must match [a-z0-9]([-a-z0-9]*[a-z0-9])?");
-        let error = "x".repeat(64).parse::<Token>().unwrap_err().to_string();
+        let error = "x".repeat(64).parse::<SubjectToken>().unwrap_err().to_string();
         assert!(error.contains("64 bytes") && error.contains("63"), "{error}");
         assert!("".parse::<JobId>().is_err());
         assert!("urgent".parse::<Class>().is_err());
@@ -345,7 +347,7 @@ mod tests {
         #[test]
         fn accepted_text_is_one_subject_token(text in "\\PC{0,140}") {
             let clean = |s: &str| !s.is_empty() && !s.contains(['.', '*', '>', ' ', '\t', '\r', '\n', '/']);
-            if let Ok(token) = text.parse::<Token>() {
+            if let Ok(token) = text.parse::<SubjectToken>() {
                 prop_assert!(clean(token.as_str()));
             }
             if let Ok(job) = text.parse::<JobId>() {
@@ -355,7 +357,7 @@ mod tests {
 
         #[test]
         fn valid_names_pass(text in "[a-z0-9]([-a-z0-9]{0,30}[a-z0-9])?") {
-            prop_assert!(text.parse::<Token>().is_ok());
+            prop_assert!(text.parse::<SubjectToken>().is_ok());
             prop_assert!(text.parse::<JobId>().is_ok());
         }
     }

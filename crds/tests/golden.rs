@@ -12,7 +12,7 @@ use millrace_crds::attempts::AttemptRecord;
 use millrace_crds::config::{EngineConfig, ObjectStoreConfig, QueueConfig, ResultsConfig, WorkerConfig};
 use millrace_crds::job::{INPUT_BYTES_MAX, JOB_BYTES_MAX, JobHeaders, REQUESTS_MAX, header};
 use millrace_crds::load::{ColdStart, LoadReport, Phase};
-use millrace_crds::names::{Class, JobId, ModelRef, Token};
+use millrace_crds::names::{Class, JobId, ModelRef, SubjectToken};
 use millrace_crds::request::{
     BatchLine, CHAT_COMPLETIONS, ChatChoice, ChatCompletion, ChatLogprobs, ChatMessage, ChatTokenLogprob,
     FinishReason, TextChoice, TextCompletion, TextLogprobs, TopLogprob, Usage,
@@ -55,7 +55,7 @@ fn job() -> JobId {
     "job-1".parse().expect("an id")
 }
 
-fn worker() -> Token {
+fn worker() -> SubjectToken {
     "smollm2-0".parse().expect("a name")
 }
 

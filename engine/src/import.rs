@@ -22,11 +22,11 @@ use std::str::FromStr;
 pub use blocks::BlockFormat;
 pub use gguf::{Gguf, GgufError, TensorInfo, Value};
 
-use self::layout::Layout;
+use self::layout::ModelLayout;
 use self::output::{OutputFolder, TensorShape};
 use self::tokenizer::Vocabulary;
 use crate::folder::manifest::ManifestError;
-use crate::model::config::{ConfigError, DecoderConfig};
+use crate::model::config::{DecoderConfig, ModelConfigError};
 use crate::text::prompt::{Text, TextError};
 
 /// Bytes of tensor data in one safetensors file, as Hugging Face writes them.
@@ -198,7 +198,7 @@ pub enum ImportError {
     Manifest(#[from] ManifestError),
     /// The configuration that the metadata give is none that the worker takes.
     #[error("the metadata give a configuration that cannot be served: {0}")]
-    Config(#[from] ConfigError),
+    Config(#[from] ModelConfigError),
     /// The tokenizer or chat template is none that the worker takes.
     #[error("the vocabulary or chat template cannot be served: {0}")]
     Text(#[from] TextError),
@@ -214,7 +214,7 @@ pub fn run(gguf: &Path, out: &Path, options: &ImportOptions) -> Result<Imported,
     let len = file.metadata().map_err(|source| io_error("inspect", gguf, source))?.len();
     let header = Gguf::read(BufReader::with_capacity(1 << 20, &file), len)?;
     let factors = rope_factors(&file, &header)?;
-    let layout = Layout::read(&header, factors.as_deref())?;
+    let layout = ModelLayout::read(&header, factors.as_deref())?;
     let tensors = layout.plan(&header)?;
     if let Some(template) = header.text("tokenizer.chat_template")?
         && template.len() > CHAT_TEMPLATE_BYTES_MAX

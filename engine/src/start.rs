@@ -16,15 +16,15 @@ use millrace_kernels::ops::{BLOCK_TOKENS, KvDtype, Ops, PlanError};
 
 use crate::memory::available_bytes;
 use crate::model::binding::BindError;
-use crate::model::config::{ConfigError, DecoderConfig};
+use crate::model::config::{DecoderConfig, ModelConfigError};
 use crate::model::decoder::{ArenaSizes, Decoder, arena_plan, kv_plan};
 use crate::model::files::{Files, FilesError};
 use crate::model::source::{StoredDtype, TensorSource};
 use crate::schedule::blocks::Blocks;
 use crate::schedule::handle::{EngineHandle, Generation, Limits, channel};
-use crate::schedule::request::{Event, Finish, Refusal, Request, Token, Usage};
+use crate::schedule::request::{Event, Finish, Refusal, Request, SequenceUsage, Token};
 use crate::schedule::runner::Runner;
-use crate::schedule::scheduler::{Policy, Scheduler};
+use crate::schedule::scheduler::{Scheduler, SchedulerPolicy};
 use crate::schedule::{Core, Observer};
 
 mod gpu;
@@ -37,7 +37,7 @@ const THREAD_NAME: &str = "millrace-engine";
 pub enum StartError {
     /// The model's configuration.
     #[error(transparent)]
-    Config(#[from] ConfigError),
+    Config(#[from] ModelConfigError),
     /// The model's files.
     #[error(transparent)]
     Files(#[from] FilesError),
@@ -85,9 +85,9 @@ pub enum StartError {
 /// Choices that the worker's configuration does not show: for tests, and for bulk runs.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Tuning {
-    /// See [`Policy::output_reserve`].
+    /// See [`SchedulerPolicy::output_reserve`].
     pub output_reserve: f32,
-    /// See [`Policy::longest_first_window`].
+    /// See [`SchedulerPolicy::longest_first_window`].
     pub longest_first_window: usize,
     /// Instructions to use; the widest that the processor has when absent.
     pub isa: Option<Isa>,
@@ -182,7 +182,7 @@ pub struct Generated {
     /// Why it ended.
     pub finish: Finish,
     /// What it cost.
-    pub usage: Usage,
+    pub usage: SequenceUsage,
 }
 
 /// Why a sequence has no end.
@@ -310,7 +310,7 @@ impl Setup<'_> {
             limits,
             max_batch_tokens: step.tokens as usize,
         };
-        let policy = Policy {
+        let policy = SchedulerPolicy {
             max_sequences: step.sequences as usize,
             max_batch_tokens: step.tokens as usize,
             output_reserve: tuning.output_reserve,

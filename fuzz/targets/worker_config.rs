@@ -5,7 +5,7 @@
 use libfuzzer_sys::fuzz_target;
 use millrace_crds::config::WorkerConfig;
 use millrace_fuzz::folder_with;
-use millrace_worker::config::{self, ConfigError};
+use millrace_worker::config::{self, WorkerConfigError};
 
 fuzz_target!(|data: &[u8]| {
     if let Ok(config) = read(data) {
@@ -15,6 +15,6 @@ fuzz_target!(|data: &[u8]| {
     }
 });
 
-fn read(data: &[u8]) -> Result<WorkerConfig, ConfigError> {
+fn read(data: &[u8]) -> Result<WorkerConfig, WorkerConfigError> {
     config::read(&folder_with("worker.yaml", data).join("worker.yaml"))
 }

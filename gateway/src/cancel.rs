@@ -6,7 +6,7 @@ use millrace_crds::names::{Class, JobId};
 use serde_json::json;
 
 use crate::args::{CancelArgs, Global};
-use crate::connect::{self, Broker};
+use crate::connect::{self, Connection};
 use crate::direct::{self, Ask};
 use crate::failure::{Failure, Verdict};
 use crate::follow;
@@ -49,7 +49,7 @@ pub async fn run(global: &Global, args: &CancelArgs) -> Result<Verdict, Failure>
 }
 
 /// Stores the marker.
-async fn mark(broker: &Broker, job: &JobId) -> Result<(), Failure> {
+async fn mark(broker: &Connection, job: &JobId) -> Result<(), Failure> {
     let refused = |e: &dyn std::fmt::Display| Failure::Refused(format!("cancelling job {job}: {e}"));
     let subject = broker.model.cancel_subject(job);
     let stored = broker.jetstream.publish(subject, bytes::Bytes::new()).await.map_err(|e| refused(&e))?;
@@ -57,7 +57,7 @@ async fn mark(broker: &Broker, job: &JobId) -> Result<(), Failure> {
 }
 
 /// The ids of all jobs that lie in the queue, running ones included.
-async fn pending(broker: &Broker) -> Result<Vec<JobId>, Failure> {
+async fn pending(broker: &Connection) -> Result<Vec<JobId>, Failure> {
     let name = broker.model.jobs_stream();
     broker.stream(name.clone()).await?;
     let mut jobs = Vec::new();

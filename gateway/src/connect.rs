@@ -22,7 +22,7 @@ const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A connected broker and the model that the command is about.
 #[derive(Debug, Clone)]
-pub struct Broker {
+pub struct Connection {
     /// Core NATS.
     pub client: Client,
     /// JetStream.
@@ -35,7 +35,7 @@ pub struct Broker {
 ///
 /// # Errors
 /// [`Failure::Usage`] for an option that is wrong, [`Failure::Unreachable`] when no server answers.
-pub async fn connect(global: &Global) -> Result<Broker, Failure> {
+pub async fn connect(global: &Global) -> Result<Connection, Failure> {
     let model = global.model()?;
     let options = options(global).await?;
     let unreachable = |reason: String| Failure::Unreachable { server: redact(&global.server), reason };
@@ -50,10 +50,10 @@ pub async fn connect(global: &Global) -> Result<Broker, Failure> {
         .max_ack_inflight(ACKS_OUTSTANDING_MAX)
         .backpressure_on_inflight(true)
         .build(client.clone());
-    Ok(Broker { client, jetstream, model })
+    Ok(Connection { client, jetstream, model })
 }
 
-impl Broker {
+impl Connection {
     /// One of the model's streams.
     ///
     /// # Errors

@@ -16,7 +16,7 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use crate::args::{DeadCommand, Global};
-use crate::connect::{self, Broker};
+use crate::connect::{self, Connection};
 use crate::direct::{self, Ask, job_of};
 use crate::failure::{Failure, Verdict};
 use crate::follow;
@@ -91,7 +91,7 @@ pub async fn run(global: &Global, command: &DeadCommand) -> Result<Verdict, Fail
 
 /// Reads the letters from a sequence on; none at the end.
 async fn letters_from(
-    broker: &Broker,
+    broker: &Connection,
     stream: &str,
     sequence: u64,
 ) -> Result<Vec<(JobId, StreamMessage)>, Failure> {
@@ -101,7 +101,7 @@ async fn letters_from(
     Ok(batch.messages.into_iter().filter_map(with_job).collect())
 }
 
-async fn list(broker: &Broker, stream: &str, printer: Printer) -> Result<Verdict, Failure> {
+async fn list(broker: &Connection, stream: &str, printer: Printer) -> Result<Verdict, Failure> {
     let mut rows = Vec::new();
     let mut sequence = 1;
     loop {
@@ -125,7 +125,7 @@ async fn list(broker: &Broker, stream: &str, printer: Printer) -> Result<Verdict
     Ok(Verdict::Well)
 }
 
-async fn show(broker: &Broker, stream: &str, job: &JobId) -> Result<Verdict, Failure> {
+async fn show(broker: &Connection, stream: &str, job: &JobId) -> Result<Verdict, Failure> {
     let Some(message) = find(broker, stream, job).await? else {
         return Err(Failure::Usage(format!("job {job} has no dead letter: see `millrace dead list`")));
     };
@@ -141,13 +141,13 @@ async fn show(broker: &Broker, stream: &str, job: &JobId) -> Result<Verdict, Fai
     Ok(Verdict::Well)
 }
 
-async fn find(broker: &Broker, stream: &str, job: &JobId) -> Result<Option<StreamMessage>, Failure> {
+async fn find(broker: &Connection, stream: &str, job: &JobId) -> Result<Option<StreamMessage>, Failure> {
     let subjects = [broker.model.dead_subject(job)];
     Ok(direct::read(broker, stream, Ask::LastOf(&subjects)).await?.messages.pop())
 }
 
 async fn requeue(
-    broker: &Broker,
+    broker: &Connection,
     stream: &str,
     jobs: Option<Vec<JobId>>,
     printer: Printer,
@@ -191,7 +191,7 @@ async fn requeue(
 }
 
 async fn requeue_one(
-    broker: &Broker,
+    broker: &Connection,
     stream: &str,
     job: &JobId,
     message: StreamMessage,

@@ -12,7 +12,7 @@ use futures::StreamExt;
 use millrace_crds::names::ModelRef;
 use serde_json::{Value, json};
 
-use crate::connect::Broker;
+use crate::connect::Connection;
 use crate::failure::Failure;
 
 /// Most subjects that one request may name (the server's limit is 1,024).
@@ -70,7 +70,7 @@ enum ReadError {
 
 /// What one request read.
 #[derive(Debug)]
-pub struct Batch {
+pub struct DirectRead {
     /// The messages, in order.
     pub messages: Vec<StreamMessage>,
     /// Whether more of what was asked lies in the stream.
@@ -81,7 +81,7 @@ pub struct Batch {
 ///
 /// # Errors
 /// [`Failure::Refused`] when all attempts failed.
-pub async fn read(broker: &Broker, stream: &str, ask: Ask<'_>) -> Result<Batch, Failure> {
+pub async fn read(broker: &Connection, stream: &str, ask: Ask<'_>) -> Result<DirectRead, Failure> {
     let mut pause = PAUSE_MIN;
     for attempt in 1.. {
         match read_once(broker, stream, ask).await {
@@ -99,7 +99,7 @@ pub async fn read(broker: &Broker, stream: &str, ask: Ask<'_>) -> Result<Batch, 
 /// # Errors
 /// As [`read`].
 pub async fn last_of(
-    broker: &Broker,
+    broker: &Connection,
     stream: &str,
     subjects: &[String],
     mut each: impl FnMut(StreamMessage) -> Result<(), Failure>,
@@ -121,7 +121,7 @@ pub async fn last_of(
     Ok(())
 }
 
-async fn read_once(broker: &Broker, stream: &str, ask: Ask<'_>) -> Result<Batch, ReadError> {
+async fn read_once(broker: &Connection, stream: &str, ask: Ask<'_>) -> Result<DirectRead, ReadError> {
     let passing = |error: &dyn std::fmt::Display| ReadError::Passing(error.to_string());
     let inbox = broker.client.new_inbox();
     let mut answers = broker.client.subscribe(inbox.clone()).await.map_err(|e| passing(&e))?;
@@ -140,11 +140,11 @@ async fn read_once(broker: &Broker, stream: &str, ask: Ask<'_>) -> Result<Batch,
             None => messages.push(answer.try_into().map_err(|e| passing(&e))?),
             // The end of a batch says how many more there are.
             Some(StatusCode::OK) => messages.push(answer.try_into().map_err(|e| passing(&e))?),
-            Some(StatusCode::NOT_FOUND) => return Ok(Batch { messages, more: false }),
+            Some(StatusCode::NOT_FOUND) => return Ok(DirectRead { messages, more: false }),
             Some(status) if status.as_u16() == 204 => {
                 let left = answer.headers.as_ref().and_then(|h| h.get("Nats-Num-Pending"));
                 let more = left.and_then(|text| text.as_str().parse::<u64>().ok()).is_some_and(|n| n > 0);
-                return Ok(Batch { messages, more });
+                return Ok(DirectRead { messages, more });
             }
             Some(status) if matches!(status.as_u16(), 408 | 413) => {
                 let said = answer.description.as_deref().unwrap_or("no reason given").to_owned();

@@ -9,12 +9,12 @@ use millrace_crds::check::{Check, Grade};
 use millrace_crds::job::JOB_BYTES_MAX;
 use millrace_crds::load::Phase;
 use millrace_queue::monitor::{self, Fsync};
-use millrace_queue::provision::{Mode, State, provision};
+use millrace_queue::provision::{Mode, Provisioned, provision};
 use serde_json::Value;
 use time::OffsetDateTime;
 
 use crate::args::{DoctorArgs, Global};
-use crate::connect::{self, Broker};
+use crate::connect::{self, Connection};
 use crate::failure::{Failure, Verdict};
 use crate::output::Printer;
 use crate::provision as provisioned;
@@ -61,10 +61,10 @@ pub async fn run(global: &Global, args: &DoctorArgs) -> Result<Verdict, Failure>
         Ok(items) => items.iter().for_each(|item| {
             let text = provisioned::text_of(item);
             show(match item.state {
-                State::Missing => {
+                Provisioned::Missing => {
                     Check::fail("streams", text, format!("{command} (or let the operator do it)"))
                 }
-                State::Differs(_) => {
+                Provisioned::Differs(_) => {
                     Check::fail("streams", text, format!("{command} --apply, with the settings you want"))
                 }
                 _ => Check::ok("streams", text),
@@ -102,7 +102,7 @@ fn payload(client: &Client) -> Check {
     Check::warn("largest message", found, fix)
 }
 
-async fn jetstream(broker: &Broker) -> Check {
+async fn jetstream(broker: &Connection) -> Check {
     let fix = "enable it: `jetstream { store_dir: ..., sync_interval: always }` in the broker's file";
     match broker.jetstream.query_account().await {
         Ok(account) => {
@@ -129,7 +129,7 @@ async fn fsync(address: Option<&str>) -> Check {
 }
 
 /// The broker's clock, by the time in its answer about a stream, against ours half a round trip ago.
-async fn clock(broker: &Broker) -> Check {
+async fn clock(broker: &Connection) -> Check {
     const NAME: &str = "clock";
     let asked = (Instant::now(), OffsetDateTime::now_utc());
     let info: Result<Value, _> =
@@ -153,7 +153,7 @@ async fn clock(broker: &Broker) -> Check {
     }
 }
 
-async fn workers(broker: &Broker) -> Check {
+async fn workers(broker: &Connection) -> Check {
     const NAME: &str = "workers";
     match queue::workers(broker).await {
         Err(failure) => Check::warn(NAME, failure.to_string(), "allow subscribing to millrace.load.>"),

@@ -47,7 +47,7 @@ impl fmt::Display for Origin {
 
 /// One request.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Entry {
+pub struct RequestEntry {
     /// Where it stands.
     pub origin: Origin,
     /// The caller's id.
@@ -74,13 +74,13 @@ impl fmt::Display for Problem {
 }
 
 /// Reads all sources into requests, in order, and lists what is wrong.
-pub fn read(sources: &[Source], parameters: &PromptArgs) -> (Vec<Entry>, Vec<Problem>) {
+pub fn read(sources: &[Source], parameters: &PromptArgs) -> (Vec<RequestEntry>, Vec<Problem>) {
     let mut entries = Vec::new();
     let mut problems = Vec::new();
     for source in sources {
         for (origin, parsed) in source.requests(parameters) {
             match parsed {
-                Ok((custom_id, body, url)) => entries.push(Entry { origin, custom_id, body, url }),
+                Ok((custom_id, body, url)) => entries.push(RequestEntry { origin, custom_id, body, url }),
                 Err(message) => problems.push(Problem { origin, message }),
             }
         }
@@ -89,7 +89,7 @@ pub fn read(sources: &[Source], parameters: &PromptArgs) -> (Vec<Entry>, Vec<Pro
     (entries, problems)
 }
 
-fn repeated(entries: &[Entry]) -> Vec<Problem> {
+fn repeated(entries: &[RequestEntry]) -> Vec<Problem> {
     let mut first: HashMap<&str, &Origin> = HashMap::with_capacity(entries.len());
     let mut problems = Vec::new();
     for entry in entries {

@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 use millrace_crds::names::JobId;
 
 use crate::collect::Collector;
-use crate::connect::Broker;
+use crate::connect::Connection;
 use crate::direct::{self, Ask, SUBJECTS_MAX};
 use crate::failure::Failure;
-use crate::outcome::Outcome;
+use crate::outcome::CollectedOutcome;
 
 /// Pause after a look that found nothing; it doubles up to [`PAUSE_MAX`].
 const PAUSE_MIN: Duration = Duration::from_millis(10);
@@ -23,7 +23,7 @@ const ASKED_MAX: usize = 64;
 /// A place in the RESULTS stream.
 #[derive(Debug)]
 pub struct Follower<'a> {
-    broker: &'a Broker,
+    broker: &'a Connection,
     stream: String,
     next_sequence: u64,
     pause: Duration,
@@ -31,7 +31,7 @@ pub struct Follower<'a> {
 
 impl<'a> Follower<'a> {
     /// From this stream sequence on.
-    pub fn from(broker: &'a Broker, next_sequence: u64) -> Self {
+    pub fn from(broker: &'a Connection, next_sequence: u64) -> Self {
         Self { broker, stream: broker.model.results_stream(), next_sequence, pause: PAUSE_MIN }
     }
 
@@ -39,7 +39,7 @@ impl<'a> Follower<'a> {
     ///
     /// # Errors
     /// [`Failure::NotProvisioned`] when there is no stream.
-    pub async fn from_now(broker: &'a Broker) -> Result<Self, Failure> {
+    pub async fn from_now(broker: &'a Connection) -> Result<Self, Failure> {
         let stream = broker.stream(broker.model.results_stream()).await?;
         Ok(Self::from(broker, stream.cached_info().state.last_sequence + 1))
     }
@@ -48,14 +48,14 @@ impl<'a> Follower<'a> {
     ///
     /// # Errors
     /// [`Failure::Refused`] when the broker cannot be read, or a stored message is no outcome.
-    pub async fn next(&mut self) -> Result<Vec<Outcome>, Failure> {
+    pub async fn next(&mut self) -> Result<Vec<CollectedOutcome>, Failure> {
         let subject = self.broker.model.results_wildcard();
         let ask = Ask::From { subject: &subject, sequence: self.next_sequence };
         let batch = direct::read(self.broker, &self.stream, ask).await?;
         let mut outcomes = Vec::with_capacity(batch.messages.len());
         for message in batch.messages {
             self.next_sequence = self.next_sequence.max(message.sequence + 1);
-            outcomes.extend(Outcome::read(&self.broker.model, message).map_err(Failure::Refused)?);
+            outcomes.extend(CollectedOutcome::read(&self.broker.model, message).map_err(Failure::Refused)?);
         }
         Ok(outcomes)
     }
@@ -64,7 +64,7 @@ impl<'a> Follower<'a> {
     ///
     /// # Errors
     /// As [`Self::next`].
-    pub async fn look(&mut self, collector: &Collector) -> Result<Vec<Outcome>, Failure> {
+    pub async fn look(&mut self, collector: &Collector) -> Result<Vec<CollectedOutcome>, Failure> {
         let mut outcomes = if collector.missing_count() > ASKED_MAX {
             self.next().await?
         } else {
@@ -86,13 +86,13 @@ impl<'a> Follower<'a> {
 ///
 /// # Errors
 /// As [`Follower::next`].
-pub async fn stored(broker: &Broker, jobs: &[JobId]) -> Result<Vec<Outcome>, Failure> {
+pub async fn stored(broker: &Connection, jobs: &[JobId]) -> Result<Vec<CollectedOutcome>, Failure> {
     let stream = broker.model.results_stream();
     let mut outcomes = Vec::new();
     for chunk in jobs.chunks(SUBJECTS_MAX) {
         let subjects: Vec<String> = chunk.iter().map(|job| broker.model.result_subject(job)).collect();
         direct::last_of(broker, &stream, &subjects, |message| {
-            outcomes.extend(Outcome::read(&broker.model, message).map_err(Failure::Refused)?);
+            outcomes.extend(CollectedOutcome::read(&broker.model, message).map_err(Failure::Refused)?);
             Ok(())
         })
         .await?;
@@ -102,12 +102,12 @@ pub async fn stored(broker: &Broker, jobs: &[JobId]) -> Result<Vec<Outcome>, Fai
 
 /// A clock that is wound up by progress.
 #[derive(Debug)]
-pub struct Patience {
+pub struct StallClock {
     limit: Duration,
     last: Instant,
 }
 
-impl Patience {
+impl StallClock {
     /// Runs out when nothing progresses for `limit`.
     pub fn new(limit: Duration) -> Self {
         Self { limit, last: Instant::now() }

@@ -9,8 +9,8 @@ use millrace_crds::result::OutputLine;
 
 use crate::collect::{Collector, OutputFile, Placed};
 use crate::failure::Failure;
-use crate::follow::{Follower, Patience};
-use crate::outcome::Outcome;
+use crate::follow::{Follower, StallClock};
+use crate::outcome::CollectedOutcome;
 use crate::output::{Progress, line, note};
 use crate::plan::PlannedJob;
 use crate::store::Bodies;
@@ -83,7 +83,7 @@ impl<'a> Gatherer<'a> {
     ///
     /// # Errors
     /// [`Failure::File`], or when a body in the object store cannot be read.
-    pub async fn take(&mut self, outcomes: Vec<Outcome>, fresh: bool) -> Result<(), Failure> {
+    pub async fn take(&mut self, outcomes: Vec<CollectedOutcome>, fresh: bool) -> Result<(), Failure> {
         for mut outcome in outcomes {
             let Some(place) = self.collector.place_of(&outcome.job) else { continue };
             if let Some(reference) = outcome.reference() {
@@ -120,7 +120,7 @@ impl<'a> Gatherer<'a> {
     /// # Errors
     /// [`Failure::Stalled`] when none arrives for `timeout`.
     pub async fn wait(&mut self, follower: &mut Follower<'_>, timeout: Duration) -> Result<(), Failure> {
-        let mut patience = Patience::new(timeout);
+        let mut patience = StallClock::new(timeout);
         let mut progress = Progress::start("outcomes", self.jobs.len() as u64);
         while self.collector.missing_count() > 0 {
             let outcomes = follower.look(&self.collector).await?;

@@ -11,7 +11,7 @@ use millrace_crds::names::JobId;
 use millrace_crds::result::OutputLine;
 use millrace_crds::tokens::TokenDelta;
 
-use crate::connect::Broker;
+use crate::connect::Connection;
 use crate::failure::Failure;
 use crate::output::{line, note, piece};
 
@@ -30,7 +30,7 @@ pub struct LiveText {
 
 /// What the outcome adds to what was printed.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Ending {
+pub enum StreamEnd {
     /// The rest of the text.
     Rest(String),
     /// Other text than what was printed: the whole of it.
@@ -63,10 +63,10 @@ impl LiveText {
     }
 
     /// Ends with the text of the outcome.
-    pub fn end(self, text: &str) -> Ending {
+    pub fn end(self, text: &str) -> StreamEnd {
         match text.strip_prefix(self.printed.as_str()) {
-            Some(rest) => Ending::Rest(rest.to_owned()),
-            None => Ending::Whole(text.to_owned()),
+            Some(rest) => StreamEnd::Rest(rest.to_owned()),
+            None => StreamEnd::Whole(text.to_owned()),
         }
     }
 }
@@ -98,7 +98,7 @@ impl Live {
     ///
     /// # Errors
     /// [`Failure::Refused`].
-    pub async fn listen(broker: &Broker, job: &JobId, json: bool) -> Result<Self, Failure> {
+    pub async fn listen(broker: &Connection, job: &JobId, json: bool) -> Result<Self, Failure> {
         let refused = |e: &dyn std::fmt::Display| Failure::Refused(format!("token deltas of job {job}: {e}"));
         let subject = broker.model.tokens_subject(job);
         let deltas = broker.client.subscribe(subject).await.map_err(|e| refused(&e))?;
@@ -135,8 +135,8 @@ impl Live {
             return;
         }
         match self.text.end(text_of(outcome).unwrap_or_default()) {
-            Ending::Rest(rest) => piece(&(rest + "\n")),
-            Ending::Whole(whole) => {
+            StreamEnd::Rest(rest) => piece(&(rest + "\n")),
+            StreamEnd::Whole(whole) => {
                 piece("\n");
                 note("deltas were lost; the stored answer is:");
                 piece(&(whole + "\n"));
@@ -161,7 +161,7 @@ mod tests {
         assert_eq!(live.take(1, delta(1, "b")), "bc");
         assert_eq!(live.take(1, delta(1, "b")), "", "one that comes twice");
         assert_eq!(live.take(1, TokenDelta { choice: 1, ..delta(3, "x") }), "");
-        assert_eq!(live.end("abcd"), Ending::Rest("d".into()));
+        assert_eq!(live.end("abcd"), StreamEnd::Rest("d".into()));
     }
 
     #[test]
@@ -171,7 +171,7 @@ mod tests {
         assert_eq!(live.take(2, delta(0, "hello")), "");
         assert_eq!(live.take(1, delta(1, "stale")), "");
         assert_eq!(live.take(2, delta(1, " world")), "ld");
-        assert_eq!(live.end("hello world"), Ending::Rest(String::new()));
+        assert_eq!(live.end("hello world"), StreamEnd::Rest(String::new()));
     }
 
     #[test]
@@ -179,9 +179,9 @@ mod tests {
         let mut live = LiveText::default();
         live.take(1, delta(0, "a"));
         live.take(1, delta(2, "c"));
-        assert_eq!(live.end("abc"), Ending::Rest("bc".into()));
+        assert_eq!(live.end("abc"), StreamEnd::Rest("bc".into()));
         let mut live = LiveText::default();
         live.take(1, delta(0, "x"));
-        assert_eq!(live.end("abc"), Ending::Whole("abc".into()));
+        assert_eq!(live.end("abc"), StreamEnd::Whole("abc".into()));
     }
 }

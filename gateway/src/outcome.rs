@@ -16,7 +16,7 @@ use crate::plan::PlannedJob;
 
 /// A stored outcome.
 #[derive(Debug, Clone)]
-pub struct Outcome {
+pub struct CollectedOutcome {
     /// Whose.
     pub job: JobId,
     /// How the job ended.
@@ -27,7 +27,7 @@ pub struct Outcome {
     pub body: Bytes,
 }
 
-impl Outcome {
+impl CollectedOutcome {
     /// Reads a message of the RESULTS stream; `None` for one that is no outcome (a cancel marker).
     ///
     /// # Errors
@@ -109,8 +109,8 @@ mod tests {
     use super::*;
     use crate::entries::Origin;
 
-    fn outcome(kind: OutcomeKind, body: &str) -> Outcome {
-        Outcome {
+    fn outcome(kind: OutcomeKind, body: &str) -> CollectedOutcome {
+        CollectedOutcome {
             job: "j".parse().unwrap(),
             kind,
             queue_wait_ms: None,

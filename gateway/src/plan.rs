@@ -16,7 +16,7 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use crate::args::{IdFrom, InputArgs};
-use crate::entries::{Entry, Origin, Problem};
+use crate::entries::{Origin, Problem, RequestEntry};
 
 /// Largest body that goes into a message: headers count in the broker's limit too, which is 1 MiB unless
 /// it is configured.
@@ -75,8 +75,8 @@ impl PlanOptions {
 ///
 /// # Errors
 /// All that is wrong, each with its place.
-pub fn plan(entries: &[Entry], options: &PlanOptions) -> Result<Vec<PlannedJob>, Vec<Problem>> {
-    let groups: Vec<&[Entry]> = match options.pack {
+pub fn plan(entries: &[RequestEntry], options: &PlanOptions) -> Result<Vec<PlannedJob>, Vec<Problem>> {
+    let groups: Vec<&[RequestEntry]> = match options.pack {
         None => entries.chunks(1).collect(),
         Some(lines) => pack(entries, lines.min(REQUESTS_MAX), options),
     };
@@ -103,7 +103,7 @@ pub fn plan(entries: &[Entry], options: &PlanOptions) -> Result<Vec<PlannedJob>,
 
 /// Groups of at most `lines` requests that fit into a message together; with an object store, the number
 /// alone counts.
-fn pack<'a>(entries: &'a [Entry], lines: usize, options: &PlanOptions) -> Vec<&'a [Entry]> {
+fn pack<'a>(entries: &'a [RequestEntry], lines: usize, options: &PlanOptions) -> Vec<&'a [RequestEntry]> {
     let mut groups = Vec::new();
     let mut start = 0;
     let mut bytes = 0;
@@ -124,7 +124,7 @@ fn pack<'a>(entries: &'a [Entry], lines: usize, options: &PlanOptions) -> Vec<&'
 }
 
 impl PlanOptions {
-    fn job(&self, group: &[Entry]) -> Result<PlannedJob, String> {
+    fn job(&self, group: &[RequestEntry]) -> Result<PlannedJob, String> {
         let first = &group[0];
         let jsonl = self.pack.is_some();
         let (body, id) = if jsonl {
@@ -150,7 +150,7 @@ impl PlanOptions {
         Ok(PlannedJob { id, custom_ids, body, jsonl, origin: first.origin.clone() })
     }
 
-    fn id(&self, entry: &Entry) -> Result<String, String> {
+    fn id(&self, entry: &RequestEntry) -> Result<String, String> {
         match self.id_from {
             IdFrom::CustomId => Ok(format!("{}{}", self.id_prefix, entry.custom_id)),
             IdFrom::Content => {
@@ -185,7 +185,7 @@ fn recognisable(name: &str, room: usize, at_start: bool) -> String {
 }
 
 /// An entry as a line of an OpenAI batch file.
-fn batch_line(entry: &Entry) -> String {
+fn batch_line(entry: &RequestEntry) -> String {
     let custom_id = serde_json::to_string(&entry.custom_id).expect("text is JSON");
     let body = String::from_utf8_lossy(&entry.body);
     let body = if body.contains(['\n', '\r']) {

@@ -1,7 +1,7 @@
 //! `millrace provision`: the model's streams and consumers, made or compared, without the operator.
 
 use millrace_crds::config::{QueueConfig, ResultsConfig, WorkerConfig};
-use millrace_queue::provision::{Item, Mode, State, provision};
+use millrace_queue::provision::{Item, Mode, Provisioned, provision};
 use serde_json::{Value, json};
 
 use crate::args::{Global, ProvisionArgs, QueueSettingArgs};
@@ -76,7 +76,7 @@ pub async fn run(global: &Global, args: &ProvisionArgs) -> Result<Verdict, Failu
 
 /// Whether a stream or consumer is as it should be.
 pub fn is_well(item: &Item) -> bool {
-    matches!(item.state, State::Same | State::Created | State::Updated(_))
+    matches!(item.state, Provisioned::Same | Provisioned::Created | Provisioned::Updated(_))
 }
 
 /// One line for people.
@@ -99,10 +99,10 @@ fn json_of(item: &Item) -> Value {
 
 fn parts(item: &Item) -> (&'static str, &[millrace_crds::drift::Drift]) {
     match &item.state {
-        State::Same => ("same", &[]),
-        State::Missing => ("missing", &[]),
-        State::Created => ("created", &[]),
-        State::Updated(drift) => ("updated", drift),
-        State::Differs(drift) => ("differs", drift),
+        Provisioned::Same => ("same", &[]),
+        Provisioned::Missing => ("missing", &[]),
+        Provisioned::Created => ("created", &[]),
+        Provisioned::Updated(drift) => ("updated", drift),
+        Provisioned::Differs(drift) => ("differs", drift),
     }
 }

@@ -17,9 +17,9 @@ use futures::stream::FuturesUnordered;
 use millrace_crds::job::{JSON, JSONL, header};
 use millrace_crds::names::Class;
 
-use crate::connect::Broker;
+use crate::connect::Connection;
 use crate::failure::Failure;
-use crate::follow::Patience;
+use crate::follow::StallClock;
 use crate::output::note;
 use crate::plan::PlannedJob;
 
@@ -33,7 +33,7 @@ const PAUSE_MAX: Duration = Duration::from_secs(2);
 
 /// What all jobs of one publish have in common.
 #[derive(Debug, Clone)]
-pub struct Envelope {
+pub struct JobEnvelope {
     /// Class of service.
     pub class: Class,
     /// RFC 3339 time.
@@ -52,7 +52,7 @@ pub struct Parcel<'a> {
 }
 
 impl Parcel<'_> {
-    fn message(&self, envelope: &Envelope, stream: &str) -> PublishMessage {
+    fn message(&self, envelope: &JobEnvelope, stream: &str) -> PublishMessage {
         let mut headers = HeaderMap::new();
         headers.insert(header::JOB_ID, self.job.id.as_str());
         headers.insert(header::CONTENT_TYPE, if self.job.jsonl { JSONL } else { JSON });
@@ -117,8 +117,8 @@ fn jetstream_error(error: &PublishError) -> Option<&jetstream::Error> {
 /// [`Failure::Stalled`] when `timeout` passes without an acknowledgement, [`Failure::Refused`] when the
 /// broker refuses a job for good. Jobs acknowledged before stay published; repeating the command is safe.
 pub async fn publish_all(
-    broker: &Broker,
-    envelope: &Envelope,
+    broker: &Connection,
+    envelope: &JobEnvelope,
     parcels: &[Parcel<'_>],
     timeout: Duration,
     mut each: impl FnMut(usize, &PublishAck),
@@ -128,7 +128,7 @@ pub async fn publish_all(
     let mut waiting: VecDeque<usize> = (0..parcels.len()).collect();
     let mut outstanding = FuturesUnordered::new();
     let mut pace = Pace::default();
-    let mut patience = Patience::new(timeout);
+    let mut patience = StallClock::new(timeout);
     while !waiting.is_empty() || !outstanding.is_empty() {
         while outstanding.len() < pace.room()
             && let Some(place) = waiting.pop_front()
@@ -218,7 +218,7 @@ impl Pace {
 
 /// Publishes one message and awaits its acknowledgement.
 async fn publish_one(
-    broker: &Broker,
+    broker: &Connection,
     subject: String,
     message: PublishMessage,
 ) -> Result<PublishAck, PublishError> {

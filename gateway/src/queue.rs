@@ -13,7 +13,7 @@ use serde::Serialize;
 use time::OffsetDateTime;
 
 use crate::args::{Global, QueueArgs};
-use crate::connect::{self, Broker};
+use crate::connect::{self, Connection};
 use crate::failure::{Failure, Verdict};
 use crate::output::{Printer, table};
 
@@ -70,7 +70,7 @@ pub async fn run(global: &Global, args: &QueueArgs) -> Result<Verdict, Failure> 
     }
 }
 
-async fn look(broker: &Broker) -> Result<Picture, Failure> {
+async fn look(broker: &Connection) -> Result<Picture, Failure> {
     let jobs = broker.stream(broker.model.jobs_stream()).await?;
     let (workers, classes) = tokio::join!(workers(broker), classes(broker, &jobs));
     let results = broker.stream(broker.model.results_stream()).await?;
@@ -89,7 +89,7 @@ async fn look(broker: &Broker) -> Result<Picture, Failure> {
     })
 }
 
-async fn classes(broker: &Broker, jobs: &Stream) -> Result<Vec<ClassDepth>, Failure> {
+async fn classes(broker: &Connection, jobs: &Stream) -> Result<Vec<ClassDepth>, Failure> {
     let mut depths = Vec::new();
     for class in Class::ALL {
         let name = broker.model.consumer(class);
@@ -120,7 +120,7 @@ async fn classes(broker: &Broker, jobs: &Stream) -> Result<Vec<ClassDepth>, Fail
 ///
 /// # Errors
 /// [`Failure::Refused`].
-pub async fn workers(broker: &Broker) -> Result<Vec<LoadReport>, Failure> {
+pub async fn workers(broker: &Connection) -> Result<Vec<LoadReport>, Failure> {
     let refused = |e: &dyn std::fmt::Display| Failure::Refused(format!("load reports: {e}"));
     let mut reports = broker.client.subscribe(broker.model.load_wildcard()).await.map_err(|e| refused(&e))?;
     let mut workers = BTreeMap::new();

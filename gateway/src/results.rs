@@ -10,7 +10,7 @@ use millrace_crds::names::JobId;
 
 use crate::args::{Global, ResultsArgs};
 use crate::collect::OutputFile;
-use crate::connect::{self, Broker};
+use crate::connect::{self, Connection};
 use crate::entries::Origin;
 use crate::failure::{Failure, Verdict};
 use crate::follow::{self, Follower};
@@ -71,7 +71,11 @@ fn as_asked(id: JobId) -> PlannedJob {
     }
 }
 
-async fn named(broker: &Broker, args: &ResultsArgs, mut gatherer: Gatherer<'_>) -> Result<Summary, Failure> {
+async fn named(
+    broker: &Connection,
+    args: &ResultsArgs,
+    mut gatherer: Gatherer<'_>,
+) -> Result<Summary, Failure> {
     let mut follower = Follower::from_now(broker).await?;
     let outcomes = follow::stored(broker, &gatherer.missing()).await?;
     gatherer.take(outcomes, false).await?;
@@ -87,7 +91,7 @@ async fn named(broker: &Broker, args: &ResultsArgs, mut gatherer: Gatherer<'_>) 
 
 /// All outcomes of the model, as they were stored.
 async fn all(
-    broker: &Broker,
+    broker: &Connection,
     args: &ResultsArgs,
     mut file: Option<OutputFile>,
     bodies: Bodies,

@@ -12,7 +12,7 @@ use time::OffsetDateTime;
 
 use crate::args::{Global, SubmitArgs};
 use crate::collect::OutputFile;
-use crate::connect::{self, Broker};
+use crate::connect::{self, Connection};
 use crate::failure::{Failure, Verdict};
 use crate::follow::{self, Follower};
 use crate::gather::{Gatherer, Sink};
@@ -20,7 +20,7 @@ use crate::input;
 use crate::live::Live;
 use crate::output::{Printer, Progress, line, note};
 use crate::plan::{self, PlannedJob};
-use crate::publish::{self, Envelope, Parcel};
+use crate::publish::{self, JobEnvelope, Parcel};
 use crate::store::Bodies;
 use crate::summary::{Summary, counted};
 
@@ -30,7 +30,7 @@ const LISTED_MIN: usize = 4096;
 /// `submit` as it will be done.
 struct Plan {
     jobs: Vec<PlannedJob>,
-    envelope: Envelope,
+    envelope: JobEnvelope,
     wait: bool,
     timeout: Duration,
     object_store: Option<String>,
@@ -40,7 +40,7 @@ fn ready(args: &SubmitArgs, now: OffsetDateTime) -> Result<Plan, Failure> {
     let jobs = input::plan(&args.input, args.object_store.is_some())?;
     let deadline = args.deadline.as_deref().map(|text| plan::deadline(text, now)).transpose();
     let envelope =
-        Envelope { class: args.class, deadline: deadline.map_err(Failure::Usage)?, stream: args.stream };
+        JobEnvelope { class: args.class, deadline: deadline.map_err(Failure::Usage)?, stream: args.stream };
     if args.stream && (jobs.len() != 1 || args.output.is_some()) {
         let message = format!("--stream prints one answer as it is made; the input has {} jobs", jobs.len());
         return Err(Failure::Usage(message));
@@ -121,7 +121,7 @@ fn report(summary: &Summary, waited: bool, printer: Printer) {
 
 /// Publishes what has no outcome, and waits if asked to. Gives the time from the first publish to the end.
 async fn work(
-    broker: &Broker,
+    broker: &Connection,
     plan: &Plan,
     gatherer: &mut Gatherer<'_>,
     printer: Printer,
@@ -158,7 +158,7 @@ async fn work(
 }
 
 /// Takes the outcomes that are stored before anything is published.
-async fn skip_done(broker: &Broker, plan: &Plan, gatherer: &mut Gatherer<'_>) -> Result<(), Failure> {
+async fn skip_done(broker: &Connection, plan: &Plan, gatherer: &mut Gatherer<'_>) -> Result<(), Failure> {
     let missing = gatherer.missing();
     if plan.wait || missing.len() < LISTED_MIN {
         let outcomes = follow::stored(broker, &missing).await?;
@@ -174,7 +174,7 @@ async fn skip_done(broker: &Broker, plan: &Plan, gatherer: &mut Gatherer<'_>) ->
 }
 
 /// Those of `jobs` that have an outcome, by the stream's list of subjects.
-async fn list_done(broker: &Broker, jobs: &[JobId]) -> Result<HashSet<JobId>, Failure> {
+async fn list_done(broker: &Connection, jobs: &[JobId]) -> Result<HashSet<JobId>, Failure> {
     use futures::TryStreamExt;
     let name = broker.model.results_stream();
     let refused = |e: &dyn std::fmt::Display| Failure::Refused(format!("stream {name}: {e}"));
@@ -190,7 +190,7 @@ async fn list_done(broker: &Broker, jobs: &[JobId]) -> Result<HashSet<JobId>, Fa
     Ok(done)
 }
 
-async fn publish(broker: &Broker, plan: &Plan, gatherer: &mut Gatherer<'_>) -> Result<(), Failure> {
+async fn publish(broker: &Connection, plan: &Plan, gatherer: &mut Gatherer<'_>) -> Result<(), Failure> {
     let mut parcels = Vec::new();
     for job in plan.jobs.iter().filter(|job| gatherer.misses(&job.id)) {
         let input = match &plan.object_store {

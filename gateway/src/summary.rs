@@ -5,7 +5,7 @@ use std::time::Duration;
 use millrace_crds::result::{OutcomeKind, OutputLine};
 use serde::Serialize;
 
-use crate::outcome::Outcome;
+use crate::outcome::CollectedOutcome;
 
 /// The figures, as `--json` prints them.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
@@ -59,7 +59,7 @@ impl Summary {
     }
 
     /// Counts an outcome and its lines; `fresh` when it arrived in this run.
-    pub fn count(&mut self, outcome: &Outcome, lines: &[OutputLine], fresh: bool) {
+    pub fn count(&mut self, outcome: &CollectedOutcome, lines: &[OutputLine], fresh: bool) {
         match outcome.kind {
             OutcomeKind::Completed => self.completed += 1,
             OutcomeKind::Rejected => self.rejected += 1,
@@ -148,8 +148,8 @@ mod tests {
     use millrace_crds::result::Response;
     use serde_json::json;
 
-    fn outcome(kind: OutcomeKind, queue_wait_ms: f64) -> Outcome {
-        Outcome {
+    fn outcome(kind: OutcomeKind, queue_wait_ms: f64) -> CollectedOutcome {
+        CollectedOutcome {
             job: "j".parse().unwrap(),
             kind,
             queue_wait_ms: Some(queue_wait_ms),

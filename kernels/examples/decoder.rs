@@ -5,11 +5,11 @@
 
 use std::num::NonZeroUsize;
 
-use millrace_kernels::bounds::{ModelShape, Work};
+use millrace_kernels::bounds::{ModelShape, StepWork};
 use millrace_kernels::cpu::{Cpu, CpuOptions, Matrix, Precision, Vector};
 use millrace_kernels::ops::{
     ArenaPlan, AttentionShape, Batch, Buffer, BufferKind, BufferPlan, KvDtype, KvPlan, KvScales, Ops,
-    RopePlan, Span,
+    RopePlan, RowSpan,
 };
 use millrace_kernels::sampling::{SampleRow, Sampled};
 use millrace_kernels::tensor::{DType, HostTensor};
@@ -148,7 +148,7 @@ impl Model {
 }
 
 /// Runs steps of one kind and prints the best step.
-fn time(model: &mut Model, name: &str, spans: &[Span], logits: bool, types: (Precision, KvDtype)) {
+fn time(model: &mut Model, name: &str, spans: &[RowSpan], logits: bool, types: (Precision, KvDtype)) {
     let rows = spans.iter().map(|span| span.rows).sum::<u32>();
     let tokens: Vec<u32> = (0..rows).map(|row| row * 97 % 49152).collect();
     let blocks: Vec<u32> = (0..spans.iter().map(|span| span.context.div_ceil(16)).sum()).collect();
@@ -164,8 +164,8 @@ fn time(model: &mut Model, name: &str, spans: &[Span], logits: bool, types: (Pre
             best = model.seconds;
         }
     }
-    let attended = |span: &Span| (span.first_position() + 1..=span.context).map(f64::from).sum::<f64>();
-    let work = Work {
+    let attended = |span: &RowSpan| (span.first_position() + 1..=span.context).map(f64::from).sum::<f64>();
+    let work = StepWork {
         steps: 1.0,
         rows: f64::from(rows),
         logits_rows: logits_rows.len() as f64,
@@ -205,14 +205,14 @@ fn main() {
     let kv = KvPlan { layers: 30, kv_heads: 3, head_dim: 64, blocks, dtype };
     let mut model = Model::new(options, rows.max(512) as usize, kv);
     let mut table = 0;
-    let decodes: Vec<Span> = (0..rows)
+    let decodes: Vec<RowSpan> = (0..rows)
         .map(|row| {
-            let span = Span { first_row: row, rows: 1, context, table };
+            let span = RowSpan { first_row: row, rows: 1, context, table };
             table += context.div_ceil(16);
             span
         })
         .collect();
     time(&mut model, &format!("decode {rows}"), &decodes, true, (precision, dtype));
-    let prefill = Span { first_row: 0, rows: 512, context: 512, table: 0 };
+    let prefill = RowSpan { first_row: 0, rows: 512, context: 512, table: 0 };
     time(&mut model, "prefill 512", &[prefill], false, (precision, dtype));
 }

@@ -38,7 +38,7 @@ pub struct ModelShape {
 
 /// Work of one or several steps.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct Work {
+pub struct StepWork {
     /// Steps; each reads the weights once.
     pub steps: f64,
     /// Rows that went through the layers.
@@ -73,7 +73,7 @@ impl ModelShape {
     }
 
     /// Cost of some work, with weights and a cache of these types.
-    pub fn cost(&self, work: &Work, precision: Precision, kv: KvDtype) -> Cost {
+    pub fn cost(&self, work: &StepWork, precision: Precision, kv: KvDtype) -> Cost {
         let (weight_bytes, operand_bytes) = match precision {
             Precision::F32 => (4.0, 4.0),
             Precision::Bf16 => (2.0, 2.0),
@@ -118,7 +118,7 @@ mod tests {
     fn counts_of_a_known_model() {
         assert_eq!(SMOLLM2.layer_weights(), 106_168_320.0);
         assert_eq!(SMOLLM2.head_weights(), 28_311_552.0);
-        let work = Work { steps: 1.0, rows: 1.0, logits_rows: 1.0, attended: 100.0, cached: 100.0 };
+        let work = StepWork { steps: 1.0, rows: 1.0, logits_rows: 1.0, attended: 100.0, cached: 100.0 };
         let cost = SMOLLM2.cost(&work, Precision::Bf16, KvDtype::Operand);
         assert_eq!(cost.bytes, 2.0 * 134_479_872.0 + 23_040.0 * 100.0);
         let fp8 = SMOLLM2.cost(&work, Precision::Bf16, KvDtype::Fp8E4m3);

@@ -168,7 +168,7 @@ pub(crate) fn bound(field: &'static str, value: usize, least: usize, most: usize
 
 /// The rows of one sequence in a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Span {
+pub struct RowSpan {
     /// First row.
     pub first_row: u32,
     /// Number of rows, at least one. Their positions are the last `rows` ones below `context`.
@@ -180,7 +180,7 @@ pub struct Span {
     pub table: u32,
 }
 
-impl Span {
+impl RowSpan {
     /// Position of the span's first row.
     pub fn first_position(&self) -> u32 {
         self.context - self.rows
@@ -204,7 +204,7 @@ pub struct Batch<'a> {
     /// Rows that get their tokens from the step before. A poisoned choice feeds any token.
     pub feeds: &'a [Feed],
     /// The sequences; together they cover all rows, in order.
-    pub spans: &'a [Span],
+    pub spans: &'a [RowSpan],
     /// Block tables of all spans, one after the other.
     pub block_tables: &'a [u32],
     /// Rows whose next token is wanted, ascending.

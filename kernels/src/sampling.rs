@@ -82,16 +82,16 @@ impl SampleRow<'_> {
 
 /// The token chosen for a row.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Choice {
+pub struct ChosenToken {
     /// Its id.
     pub token: u32,
     /// Log probabilities, if asked for.
-    pub logprobs: Option<Logprobs>,
+    pub logprobs: Option<RowLogprobs>,
 }
 
 /// Natural logarithms of the softmax of the raw logits.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Logprobs {
+pub struct RowLogprobs {
     /// Of the chosen token.
     pub chosen: f32,
     /// Of the most probable tokens, most probable first; ties by id.
@@ -104,7 +104,7 @@ pub struct Logprobs {
 pub struct Poisoned;
 
 /// What became of a row.
-pub type Sampled = Result<Choice, Poisoned>;
+pub type Sampled = Result<ChosenToken, Poisoned>;
 
 /// Memory that sampling needs per thread; taken once.
 #[derive(Debug)]
@@ -152,7 +152,7 @@ pub fn sample_row(logits: &[f32], row: &SampleRow<'_>, scratch: &mut Scratch) ->
         if row.temperature == 0.0 { best } else { draw(adjusted, maximum, row, weights, survivors) }
     };
     let logprobs = row.logprobs.map(|count| logprobs(logits, token, count.min(TOP_LOGPROBS_MAX)));
-    Ok(Choice { token, logprobs })
+    Ok(ChosenToken { token, logprobs })
 }
 
 /// Position and value of the greatest element, the first of equals; `None` if any element is not a number or
@@ -259,7 +259,7 @@ fn draw(
     survivors.draw(weights, uniform(row.seed, row.position))
 }
 
-fn logprobs(logits: &[f32], token: u32, count: u32) -> Logprobs {
+fn logprobs(logits: &[f32], token: u32, count: u32) -> RowLogprobs {
     let (_, maximum) = greatest(logits).expect("checked before a token was chosen");
     let normaliser = f64::from(maximum) + exponential_sum(logits, maximum).ln();
     let of = |logit: f32| (f64::from(logit) - normaliser) as f32;
@@ -277,7 +277,7 @@ fn logprobs(logits: &[f32], token: u32, count: u32) -> Logprobs {
     for entry in &mut top {
         entry.1 = of(entry.1);
     }
-    Logprobs { chosen: of(logits[token as usize]), top }
+    RowLogprobs { chosen: of(logits[token as usize]), top }
 }
 
 /// Sum of `exp(logit - maximum)`, over fixed blocks so that it is exact enough and always the same.

@@ -83,7 +83,7 @@ pub struct Config {
 /// Why an option was refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("--{option} is {value:?}; it must be {expected}")]
-pub struct ConfigError {
+pub struct OptionError {
     /// The option.
     pub option: &'static str,
     /// Its value, unless that is secret.
@@ -102,7 +102,7 @@ impl Config {
     ///
     /// # Errors
     /// With the first option that is wrong.
-    pub fn check(&self) -> Result<(), ConfigError> {
+    pub fn check(&self) -> Result<(), OptionError> {
         for (option, servers) in
             [("nats-servers", &self.nats_servers), ("worker-nats-servers", &self.worker_nats_servers)]
         {
@@ -111,11 +111,11 @@ impl Config {
                 if server.contains('@') {
                     let value = "an address with credentials".into();
                     let expected = "an address without credentials; use the credentials file and the Secret";
-                    return Err(ConfigError { option, value, expected });
+                    return Err(OptionError { option, value, expected });
                 }
                 if server.parse::<async_nats::ServerAddr>().is_err() {
                     let expected = "an address such as nats://nats.nats.svc:4222";
-                    return Err(ConfigError { option, value: server.clone(), expected });
+                    return Err(OptionError { option, value: server.clone(), expected });
                 }
             }
         }
@@ -127,7 +127,7 @@ impl Config {
         for (option, span) in polls {
             if !(POLL_MIN..=POLL_MAX).contains(&span.0) {
                 let expected = "between 100ms and 1h";
-                return Err(ConfigError { option, value: span.to_string(), expected });
+                return Err(OptionError { option, value: span.to_string(), expected });
             }
         }
         Ok(())

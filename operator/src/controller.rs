@@ -29,11 +29,11 @@ use crate::error::Error;
 use crate::fetch::{self, Facts};
 use crate::finalize::{self, End, FinalizeError, Finalizer};
 use crate::load::LoadBook;
-use crate::metrics::Metrics;
-use crate::queue::{Queue, QueueError};
+use crate::metrics::OperatorMetrics;
+use crate::queue::{QueueClient, QueueError};
 use crate::scaling::{ScalingState, Sized};
-use crate::status::{self, StatusWriter, View, Written};
-use crate::validate::{self, Plan, Refusal, Sizing};
+use crate::status::{self, StatusView, StatusWriter, Written};
+use crate::validate::{self, Plan, Sizing, SpecRefusal};
 use crate::wake::Wakes;
 
 /// Pause until a model whose job has come, and whose stream still looks empty, is looked at again.
@@ -60,7 +60,7 @@ pub struct Context {
     /// What the API server holds.
     pub caches: Caches,
     /// The broker.
-    pub queue: Queue,
+    pub queue: QueueClient,
     /// Load reports.
     pub load: LoadBook,
     /// Subscriptions of sleeping models.
@@ -70,7 +70,7 @@ pub struct Context {
     /// Writes statuses and events.
     pub status: StatusWriter,
     /// Counters.
-    pub metrics: Arc<Metrics>,
+    pub metrics: Arc<OperatorMetrics>,
     /// Permits for the models that are reconciled at once. They are given in the order in which they were asked for;
     /// the controller's own limit takes any of those that wait, and left some behind for seconds.
     pub turns: Semaphore,
@@ -280,7 +280,7 @@ impl Reconcile<'_> {
     }
 
     /// One step of the end. The status says what it waits for: workers that drain, or the broker.
-    async fn end(&mut self, plan: Result<&Plan, &Refusal>) -> Result<Action, Error> {
+    async fn end(&mut self, plan: Result<&Plan, &SpecRefusal>) -> Result<Action, Error> {
         let context = self.context;
         let Ok(model) = model_of(&ObjectRef::from_obj(&DeserializeGuard(Ok(self.object.clone())))) else {
             return Ok(Action::await_change());
@@ -300,7 +300,7 @@ impl Reconcile<'_> {
         };
         let facts = fetch::facts(&context.caches, &context.queue, &context.load, &model).await;
         let former = status::former(self.object, &self.state.written);
-        self.write(&view_status(&View {
+        self.write(&view_status(&StatusView {
             object: self.object,
             former: &former,
             plan,
@@ -315,9 +315,9 @@ impl Reconcile<'_> {
         Ok(Action::requeue(DRAIN_PAUSE))
     }
 
-    async fn refused(&mut self, refusal: &Refusal) -> Result<Action, Error> {
+    async fn refused(&mut self, refusal: &SpecRefusal) -> Result<Action, Error> {
         let former = status::former(self.object, &self.state.written);
-        let view = View {
+        let view = StatusView {
             object: self.object,
             former: &former,
             plan: Err(refusal),
@@ -404,7 +404,7 @@ impl Reconcile<'_> {
         unapplied: Option<&ApplyError>,
     ) -> Result<(), Error> {
         let former = status::former(self.object, &self.state.written);
-        let view = View {
+        let view = StatusView {
             object: self.object,
             former: &former,
             plan: Ok(plan),
@@ -438,6 +438,6 @@ impl Reconcile<'_> {
     }
 }
 
-fn view_status(view: &View<'_>) -> millrace_crds::model::status::InferenceModelStatus {
+fn view_status(view: &StatusView<'_>) -> millrace_crds::model::status::InferenceModelStatus {
     status::status(view, Timestamp::now())
 }

@@ -23,7 +23,7 @@ use crate::caches::Caches;
 use crate::load::LoadBook;
 use crate::names;
 use crate::pod_monitors::PodMonitors;
-use crate::queue::{Queue, QueueError};
+use crate::queue::{QueueClient, QueueError};
 use crate::scale::QueueReading;
 
 /// The objects of a model that are there, by kind.
@@ -97,7 +97,7 @@ pub fn pods(caches: &Caches, model: &ModelRef) -> Vec<Arc<Pod>> {
 }
 
 /// Reads everything.
-pub async fn facts(caches: &Caches, queue: &Queue, load: &LoadBook, model: &ModelRef) -> Facts {
+pub async fn facts(caches: &Caches, queue: &QueueClient, load: &LoadBook, model: &ModelRef) -> Facts {
     let backlog = queue.read(model).await;
     // The clock is read last, so that nothing in the reading is younger than the reading.
     Facts {

@@ -12,7 +12,7 @@ use millrace_crds::names::ModelRef;
 use crate::apply::{Applier, ApplyError};
 use crate::caches::Caches;
 use crate::fetch;
-use crate::queue::{Queue, QueueError};
+use crate::queue::{QueueClient, QueueError};
 
 /// Why a model cannot end yet, or its finalizer cannot be set.
 #[derive(Debug, thiserror::Error)]
@@ -76,7 +76,7 @@ pub struct Finalizer<'a> {
     /// What is there.
     pub caches: &'a Caches,
     /// The broker.
-    pub queue: &'a Queue,
+    pub queue: &'a QueueClient,
 }
 
 impl Finalizer<'_> {

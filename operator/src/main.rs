@@ -17,8 +17,8 @@ use millrace_operator::config::Config;
 use millrace_operator::controller::{self, Context};
 use millrace_operator::lease::Election;
 use millrace_operator::load::LoadBook;
-use millrace_operator::metrics::Metrics;
-use millrace_operator::queue::Queue;
+use millrace_operator::metrics::OperatorMetrics;
+use millrace_operator::queue::QueueClient;
 use millrace_operator::status::StatusWriter;
 use millrace_operator::wake::Wakes;
 use millrace_operator::{server, telemetry};
@@ -50,7 +50,7 @@ fn main() -> ExitCode {
 async fn run(config: Config) -> anyhow::Result<()> {
     config.check()?;
     let stop = stop_signal()?;
-    let metrics = Arc::new(Metrics::new()?);
+    let metrics = Arc::new(OperatorMetrics::new()?);
     let bound = server::listen(config.listen, metrics.clone()).await;
     let bound = bound.with_context(|| format!("--listen: cannot bind {}", config.listen))?;
     let client = Client::try_default().await.context("the API server's address and credentials")?;
@@ -85,10 +85,10 @@ async fn run(config: Config) -> anyhow::Result<()> {
 async fn work(
     config: Config,
     client: Client,
-    metrics: Arc<Metrics>,
+    metrics: Arc<OperatorMetrics>,
     stop: watch::Receiver<bool>,
 ) -> anyhow::Result<()> {
-    let queue = Queue::connect(&config).await.context("the broker")?;
+    let queue = QueueClient::connect(&config).await.context("the broker")?;
     let (changes, receiver) = mpsc::channel(CHANGES_MAX);
     let scope = Scope { client: client.clone(), namespace: config.watch_namespace.clone() };
     let (caches, watches) = Caches::new(&scope, config.pod_monitors, &changes);

@@ -13,7 +13,7 @@ const BUCKETS: [f64; 10] = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 
 
 /// All metrics.
 #[derive(Debug)]
-pub struct Metrics {
+pub struct OperatorMetrics {
     registry: Registry,
     /// Reconciles begun.
     pub reconciles: IntCounter,
@@ -36,7 +36,7 @@ pub struct Metrics {
     backlog: IntGaugeVec,
 }
 
-impl Metrics {
+impl OperatorMetrics {
     /// All at zero.
     ///
     /// # Errors
@@ -145,7 +145,7 @@ mod tests {
 
     #[test]
     fn a_forgotten_model_leaves_no_series() {
-        let metrics = Metrics::new().unwrap();
+        let metrics = OperatorMetrics::new().unwrap();
         let model = ModelRef::new("team", "m").unwrap();
         metrics.show(&model, 2, 1, Some(&QueueReading::default()));
         assert!(metrics.text().contains("millrace_desired_replicas{model=\"m\",namespace=\"team\"} 2"));

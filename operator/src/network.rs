@@ -30,14 +30,14 @@ const HTTP_PORT: u16 = 80;
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Peer {
     /// Where.
-    pub place: Place,
+    pub place: PeerPlace,
     /// The TCP port.
     pub port: u16,
 }
 
 /// Where a peer is.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Place {
+pub enum PeerPlace {
     /// In a namespace of this cluster.
     Namespace(String),
     /// At an address.
@@ -68,7 +68,7 @@ pub fn peers(worker: &WorkerConfig) -> Vec<Peer> {
 fn store(store: &StoreConfig, own: &str) -> Peer {
     match &store.endpoint {
         Some(endpoint) => peer(endpoint, HTTPS_PORT, own),
-        None => Peer { place: Place::Anywhere, port: HTTPS_PORT },
+        None => Peer { place: PeerPlace::Anywhere, port: HTTPS_PORT },
     }
 }
 
@@ -89,17 +89,17 @@ fn peer(address: &str, default_port: u16, own: &str) -> Peer {
     Peer { place: place(host, own), port }
 }
 
-fn place(host: &str, own: &str) -> Place {
+fn place(host: &str, own: &str) -> PeerPlace {
     if let Ok(address) = host.parse() {
-        return Place::Address(address);
+        return PeerPlace::Address(address);
     }
     let parts: Vec<&str> = host.split('.').collect();
     match parts.as_slice() {
-        [_] => Place::Namespace(own.to_owned()),
+        [_] => PeerPlace::Namespace(own.to_owned()),
         [_, namespace] | [_, namespace, "svc", ..] | [_, _, namespace, "svc", ..] => {
-            Place::Namespace((*namespace).to_owned())
+            PeerPlace::Namespace((*namespace).to_owned())
         }
-        _ => Place::Anywhere,
+        _ => PeerPlace::Anywhere,
     }
 }
 
@@ -132,15 +132,15 @@ fn port(protocol: &str, port: u16) -> NetworkPolicyPort {
     }
 }
 
-fn destination(place: &Place) -> Option<Vec<NetworkPolicyPeer>> {
+fn destination(place: &PeerPlace) -> Option<Vec<NetworkPolicyPeer>> {
     match place {
-        Place::Anywhere => None,
-        Place::Address(address) => {
+        PeerPlace::Anywhere => None,
+        PeerPlace::Address(address) => {
             let bits = if address.is_ipv4() { 32 } else { 128 };
             let block = IPBlock { cidr: format!("{address}/{bits}"), except: None };
             Some(vec![NetworkPolicyPeer { ip_block: Some(block), ..NetworkPolicyPeer::default() }])
         }
-        Place::Namespace(name) => {
+        PeerPlace::Namespace(name) => {
             let label = ("kubernetes.io/metadata.name".to_owned(), name.clone());
             let selector = LabelSelector {
                 match_labels: Some([label].into_iter().collect()),
@@ -160,16 +160,16 @@ mod tests {
 
     #[test]
     fn addresses_become_places() {
-        let namespace = |name: &str| Place::Namespace(name.into());
+        let namespace = |name: &str| PeerPlace::Namespace(name.into());
         let cases = [
             ("nats://nats:4222", namespace("own"), 4222),
             ("nats://nats.queues", namespace("queues"), 4222),
             ("nats://nats-0.nats.queues.svc.cluster.local:4333", namespace("queues"), 4333),
             ("http://s3.storage.svc:8333", namespace("storage"), 8333),
             ("http://s3.storage.svc", namespace("storage"), 80),
-            ("https://s3.eu-west-1.amazonaws.com", Place::Anywhere, 443),
-            ("nats://10.0.0.7:4222", Place::Address("10.0.0.7".parse().unwrap()), 4222),
-            ("tls://[fd00::1]:4222", Place::Address("fd00::1".parse().unwrap()), 4222),
+            ("https://s3.eu-west-1.amazonaws.com", PeerPlace::Anywhere, 443),
+            ("nats://10.0.0.7:4222", PeerPlace::Address("10.0.0.7".parse().unwrap()), 4222),
+            ("tls://[fd00::1]:4222", PeerPlace::Address("fd00::1".parse().unwrap()), 4222),
         ];
         for (address, expected, port) in cases {
             assert_eq!(peer(address, NATS_PORT, "own"), Peer { place: expected, port }, "{address}");

@@ -53,7 +53,7 @@ pub enum QueueError {
 
 /// The connection to the broker. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Queue {
+pub struct QueueClient {
     client: Client,
     context: Context,
     connections: watch::Receiver<u64>,
@@ -70,7 +70,7 @@ pub struct Repair {
     pub existed: bool,
 }
 
-impl Queue {
+impl QueueClient {
     /// Connects, and stays connected: waits for a broker that is not there yet, and comes back to one that
     /// went away.
     ///

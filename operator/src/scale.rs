@@ -1,7 +1,7 @@
 //! The autoscaler: how many workers a model should have, and why.
 //!
 //! [`decide`] is pure: the clock is an argument, what was learned goes in and comes out as a [`Memory`], and
-//! a [`Record`] of its inputs is enough to derive the decision again. It reads nothing and writes nothing.
+//! a [`DecisionRecord`] of its inputs is enough to derive the decision again. It reads nothing and writes nothing.
 //!
 //! The rules, of which the largest wins:
 //! - `queue_wait`: the workers with which each job starts within `targets.queueWait` ([`demand`]). New ones are
@@ -21,7 +21,7 @@ pub mod demand;
 pub mod inputs;
 pub mod memory;
 
-pub use self::decision::{Decision, Limit, Record, Term, Terms};
+pub use self::decision::{Decision, DecisionRecord, Limit, Term, Terms};
 pub use self::inputs::{ClassReading, QueueReading, Reading, WorkerLoad, WorkerReading, WorkerState};
 pub use self::memory::Memory;
 

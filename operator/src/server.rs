@@ -12,13 +12,13 @@ use axum::http::header;
 use axum::response::IntoResponse;
 use axum::routing::get;
 
-use crate::metrics::Metrics;
+use crate::metrics::OperatorMetrics;
 
 /// Binds the address and answers until the process ends. Returns the address bound.
 ///
 /// # Errors
 /// When the address cannot be bound.
-pub async fn listen(address: SocketAddr, metrics: Arc<Metrics>) -> std::io::Result<SocketAddr> {
+pub async fn listen(address: SocketAddr, metrics: Arc<OperatorMetrics>) -> std::io::Result<SocketAddr> {
     let listener = tokio::net::TcpListener::bind(address).await?;
     let bound = listener.local_addr()?;
     let pages = Router::new()
@@ -30,6 +30,6 @@ pub async fn listen(address: SocketAddr, metrics: Arc<Metrics>) -> std::io::Resu
     Ok(bound)
 }
 
-async fn page(State(metrics): State<Arc<Metrics>>) -> impl IntoResponse {
+async fn page(State(metrics): State<Arc<OperatorMetrics>>) -> impl IntoResponse {
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], metrics.text())
 }

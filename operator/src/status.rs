@@ -25,7 +25,7 @@ use crate::names::{self, FIELD_MANAGER, REVISION_ANNOTATION};
 use crate::queue::QueueError;
 use crate::scale::QueueReading;
 use crate::scaling::{ScalingState, Sized};
-use crate::validate::{Plan, Refusal, Sizing};
+use crate::validate::{Plan, Sizing, SpecRefusal};
 use crate::workers::{self, Trouble};
 
 /// Pause between two writes of numbers that change all the time.
@@ -40,13 +40,13 @@ pub struct StatusError(#[from] Box<kube::Error>);
 
 /// Everything that a status says.
 #[derive(Debug)]
-pub struct View<'a> {
+pub struct StatusView<'a> {
     /// The object.
     pub object: &'a InferenceModel,
     /// Its status until now; see [`former`].
     pub former: &'a InferenceModelStatus,
     /// The plan, or why there is none.
-    pub plan: Result<&'a Plan, &'a Refusal>,
+    pub plan: Result<&'a Plan, &'a SpecRefusal>,
     /// What was read, unless the spec was refused before.
     pub facts: Option<&'a Facts>,
     /// How many workers there should be.
@@ -61,7 +61,7 @@ pub struct View<'a> {
 
 /// What is wrong or under way, worked out once.
 struct Found<'a> {
-    view: &'a View<'a>,
+    view: &'a StatusView<'a>,
     desired: u32,
     live: u32,
     ready: u32,
@@ -77,7 +77,7 @@ fn finding(status: ConditionStatus, reason: Reason, message: impl Into<String>) 
 }
 
 /// Works the status out. `now` is the time of conditions that change.
-pub fn status(view: &View<'_>, now: Timestamp) -> InferenceModelStatus {
+pub fn status(view: &StatusView<'_>, now: Timestamp) -> InferenceModelStatus {
     let found = Found::new(view);
     let former = view.former;
     let generation = view.object.meta().generation.unwrap_or_default();
@@ -135,7 +135,7 @@ fn backlogs(reading: &QueueReading) -> ClassBacklogs {
 }
 
 impl<'a> Found<'a> {
-    fn new(view: &'a View<'a>) -> Self {
+    fn new(view: &'a StatusView<'a>) -> Self {
         let none = Vec::new();
         let pods = view.facts.map_or(&none, |facts| &facts.pods);
         let count = |test: &dyn Fn(&Pod) -> bool| {

@@ -87,7 +87,7 @@ pub struct PodPlan {
 /// Why a spec was refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{field} {message}")]
-pub struct Refusal {
+pub struct SpecRefusal {
     /// The field, with its path.
     pub field: String,
     /// Its value and what it must be.
@@ -95,15 +95,15 @@ pub struct Refusal {
 }
 
 /// A refusal of a field.
-pub(crate) fn refuse(field: &str, message: impl Into<String>) -> Refusal {
-    Refusal { field: field.to_owned(), message: message.into() }
+pub(crate) fn refuse(field: &str, message: impl Into<String>) -> SpecRefusal {
+    SpecRefusal { field: field.to_owned(), message: message.into() }
 }
 
 /// Checks the object and chooses what the spec leaves open.
 ///
 /// # Errors
 /// With the first field that cannot be carried out.
-pub fn plan(object: &InferenceModel, config: &Config) -> Result<Plan, Refusal> {
+pub fn plan(object: &InferenceModel, config: &Config) -> Result<Plan, SpecRefusal> {
     let name = object.name_any();
     if name.len() > NAME_BYTES_MAX {
         let message = format!("has {} bytes; at most {NAME_BYTES_MAX} are allowed", name.len());
@@ -135,7 +135,7 @@ pub fn plan(object: &InferenceModel, config: &Config) -> Result<Plan, Refusal> {
     })
 }
 
-fn sizing(replicas: Option<u32>, scaling: Option<&ScalingSpec>) -> Result<Sizing, Refusal> {
+fn sizing(replicas: Option<u32>, scaling: Option<&ScalingSpec>) -> Result<Sizing, SpecRefusal> {
     match (replicas, scaling) {
         (Some(replicas), None) if replicas <= millrace_crds::scaling::REPLICAS_LIMIT => {
             Ok(Sizing::Fixed(replicas))
@@ -156,7 +156,7 @@ fn sizing(replicas: Option<u32>, scaling: Option<&ScalingSpec>) -> Result<Sizing
     }
 }
 
-fn pod_plan(object: &InferenceModel, config: &Config) -> Result<PodPlan, Refusal> {
+fn pod_plan(object: &InferenceModel, config: &Config) -> Result<PodPlan, SpecRefusal> {
     let spec = &object.spec;
     let gpus = spec.resources.gpus();
     if spec.parallelism.tensor != 1 {

@@ -14,7 +14,7 @@ use millrace_crds::names::ModelRef;
 use millrace_crds::units::Bytes;
 
 use crate::config::Config;
-use crate::validate::{Refusal, refuse};
+use crate::validate::{SpecRefusal, refuse};
 
 /// Where the configuration is mounted.
 pub const CONFIG_DIR: &str = "/etc/millrace/config";
@@ -65,7 +65,7 @@ pub(crate) fn build(
     spec: &InferenceModelSpec,
     model: &ModelRef,
     config: &Config,
-) -> Result<(WorkerConfig, Mounts), Refusal> {
+) -> Result<(WorkerConfig, Mounts), SpecRefusal> {
     let mut mounts = Mounts {
         cache_claim: spec.model.cache_claim.clone(),
         cache_bytes: spec.model.cache_size.0,
@@ -120,7 +120,7 @@ fn engine(spec: &InferenceModelSpec) -> EngineConfig {
 }
 
 /// The address as the worker sees it, and the claim to mount for it.
-fn files(uri: &str) -> Result<(String, Option<String>), Refusal> {
+fn files(uri: &str) -> Result<(String, Option<String>), SpecRefusal> {
     let bad = || {
         let expected = "it must be s3://bucket/prefix, pvc://claim/path or file:///path";
         refuse("spec.model.uri", format!("is {uri:?}; {expected}"))

@@ -7,7 +7,7 @@ use std::path::Path;
 use clap::Parser;
 use k8s_openapi::api::core::v1::PodSpec;
 use millrace_crds::model::InferenceModel;
-use millrace_operator::build::{Resources, build, revision};
+use millrace_operator::build::{Objects, build, revision};
 use millrace_operator::config::Config;
 use millrace_operator::validate::{Plan, plan};
 use serde::Serialize;
@@ -33,8 +33,8 @@ fn planned(spec: &str, args: &[&str]) -> Plan {
     plan(&object, &Config::parse_from(args)).unwrap_or_else(|refusal| panic!("{spec}: {refusal}"))
 }
 
-fn text(resources: Resources) -> String {
-    let Resources { service_account, config_map, network_policy, disruption_budget, pod_monitor, deployment } =
+fn text(resources: Objects) -> String {
+    let Objects { service_account, config_map, network_policy, disruption_budget, pod_monitor, deployment } =
         resources;
     fn document(text: &mut String, object: &impl Serialize) {
         *text += "---\n";

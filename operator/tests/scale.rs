@@ -8,8 +8,8 @@ use millrace_crds::scaling::{OnSignalLost, ScalingSpec, ScalingTargets, Stabiliz
 use millrace_crds::units::Span;
 use millrace_operator::scale::bounds::STEP_WINDOW_MS;
 use millrace_operator::scale::{
-    ClassReading, Decision, Limit, Memory, QueueReading, Reading, Record, Term, WorkerLoad, WorkerReading,
-    WorkerState, decide,
+    ClassReading, Decision, DecisionRecord, Limit, Memory, QueueReading, Reading, Term, WorkerLoad,
+    WorkerReading, WorkerState, decide,
 };
 use proptest::prelude::*;
 
@@ -311,7 +311,7 @@ fn spec() -> impl Strategy<Value = ScalingSpec> {
 }
 
 /// Plays a history and returns each decision with its inputs.
-fn play(spec: &ScalingSpec, events: &[Event]) -> Vec<Record> {
+fn play(spec: &ScalingSpec, events: &[Event]) -> Vec<DecisionRecord> {
     let (mut at_ms, mut published, mut pending, mut unacked, mut oldest_ms) =
         (1_000_000, 0u64, 0u64, 0u64, 0);
     let mut workers: Vec<WorkerReading> = Vec::new();
@@ -348,7 +348,7 @@ fn play(spec: &ScalingSpec, events: &[Event]) -> Vec<Record> {
             next += 1;
         }
         replicas = decision.replicas;
-        records.push(Record { spec: spec.clone(), memory, reading, decision });
+        records.push(DecisionRecord { spec: spec.clone(), memory, reading, decision });
         memory = next_memory;
     }
     records
@@ -360,13 +360,13 @@ fn wanted(decision: &Decision) -> u32 {
 }
 
 /// All promises about one decision and those before it.
-fn check_promises(spec: &ScalingSpec, records: &[Record]) -> Result<(), TestCaseError> {
+fn check_promises(spec: &ScalingSpec, records: &[DecisionRecord]) -> Result<(), TestCaseError> {
     let Some((last, before)) = records.split_last() else { return Ok(()) };
     let (decision, reading) = (&last.decision, &last.reading);
     let (was, is, at_ms) = (decision.before, decision.replicas, decision.at_ms);
     prop_assert!((spec.min_replicas..=spec.max_replicas).contains(&is), "{} is out of bounds", is);
 
-    let in_window = |record: &&Record| record.decision.at_ms + STEP_WINDOW_MS > at_ms;
+    let in_window = |record: &&DecisionRecord| record.decision.at_ms + STEP_WINDOW_MS > at_ms;
     let changes = before.iter().chain([last]).filter(in_window).map(|r| &r.decision);
     let (mut up, mut down) = (0, 0);
     for change in changes {
@@ -414,7 +414,7 @@ proptest! {
     fn every_decision_is_derived_again_from_its_log(spec in spec(), events in prop::collection::vec(event(), 1..60)) {
         for record in play(&spec, &events) {
             let text = serde_json::to_string(&record).expect("a record is plain data");
-            let read: Record = serde_json::from_str(&text).expect("its own text");
+            let read: DecisionRecord = serde_json::from_str(&text).expect("its own text");
             prop_assert_eq!(&read, &record);
             prop_assert_eq!(read.derive_again(), record.decision);
         }

@@ -18,8 +18,8 @@ use millrace_operator::fetch::{Existing, Facts};
 use millrace_operator::queue::QueueError;
 use millrace_operator::scale::QueueReading;
 use millrace_operator::scaling::{ScalingState, Sized};
-use millrace_operator::status::{View, differs, status};
-use millrace_operator::validate::{Plan, Refusal, plan};
+use millrace_operator::status::{StatusView, differs, status};
+use millrace_operator::validate::{Plan, SpecRefusal, plan};
 
 const FOLLOW: &str = "{model: {uri: 's3://bucket/m'}, scaling: {}}";
 const FIXED: &str = "{model: {uri: 's3://bucket/m'}, replicas: 1}";
@@ -27,7 +27,7 @@ const FIXED: &str = "{model: {uri: 's3://bucket/m'}, replicas: 1}";
 /// One situation: what is there, and what went wrong.
 struct Situation {
     object: InferenceModel,
-    plan: Result<Plan, Refusal>,
+    plan: Result<Plan, SpecRefusal>,
     pods: Vec<Arc<Pod>>,
     load: HashMap<String, LoadReport>,
     backlog: Result<QueueReading, QueueError>,
@@ -76,7 +76,7 @@ impl Situation {
             load: self.load.clone(),
         };
         let sized = Sized { replicas: self.replicas, before: self.replicas, decision: None };
-        let view = View {
+        let view = StatusView {
             object: &self.object,
             former: &self.former,
             plan: self.plan.as_ref(),

@@ -16,7 +16,7 @@ use async_nats::jetstream::response::Response;
 use async_nats::{Client, ConnectOptions, Event, HeaderMap, Message, Request, StatusCode};
 use bytes::Bytes;
 use millrace_crds::config::NatsConfig;
-use millrace_crds::names::Token;
+use millrace_crds::names::SubjectToken;
 use tokio::sync::watch;
 
 /// How long one request to the broker may take.
@@ -91,7 +91,7 @@ impl Broker {
     ///
     /// # Errors
     /// When the configuration is wrong: an address, the credentials or the CA file.
-    pub async fn connect(config: &NatsConfig, name: &Token) -> Result<Self, BrokerError> {
+    pub async fn connect(config: &NatsConfig, name: &SubjectToken) -> Result<Self, BrokerError> {
         let wrong = |field, message: String| BrokerError::Config { field, message };
         if config.servers.is_empty() {
             return Err(wrong("servers", "no address; at least 1 is needed".into()));

@@ -26,7 +26,7 @@ pub enum Mode {
 
 /// What one stream or consumer was found to be, or was made.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum State {
+pub enum Provisioned {
     /// As it should be.
     Same,
     /// Not there, and it was not asked to be created.
@@ -45,7 +45,7 @@ pub struct Item {
     /// `stream NAME` or `consumer STREAM/NAME`.
     pub name: String,
     /// What it is now.
-    pub state: State,
+    pub state: Provisioned,
 }
 
 /// Why provisioning stopped.
@@ -78,12 +78,12 @@ pub async fn provision(
     for config in wanted {
         report.push(stream(context, config, mode).await?);
     }
-    let jobs_missing = report.first().is_some_and(|item| item.state == State::Missing);
+    let jobs_missing = report.first().is_some_and(|item| item.state == Provisioned::Missing);
     for class in Class::ALL {
         let config = streams::consumer(model, class, queue);
         let name = format!("consumer {}/{}", model.jobs_stream(), model.consumer(class));
         let state = if jobs_missing {
-            State::Missing
+            Provisioned::Missing
         } else {
             consumer(context, &model.jobs_stream(), config, mode)
                 .await
@@ -109,18 +109,18 @@ async fn stream(context: &Context, wanted: Config, mode: Mode) -> Result<Item, P
         },
     };
     let state = match (actual, mode) {
-        (None, Mode::Check) => State::Missing,
+        (None, Mode::Check) => Provisioned::Missing,
         (None, _) => {
             context.create_stream(wanted).await.map_err(|error| fail(error.to_string()))?;
-            State::Created
+            Provisioned::Created
         }
         (Some(actual), _) => match (drift::stream(&actual, &wanted), mode) {
-            (drift, _) if drift.is_empty() => State::Same,
+            (drift, _) if drift.is_empty() => Provisioned::Same,
             (drift, Mode::Apply) => {
                 context.update_stream(wanted).await.map_err(|error| fail(error.to_string()))?;
-                State::Updated(drift)
+                Provisioned::Updated(drift)
             }
-            (drift, _) => State::Differs(drift),
+            (drift, _) => Provisioned::Differs(drift),
         },
     };
     Ok(Item { name, state })
@@ -131,7 +131,7 @@ async fn consumer(
     stream: &str,
     wanted: pull::Config,
     mode: Mode,
-) -> Result<State, String> {
+) -> Result<Provisioned, String> {
     let text = |error: &dyn std::fmt::Display| error.to_string();
     let jobs = context.get_stream_no_info(stream).await.map_err(|e| text(&e))?;
     let name = wanted.durable_name.clone().unwrap_or_default();
@@ -143,18 +143,18 @@ async fn consumer(
         },
     };
     match (actual, mode) {
-        (None, Mode::Check) => Ok(State::Missing),
+        (None, Mode::Check) => Ok(Provisioned::Missing),
         (None, _) => {
             jobs.create_consumer(wanted).await.map_err(|e| text(&e))?;
-            Ok(State::Created)
+            Ok(Provisioned::Created)
         }
         (Some(actual), _) => match (drift::consumer(&actual, &wanted), mode) {
-            (drift, _) if drift.is_empty() => Ok(State::Same),
+            (drift, _) if drift.is_empty() => Ok(Provisioned::Same),
             (drift, Mode::Apply) => {
                 jobs.create_consumer(wanted).await.map_err(|e| text(&e))?;
-                Ok(State::Updated(drift))
+                Ok(Provisioned::Updated(drift))
             }
-            (drift, _) => Ok(State::Differs(drift)),
+            (drift, _) => Ok(Provisioned::Differs(drift)),
         },
     }
 }

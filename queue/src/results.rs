@@ -8,7 +8,7 @@ use async_nats::{HeaderMap, Message};
 use bytes::Bytes;
 use millrace_crds::attempts::AttemptRecord;
 use millrace_crds::job::{JobHeaders, header};
-use millrace_crds::names::{JobId, ModelRef, Token};
+use millrace_crds::names::{JobId, ModelRef, SubjectToken};
 use millrace_crds::result::{ErrorCode, LineError, OutcomeKind, OutputLine};
 
 use crate::broker::{Broker, BrokerError, Created, PATIENCE, Patience};
@@ -73,7 +73,7 @@ pub struct StoredOutcome {
 
 /// What is written beside an outcome's body.
 #[derive(Debug, Clone, Copy)]
-pub struct Envelope<'a> {
+pub struct OutcomeEnvelope<'a> {
     /// The job.
     pub headers: &'a JobHeaders,
     /// Which attempt writes, from 1.
@@ -89,13 +89,13 @@ pub struct Envelope<'a> {
 pub struct Results {
     broker: Broker,
     model: ModelRef,
-    worker: Token,
+    worker: SubjectToken,
     digest: String,
 }
 
 impl Results {
     /// `digest` is that of the model's files; every record carries it.
-    pub fn new(broker: Broker, model: ModelRef, worker: Token, digest: String) -> Self {
+    pub fn new(broker: Broker, model: ModelRef, worker: SubjectToken, digest: String) -> Self {
         Self { broker, model, worker, digest }
     }
 
@@ -145,14 +145,18 @@ impl Results {
     ///
     /// # Errors
     /// When it could not be stored, or nobody knows.
-    pub async fn create(&self, outcome: &Outcome, envelope: Envelope<'_>) -> Result<Created, BrokerError> {
+    pub async fn create(
+        &self,
+        outcome: &Outcome,
+        envelope: OutcomeEnvelope<'_>,
+    ) -> Result<Created, BrokerError> {
         let headers = self.outcome_headers(outcome, envelope);
         let subject = self.model.result_subject(&envelope.headers.id);
         self.broker.create(&subject, headers, outcome.body.clone(), 0).await
     }
 
     /// Publishes a copy of the outcome where the job asked for one. Best effort.
-    pub async fn copy(&self, outcome: &Outcome, envelope: Envelope<'_>) {
+    pub async fn copy(&self, outcome: &Outcome, envelope: OutcomeEnvelope<'_>) {
         let Some(subject) = envelope.headers.reply_subject.clone() else { return };
         let headers = self.outcome_headers(outcome, envelope);
         if let Err(error) =
@@ -162,7 +166,7 @@ impl Results {
         }
     }
 
-    fn outcome_headers(&self, outcome: &Outcome, envelope: Envelope<'_>) -> HeaderMap {
+    fn outcome_headers(&self, outcome: &Outcome, envelope: OutcomeEnvelope<'_>) -> HeaderMap {
         let mut map = HeaderMap::new();
         map.insert(header::RESULT_JOB_ID, envelope.headers.id.as_str());
         map.insert(header::OUTCOME, outcome.kind.as_str());

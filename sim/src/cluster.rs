@@ -8,7 +8,7 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-use super::load::{Load, Speed};
+use super::load::{Speed, Traffic};
 
 /// Virtual time between two looks of a policy.
 pub const TICK_MS: u64 = 1_000;
@@ -19,7 +19,7 @@ pub const REPLICAS_MAX: u32 = 64;
 
 /// One worker of the simulation.
 #[derive(Debug, Clone)]
-pub struct Worker {
+pub struct SimWorker {
     /// Unique in the run; larger is younger.
     pub id: u64,
     /// When its pod was created.
@@ -36,7 +36,7 @@ pub struct Worker {
 
 /// What a policy sees.
 #[derive(Debug)]
-pub struct View<'a> {
+pub struct PolicyView<'a> {
     /// The clock.
     pub now_ms: u64,
     /// Workers asked for.
@@ -50,23 +50,23 @@ pub struct View<'a> {
     /// Age of the oldest job that waits.
     pub oldest_age_ms: Option<u64>,
     /// The workers, draining ones too.
-    pub workers: &'a [Worker],
+    pub workers: &'a [SimWorker],
     /// Jobs that a worker holds at most.
     pub slots: u32,
 }
 
 /// A rule that sets the number of workers.
-pub trait Policy {
+pub trait ScalingPolicy {
     /// A short name.
     fn name(&self) -> String;
     /// The number of workers from now on, and which to remove first; the rest are removed as Kubernetes
     /// would: those that start, then the youngest.
-    fn decide(&mut self, view: &View) -> (u32, Vec<u64>);
+    fn decide(&mut self, view: &PolicyView) -> (u32, Vec<u64>);
 }
 
 /// What came of a run.
 #[derive(Debug, Clone, Default)]
-pub struct Outcome {
+pub struct SimOutcome {
     /// The wait of each job, by arrival, in milliseconds.
     pub waits_ms: Vec<u64>,
     /// What the workers cost, in milliseconds.
@@ -89,22 +89,22 @@ pub struct Outcome {
 
 /// A run: a load, workers, a clock.
 struct Run<'a> {
-    load: &'a Load,
+    load: &'a Traffic,
     speed: &'a Speed,
     now_ms: u64,
     /// Jobs published; those from `started` on wait.
     published: usize,
     started: usize,
     finished: usize,
-    workers: Vec<Worker>,
+    workers: Vec<SimWorker>,
     /// When which worker finishes a job.
     finishes: BinaryHeap<Reverse<(u64, u64)>>,
     next_id: u64,
-    outcome: Outcome,
+    outcome: SimOutcome,
 }
 
 /// Runs a load under a policy until every job is done and the load is over.
-pub fn run(load: &Load, speed: &Speed, policy: &mut dyn Policy) -> anyhow::Result<Outcome> {
+pub fn run(load: &Traffic, speed: &Speed, policy: &mut dyn ScalingPolicy) -> anyhow::Result<SimOutcome> {
     let mut run = Run {
         load,
         speed,
@@ -115,7 +115,7 @@ pub fn run(load: &Load, speed: &Speed, policy: &mut dyn Policy) -> anyhow::Resul
         workers: Vec::new(),
         finishes: BinaryHeap::new(),
         next_id: 0,
-        outcome: Outcome::default(),
+        outcome: SimOutcome::default(),
     };
     run.outcome.waits_ms.reserve(load.jobs.len());
     let mut replicas = 0;
@@ -150,9 +150,9 @@ pub fn run(load: &Load, speed: &Speed, policy: &mut dyn Policy) -> anyhow::Resul
 }
 
 impl Run<'_> {
-    fn view(&self, replicas: u32) -> View<'_> {
+    fn view(&self, replicas: u32) -> PolicyView<'_> {
         let waiting = self.load.jobs[self.started..self.published].first();
-        View {
+        PolicyView {
             now_ms: self.now_ms,
             replicas,
             published: self.published as u64,
@@ -170,14 +170,14 @@ impl Run<'_> {
             let ready_ms = self.now_ms + (self.speed.cold_start_s * 1e3) as u64;
             let id = self.next_id;
             let (created_ms, draining) = (self.now_ms, false);
-            self.workers.push(Worker { id, created_ms, ready_ms, draining, held: 0, finished: 0 });
+            self.workers.push(SimWorker { id, created_ms, ready_ms, draining, held: 0, finished: 0 });
             self.next_id += 1;
             self.outcome.starts += 1;
         }
         for _ in wanted..before {
             let now_ms = self.now_ms;
             let live = self.workers.iter_mut().filter(|worker| !worker.draining);
-            let rank = |worker: &Worker| {
+            let rank = |worker: &SimWorker| {
                 let named = first.iter().position(|&id| id == worker.id).unwrap_or(usize::MAX);
                 (named, worker.ready_ms <= now_ms, Reverse(worker.id))
             };
@@ -243,7 +243,7 @@ impl Run<'_> {
     /// Lets time pass until the next event.
     fn pass(&mut self, until_ms: u64) {
         let now_ms = self.now_ms;
-        let empty = |worker: &&Worker| !worker.draining && worker.held == 0 && worker.ready_ms <= now_ms;
+        let empty = |worker: &&SimWorker| !worker.draining && worker.held == 0 && worker.ready_ms <= now_ms;
         let empty = self.workers.iter().filter(empty).count() as u64;
         self.outcome.empty_ms += empty * (until_ms - now_ms);
         self.now_ms = until_ms;
@@ -263,8 +263,9 @@ impl Run<'_> {
     fn start(&mut self) {
         let (now_ms, slots) = (self.now_ms, self.speed.slots);
         while self.started < self.published {
-            let takes =
-                |worker: &&mut Worker| !worker.draining && worker.ready_ms <= now_ms && worker.held < slots;
+            let takes = |worker: &&mut SimWorker| {
+                !worker.draining && worker.ready_ms <= now_ms && worker.held < slots
+            };
             let free = self.workers.iter_mut().filter(takes).min_by_key(|worker| (worker.held, worker.id));
             let Some(worker) = free else { return };
             let job = &self.load.jobs[self.started];
@@ -280,18 +281,18 @@ impl Run<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::load::Job;
+    use super::super::load::SimJob;
     use super::*;
 
     /// Always as many workers.
     struct Fixed(u32);
 
-    impl Policy for Fixed {
+    impl ScalingPolicy for Fixed {
         fn name(&self) -> String {
             "fixed".into()
         }
 
-        fn decide(&mut self, _: &View) -> (u32, Vec<u64>) {
+        fn decide(&mut self, _: &PolicyView) -> (u32, Vec<u64>) {
             (self.0, Vec::new())
         }
     }
@@ -301,8 +302,8 @@ mod tests {
         // Two workers of two slots start for 10 s. A job of 5 s of work then holds one slot of one for 10 s.
         let speed =
             Speed { prompt_tokens_per_s: 100.0, output_tokens_per_s: 100.0, slots: 2, cold_start_s: 10.0 };
-        let jobs = vec![Job { at_ms: 50_000, prompt_tokens: 500, output_tokens: 0 }];
-        let load = Load { name: "one".into(), jobs, length_ms: 100_000, queue_wait_s: 60 };
+        let jobs = vec![SimJob { at_ms: 50_000, prompt_tokens: 500, output_tokens: 0 }];
+        let load = Traffic { name: "one".into(), jobs, length_ms: 100_000, queue_wait_s: 60 };
         let outcome = run(&load, &speed, &mut Fixed(2)).expect("the job is done");
         assert_eq!((outcome.gpu_ms, outcome.starting_ms, outcome.working_ms), (200_000, 20_000, 5_000));
         assert_eq!(outcome.empty_ms, 90_000 + 80_000);

@@ -3,11 +3,11 @@
 use millrace_crds::scaling::ScalingSpec;
 use millrace_crds::units::Span;
 
-use super::cluster::{Outcome, REPLICAS_MAX, run};
+use super::cluster::{REPLICAS_MAX, SimOutcome, run};
 use super::hindsight;
 use super::hpa::{Behavior, HpaPolicy};
 use super::keda::{Keda, KedaSettings};
-use super::load::{Load, Speed};
+use super::load::{Speed, Traffic};
 use super::millrace::Millrace;
 use super::optimum;
 use super::plot::Series;
@@ -33,7 +33,7 @@ pub struct Comparison {
 
 /// The 95th percentile of the wait that every policy of a comparison is to keep: the target, or the autoscaler's own
 /// where that is longer. So no rival is held to a shorter wait than the autoscaler.
-pub fn wait_limit_s(load: &Load, own: &Row) -> f64 {
+pub fn wait_limit_s(load: &Traffic, own: &Row) -> f64 {
     own.wait_p95_s.max(load.queue_wait_s as f64)
 }
 
@@ -46,12 +46,12 @@ pub fn spec(queue_wait_s: u64) -> ScalingSpec {
 }
 
 /// Runs the autoscaler alone.
-pub fn run_own(load: &Load, speed: &Speed) -> anyhow::Result<Outcome> {
+pub fn run_own(load: &Traffic, speed: &Speed) -> anyhow::Result<SimOutcome> {
     run(load, speed, &mut Millrace::new(spec(load.queue_wait_s)))
 }
 
 /// Runs all policies.
-pub fn compare(load: &Load, speed: &Speed) -> anyhow::Result<Comparison> {
+pub fn compare(load: &Traffic, speed: &Speed) -> anyhow::Result<Comparison> {
     let mut comparison = Comparison::default();
     comparison.add(load, "millrace", &run_own(load, speed)?);
     let limit_s = wait_limit_s(load, &comparison.rows[0]);
@@ -84,7 +84,7 @@ pub fn compare(load: &Load, speed: &Speed) -> anyhow::Result<Comparison> {
 }
 
 impl Comparison {
-    fn add(&mut self, load: &Load, name: &str, outcome: &Outcome) {
+    fn add(&mut self, load: &Traffic, name: &str, outcome: &SimOutcome) {
         self.rows.push(Row::new(load, name, outcome));
         self.series.push(Series { name: name.into(), replicas: outcome.replicas.clone() });
     }

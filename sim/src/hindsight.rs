@@ -7,9 +7,9 @@
 use millrace_crds::scaling::ScalingSpec;
 use millrace_crds::units::Span;
 
-use super::cluster::{Outcome, REPLICAS_MAX, run};
+use super::cluster::{REPLICAS_MAX, SimOutcome, run};
 use super::compare::spec;
-use super::load::{Load, Speed};
+use super::load::{Speed, Traffic};
 use super::millrace::Millrace;
 use super::report::Row;
 
@@ -25,7 +25,7 @@ const DOWN_S: [u64; 3] = [0, 5, 30];
 const STEPS: [u32; 3] = [1, 4, 8];
 
 /// All settings.
-fn grid(load: &Load) -> Vec<ScalingSpec> {
+fn grid(load: &Traffic) -> Vec<ScalingSpec> {
     let mut all = Vec::new();
     for wait in WAITS {
         for max_replicas in MOST {
@@ -47,11 +47,15 @@ fn grid(load: &Load) -> Vec<ScalingSpec> {
 
 /// The cheapest setting of the grid whose 95th percentile of the wait is no longer than a limit, and what came of it;
 /// nothing where none keeps it. Runs on as many threads as there are cores.
-pub fn tuned(load: &Load, speed: &Speed, wait_p95_s: f64) -> anyhow::Result<Option<(ScalingSpec, Outcome)>> {
+pub fn tuned(
+    load: &Traffic,
+    speed: &Speed,
+    wait_p95_s: f64,
+) -> anyhow::Result<Option<(ScalingSpec, SimOutcome)>> {
     let grid = grid(load);
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let best_of = |specs: &[ScalingSpec]| -> anyhow::Result<Option<(ScalingSpec, Outcome)>> {
-        let mut best: Option<(ScalingSpec, Outcome)> = None;
+    let best_of = |specs: &[ScalingSpec]| -> anyhow::Result<Option<(ScalingSpec, SimOutcome)>> {
+        let mut best: Option<(ScalingSpec, SimOutcome)> = None;
         for spec in specs {
             let outcome = run(load, speed, &mut Millrace::new(spec.clone()))?;
             let cheaper = best.as_ref().is_none_or(|(_, best)| outcome.gpu_ms < best.gpu_ms);
@@ -64,7 +68,7 @@ pub fn tuned(load: &Load, speed: &Speed, wait_p95_s: f64) -> anyhow::Result<Opti
     std::thread::scope(|scope| {
         let parts = grid.chunks(grid.len().div_ceil(threads).max(1));
         let runs: Vec<_> = parts.map(|part| scope.spawn(move || best_of(part))).collect();
-        let mut best: Vec<(ScalingSpec, Outcome)> = Vec::new();
+        let mut best: Vec<(ScalingSpec, SimOutcome)> = Vec::new();
         for run in runs {
             best.extend(run.join().map_err(|_| anyhow::anyhow!("a run of the grid panicked"))??);
         }

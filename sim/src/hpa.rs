@@ -3,7 +3,7 @@
 //! From the controller's documented algorithm and defaults: a sync each 15 s, a tolerance of 10 %, at most
 //! four pods or 100 % more each 15 s, and 300 s of stabilisation downwards.
 
-use super::cluster::{Policy, View, Worker};
+use super::cluster::{PolicyView, ScalingPolicy, SimWorker};
 
 /// Time between two syncs of the controller: `--horizontal-pod-autoscaler-sync-period`.
 pub const SYNC_MS: u64 = 15_000;
@@ -67,18 +67,18 @@ impl HpaPolicy {
     }
 }
 
-impl Policy for HpaPolicy {
+impl ScalingPolicy for HpaPolicy {
     fn name(&self) -> String {
         "hpa-default".into()
     }
 
-    fn decide(&mut self, view: &View) -> (u32, Vec<u64>) {
+    fn decide(&mut self, view: &PolicyView) -> (u32, Vec<u64>) {
         let current = view.replicas;
         if !view.now_ms.is_multiple_of(SYNC_MS) {
             return (current.max(self.behavior.min.max(1)), Vec::new());
         }
-        let live: Vec<&Worker> = view.workers.iter().filter(|worker| !worker.draining).collect();
-        let ready: Vec<&&Worker> = live.iter().filter(|worker| worker.ready_ms <= view.now_ms).collect();
+        let live: Vec<&SimWorker> = view.workers.iter().filter(|worker| !worker.draining).collect();
+        let ready: Vec<&&SimWorker> = live.iter().filter(|worker| worker.ready_ms <= view.now_ms).collect();
         let busy: u32 = ready.iter().map(|worker| worker.held).sum();
         let mut recommended = current.max(1);
         if !ready.is_empty() {

@@ -5,9 +5,9 @@
 //! for `ceil(lag / lagThreshold)` pods at each of its syncs, with the tolerance on the lag a pod
 //! (`pkg/scalers/nats_jetstream_scaler.go`, `pkg/scaling/executor/scale_executor.go` of kedacore/keda).
 
-use super::cluster::{Policy, View};
+use super::cluster::{PolicyView, ScalingPolicy};
 use super::hpa::{Behavior, SYNC_MS, Stabilizer, TOLERANCE};
-use super::load::{Load, Speed};
+use super::load::{Speed, Traffic};
 
 /// The knobs of a ScaledObject.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -31,7 +31,7 @@ impl KedaSettings {
 
     /// What a careful user sets without knowing the load to come, only the size of its jobs: a pod's lag is
     /// what it finishes within the wait target less the time that it takes to start; windows of a minute.
-    pub fn sized(load: &Load, speed: &Speed, max: u32) -> Self {
+    pub fn sized(load: &Traffic, speed: &Speed, max: u32) -> Self {
         let target_s = load.queue_wait_s as f64;
         let usable_s = (target_s - speed.cold_start_s).max(target_s / 4.0);
         let lag_threshold = (load.worker_rate(speed) * usable_s).round().max(1.0) as u32;
@@ -63,12 +63,12 @@ impl Keda {
     }
 }
 
-impl Policy for Keda {
+impl ScalingPolicy for Keda {
     fn name(&self) -> String {
         self.name.clone()
     }
 
-    fn decide(&mut self, view: &View) -> (u32, Vec<u64>) {
+    fn decide(&mut self, view: &PolicyView) -> (u32, Vec<u64>) {
         let KedaSettings { polling_ms, cooldown_ms, behavior, .. } = self.settings;
         let lag = view.pending + view.unacked;
         let mut replicas = view.replicas.max(behavior.min);

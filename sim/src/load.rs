@@ -24,7 +24,7 @@ pub const SPEED: Speed =
 
 /// One job.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Job {
+pub struct SimJob {
     /// When it is published, in milliseconds from the start.
     pub at_ms: u64,
     /// Prompt tokens.
@@ -33,7 +33,7 @@ pub struct Job {
     pub output_tokens: u32,
 }
 
-impl Job {
+impl SimJob {
     /// The worker seconds that it costs.
     pub fn work_s(&self, speed: &Speed) -> f64 {
         f64::from(self.prompt_tokens) / speed.prompt_tokens_per_s
@@ -43,18 +43,18 @@ impl Job {
 
 /// Jobs in the order of their arrival.
 #[derive(Debug, Clone)]
-pub struct Load {
+pub struct Traffic {
     /// A short name.
     pub name: String,
     /// The jobs.
-    pub jobs: Vec<Job>,
+    pub jobs: Vec<SimJob>,
     /// How long the load lasts; workers are paid for at least until then.
     pub length_ms: u64,
     /// The wait target that suits it.
     pub queue_wait_s: u64,
 }
 
-impl Load {
+impl Traffic {
     /// One hour of code completion at Azure: bursts with silence between them.
     pub fn azure_code() -> anyhow::Result<Self> {
         Self::parse("azure-code", include_str!("../traces/azure-llm-2023-code.csv"))
@@ -66,13 +66,13 @@ impl Load {
     }
 
     fn parse(name: &str, text: &str) -> anyhow::Result<Self> {
-        let line = |line: &str| -> Option<Job> {
+        let line = |line: &str| -> Option<SimJob> {
             let mut fields = line.split(',');
             let at_ms = fields.next()?.parse().ok()?;
             let prompt_tokens = fields.next()?.parse().ok()?;
-            Some(Job { at_ms, prompt_tokens, output_tokens: fields.next()?.parse().ok()? })
+            Some(SimJob { at_ms, prompt_tokens, output_tokens: fields.next()?.parse().ok()? })
         };
-        let jobs: Option<Vec<Job>> = text.lines().skip(1).map(line).collect();
+        let jobs: Option<Vec<SimJob>> = text.lines().skip(1).map(line).collect();
         let jobs = jobs.with_context(|| format!("the trace {name} has a line that is not three numbers"))?;
         anyhow::ensure!(jobs.is_sorted_by_key(|job| job.at_ms), "the trace {name} is not in order");
         Ok(Self { name: name.into(), jobs, length_ms: 3_600_000, queue_wait_s: 60 })
@@ -96,7 +96,7 @@ impl Load {
 
     /// A million jobs at once, to be started within eight hours.
     pub fn nightly() -> Self {
-        let mut random = Random(7);
+        let mut random = SplitMix64(7);
         let jobs = (0..1_000_000).map(|i| random.job(i / 1_000)).collect();
         Self { name: "nightly-1m".into(), jobs, length_ms: 9 * 3_600_000, queue_wait_s: 8 * 3_600 }
     }
@@ -118,7 +118,7 @@ impl Load {
 
     /// Poisson arrivals at a rate that changes by the second.
     pub fn of_rates(name: &str, length_s: u64, rate: impl Fn(u64) -> f64) -> Self {
-        let mut random = Random(11);
+        let mut random = SplitMix64(11);
         let mut jobs = Vec::new();
         for second in 0..length_s {
             let rate = rate(second);
@@ -134,9 +134,9 @@ impl Load {
 
 /// A seeded generator: SplitMix64 (Steele, Lea, Flood 2014).
 #[derive(Debug, Clone)]
-pub struct Random(pub u64);
+pub struct SplitMix64(pub u64);
 
-impl Random {
+impl SplitMix64 {
     /// The next 64 bits.
     pub fn bits(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -156,8 +156,8 @@ impl Random {
     }
 
     /// A job of 1,000 prompt and 150 output tokens in the mean, exponentially spread, cut at eight times that.
-    fn job(&mut self, at_ms: u64) -> Job {
+    fn job(&mut self, at_ms: u64) -> SimJob {
         let prompt_tokens = (1000.0 * self.exponential().min(8.0)) as u32 + 1;
-        Job { at_ms, prompt_tokens, output_tokens: (150.0 * self.exponential().min(8.0)) as u32 + 1 }
+        SimJob { at_ms, prompt_tokens, output_tokens: (150.0 * self.exponential().min(8.0)) as u32 + 1 }
     }
 }

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use clap::Parser;
 use millrace_sim::compare::{Comparison, compare};
-use millrace_sim::load::{Load, SPEED, Speed};
+use millrace_sim::load::{SPEED, Speed, Traffic};
 use millrace_sim::report::{EXCESS_HEAD, HEAD, excess, line};
 use millrace_sim::{plot, report::Row, sweep};
 
@@ -94,14 +94,14 @@ fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
-fn loads(names: &[String]) -> anyhow::Result<Vec<Load>> {
+fn loads(names: &[String]) -> anyhow::Result<Vec<Traffic>> {
     let all = [
-        Load::azure_code()?,
-        Load::azure_conv()?,
-        Load::steps(),
-        Load::spikes(),
-        Load::on_off(),
-        Load::nightly(),
+        Traffic::azure_code()?,
+        Traffic::azure_conv()?,
+        Traffic::steps(),
+        Traffic::spikes(),
+        Traffic::on_off(),
+        Traffic::nightly(),
     ];
     for name in names {
         let known: Vec<&str> = all.iter().map(|load| load.name.as_str()).collect();
@@ -110,7 +110,7 @@ fn loads(names: &[String]) -> anyhow::Result<Vec<Load>> {
     Ok(all.into_iter().filter(|load| names.is_empty() || names.contains(&load.name)).collect())
 }
 
-fn print(out: &mut impl Write, load: &Load, comparison: &Comparison) -> anyhow::Result<()> {
+fn print(out: &mut impl Write, load: &Traffic, comparison: &Comparison) -> anyhow::Result<()> {
     writeln!(out, "\n{}: {} jobs, target {} s", load.name, load.jobs.len(), load.queue_wait_s)?;
     writeln!(out, "{HEAD}")?;
     for row in &comparison.rows {
@@ -138,7 +138,7 @@ fn print(out: &mut impl Write, load: &Load, comparison: &Comparison) -> anyhow::
 
 /// The bars over a grid of rates and cold starts.
 fn sweep(out: &mut impl Write, args: &Args, speed: &Speed) -> anyhow::Result<()> {
-    let mut loads = [Load::azure_code()?, Load::azure_conv()?];
+    let mut loads = [Traffic::azure_code()?, Traffic::azure_conv()?];
     for load in &mut loads {
         load.queue_wait_s = args.queue_wait.unwrap_or(load.queue_wait_s);
     }
@@ -159,7 +159,7 @@ fn sweep(out: &mut impl Write, args: &Args, speed: &Speed) -> anyhow::Result<()>
     Ok(())
 }
 
-fn draw(folder: &PathBuf, load: &Load, comparison: &Comparison) -> anyhow::Result<()> {
+fn draw(folder: &PathBuf, load: &Traffic, comparison: &Comparison) -> anyhow::Result<()> {
     std::fs::create_dir_all(folder)?;
     let arrivals_ms: Vec<u64> = load.jobs.iter().map(|job| job.at_ms).collect();
     let title = format!("{}: arrivals, and workers asked for by each policy", load.name);

@@ -3,9 +3,10 @@
 use millrace_crds::names::Class;
 use millrace_crds::scaling::ScalingSpec;
 
-use super::cluster::{Policy, View, Worker};
+use super::cluster::{PolicyView, ScalingPolicy, SimWorker};
 use millrace_operator::scale::{
-    ClassReading, Memory, QueueReading, Reading, Record, WorkerLoad, WorkerReading, WorkerState, decide,
+    ClassReading, DecisionRecord, Memory, QueueReading, Reading, WorkerLoad, WorkerReading, WorkerState,
+    decide,
 };
 
 /// Time between two decisions.
@@ -21,7 +22,7 @@ pub struct Millrace {
     spec: ScalingSpec,
     memory: Memory,
     /// The decisions that changed something, when they are asked for.
-    pub records: Option<Vec<Record>>,
+    pub records: Option<Vec<DecisionRecord>>,
 }
 
 impl Millrace {
@@ -31,12 +32,12 @@ impl Millrace {
     }
 }
 
-impl Policy for Millrace {
+impl ScalingPolicy for Millrace {
     fn name(&self) -> String {
         "millrace".into()
     }
 
-    fn decide(&mut self, view: &View) -> (u32, Vec<u64>) {
+    fn decide(&mut self, view: &PolicyView) -> (u32, Vec<u64>) {
         if !view.now_ms.is_multiple_of(PERIOD_MS) {
             return (view.replicas, Vec::new());
         }
@@ -46,14 +47,14 @@ impl Policy for Millrace {
         let first = decision.delete_first.iter().filter_map(|name| name.parse().ok()).collect();
         if let (Some(records), true) = (&mut self.records, replicas != before) {
             let (spec, memory) = (self.spec.clone(), self.memory.clone());
-            records.push(Record { spec, memory, reading, decision });
+            records.push(DecisionRecord { spec, memory, reading, decision });
         }
         self.memory = memory;
         (replicas, first)
     }
 }
 
-fn reading(view: &View) -> Reading {
+fn reading(view: &PolicyView) -> Reading {
     let (pending, unacked, oldest_age_ms) = (view.pending, view.unacked, view.oldest_age_ms);
     let class = ClassReading { class: Class::Normal, pending, unacked, oldest_age_ms };
     Reading {
@@ -64,7 +65,7 @@ fn reading(view: &View) -> Reading {
     }
 }
 
-fn worker_reading(view: &View, worker: &Worker) -> WorkerReading {
+fn worker_reading(view: &PolicyView, worker: &SimWorker) -> WorkerReading {
     let ready = worker.ready_ms <= view.now_ms;
     let full = f64::from(worker.held) / f64::from(view.slots);
     WorkerReading {

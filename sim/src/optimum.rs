@@ -17,8 +17,8 @@
 //! [`executed`] is the other side: what such a plan costs when it runs in the simulated cluster. The least that
 //! clairvoyance could pay there lies between the two.
 
-use super::cluster::{Outcome, Policy, View, run};
-use super::load::{Load, Speed};
+use super::cluster::{PolicyView, ScalingPolicy, SimOutcome, run};
+use super::load::{Speed, Traffic};
 use super::report::Row;
 
 /// Share of the jobs that may be late.
@@ -71,7 +71,7 @@ struct Grid {
 }
 
 /// Finds the bound for a target of the 95th percentile; nothing where the best plan uses all workers there are.
-pub fn optimum(load: &Load, speed: &Speed, wait_p95_s: f64) -> Option<Optimum> {
+pub fn optimum(load: &Traffic, speed: &Speed, wait_p95_s: f64) -> Option<Optimum> {
     let busy = load.work_s(speed) * 1e3 / load.length_ms.max(1) as f64;
     let mut workers_max = WORKERS_FEW;
     while (workers_max as f64) < 2.0 * busy {
@@ -90,7 +90,7 @@ pub fn optimum(load: &Load, speed: &Speed, wait_p95_s: f64) -> Option<Optimum> {
 
 /// The other side of the bound: the cheapest of some plans that keeps the wait when it runs in the simulated
 /// cluster, where a worker finishes its jobs before it leaves. Plans are made for ever shorter waits until one does.
-pub fn executed(load: &Load, speed: &Speed, wait_p95_s: f64) -> anyhow::Result<Option<Outcome>> {
+pub fn executed(load: &Traffic, speed: &Speed, wait_p95_s: f64) -> anyhow::Result<Option<SimOutcome>> {
     let lead_ms = (speed.cold_start_s * 1e3) as u64;
     for share in PLANNED_SHARES {
         let Some(plan) = optimum(load, speed, wait_p95_s * share) else { break };
@@ -110,12 +110,12 @@ struct Planned<'a> {
     ends_ms: u64,
 }
 
-impl Policy for Planned<'_> {
+impl ScalingPolicy for Planned<'_> {
     fn name(&self) -> String {
         "clairvoyant-run".into()
     }
 
-    fn decide(&mut self, view: &View) -> (u32, Vec<u64>) {
+    fn decide(&mut self, view: &PolicyView) -> (u32, Vec<u64>) {
         let planned =
             |at_ms: u64| self.replicas.iter().rev().find(|entry| entry.0 <= at_ms).map_or(0, |e| e.1);
         let soon = planned((view.now_ms + self.lead_ms).min(self.ends_ms - 1));
@@ -127,7 +127,7 @@ impl Policy for Planned<'_> {
 }
 
 impl Grid {
-    fn new(load: &Load, speed: &Speed, wait_s: f64, workers_max: usize) -> Self {
+    fn new(load: &Traffic, speed: &Speed, wait_s: f64, workers_max: usize) -> Self {
         let works: Vec<f64> = load.jobs.iter().map(|job| job.work_s(speed)).collect();
         let total_s: f64 = works.iter().sum();
         let mean_s = total_s / works.len().max(1) as f64;
@@ -157,7 +157,7 @@ impl Grid {
         grid
     }
 
-    fn fill(&mut self, load: &Load, works: &[f64]) {
+    fn fill(&mut self, load: &Traffic, works: &[f64]) {
         let (mut job, mut done_s, mut before) = (0, 0.0, 0);
         let units = self.jobs_by_unit.len();
         let mut begins = vec![0usize; units];
@@ -182,7 +182,7 @@ impl Grid {
 
     /// The best bound over the price of a late job, in which the bound is concave: golden-section search in the
     /// logarithm (Kiefer 1953). Then the plan at that price; none where the workers cannot do the work.
-    fn best(&self, load: &Load) -> Option<Optimum> {
+    fn best(&self, load: &Traffic) -> Option<Optimum> {
         let allowed = LATE_SHARE * load.jobs.len() as f64;
         let bound = |log: f64| self.plan(log.exp(), None) - log.exp() * allowed;
         let golden = (5f64.sqrt() - 1.0) / 2.0;
@@ -261,7 +261,7 @@ impl Grid {
     }
 
     /// Walks the choices from the start and reads off workers and waits.
-    fn follow(&self, load: &Load, choices: &[u8]) -> (Vec<(u64, u32)>, Vec<u64>) {
+    fn follow(&self, load: &Traffic, choices: &[u8]) -> (Vec<(u64, u32)>, Vec<u64>) {
         let (mut workers, mut backlog) = (0usize, 0usize);
         let mut replicas = Vec::new();
         let mut waits_ms = vec![0u64; load.jobs.len()];
@@ -314,7 +314,7 @@ fn choose(costs: &[f32], start_s: f32, out: &mut [f32], mut picked: Option<&mut 
 }
 
 /// The most work that arrives within any span of this length.
-fn deepest(load: &Load, works: &[f64], span_s: f64) -> f64 {
+fn deepest(load: &Traffic, works: &[f64], span_s: f64) -> f64 {
     let (mut first, mut sum, mut most) = (0, 0.0, 0.0f64);
     for (job, work_s) in load.jobs.iter().zip(works) {
         sum += work_s;

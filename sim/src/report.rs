@@ -2,8 +2,8 @@
 
 use serde::Serialize;
 
-use super::cluster::Outcome;
-use super::load::Load;
+use super::cluster::SimOutcome;
+use super::load::Traffic;
 use super::optimum::Optimum;
 
 /// The figures of one policy on one load.
@@ -41,8 +41,8 @@ pub struct Row {
 
 impl Row {
     /// The figures of a run.
-    pub fn new(load: &Load, policy: &str, outcome: &Outcome) -> Self {
-        let Outcome { gpu_ms, starting_ms, draining_ms, empty_ms, working_ms, .. } = *outcome;
+    pub fn new(load: &Traffic, policy: &str, outcome: &SimOutcome) -> Self {
+        let SimOutcome { gpu_ms, starting_ms, draining_ms, empty_ms, working_ms, .. } = *outcome;
         let [gpu_seconds, starting_s, draining_s, empty_s, working_s] =
             [gpu_ms, starting_ms, draining_ms, empty_ms, working_ms].map(|ms| ms as f64 / 1e3);
         let row = Self::of(load, policy, gpu_seconds, &outcome.waits_ms, &outcome.replicas);
@@ -51,11 +51,11 @@ impl Row {
     }
 
     /// The figures of the optimum's plan; its GPU time is the bound, of which no parts are told.
-    pub fn of_optimum(load: &Load, optimum: &Optimum) -> Self {
+    pub fn of_optimum(load: &Traffic, optimum: &Optimum) -> Self {
         Self::of(load, "clairvoyant", optimum.gpu_s, &optimum.waits_ms, &optimum.replicas)
     }
 
-    fn of(load: &Load, policy: &str, gpu_seconds: f64, waits_ms: &[u64], replicas: &[(u64, u32)]) -> Self {
+    fn of(load: &Traffic, policy: &str, gpu_seconds: f64, waits_ms: &[u64], replicas: &[(u64, u32)]) -> Self {
         let mut sorted = waits_ms.to_vec();
         sorted.sort_unstable();
         let limit_ms = load.queue_wait_s * 1000;

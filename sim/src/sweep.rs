@@ -8,10 +8,10 @@
 use millrace_crds::units::Span;
 use serde::Serialize;
 
-use super::cluster::{Outcome, REPLICAS_MAX, run};
+use super::cluster::{REPLICAS_MAX, SimOutcome, run};
 use super::compare::{run_own, spec, wait_limit_s};
 use super::keda::{Keda, KedaSettings};
-use super::load::{Load, Speed};
+use super::load::{Speed, Traffic};
 use super::millrace::Millrace;
 use super::optimum::optimum;
 use super::report::Row;
@@ -63,7 +63,7 @@ pub struct Cell {
 }
 
 impl Figures {
-    fn new(load: &Load, outcome: &Outcome) -> Self {
+    fn new(load: &Traffic, outcome: &SimOutcome) -> Self {
         Self::of(&Row::new(load, "", outcome))
     }
 
@@ -74,7 +74,7 @@ impl Figures {
 }
 
 /// All loads at one multiple of the rates of a speed.
-pub fn point(loads: &[Load], speed: &Speed, rate: f64) -> anyhow::Result<Vec<Cell>> {
+pub fn point(loads: &[Traffic], speed: &Speed, rate: f64) -> anyhow::Result<Vec<Cell>> {
     let speed = &Speed {
         prompt_tokens_per_s: speed.prompt_tokens_per_s * rate,
         output_tokens_per_s: speed.output_tokens_per_s * rate,
@@ -88,7 +88,7 @@ pub fn point(loads: &[Load], speed: &Speed, rate: f64) -> anyhow::Result<Vec<Cel
     let tried: Vec<_> = tried.collect::<anyhow::Result<_>>()?;
     let one = tune::cheapest_for_all(&tried, &limits_s);
     let bounds_s = bounds(loads, speed, &limits_s)?;
-    let cell = |(at, load): (usize, &Load)| -> anyhow::Result<Cell> {
+    let cell = |(at, load): (usize, &Traffic)| -> anyhow::Result<Cell> {
         let keda = |settings| run(load, speed, &mut Keda::new("keda", settings));
         let keda_sized = Figures::new(load, &keda(KedaSettings::sized(load, speed, REPLICAS_MAX))?);
         let keda_default = Figures::new(load, &keda(KedaSettings::defaults(REPLICAS_MAX))?);
@@ -112,8 +112,8 @@ pub fn point(loads: &[Load], speed: &Speed, rate: f64) -> anyhow::Result<Vec<Cel
 }
 
 /// The clairvoyant bound of each load, in GPU seconds: no less than its work.
-fn bounds(loads: &[Load], speed: &Speed, limits_s: &[f64]) -> anyhow::Result<Vec<f64>> {
-    let bound = |load: &Load, limit_s: f64| {
+fn bounds(loads: &[Traffic], speed: &Speed, limits_s: &[f64]) -> anyhow::Result<Vec<f64>> {
+    let bound = |load: &Traffic, limit_s: f64| {
         let best = optimum(load, speed, limit_s);
         best.map_or(0.0, |best| best.gpu_s).max(load.work_s(speed))
     };
@@ -126,7 +126,7 @@ fn bounds(loads: &[Load], speed: &Speed, limits_s: &[f64]) -> anyhow::Result<Vec
 }
 
 /// The cheapest run of the autoscaler that keeps a wait, over its wait target and its fewest workers.
-fn own_for(load: &Load, speed: &Speed, wait_p95_s: f64) -> anyhow::Result<Option<Figures>> {
+fn own_for(load: &Traffic, speed: &Speed, wait_p95_s: f64) -> anyhow::Result<Option<Figures>> {
     let mut best: Option<Figures> = None;
     for queue_wait_s in WAITS_S {
         for min_replicas in MIN {

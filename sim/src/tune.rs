@@ -4,7 +4,7 @@
 use super::cluster::run;
 use super::hpa::Behavior;
 use super::keda::{Keda, KedaSettings};
-use super::load::{Load, Speed};
+use super::load::{Speed, Traffic};
 use super::report::Row;
 
 /// Lags that one pod is to have, as shares of what a worker finishes within the wait target: the least, the most, ...
@@ -25,7 +25,7 @@ const MIN: [u32; 3] = [0, 1, 2];
 pub const THIN_ABOVE: usize = 100_000;
 
 /// All settings of the grid for some loads, or a thinner grid for loads of a million jobs.
-pub fn grid(loads: &[&Load], speed: &Speed, max: u32) -> Vec<KedaSettings> {
+pub fn grid(loads: &[&Traffic], speed: &Speed, max: u32) -> Vec<KedaSettings> {
     let within_target = loads.iter().map(|load| load.worker_rate(speed) * load.queue_wait_s as f64);
     let (least, most) =
         within_target.fold((f64::MAX, 0.0f64), |(least, most), n| (least.min(n), most.max(n)));
@@ -73,7 +73,7 @@ pub struct Tried {
 }
 
 /// Runs every setting, on as many threads as there are cores.
-pub fn try_all(load: &Load, speed: &Speed, grid: &[KedaSettings]) -> anyhow::Result<Vec<Tried>> {
+pub fn try_all(load: &Traffic, speed: &Speed, grid: &[KedaSettings]) -> anyhow::Result<Vec<Tried>> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let part = grid.len().div_ceil(threads).max(1);
     let try_one = |settings: &KedaSettings| -> anyhow::Result<Tried> {
@@ -115,13 +115,13 @@ pub fn cheapest_for_all(tried: &[Vec<Tried>], limits_s: &[f64]) -> Option<usize>
 
 #[cfg(test)]
 mod tests {
-    use super::super::cluster::Outcome;
+    use super::super::cluster::SimOutcome;
     use super::*;
 
     fn tried(figures: &[(f64, f64)]) -> Vec<Tried> {
-        let load = Load { name: "none".into(), jobs: Vec::new(), length_ms: 0, queue_wait_s: 60 };
+        let load = Traffic { name: "none".into(), jobs: Vec::new(), length_ms: 0, queue_wait_s: 60 };
         let one = |&(gpu_seconds, wait_p95_s)| {
-            let row = Row { gpu_seconds, wait_p95_s, ..Row::new(&load, "", &Outcome::default()) };
+            let row = Row { gpu_seconds, wait_p95_s, ..Row::new(&load, "", &SimOutcome::default()) };
             Tried { settings: KedaSettings::defaults(8), row }
         };
         figures.iter().map(one).collect()

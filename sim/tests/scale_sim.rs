@@ -1,12 +1,12 @@
 //! The autoscaler over simulated time: it does not flap, it starts jobs in time, and it costs what it should
 //! beside other rules. The grids and sweeps are `millrace-sim`'s; here single settings stand for them.
 
-use millrace_operator::scale::Record;
+use millrace_operator::scale::DecisionRecord;
 use millrace_sim::cluster::{REPLICAS_MAX, run};
 use millrace_sim::compare::{run_own, spec};
 use millrace_sim::hindsight;
 use millrace_sim::keda::{Keda, KedaSettings};
-use millrace_sim::load::{Job, Load, Random, SPEED, Speed};
+use millrace_sim::load::{SPEED, SimJob, Speed, SplitMix64, Traffic};
 use millrace_sim::millrace::Millrace;
 use millrace_sim::optimum::{executed, optimum};
 use millrace_sim::report::Row;
@@ -14,14 +14,14 @@ use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 
 /// Jobs of one second of work at an even pace that keeps so many workers busy.
-fn constant(busy_workers: f64, length_s: u64) -> Load {
+fn constant(busy_workers: f64, length_s: u64) -> Traffic {
     let jobs = (busy_workers * length_s as f64) as u64;
-    let job = |i: u64| Job {
+    let job = |i: u64| SimJob {
         at_ms: (i as f64 / busy_workers * 1e3) as u64,
         prompt_tokens: 2000,
         output_tokens: 200,
     };
-    Load {
+    Traffic {
         name: format!("constant-{busy_workers:.2}"),
         jobs: (0..jobs).map(job).collect(),
         length_ms: length_s * 1000,
@@ -29,7 +29,7 @@ fn constant(busy_workers: f64, length_s: u64) -> Load {
     }
 }
 
-fn own(load: &Load, speed: &Speed) -> Row {
+fn own(load: &Traffic, speed: &Speed) -> Row {
     Row::new(load, "millrace", &run_own(load, speed).expect("every job is done"))
 }
 
@@ -69,9 +69,9 @@ proptest! {
     /// Whatever comes, every job runs, and a decision can be derived again from its log.
     #[test]
     fn random_bursts_are_served(seed in 0u64..1_000_000, cold_start_s in 1.0f64..120.0) {
-        let mut random = Random(seed);
+        let mut random = SplitMix64(seed);
         let rates: Vec<f64> = (0..30).map(|_| (random.unit() * 4.0 - 1.0).max(0.0).powi(3)).collect();
-        let load = Load::of_rates("bursts", 1_800, |second| rates[(second / 60) as usize]);
+        let load = Traffic::of_rates("bursts", 1_800, |second| rates[(second / 60) as usize]);
         let mut policy = Millrace::new(spec(60));
         policy.records = Some(Vec::new());
         let speed = Speed { cold_start_s, ..SPEED };
@@ -79,14 +79,14 @@ proptest! {
         prop_assert_eq!(outcome.waits_ms.len(), load.jobs.len());
         for record in policy.records.unwrap_or_default() {
             let text = serde_json::to_string(&record).expect("a record is plain data");
-            let read: Record = serde_json::from_str(&text).expect("its own text");
+            let read: DecisionRecord = serde_json::from_str(&text).expect("its own text");
             prop_assert_eq!(read.derive_again(), record.decision);
         }
     }
 }
 
 /// One trace beside the other policies: the figures that the plots and the README show, within a margin.
-fn check_trace(load: &Load, over_optimum: f64, over_sized: f64) {
+fn check_trace(load: &Traffic, over_optimum: f64, over_sized: f64) {
     let row = own(load, &SPEED);
     assert!(row.wait_p95_s <= 60.0, "{}: p95 {} s", load.name, row.wait_p95_s);
     let best = optimum(load, &SPEED, row.wait_p95_s).expect("a bound");
@@ -106,17 +106,17 @@ fn check_trace(load: &Load, over_optimum: f64, over_sized: f64) {
 
 #[test]
 fn bursts_of_code_completion_cost_what_they_should() {
-    check_trace(&Load::azure_code().expect("the trace"), 1.35, 0.7);
+    check_trace(&Traffic::azure_code().expect("the trace"), 1.35, 0.7);
 }
 
 #[test]
 fn steady_conversation_costs_what_it_should() {
-    check_trace(&Load::azure_conv().expect("the trace"), 1.04, 0.93);
+    check_trace(&Traffic::azure_conv().expect("the trace"), 1.04, 0.93);
 }
 
 #[test]
 fn work_is_conserved_and_the_bound_lies_below_every_policy() {
-    for load in [Load::steps(), Load::on_off()].map(|load| load.head(1_800_000)) {
+    for load in [Traffic::steps(), Traffic::on_off()].map(|load| load.head(1_800_000)) {
         let work_s = load.work_s(&SPEED);
         let row = own(&load, &SPEED);
         let default = Keda::new("keda-default", KedaSettings::defaults(REPLICAS_MAX));
@@ -134,7 +134,7 @@ fn work_is_conserved_and_the_bound_lies_below_every_policy() {
 
 #[test]
 fn a_clairvoyant_plan_that_runs_keeps_the_wait_and_costs_more_than_the_bound() {
-    let load = Load::on_off().head(900_000);
+    let load = Traffic::on_off().head(900_000);
     let planned =
         executed(&load, &SPEED, 60.0).expect("every job is done").expect("a plan that keeps the wait");
     let planned = Row::new(&load, "clairvoyant-run", &planned);
@@ -149,7 +149,7 @@ fn a_clairvoyant_plan_that_runs_keeps_the_wait_and_costs_more_than_the_bound() {
 
 #[test]
 fn the_setting_that_hindsight_picks_keeps_the_wait_and_costs_no_more_than_the_defaults() {
-    let load = Load::of_rates("short", 240, |second| if second < 60 { 8.0 } else { 1.0 });
+    let load = Traffic::of_rates("short", 240, |second| if second < 60 { 8.0 } else { 1.0 });
     let default = own(&load, &SPEED);
     let tuned = |limit_s| hindsight::tuned(&load, &SPEED, limit_s).expect("every job is done");
     let (spec, outcome) = tuned(default.wait_p95_s).expect("the defaults are among the settings");
@@ -166,10 +166,10 @@ fn the_setting_that_hindsight_picks_keeps_the_wait_and_costs_no_more_than_the_de
 #[test]
 fn starts_of_two_minutes_are_ordered_sparingly_and_not_again_and_again() {
     let speed = Speed { cold_start_s: 120.0, ..SPEED };
-    let code = own(&Load::azure_code().expect("the trace"), &speed);
+    let code = own(&Traffic::azure_code().expect("the trace"), &speed);
     assert!(code.wait_p95_s <= 130.0, "p95 {} s", code.wait_p95_s);
-    assert!(code.gpu_seconds <= 2.1 * Load::azure_code().expect("the trace").work_s(&speed), "{code:?}");
-    let on_off = own(&Load::on_off(), &speed);
+    assert!(code.gpu_seconds <= 2.1 * Traffic::azure_code().expect("the trace").work_s(&speed), "{code:?}");
+    let on_off = own(&Traffic::on_off(), &speed);
     // Six phases of work: up in a few steps and down again in each.
     assert!(on_off.scale_events <= 6 * 10, "{} events", on_off.scale_events);
 }

@@ -10,8 +10,8 @@ use anyhow::{Context, Result, ensure};
 use millrace_crds::names::Class;
 use serde_json::json;
 
-use crate::cluster::Cluster;
-use crate::jobs::{Job, Queue, Record};
+use crate::cluster::QueueHarness;
+use crate::jobs::{NewJob, OutcomeLog, Pipeline};
 use crate::process::Signal;
 use crate::random::Random;
 use crate::worker::Worker;
@@ -25,7 +25,7 @@ const ATTEMPTS: u32 = 100;
 
 /// How much is done to how many.
 #[derive(Debug, Clone, Copy)]
-pub struct Plan {
+pub struct ChaosPlan {
     /// Jobs published.
     pub jobs: usize,
     /// Workers that run at once.
@@ -39,15 +39,17 @@ pub struct Plan {
 }
 
 /// The form that takes about a minute.
-pub const SHORT: Plan = Plan { jobs: 500, workers: 1, worker_kills: 20, broker_kills: 3, worker_stops: 0 };
+pub const SHORT: ChaosPlan =
+    ChaosPlan { jobs: 500, workers: 1, worker_kills: 20, broker_kills: 3, worker_stops: 0 };
 /// The long form.
-pub const SOAK: Plan = Plan { jobs: 2000, workers: 3, worker_kills: 200, broker_kills: 20, worker_stops: 20 };
+pub const SOAK: ChaosPlan =
+    ChaosPlan { jobs: 2000, workers: 3, worker_kills: 200, broker_kills: 20, worker_stops: 20 };
 
 /// What was done, and what came of it.
 #[derive(Debug)]
-pub struct Report {
+pub struct ChaosReport {
     /// Outcomes, each job's only one.
-    pub record: Record,
+    pub record: OutcomeLog,
     /// SIGKILLs of workers that happened.
     pub worker_kills: usize,
     /// SIGKILLs of the broker that happened.
@@ -59,7 +61,7 @@ pub struct Report {
 }
 
 /// Greedy and sampled jobs of many lengths and all classes; long enough to be caught in the middle.
-pub fn jobs(count: usize) -> Vec<Job> {
+pub fn jobs(count: usize) -> Vec<NewJob> {
     let job = |index: usize| {
         let body = json!({
             "prompt": format!("Job {index}: {}", "grist to the mill ".repeat(1 + index % 7)),
@@ -67,7 +69,7 @@ pub fn jobs(count: usize) -> Vec<Job> {
             "temperature": if index.is_multiple_of(3) { 0.9 } else { 0.0 },
             "ignore_eos": true,
         });
-        let mut job = Job::new(&format!("job-{index}"), &body);
+        let mut job = NewJob::new(&format!("job-{index}"), &body);
         job.class = Class::ALL[index % 3];
         job
     };
@@ -78,18 +80,18 @@ pub fn jobs(count: usize) -> Vec<Job> {
 ///
 /// # Errors
 /// When the broker does not come up.
-pub fn cluster() -> Result<Cluster> {
-    let mut cluster = Cluster::tiny()?;
+pub fn cluster() -> Result<QueueHarness> {
+    let mut cluster = QueueHarness::tiny()?;
     cluster.config.queue.max_deliver = ATTEMPTS;
     Ok(cluster)
 }
 
 /// The processes, and what was done to them.
 struct Chaos {
-    cluster: Cluster,
+    cluster: QueueHarness,
     workers: Vec<Worker>,
     random: Random,
-    plan: Plan,
+    plan: ChaosPlan,
     worker_kills: usize,
     broker_kills: usize,
     worker_stops: usize,
@@ -127,7 +129,7 @@ impl Chaos {
     }
 
     /// Publishes the jobs in as many parts as there are kills, and kills after each part.
-    async fn run(&mut self, queue: &Queue, jobs: &[Job]) -> Result<()> {
+    async fn run(&mut self, queue: &Pipeline, jobs: &[NewJob]) -> Result<()> {
         let part = jobs.len().div_ceil(self.plan.worker_kills);
         for round in 0..self.plan.worker_kills {
             let start = (round * part).min(jobs.len());
@@ -143,7 +145,7 @@ impl Chaos {
 ///
 /// # Errors
 /// When a job has no outcome, or more than one, or a worker ended by itself.
-pub async fn run(plan: Plan, random: Random) -> Result<Report> {
+pub async fn run(plan: ChaosPlan, random: Random) -> Result<ChaosReport> {
     let jobs = jobs(plan.jobs);
     let cluster = cluster()?;
     let workers = (0..plan.workers).map(|_| cluster.worker()).collect::<Result<Vec<_>>>()?;
@@ -152,11 +154,11 @@ pub async fn run(plan: Plan, random: Random) -> Result<Report> {
         Chaos { cluster, workers, random, plan, worker_kills: 0, broker_kills: 0, worker_stops: 0 };
     let began = Instant::now();
     chaos.run(&queue, &jobs).await?;
-    let mut record = Record::default();
+    let mut record = OutcomeLog::default();
     record.wait(&queue, jobs.len(), SETTLE_LIMIT).await.with_context(|| chaos.workers[0].log_tail())?;
     let elapsed = began.elapsed();
     queue.wait_empty(SETTLE_LIMIT).await?;
     record.check(&queue, &jobs).await?;
     let Chaos { worker_kills, broker_kills, worker_stops, .. } = chaos;
-    Ok(Report { record, worker_kills, broker_kills, worker_stops, elapsed })
+    Ok(ChaosReport { record, worker_kills, broker_kills, worker_stops, elapsed })
 }

@@ -10,7 +10,7 @@ use millrace_crds::names::ModelRef;
 use millrace_crds::units::{Bytes, Span};
 use tempfile::TempDir;
 
-use crate::jobs::Queue;
+use crate::jobs::Pipeline;
 use crate::nats::NatsServer;
 use crate::worker::Worker;
 use crate::{place, tiny};
@@ -25,7 +25,7 @@ const MODEL_SEED: u64 = 1;
 
 /// A broker and a model.
 #[derive(Debug)]
-pub struct Cluster {
+pub struct QueueHarness {
     /// The broker.
     pub nats: NatsServer,
     /// The workers' configuration; change it before the first one starts.
@@ -34,7 +34,7 @@ pub struct Cluster {
     pub folder: TempDir,
 }
 
-impl Cluster {
+impl QueueHarness {
     /// A broker and the tiny model, read from a folder.
     ///
     /// # Errors
@@ -90,7 +90,7 @@ impl Cluster {
     ///
     /// # Errors
     /// When the broker does not answer.
-    pub async fn queue(&self) -> Result<Queue> {
-        Queue::connect(&self.nats, &self.model()).await
+    pub async fn queue(&self) -> Result<Pipeline> {
+        Pipeline::connect(&self.nats, &self.model()).await
     }
 }

@@ -33,7 +33,7 @@ const POLL: Duration = Duration::from_millis(20);
 
 /// A job to publish.
 #[derive(Debug, Clone)]
-pub struct Job {
+pub struct NewJob {
     /// Its id.
     pub id: JobId,
     /// Its class.
@@ -44,7 +44,7 @@ pub struct Job {
     pub body: Bytes,
 }
 
-impl Job {
+impl NewJob {
     /// A job of class `normal` with a JSON body.
     ///
     /// # Panics
@@ -146,14 +146,14 @@ impl Stored {
 
 /// The queue of one model, from the pipeline's side.
 #[derive(Debug, Clone)]
-pub struct Queue {
+pub struct Pipeline {
     /// The connection.
     pub client: async_nats::Client,
     jetstream: Context,
     model: ModelRef,
 }
 
-impl Queue {
+impl Pipeline {
     /// Connects, for good: the client reconnects for ever.
     ///
     /// # Errors
@@ -174,7 +174,7 @@ impl Queue {
     ///
     /// # Errors
     /// When there was no acknowledgement for two minutes.
-    pub async fn publish(&self, job: &Job) -> Result<()> {
+    pub async fn publish(&self, job: &NewJob) -> Result<()> {
         let start = Instant::now();
         loop {
             let error = match self.publish_once(job).await {
@@ -188,7 +188,7 @@ impl Queue {
         }
     }
 
-    async fn publish_once(&self, job: &Job) -> Result<()> {
+    async fn publish_once(&self, job: &NewJob) -> Result<()> {
         let mut headers = HeaderMap::new();
         headers.insert(header::JOB_ID, job.id.as_str());
         for (name, value) in &job.headers {
@@ -204,7 +204,7 @@ impl Queue {
     ///
     /// # Errors
     /// When one was not accepted.
-    pub async fn publish_all(&self, jobs: &[Job]) -> Result<()> {
+    pub async fn publish_all(&self, jobs: &[NewJob]) -> Result<()> {
         let publishes = futures::stream::iter(jobs).map(|job| self.publish(job));
         publishes.buffer_unordered(PUBLISHES_MAX).try_collect::<Vec<()>>().await?;
         Ok(())
@@ -277,7 +277,7 @@ impl Queue {
 
 /// Every outcome seen since its start.
 #[derive(Debug, Default)]
-pub struct Record {
+pub struct OutcomeLog {
     next: u64,
     /// By job.
     pub outcomes: BTreeMap<JobId, Stored>,
@@ -285,12 +285,12 @@ pub struct Record {
     pub rewritten: Vec<JobId>,
 }
 
-impl Record {
+impl OutcomeLog {
     /// Reads what was stored since the last call; a broker that does not answer is asked again next time.
     ///
     /// # Errors
     /// When an outcome is malformed.
-    pub async fn follow(&mut self, queue: &Queue) -> Result<()> {
+    pub async fn follow(&mut self, queue: &Pipeline) -> Result<()> {
         let Ok(stream) = queue.results().await else { return Ok(()) };
         loop {
             let wildcard = queue.model.results_wildcard();
@@ -311,7 +311,7 @@ impl Record {
     ///
     /// # Errors
     /// When there are fewer after `limit`; the message says how many.
-    pub async fn wait(&mut self, queue: &Queue, count: usize, limit: Duration) -> Result<()> {
+    pub async fn wait(&mut self, queue: &Pipeline, count: usize, limit: Duration) -> Result<()> {
         let start = Instant::now();
         loop {
             self.follow(queue).await?;
@@ -337,7 +337,7 @@ impl Record {
     ///
     /// # Errors
     /// Naming the first few jobs for which that is not so.
-    pub async fn check(&self, queue: &Queue, jobs: &[Job]) -> Result<()> {
+    pub async fn check(&self, queue: &Pipeline, jobs: &[NewJob]) -> Result<()> {
         let missing: Vec<_> =
             jobs.iter().map(|job| &job.id).filter(|id| !self.outcomes.contains_key(id)).collect();
         let shown = |ids: &[&JobId]| format!("{} jobs, such as {:?}", ids.len(), &ids[..ids.len().min(5)]);
@@ -353,7 +353,7 @@ impl Record {
             self.outcomes.len(),
             jobs.len()
         );
-        let mut again = Record::default();
+        let mut again = OutcomeLog::default();
         again.wait(queue, jobs.len(), PUBLISH_LIMIT).await?;
         for (id, first) in &self.outcomes {
             let now = again.of(id.as_str())?;

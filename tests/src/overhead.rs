@@ -10,8 +10,8 @@ use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, push};
 use futures::StreamExt;
 use millrace_crds::job::header;
 
-use crate::cluster::Cluster;
-use crate::jobs::{Job, Queue, Record};
+use crate::cluster::QueueHarness;
+use crate::jobs::{NewJob, OutcomeLog, Pipeline};
 
 /// No job of one token takes longer, unless something hangs.
 const LIMIT: Duration = Duration::from_secs(30);
@@ -31,16 +31,16 @@ pub struct Overhead {
 ///
 /// # Errors
 /// When a job has no outcome within 30 s.
-pub async fn measure(cluster: &Cluster, single: usize, many: usize) -> Result<Overhead> {
+pub async fn measure(cluster: &QueueHarness, single: usize, many: usize) -> Result<Overhead> {
     let queue = cluster.queue().await?;
     // Not measured: the connections, the caches and the averages of the worker warm up.
     one_at_a_time(cluster, &queue, "warm", single.min(50)).await?;
     let mut overheads = one_at_a_time(cluster, &queue, "single", single).await?;
     overheads.sort_by(f64::total_cmp);
     let before = outcomes(&queue).await?;
-    let jobs: Vec<Job> = (0..many).map(|i| Job::completion(&format!("many-{i}"), "x", 1)).collect();
+    let jobs: Vec<NewJob> = (0..many).map(|i| NewJob::completion(&format!("many-{i}"), "x", 1)).collect();
     let start = Instant::now();
-    let mut record = Record::default();
+    let mut record = OutcomeLog::default();
     let limit = LIMIT + Duration::from_millis(50) * u32::try_from(many)?;
     let (published, finished) =
         tokio::join!(queue.publish_all(&jobs), queue.wait_stored(before + many, limit));
@@ -55,14 +55,19 @@ pub async fn measure(cluster: &Cluster, single: usize, many: usize) -> Result<Ov
     })
 }
 
-async fn outcomes(queue: &Queue) -> Result<usize> {
-    let mut record = Record::default();
+async fn outcomes(queue: &Pipeline) -> Result<usize> {
+    let mut record = OutcomeLog::default();
     record.follow(queue).await?;
     Ok(record.outcomes.len())
 }
 
 /// Milliseconds of overhead of each job.
-async fn one_at_a_time(cluster: &Cluster, queue: &Queue, prefix: &str, count: usize) -> Result<Vec<f64>> {
+async fn one_at_a_time(
+    cluster: &QueueHarness,
+    queue: &Pipeline,
+    prefix: &str,
+    count: usize,
+) -> Result<Vec<f64>> {
     let jetstream = async_nats::jetstream::new(queue.client.clone());
     let stream = jetstream.get_stream(cluster.model().results_stream()).await?;
     let config = push::Config {
@@ -75,7 +80,7 @@ async fn one_at_a_time(cluster: &Cluster, queue: &Queue, prefix: &str, count: us
     let mut stored = stream.create_consumer(config).await?.messages().await?;
     let mut overheads = Vec::with_capacity(count);
     for index in 0..count {
-        let job = Job::completion(&format!("{prefix}-{index}"), "x", 1);
+        let job = NewJob::completion(&format!("{prefix}-{index}"), "x", 1);
         let start = Instant::now();
         queue.publish(&job).await?;
         let next = tokio::time::timeout(LIMIT, stored.next()).await;

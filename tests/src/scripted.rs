@@ -12,19 +12,19 @@ use async_nats::jetstream::{self, message::StreamMessage};
 use async_nats::{Client, HeaderMap};
 use millrace_crds::config::{NatsConfig, QueueConfig, ResultsConfig};
 use millrace_crds::job::header;
-use millrace_crds::names::{Class, JobId, ModelRef, Token};
+use millrace_crds::names::{Class, JobId, ModelRef, SubjectToken};
 use millrace_crds::result::{ErrorCode, OutputLine};
 use millrace_crds::tokens::TokenDelta;
 use millrace_crds::units::Span;
-use millrace_engine::schedule::handle::{Limits, Load};
+use millrace_engine::schedule::handle::{EngineLoad, Limits};
 use millrace_queue::broker::Broker;
 use millrace_queue::claim::Claims;
 use millrace_queue::delivery::PullTrouble;
 use millrace_queue::fault::Fault;
 use millrace_queue::provision::{Mode, provision};
-use millrace_worker::metrics::Metrics;
+use millrace_worker::metrics::WorkerMetrics;
 use millrace_worker::run::{Answer, Run, Work};
-use millrace_worker::serve::{Line, LineParts, serve};
+use millrace_worker::serve::{LineParts, ServingLine, serve};
 use millrace_worker::watchdog::Watch;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -39,7 +39,7 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 #[derive(Debug, Default)]
 pub struct Scripted {
     /// The counters that a real engine would keep.
-    pub load: Load,
+    pub load: EngineLoad,
     /// Attempts begun.
     pub runs: AtomicU64,
     /// Attempts that run now.
@@ -57,9 +57,9 @@ pub struct Scripted {
 /// (with steps), `stall` (without), `late` (answers after 300 ms), `brief` (after 20 ms), `alone`
 /// (after 100 ms, and looks who runs beside it), `stream` (three deltas).
 #[derive(Debug, Clone, Default)]
-pub struct Runner(pub Arc<Scripted>);
+pub struct ScriptedRunner(pub Arc<Scripted>);
 
-impl std::ops::Deref for Runner {
+impl std::ops::Deref for ScriptedRunner {
     type Target = Scripted;
     fn deref(&self) -> &Scripted {
         &self.0
@@ -84,7 +84,7 @@ impl Drop for Running<'_> {
     }
 }
 
-impl Run for Runner {
+impl Run for ScriptedRunner {
     async fn run(&self, work: Work, deltas: Option<mpsc::Sender<TokenDelta>>) -> Result<Answer, Fault> {
         let _running = Running::begin(self);
         self.order.lock().expect("no writer panics").push(work.headers.id.to_string());
@@ -132,20 +132,20 @@ impl Run for Runner {
         Limits { max_model_len: 64, max_sequences: 64, block_tokens: 16, kv_blocks: 4096, vocabulary: 9 }
     }
 
-    fn load(&self) -> &Load {
+    fn load(&self) -> &EngineLoad {
         &self.load
     }
 }
 
 /// A worker's queue side, in this process.
 #[derive(Debug)]
-pub struct Worker {
+pub struct ScriptedWorker {
     /// What stands for its engine.
-    pub runner: Runner,
+    pub runner: ScriptedRunner,
     /// Its counters.
-    pub metrics: Arc<Metrics>,
+    pub metrics: Arc<WorkerMetrics>,
     /// Its line.
-    pub line: Arc<Line<Runner>>,
+    pub line: Arc<ServingLine<ScriptedRunner>>,
     /// Cancelled: it drains.
     pub drain: CancellationToken,
     /// How its serving ended.
@@ -194,7 +194,7 @@ impl Bench {
     ///
     /// # Errors
     /// When the broker does not do it.
-    pub async fn worker(&self, name: &str) -> Result<Worker> {
+    pub async fn worker(&self, name: &str) -> Result<ScriptedWorker> {
         let config = NatsConfig {
             servers: vec![self.server.url()],
             credentials_file: None,
@@ -202,12 +202,12 @@ impl Bench {
             monitor: None,
             provision: false,
         };
-        let worker: Token = name.parse()?;
+        let worker: SubjectToken = name.parse()?;
         let broker = Broker::connect(&config, &worker).await?;
         broker.ready().await;
-        let runner = Runner::default();
-        let metrics = Arc::new(Metrics::new(&self.model));
-        let line = Line::new(LineParts {
+        let runner = ScriptedRunner::default();
+        let metrics = Arc::new(WorkerMetrics::new(&self.model));
+        let line = ServingLine::new(LineParts {
             run: runner.clone(),
             broker,
             model: self.model.clone(),
@@ -226,7 +226,7 @@ impl Bench {
                 serve(&line, &drain, Duration::from_millis(500)).await.map_err(|error| error.to_string())
             }
         });
-        Ok(Worker { runner, metrics, line, drain, task })
+        Ok(ScriptedWorker { runner, metrics, line, drain, task })
     }
 
     /// Publishes a job of class normal.

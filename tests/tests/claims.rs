@@ -10,8 +10,8 @@ use millrace_crds::job::{JSONL, header};
 use millrace_crds::result::{ErrorCode, OutcomeKind, OutputReference};
 use millrace_crds::units;
 use millrace_queue::store::Store;
-use millrace_tests::cluster::Cluster;
-use millrace_tests::jobs::{Job, Queue, Record, Stored};
+use millrace_tests::cluster::QueueHarness;
+use millrace_tests::jobs::{NewJob, OutcomeLog, Pipeline, Stored};
 use millrace_tests::s3::{self, S3};
 use millrace_tests::{nats, tools};
 use serde_json::{Value, json};
@@ -23,8 +23,8 @@ const INLINE_BYTES_MAX: u64 = 700;
 const BYTES_MAX: u64 = 1 << 20;
 
 /// A job whose body is behind its header.
-fn referring(id: &str, uri: &str) -> Job {
-    Job { body: Bytes::new(), ..Job::new(id, &json!({})) }.with(header::INPUT, uri)
+fn referring(id: &str, uri: &str) -> NewJob {
+    NewJob { body: Bytes::new(), ..NewJob::new(id, &json!({})) }.with(header::INPUT, uri)
 }
 
 fn request(max_tokens: u32) -> Value {
@@ -62,7 +62,7 @@ async fn bodies_and_outcomes_travel_by_reference() -> Result<()> {
     let s3 = S3::start()?;
     s3.create_bucket("claims").await?;
     let store = Store::connect(&s3.store_config()).await?;
-    let mut cluster = Cluster::tiny()?;
+    let mut cluster = QueueHarness::tiny()?;
     cluster.config.queue.max_deliver = 2;
     cluster.config.results.inline_bytes_max = units::Bytes(INLINE_BYTES_MAX);
     let place = ObjectStoreConfig { uri: "s3://claims/m".into(), store: s3.store_config() };
@@ -82,17 +82,17 @@ async fn bodies_and_outcomes_travel_by_reference() -> Result<()> {
     put("m/lines.jsonl", lines.collect()).await?;
     put("elsewhere/short.json", request(4).to_string()).await?;
     let jobs = [
-        Job::new("direct", &request(300)),
-        Job::new("short", &request(4)),
+        NewJob::new("direct", &request(300)),
+        NewJob::new("short", &request(4)),
         referring("short-in", "s3://claims/m/short.json"),
         referring("long-in", "s3://claims/m/long.json"),
         referring("lines-in", "s3://claims/m/lines.jsonl").with(header::CONTENT_TYPE, JSONL),
-        Job::new("to-place", &request(4)).with(header::OUTPUT, "s3://claims/m/answers/mine.jsonl"),
+        NewJob::new("to-place", &request(4)).with(header::OUTPUT, "s3://claims/m/answers/mine.jsonl"),
         referring("outside", "s3://claims/elsewhere/short.json"),
         referring("absent", "s3://claims/m/absent.json"),
     ];
     queue.publish_all(&jobs).await?;
-    let mut record = Record::default();
+    let mut record = OutcomeLog::default();
     record.wait(&queue, jobs.len(), LIMIT).await.with_context(|| worker.log_tail())?;
     record.check(&queue, &jobs).await?;
 
@@ -120,10 +120,10 @@ async fn bodies_and_outcomes_travel_by_reference() -> Result<()> {
 }
 
 /// A job that needs the store is tried again and then given up; the others go on.
-async fn without_the_store(queue: &Queue, mut record: Record) -> Result<()> {
+async fn without_the_store(queue: &Pipeline, mut record: OutcomeLog) -> Result<()> {
     let before = record.outcomes.len();
     queue
-        .publish_all(&[referring("down", "s3://claims/m/short.json"), Job::new("fine", &request(4))])
+        .publish_all(&[referring("down", "s3://claims/m/short.json"), NewJob::new("fine", &request(4))])
         .await?;
     record.wait(queue, before + 2, LIMIT).await?;
     assert_eq!(record.of("fine")?.kind, OutcomeKind::Completed);

@@ -14,7 +14,7 @@ use async_nats::jetstream::{self, Message};
 use async_nats::{Client, HeaderMap};
 use futures::StreamExt;
 use millrace_crds::job::header;
-use millrace_crds::names::{Class, JobId, ModelRef, Token};
+use millrace_crds::names::{Class, JobId, ModelRef, SubjectToken};
 use millrace_crds::result::OutputReference;
 use millrace_crds::tokens::TokenDelta;
 use millrace_queue::store::{S3Uri, Store};
@@ -377,7 +377,7 @@ async fn the_doctor_finds_what_is_missing() -> Result<()> {
 
 async fn load_reports(scene: &Scene) -> Result<tokio::task::JoinHandle<()>> {
     let client = scene.server.connect().await?;
-    let subject = scene.model.load_subject(&"w-1".parse::<Token>()?);
+    let subject = scene.model.load_subject(&"w-1".parse::<SubjectToken>()?);
     let report = json!({"worker": "w-1", "phase": "ready", "uptimeS": 1.0, "kvBlocksUsed": 1,
         "kvBlocksTotal": 2, "sequencesRunning": 0, "sequencesWaiting": 0, "jobsHeld": 0,
         "promptTokensPerS": 0.0, "outputTokensPerS": 0.0, "jobsFinished": 0});

@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use millrace_crds::names::JobId;
 use millrace_tests::chaos::{self, SETTLE_LIMIT, SHORT, SOAK};
-use millrace_tests::jobs::{Job, Record};
+use millrace_tests::jobs::{NewJob, OutcomeLog};
 use millrace_tests::random::Random;
 use millrace_tests::worker::Worker;
 use millrace_tests::{nats, tools};
@@ -23,12 +23,12 @@ use serde_json::Value;
 const CRASH_LIMIT: Duration = Duration::from_secs(30);
 
 /// The outcomes of the same jobs when nothing happens to anybody.
-async fn undisturbed(jobs: &[Job]) -> Result<BTreeMap<String, Vec<Value>>> {
+async fn undisturbed(jobs: &[NewJob]) -> Result<BTreeMap<String, Vec<Value>>> {
     let cluster = chaos::cluster()?;
     let _worker = cluster.worker()?;
     let queue = cluster.queue().await?;
     queue.publish_all(jobs).await?;
-    let mut record = Record::default();
+    let mut record = OutcomeLog::default();
     record.wait(&queue, jobs.len(), SETTLE_LIMIT).await?;
     record.outcomes.iter().map(|(id, outcome)| Ok((id.to_string(), outcome.timeless()?))).collect()
 }
@@ -76,7 +76,7 @@ async fn a_crash_at_any_place_is_made_good() -> Result<()> {
     let queue = cluster.queue().await?;
     let mut jobs = Vec::new();
     for place in failpoint::NAMES {
-        let job = Job::completion(&place.replace('_', "-"), "Come what may", 20);
+        let job = NewJob::completion(&place.replace('_', "-"), "Come what may", 20);
         if place == "after_dead_copy" {
             // All of its attempts were begun and none ended.
             let ledger = format!(r#"{{"starts":{},"worker":"w-dead"}}"#, cluster.config.queue.max_deliver);
@@ -91,7 +91,7 @@ async fn a_crash_at_any_place_is_made_good() -> Result<()> {
         assert!(!status.success(), "{place}: {status}");
     }
     let worker = cluster.worker()?;
-    let mut record = Record::default();
+    let mut record = OutcomeLog::default();
     record.wait(&queue, jobs.len(), SETTLE_LIMIT).await.with_context(|| worker.log_tail())?;
     queue.wait_empty(SETTLE_LIMIT).await?;
     record.check(&queue, &jobs).await?;

@@ -9,7 +9,7 @@ use millrace_crds::config::{Device, Dtype, EngineConfig, KvCacheDtype};
 use millrace_crds::units::Bytes;
 use millrace_engine::model::config::DecoderConfig;
 use millrace_engine::model::files::Files;
-use millrace_engine::schedule::handle::Load;
+use millrace_engine::schedule::handle::EngineLoad;
 use millrace_engine::schedule::request::{Request, Sampling};
 use millrace_engine::start::{Engine, Generated, Tuning};
 use millrace_engine::text::prompt::Text;
@@ -225,8 +225,8 @@ fn check_invariance(config: &Value, kv: KvCacheDtype, circumstances: &[Circumsta
             }
         }
         let load = engine.handle().load();
-        ensure!((Load::get(&load.preemptions) > 0) == at.scarce, "preemptions under {at:?}");
-        ensure!((Load::get(&load.cached_tokens) > 0) == at.prefix_cache, "prefix hits under {at:?}");
+        ensure!((EngineLoad::get(&load.preemptions) > 0) == at.scarce, "preemptions under {at:?}");
+        ensure!((EngineLoad::get(&load.cached_tokens) > 0) == at.prefix_cache, "prefix hits under {at:?}");
         engine.join();
     }
     Ok(())

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use millrace_queue::provision::{Mode, provision};
-use millrace_tests::cluster::Cluster;
-use millrace_tests::jobs::{Job, Record};
+use millrace_tests::cluster::QueueHarness;
+use millrace_tests::jobs::{NewJob, OutcomeLog};
 use millrace_tests::process::Signal;
 use millrace_tests::s3::{self, S3};
 use millrace_tests::worker::Worker;
@@ -56,14 +56,15 @@ async fn a_running_workers_pages_have_fixed_names_and_no_ids() -> Result<()> {
     if !tools::have(&[nats::PROGRAM]) {
         return Ok(());
     }
-    let cluster = Cluster::tiny()?;
+    let cluster = QueueHarness::tiny()?;
     let worker = cluster.worker()?;
     let queue = cluster.queue().await?;
-    let refused = Job::new("secretive-bad", &json!({"prompt": "x", "temperature": -1}));
-    let jobs: Vec<Job> = (0..3).map(|n| Job::completion(&format!("secretive-{n}"), "Tell me", 12)).collect();
+    let refused = NewJob::new("secretive-bad", &json!({"prompt": "x", "temperature": -1}));
+    let jobs: Vec<NewJob> =
+        (0..3).map(|n| NewJob::completion(&format!("secretive-{n}"), "Tell me", 12)).collect();
     queue.publish_all(&jobs).await?;
     queue.publish(&refused).await?;
-    Record::default().wait(&queue, 4, LIMIT).await.with_context(|| worker.log_tail())?;
+    OutcomeLog::default().wait(&queue, 4, LIMIT).await.with_context(|| worker.log_tail())?;
     queue.wait_empty(LIMIT).await?;
 
     let address = worker.health_address();
@@ -106,7 +107,7 @@ fn a_broker_that_is_away_at_the_start_is_waited_for() -> Result<()> {
     if !tools::have(&[nats::PROGRAM]) {
         return Ok(());
     }
-    let mut cluster = Cluster::tiny()?;
+    let mut cluster = QueueHarness::tiny()?;
     cluster.nats.kill()?;
     let mut worker = Worker::start(&cluster.config, &[])?;
     wait_refusal(&mut worker, &["the broker is not connected"])?;
@@ -126,7 +127,7 @@ async fn a_queue_that_is_not_there_makes_the_worker_unready() -> Result<()> {
     if !tools::have(&[nats::PROGRAM]) {
         return Ok(());
     }
-    let mut cluster = Cluster::tiny()?;
+    let mut cluster = QueueHarness::tiny()?;
     cluster.config.nats.provision = false;
     let mut worker = Worker::start(&cluster.config, &[])?;
     wait_refusal(&mut worker, &["no job can be pulled", "JOBS_default_tiny/workers-low", "503"])?;
@@ -143,7 +144,7 @@ async fn a_store_without_the_model_is_waited_for_and_named() -> Result<()> {
     if !tools::have(&[nats::PROGRAM, s3::PROGRAM]) {
         return Ok(());
     }
-    let mut cluster = Cluster::tiny()?;
+    let mut cluster = QueueHarness::tiny()?;
     let s3 = S3::start()?;
     cluster.config.model.uri = "s3://later/tiny".into();
     cluster.config.model.store = s3.store_config();
@@ -168,7 +169,7 @@ fn a_model_that_cannot_be_used_ends_the_start_with_its_name() -> Result<()> {
         return Ok(());
     }
     // Nobody listens there: the start waits, and a signal ends it at once.
-    let mut cluster = Cluster::tiny()?;
+    let mut cluster = QueueHarness::tiny()?;
     cluster.config.model.uri = "s3://models/tiny".into();
     cluster.config.model.store.endpoint = Some("http://127.0.0.1:1".into());
     let keys =
@@ -180,7 +181,7 @@ fn a_model_that_cannot_be_used_ends_the_start_with_its_name() -> Result<()> {
     assert!(worker.wait(Duration::from_secs(5))?.success(), "{}", worker.log_tail());
 
     // Half of the weights.
-    let cluster = Cluster::tiny()?;
+    let cluster = QueueHarness::tiny()?;
     let tensors = cluster.model_folder().join("model.safetensors");
     let bytes = fs::read(&tensors)?;
     fs::write(&tensors, &bytes[..bytes.len() / 2])?;
@@ -189,7 +190,7 @@ fn a_model_that_cannot_be_used_ends_the_start_with_its_name() -> Result<()> {
     assert!(worker.log().contains("model.safetensors"), "{}", worker.log_tail());
 
     // No configuration.
-    let cluster = Cluster::tiny()?;
+    let cluster = QueueHarness::tiny()?;
     fs::remove_file(cluster.model_folder().join("config.json"))?;
     let mut worker = Worker::start(&cluster.config, &[])?;
     assert!(!worker.wait(LIMIT)?.success());

@@ -15,7 +15,7 @@ use millrace_crds::config::{Device, Dtype, EngineConfig, KvCacheDtype, Quantizat
 use millrace_crds::units::Bytes;
 use millrace_engine::model::config::DecoderConfig;
 use millrace_engine::model::files::Files;
-use millrace_engine::schedule::handle::Load;
+use millrace_engine::schedule::handle::EngineLoad;
 use millrace_engine::schedule::request::{Finish, Request, Sampling};
 use millrace_engine::schedule::{Moment, Observer};
 use millrace_engine::start::{Engine, Tuning};
@@ -222,8 +222,8 @@ fn run(
     Ok(Ran {
         outputs,
         block_bytes: info.kv_cache_bytes / u64::from(info.limits.kv_blocks),
-        cached_tokens: Load::get(&load.cached_tokens),
-        preemptions: Load::get(&load.preemptions),
+        cached_tokens: EngineLoad::get(&load.cached_tokens),
+        preemptions: EngineLoad::get(&load.preemptions),
         ahead: ahead.count.load(Ordering::Relaxed),
     })
 }

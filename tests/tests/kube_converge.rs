@@ -13,7 +13,7 @@ use kube::core::NamespaceResourceScope;
 use kube::{Api, Resource};
 use millrace_crds::names::{Class, ModelRef};
 use millrace_tests::kube::cluster::{Cluster, wait};
-use millrace_tests::kube::control_plane::Options;
+use millrace_tests::kube::control_plane::ControlPlaneOptions;
 use millrace_tests::kube::faults::{Faults, FaultyApi};
 use millrace_tests::kube::operator::Operator;
 use millrace_tests::kube::programs;
@@ -288,7 +288,7 @@ async fn a_killed_operator_ends_where_an_undisturbed_one_does() -> Result<()> {
     if !programs::have() {
         return Ok(());
     }
-    let cluster = Cluster::start(&Options::default()).await?;
+    let cluster = Cluster::start(&ControlPlaneOptions::default()).await?;
     let start = Instant::now();
     let mut all = 0;
     for flow in FLOWS {
@@ -316,7 +316,7 @@ async fn cut_watches_and_stale_lists_change_nothing_in_the_end() -> Result<()> {
     if !programs::have() {
         return Ok(());
     }
-    let cluster = Cluster::start(&Options::default()).await?;
+    let cluster = Cluster::start(&ControlPlaneOptions::default()).await?;
     for flow in [Flow::Create, Flow::Update, Flow::Scale] {
         let name = format!("{flow:?}").to_lowercase();
         let reference =

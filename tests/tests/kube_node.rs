@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod, Secret};
 use kube::api::{DeleteParams, ListParams, PostParams};
 use kube::{Api, Client, ResourceExt};
-use millrace_tests::kube::control_plane::{ControlPlane, Options};
+use millrace_tests::kube::control_plane::{ControlPlane, ControlPlaneOptions};
 use millrace_tests::kube::node::{self, Image, Images, Node};
 use millrace_tests::kube::programs;
 use serde_json::{Value, json};
@@ -22,9 +22,9 @@ struct World {
 }
 
 async fn world() -> Result<World> {
-    let plane = ControlPlane::start(&Options::default()).await?;
+    let plane = ControlPlane::start(&ControlPlaneOptions::default()).await?;
     let images = Images::default().with("shell", Image { entrypoint: vec!["sh".into()], ..Image::default() });
-    let node = Node::start(&plane, node::Options { name: "node-1".into(), gpus: 2, images }).await?;
+    let node = Node::start(&plane, node::NodeOptions { name: "node-1".into(), gpus: 2, images }).await?;
     let client = plane.admin().await?;
     eprintln!("control plane ready in {:?}", plane.started_in());
     Ok(World { client, node, plane })

@@ -13,9 +13,9 @@ use kube::{Api, ResourceExt};
 use millrace_crds::model::reason::Reason;
 use millrace_crds::model::status::InferenceModelStatus;
 use millrace_crds::names::{Class, ModelRef};
-use millrace_tests::kube::audit::{self, Entry};
+use millrace_tests::kube::audit::{self, AuditEntry};
 use millrace_tests::kube::cluster::{Cluster, OPERATOR_USER, ready_reason, wait};
-use millrace_tests::kube::control_plane::Options;
+use millrace_tests::kube::control_plane::ControlPlaneOptions;
 use millrace_tests::kube::operator::Operator;
 use millrace_tests::kube::programs;
 use serde_json::{Value, json};
@@ -47,9 +47,10 @@ fn sleeping() -> Value {
 }
 
 /// Writes to objects: leases and events are not part of any object's state.
-fn writes(entries: &[Entry]) -> Vec<String> {
-    let object =
-        |entry: &Entry| entry.object_ref.as_ref().map(|object| object.resource.clone()).unwrap_or_default();
+fn writes(entries: &[AuditEntry]) -> Vec<String> {
+    let object = |entry: &AuditEntry| {
+        entry.object_ref.as_ref().map(|object| object.resource.clone()).unwrap_or_default()
+    };
     entries
         .iter()
         .filter(|entry| entry.is_write() && !matches!(object(entry).as_str(), "leases" | "events"))
@@ -63,7 +64,10 @@ async fn a_settled_model_is_not_written() -> Result<()> {
     if !programs::have() {
         return Ok(());
     }
-    let options = Options { audit_rules: Some(audit::rule_for(OPERATOR_USER)), ..Options::default() };
+    let options = ControlPlaneOptions {
+        audit_rules: Some(audit::rule_for(OPERATOR_USER)),
+        ..ControlPlaneOptions::default()
+    };
     let cluster = Cluster::start(&options).await?;
     cluster.namespace("quiet", &[]).await?;
     let operator =
@@ -104,7 +108,7 @@ async fn a_deletion_that_waits_for_the_broker_says_so() -> Result<()> {
     if !programs::have() {
         return Ok(());
     }
-    let mut cluster = Cluster::start(&Options::default()).await?;
+    let mut cluster = Cluster::start(&ControlPlaneOptions::default()).await?;
     cluster.namespace("ending", &[]).await?;
     let operator = cluster.operator(&["--no-leader-election", "--poll-idle", "1s"])?;
     let mut spec = sleeping();
@@ -140,7 +144,8 @@ async fn many_models_sleep_cheaply_and_wake_fast() -> Result<()> {
         return Ok(());
     }
     let count = if std::env::var_os("MILLRACE_SOAK").is_some() { MODELS_LONG } else { MODELS };
-    let cluster = Cluster::start(&Options { api_only: true, ..Options::default() }).await?;
+    let cluster =
+        Cluster::start(&ControlPlaneOptions { api_only: true, ..ControlPlaneOptions::default() }).await?;
     let names: Vec<String> = (0..count).map(|at| format!("model-{at:03}")).collect();
     let made = |name: &String| {
         let (cluster, name) = (&cluster, name.clone());

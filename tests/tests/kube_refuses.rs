@@ -9,7 +9,7 @@ use kube::api::{ListParams, Patch, PatchParams, ValidationDirective};
 use millrace_crds::model::InferenceModel;
 use millrace_crds::model::rules::RULES;
 use millrace_tests::kube::cluster::define;
-use millrace_tests::kube::control_plane::{ControlPlane, Options};
+use millrace_tests::kube::control_plane::{ControlPlane, ControlPlaneOptions};
 use millrace_tests::kube::programs;
 use serde_json::{Value, json};
 
@@ -230,7 +230,9 @@ async fn invalid_specs_are_refused_with_field_and_fix() -> Result<()> {
     if !programs::have() {
         return Ok(());
     }
-    let plane = ControlPlane::start(&Options { api_only: true, ..Options::default() }).await?;
+    let plane =
+        ControlPlane::start(&ControlPlaneOptions { api_only: true, ..ControlPlaneOptions::default() })
+            .await?;
     let client = plane.admin().await?;
     define(&client).await?;
     let models: Api<InferenceModel> = Api::namespaced(client, "default");

@@ -13,7 +13,7 @@ use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomRe
 use kube::Api;
 use kube::api::{ApiResource, DeleteParams, DynamicObject, GroupVersionKind, PostParams};
 use millrace_crds::names::{Class, ModelRef};
-use millrace_tests::jobs::{Job, Queue, Record};
+use millrace_tests::jobs::{NewJob, OutcomeLog, Pipeline};
 use millrace_tests::kube::audit::{self, Right};
 use millrace_tests::kube::cluster::{Cluster, ready_reason, reason_of, wait};
 use millrace_tests::kube::platform::{BUCKET, NAMESPACE, Platform, RELEASE, S3_SECRET, SYSTEM};
@@ -135,8 +135,9 @@ async fn monitored(platform: &Platform) -> Result<()> {
 /// A model that is deleted with `queue.onDelete: Retain` leaves streams, consumers and jobs to the next of its name.
 async fn taken_over(platform: &Platform) -> Result<()> {
     let cluster = &platform.cluster;
-    let queue = Queue::connect(&cluster.nats, &ModelRef::new(SYSTEM, KEPT)?).await?;
-    let jobs: Vec<Job> = (0..JOBS).map(|at| Job::completion(&format!("kept-{at}"), "stay", 32)).collect();
+    let queue = Pipeline::connect(&cluster.nats, &ModelRef::new(SYSTEM, KEPT)?).await?;
+    let jobs: Vec<NewJob> =
+        (0..JOBS).map(|at| NewJob::completion(&format!("kept-{at}"), "stay", 32)).collect();
     let (before, after) = jobs.split_at(JOBS / 2);
     queue.publish_all(before).await?;
     queue.wait_stored(1, LIMIT).await?;
@@ -152,7 +153,7 @@ async fn taken_over(platform: &Platform) -> Result<()> {
     ensure!(queue.jobs_left().await? >= after.len() as u64, "jobs vanished with the model");
 
     cluster.apply(SYSTEM, KEPT, &kept(platform)).await?;
-    let mut record = Record::default();
+    let mut record = OutcomeLog::default();
     record.wait(&queue, JOBS, LIMIT).await?;
     record.check(&queue, &jobs).await?;
     ensure!(record.kinds() == [JOBS, 0, 0], "{:?}", record.kinds());
@@ -200,18 +201,19 @@ async fn flows(platform: &Platform, namespace: &str) -> Result<()> {
     let mut spec = spec(platform);
     cluster.apply(namespace, MODEL, &spec).await?;
     let timeline = Timeline::start(&cluster.client(), namespace, MODEL, false);
-    let asleep = |seen: &millrace_tests::kube::timeline::Seen| {
+    let asleep = |seen: &millrace_tests::kube::timeline::TimelineSeen| {
         seen.asked == 0
             && seen.status.replicas == 0
             && ready_reason(&seen.status).as_deref() == Some("ScaledToZero")
     };
     timeline.wait("asleep", LIMIT, asleep).await?;
 
-    let queue = Queue::connect(&cluster.nats, &ModelRef::new(namespace, MODEL)?).await?;
-    let jobs: Vec<Job> = (0..JOBS).map(|at| Job::completion(&format!("job-{at}"), "wake up", 8)).collect();
+    let queue = Pipeline::connect(&cluster.nats, &ModelRef::new(namespace, MODEL)?).await?;
+    let jobs: Vec<NewJob> =
+        (0..JOBS).map(|at| NewJob::completion(&format!("job-{at}"), "wake up", 8)).collect();
     let published = Instant::now();
     queue.publish_all(&jobs).await?;
-    let mut record = Record::default();
+    let mut record = OutcomeLog::default();
     record.wait(&queue, JOBS, LIMIT).await?;
     record.check(&queue, &jobs).await?;
     ensure!(record.kinds() == [JOBS, 0, 0], "{:?}", record.kinds());

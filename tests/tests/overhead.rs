@@ -2,7 +2,7 @@
 //! figure itself comes from `make bench`.
 
 use anyhow::Result;
-use millrace_tests::cluster::Cluster;
+use millrace_tests::cluster::QueueHarness;
 use millrace_tests::{nats, overhead, tools};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -10,7 +10,7 @@ async fn one_token_jobs_pass_quickly() -> Result<()> {
     if !tools::have(&[nats::PROGRAM]) {
         return Ok(());
     }
-    let cluster = Cluster::tiny()?;
+    let cluster = QueueHarness::tiny()?;
     let _worker = cluster.worker()?;
     let figures = overhead::measure(&cluster, 200, 1000).await?;
     eprintln!("{figures:?}");

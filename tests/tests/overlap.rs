@@ -9,7 +9,7 @@ use millrace_crds::units::Bytes;
 use millrace_engine::model::config::DecoderConfig;
 use millrace_engine::model::files::Files;
 use millrace_engine::model::source::{SourceError, StoredTensor, TensorSource};
-use millrace_engine::schedule::handle::Load;
+use millrace_engine::schedule::handle::EngineLoad;
 use millrace_engine::schedule::request::{Event, Finish, Request};
 use millrace_engine::start::{Engine, Tuning};
 use millrace_tests::tiny;
@@ -186,7 +186,7 @@ fn cancelled_sequences_leave_the_others_alone() -> Result<()> {
             ensure!(matches!(generation.next_blocking(), Some(Event::Finished(Finish::Length, _))));
         }
         let (load, begun) = (engine.handle().load(), Instant::now());
-        while Load::get(&load.running) + Load::get(&load.kv_blocks_used) > 0 {
+        while EngineLoad::get(&load.running) + EngineLoad::get(&load.kv_blocks_used) > 0 {
             ensure!(begun.elapsed() < LIMIT, "every block is given back");
             std::thread::sleep(Duration::from_millis(1));
         }

@@ -15,7 +15,7 @@ use millrace_crds::names::{Class, JobId, ModelRef};
 use millrace_crds::result::ErrorCode;
 use millrace_crds::tokens::TokenDelta;
 use millrace_crds::units::Span;
-use millrace_queue::provision::{Mode, State, provision};
+use millrace_queue::provision::{Mode, Provisioned, provision};
 use millrace_tests::scripted::{Bench, PATIENCE, text, until};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -254,18 +254,18 @@ async fn provisioning_is_idempotent_and_names_drift() -> Result<()> {
     let Some(bench) = Bench::start().await? else { return Ok(()) };
     let results = ResultsConfig::default();
     let same = provision(&bench.context, &bench.model, &bench.queue, &results, Mode::Check).await?;
-    assert!(same.iter().all(|item| item.state == State::Same) && same.len() == 6, "{same:?}");
+    assert!(same.iter().all(|item| item.state == Provisioned::Same) && same.len() == 6, "{same:?}");
     let other = QueueConfig { max_jobs: 5, ack_wait: Span(Duration::from_secs(4)), ..bench.queue.clone() };
     let drift = provision(&bench.context, &bench.model, &other, &results, Mode::Create).await?;
-    let differ = drift.iter().filter(|item| matches!(item.state, State::Differs(_))).count();
+    let differ = drift.iter().filter(|item| matches!(item.state, Provisioned::Differs(_))).count();
     assert_eq!(differ, 4, "the stream and three consumers: {drift:?}");
     let applied = provision(&bench.context, &bench.model, &other, &results, Mode::Apply).await?;
-    assert_eq!(applied.iter().filter(|item| matches!(item.state, State::Updated(_))).count(), 4);
+    assert_eq!(applied.iter().filter(|item| matches!(item.state, Provisioned::Updated(_))).count(), 4);
     let same = provision(&bench.context, &bench.model, &other, &results, Mode::Check).await?;
-    assert!(same.iter().all(|item| item.state == State::Same), "{same:?}");
+    assert!(same.iter().all(|item| item.state == Provisioned::Same), "{same:?}");
     let missing = ModelRef::new("default", "other")?;
     let missing = provision(&bench.context, &missing, &other, &results, Mode::Check).await?;
-    assert!(missing.iter().all(|item| item.state == State::Missing), "{missing:?}");
+    assert!(missing.iter().all(|item| item.state == Provisioned::Missing), "{missing:?}");
     Ok(())
 }
 

@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex};
 
 use anyhow::Result;
 use millrace_crds::job::header;
-use millrace_tests::cluster::Cluster;
-use millrace_tests::jobs::{Job, Record};
+use millrace_tests::cluster::QueueHarness;
+use millrace_tests::jobs::{NewJob, OutcomeLog};
 use millrace_tests::scripted::{Bench, PATIENCE};
 use millrace_tests::worker::Worker;
 use millrace_tests::{nats, tools};
@@ -73,19 +73,19 @@ async fn a_workers_own_log_never_holds_it_either() -> Result<()> {
     if !tools::have(&[nats::PROGRAM]) {
         return Ok(());
     }
-    let cluster = Cluster::tiny()?;
+    let cluster = QueueHarness::tiny()?;
     let mut worker = Worker::start(&cluster.config, &[(telemetry::VARIABLE, "trace")])?;
     worker.wait_ready()?;
     let queue = cluster.queue().await?;
     let jobs = [
-        Job::completion("answered", CANARY, 8).with(header::STREAM, "true").with("X-Private", CANARY),
-        Job::new("value", &json!({"prompt": CANARY, "temperature": CANARY})),
-        Job::new("field", &json!({"prompt": CANARY, CANARY: 1})),
-        Job::new("stop", &json!({"prompt": "x", "stop": [CANARY], "max_tokens": 4})),
-        Job::completion("header", "x", 4).with(header::REPLY_SUBJECT, format!("$SYS.{CANARY}")),
+        NewJob::completion("answered", CANARY, 8).with(header::STREAM, "true").with("X-Private", CANARY),
+        NewJob::new("value", &json!({"prompt": CANARY, "temperature": CANARY})),
+        NewJob::new("field", &json!({"prompt": CANARY, CANARY: 1})),
+        NewJob::new("stop", &json!({"prompt": "x", "stop": [CANARY], "max_tokens": 4})),
+        NewJob::completion("header", "x", 4).with(header::REPLY_SUBJECT, format!("$SYS.{CANARY}")),
     ];
     queue.publish_all(&jobs).await?;
-    let mut record = Record::default();
+    let mut record = OutcomeLog::default();
     record.wait(&queue, jobs.len(), PATIENCE).await?;
     queue.wait_empty(PATIENCE).await?;
     let log = worker.log();

@@ -26,7 +26,7 @@ use millrace_engine::start::Engine;
 use millrace_engine::text::prompt::Text;
 use millrace_kernels::cpu::{Cpu, CpuOptions, Precision};
 use millrace_kernels::isa::Isa;
-use millrace_kernels::ops::{BLOCK_TOKENS, Batch, KvDtype, Ops, Span};
+use millrace_kernels::ops::{BLOCK_TOKENS, Batch, KvDtype, Ops, RowSpan};
 use millrace_tests::random::Random;
 use millrace_tests::{checkpoint, model, tools};
 use serde_json::{Value, json};
@@ -159,7 +159,7 @@ impl Ours {
             let batch = Batch {
                 tokens: &tokens[start..end],
                 feeds: &[],
-                spans: &[Span { first_row: 0, rows: rows as u32, context: end as u32, table: 0 }],
+                spans: &[RowSpan { first_row: 0, rows: rows as u32, context: end as u32, table: 0 }],
                 block_tables: &self.table[..end.div_ceil(BLOCK_TOKENS)],
                 logits_rows: &logits_rows,
             };

@@ -6,9 +6,9 @@ use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use millrace_tests::cluster::Cluster;
+use millrace_tests::cluster::QueueHarness;
 use millrace_tests::kube::cluster::{self as plane, ready_reason};
-use millrace_tests::kube::control_plane::{ControlPlane, Options};
+use millrace_tests::kube::control_plane::{ControlPlane, ControlPlaneOptions};
 use millrace_tests::kube::operator::Operator;
 use millrace_tests::kube::programs;
 use millrace_tests::nats::{self, NatsServer};
@@ -25,7 +25,7 @@ fn files(nats: &NatsServer) -> Result<(PathBuf, PathBuf)> {
 }
 
 /// Runs the command line with these options beside the address.
-fn millrace(cluster: &Cluster, words: &[&str]) -> Result<Output> {
+fn millrace(cluster: &QueueHarness, words: &[&str]) -> Result<Output> {
     let mut command = Command::new(tools::program("millrace")?);
     for name in ["NATS_CREDS", "NATS_CA", "MILLRACE_NAMESPACE", "MILLRACE_INBOX_PREFIX"] {
         command.env_remove(name);
@@ -39,7 +39,7 @@ async fn a_worker_and_the_command_line_get_in_with_their_files() -> Result<()> {
     if !tools::have(&[nats::PROGRAM]) {
         return Ok(());
     }
-    let mut cluster = Cluster::tiny()?;
+    let mut cluster = QueueHarness::tiny()?;
     cluster.nats = NatsServer::start_secured()?;
     let (creds, ca) = files(&cluster.nats)?;
     let mut config = cluster.config.clone();
@@ -82,7 +82,9 @@ async fn the_operator_gets_in_with_its_files() -> Result<()> {
     let nats = NatsServer::start_secured()?;
     let (creds, ca) = files(&nats)?;
     let (creds, ca) = (creds.display().to_string(), ca.display().to_string());
-    let plane = ControlPlane::start(&Options { api_only: true, ..Options::default() }).await?;
+    let plane =
+        ControlPlane::start(&ControlPlaneOptions { api_only: true, ..ControlPlaneOptions::default() })
+            .await?;
     let arguments = ["--no-leader-election", "--nats-credentials-file", &creds, "--nats-ca-file", &ca];
     let kubeconfig = plane.write_kubeconfig(plane::OPERATOR_USER, Some("system:masters"))?;
     let cluster = plane::Cluster::of(plane, nats).await?;

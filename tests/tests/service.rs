@@ -6,8 +6,8 @@ use anyhow::{Context, Result};
 use futures::StreamExt;
 use millrace_crds::job::header;
 use millrace_crds::result::{ErrorCode, OutcomeKind};
-use millrace_tests::cluster::Cluster;
-use millrace_tests::jobs::{Job, Record};
+use millrace_tests::cluster::QueueHarness;
+use millrace_tests::jobs::{NewJob, OutcomeLog};
 use millrace_tests::process::Signal;
 use millrace_tests::worker::Worker;
 use millrace_tests::{nats, tools};
@@ -20,15 +20,15 @@ async fn sigterm_loses_nothing_and_hands_back_at_once() -> Result<()> {
     if !tools::have(&[nats::PROGRAM]) {
         return Ok(());
     }
-    let mut cluster = Cluster::tiny()?;
+    let mut cluster = QueueHarness::tiny()?;
     // Far longer than the test: a job that is not handed back would not come again.
     cluster.config.queue.ack_wait = "5m".parse().map_err(anyhow::Error::msg)?;
     cluster.config.drain.timeout = "300ms".parse().map_err(anyhow::Error::msg)?;
     cluster.config.engine.max_sequences = Some(4);
     let mut first = cluster.worker()?;
     let queue = cluster.queue().await?;
-    let jobs: Vec<Job> =
-        (0..120).map(|i| Job::completion(&format!("drain-{i}"), "A long way to go", 1500)).collect();
+    let jobs: Vec<NewJob> =
+        (0..120).map(|i| NewJob::completion(&format!("drain-{i}"), "A long way to go", 1500)).collect();
     queue.publish_all(&jobs).await?;
     tokio::time::sleep(Duration::from_millis(300)).await;
     first.signal(Signal::Terminate)?;
@@ -36,7 +36,7 @@ async fn sigterm_loses_nothing_and_hands_back_at_once() -> Result<()> {
     assert!(status.success(), "{status}\n{}", first.log_tail());
     assert!(queue.jobs_left().await? > 0, "everything was done before the signal: the test shows nothing");
     let second = cluster.worker()?;
-    let mut record = Record::default();
+    let mut record = OutcomeLog::default();
     record.wait(&queue, jobs.len(), LIMIT).await.with_context(|| second.log_tail())?;
     record.check(&queue, &jobs).await?;
     assert_eq!(record.kinds(), [jobs.len(), 0, 0]);
@@ -48,19 +48,19 @@ async fn a_cancelled_job_ends_soon_and_alone() -> Result<()> {
     if !tools::have(&[nats::PROGRAM]) {
         return Ok(());
     }
-    let mut cluster = Cluster::tiny()?;
+    let mut cluster = QueueHarness::tiny()?;
     cluster.config.engine.max_sequences = Some(2);
     let worker = cluster.worker()?;
     let queue = cluster.queue().await?;
-    let long = |id: &str| Job::completion(id, "On and on", 1900);
-    let jobs: Vec<Job> = (0..8).map(|i| long(&format!("job-{i}"))).collect();
+    let long = |id: &str| NewJob::completion(id, "On and on", 1900);
+    let jobs: Vec<NewJob> = (0..8).map(|i| long(&format!("job-{i}"))).collect();
     queue.publish_all(&jobs).await?;
     let jetstream = async_nats::jetstream::new(queue.client.clone());
     for index in [1, 6] {
         let subject = cluster.model().cancel_subject(&jobs[index].id);
         jetstream.publish(subject, "".into()).await?.await?;
     }
-    let mut record = Record::default();
+    let mut record = OutcomeLog::default();
     record.wait(&queue, jobs.len(), LIMIT).await.with_context(|| worker.log_tail())?;
     record.check(&queue, &jobs).await?;
     let mut cancelled = Vec::new();
@@ -81,14 +81,14 @@ async fn streamed_tokens_are_numbered_and_spell_the_answer() -> Result<()> {
     if !tools::have(&[nats::PROGRAM]) {
         return Ok(());
     }
-    let cluster = Cluster::tiny()?;
+    let cluster = QueueHarness::tiny()?;
     let worker = cluster.worker()?;
     let queue = cluster.queue().await?;
-    let job = Job::completion("streamed", "Tell me", 40).with(header::STREAM, "true");
+    let job = NewJob::completion("streamed", "Tell me", 40).with(header::STREAM, "true");
     let mut deltas = queue.client.subscribe(cluster.model().tokens_subject(&job.id)).await?;
     queue.client.flush().await?;
     queue.publish(&job).await?;
-    let mut record = Record::default();
+    let mut record = OutcomeLog::default();
     record.wait(&queue, 1, LIMIT).await.with_context(|| worker.log_tail())?;
     let answer = record.of("streamed")?.answer()?;
     let text = answer["choices"][0]["text"].as_str().context("no text")?;
@@ -114,15 +114,15 @@ async fn a_job_that_kills_its_workers_is_given_up_and_its_neighbours_complete() 
     if !tools::have(&[nats::PROGRAM]) {
         return Ok(());
     }
-    let mut cluster = Cluster::tiny()?;
+    let mut cluster = QueueHarness::tiny()?;
     cluster.config.queue.max_deliver = 3;
     cluster.config.queue.ack_wait = "1s".parse().map_err(anyhow::Error::msg)?;
     drop(cluster.worker()?);
     let queue = cluster.queue().await?;
-    let poison = Job::completion("poison", "Kill", 20);
+    let poison = NewJob::completion("poison", "Kill", 20);
     queue.publish(&poison).await?;
     let mut deaths = 0;
-    let mut record = Record::default();
+    let mut record = OutcomeLog::default();
     let start = Instant::now();
     while record.outcomes.is_empty() {
         anyhow::ensure!(start.elapsed() < LIMIT, "the poison is still at work after {deaths} deaths");
@@ -142,7 +142,8 @@ async fn a_job_that_kills_its_workers_is_given_up_and_its_neighbours_complete() 
     assert_eq!(letter.payload, poison.body);
     assert!(letter.headers.get(header::REASON).is_some_and(|reason| !reason.as_str().is_empty()));
 
-    let neighbours: Vec<Job> = (0..10).map(|i| Job::completion(&format!("well-{i}"), "Live", 10)).collect();
+    let neighbours: Vec<NewJob> =
+        (0..10).map(|i| NewJob::completion(&format!("well-{i}"), "Live", 10)).collect();
     queue.publish_all(&neighbours).await?;
     let worker = cluster.worker()?;
     record.wait(&queue, 11, LIMIT).await.with_context(|| worker.log_tail())?;
@@ -155,7 +156,7 @@ fn a_bad_configuration_is_refused_with_field_and_value() -> Result<()> {
     if !tools::have(&[nats::PROGRAM]) {
         return Ok(());
     }
-    let cluster = Cluster::tiny()?;
+    let cluster = QueueHarness::tiny()?;
     let mut config = cluster.config.clone();
     config.model.uri = "ftp://models/tiny".into();
     let mut worker = Worker::start(&config, &[])?;

@@ -26,7 +26,7 @@ use crate::weights;
 use input::Input;
 use millrace_engine::schedule::handle::EngineHandle;
 use millrace_engine::start::Engine;
-use millrace_engine::text::generate::{Fault, Requests, Totals};
+use millrace_engine::text::generate::{AnswerError, Requests, Totals};
 use millrace_engine::text::job::JobLimits;
 use millrace_engine::text::prompt::Text;
 use output::{Output, State};
@@ -242,7 +242,7 @@ fn shown(path: &Path) -> String {
     path.display().to_string()
 }
 
-fn explain(fault: Fault) -> anyhow::Error {
+fn explain(fault: AnswerError) -> anyhow::Error {
     anyhow::anyhow!("{fault}; what was answered stays, and the same command goes on with it")
 }
 

@@ -20,7 +20,7 @@ const KV_CACHE_BYTES_MIN: u64 = 1 << 20;
 
 /// Why a configuration was refused.
 #[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
+pub enum WorkerConfigError {
     /// The file cannot be read.
     #[error("{}: {message}", path.display())]
     Read {
@@ -53,17 +53,19 @@ pub enum ConfigError {
 ///
 /// # Errors
 /// When it cannot be read or is refused.
-pub fn read(path: &Path) -> Result<WorkerConfig, ConfigError> {
-    let fail = |message: String| ConfigError::Read { path: path.to_owned(), message };
+pub fn read(path: &Path) -> Result<WorkerConfig, WorkerConfigError> {
+    let fail = |message: String| WorkerConfigError::Read { path: path.to_owned(), message };
     let size = std::fs::metadata(path).map_err(|error| fail(error.to_string()))?.len();
     if size > FILE_BYTES_MAX {
         return Err(fail(format!("{size} bytes; at most {FILE_BYTES_MAX} are allowed")));
     }
     let text = std::fs::read_to_string(path).map_err(|error| fail(error.to_string()))?;
     let document = serde_yaml::Deserializer::from_str(&text);
-    let config: WorkerConfig = serde_path_to_error::deserialize(document).map_err(|error| {
-        ConfigError::Parse { path: path.to_owned(), message: format!("{}: {}", error.path(), error.inner()) }
-    })?;
+    let config: WorkerConfig =
+        serde_path_to_error::deserialize(document).map_err(|error| WorkerConfigError::Parse {
+            path: path.to_owned(),
+            message: format!("{}: {}", error.path(), error.inner()),
+        })?;
     check(&config)?;
     Ok(config)
 }
@@ -72,36 +74,36 @@ pub fn read(path: &Path) -> Result<WorkerConfig, ConfigError> {
 ///
 /// # Errors
 /// With the first value that is out of bounds.
-pub fn check(config: &WorkerConfig) -> Result<(), ConfigError> {
+pub fn check(config: &WorkerConfig) -> Result<(), WorkerConfigError> {
     check_model(config)?;
     check_engine(config)?;
     check_queue(config)?;
     check_results(config)
 }
 
-fn refuse(field: &'static str, value: impl ToString, expected: impl ToString) -> ConfigError {
-    ConfigError::Value { field, value: value.to_string(), expected: expected.to_string() }
+fn refuse(field: &'static str, value: impl ToString, expected: impl ToString) -> WorkerConfigError {
+    WorkerConfigError::Value { field, value: value.to_string(), expected: expected.to_string() }
 }
 
 fn check_in(
     field: &'static str,
     value: u64,
     range: std::ops::RangeInclusive<u64>,
-) -> Result<(), ConfigError> {
+) -> Result<(), WorkerConfigError> {
     if range.contains(&value) {
         return Ok(());
     }
     Err(refuse(field, value, format!("in {} to {}", range.start(), range.end())))
 }
 
-fn check_span(field: &'static str, span: Span, min: Duration) -> Result<(), ConfigError> {
+fn check_span(field: &'static str, span: Span, min: Duration) -> Result<(), WorkerConfigError> {
     if (min..=SPAN_MAX).contains(&span.0) {
         return Ok(());
     }
     Err(refuse(field, span, format!("in {} to {}", Span(min), Span(SPAN_MAX))))
 }
 
-fn check_model(config: &WorkerConfig) -> Result<(), ConfigError> {
+fn check_model(config: &WorkerConfig) -> Result<(), WorkerConfigError> {
     let uri = &config.model.uri;
     let rest = uri.strip_prefix("s3://").or_else(|| uri.strip_prefix("file:///"));
     if rest.is_none_or(str::is_empty) {
@@ -130,7 +132,7 @@ fn check_model(config: &WorkerConfig) -> Result<(), ConfigError> {
     Ok(())
 }
 
-fn check_engine(config: &WorkerConfig) -> Result<(), ConfigError> {
+fn check_engine(config: &WorkerConfig) -> Result<(), WorkerConfigError> {
     let engine = &config.engine;
     if let Some(sequences) = engine.max_sequences {
         check_in("engine.maxSequences", sequences.into(), 1..=4096)?;
@@ -154,7 +156,7 @@ fn check_engine(config: &WorkerConfig) -> Result<(), ConfigError> {
     check_span("engine.stepTimeout", engine.step_timeout, Duration::from_millis(100))
 }
 
-fn check_queue(config: &WorkerConfig) -> Result<(), ConfigError> {
+fn check_queue(config: &WorkerConfig) -> Result<(), WorkerConfigError> {
     let queue = &config.queue;
     check_in("queue.maxDeliver", queue.max_deliver.into(), 1..=100)?;
     check_span("queue.ackWait", queue.ack_wait, ACK_WAIT_MIN)?;
@@ -173,7 +175,7 @@ fn check_queue(config: &WorkerConfig) -> Result<(), ConfigError> {
     check_in("queue.weights.low", queue.weights.low.into(), 1..=1000)
 }
 
-fn check_results(config: &WorkerConfig) -> Result<(), ConfigError> {
+fn check_results(config: &WorkerConfig) -> Result<(), WorkerConfigError> {
     check_span("results.ttl", config.results.ttl, Duration::from_secs(1))?;
     check_in("results.inlineBytesMax", config.results.inline_bytes_max.0, 1..=64 << 20)?;
     if let Some(object_store) = &config.results.object_store {
@@ -191,7 +193,7 @@ mod tests {
 
     const GOOD: &str = "model: {name: m, uri: 's3://b/m'}\nnats: {servers: ['nats://127.0.0.1:4222']}\n";
 
-    fn parse(text: &str) -> Result<WorkerConfig, ConfigError> {
+    fn parse(text: &str) -> Result<WorkerConfig, WorkerConfigError> {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("worker.yaml");
         std::fs::write(&path, text).expect("a file");

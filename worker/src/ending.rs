@@ -7,7 +7,7 @@
 use std::fmt;
 use std::process::ExitCode;
 
-use crate::config::ConfigError;
+use crate::config::WorkerConfigError;
 use crate::weights::PullError;
 use millrace_engine::folder::FolderError;
 use millrace_engine::import::ImportError;
@@ -44,7 +44,7 @@ impl Ending {
 
     /// Finds the refusal behind an error, whatever was said around it.
     pub fn of(error: &anyhow::Error) -> Self {
-        if error.downcast_ref::<ConfigError>().is_some() {
+        if error.downcast_ref::<WorkerConfigError>().is_some() {
             return Ending::ConfigInvalid;
         }
         if error.downcast_ref::<TextError>().is_some() || error.downcast_ref::<ImportError>().is_some() {

@@ -15,7 +15,7 @@ use axum::routing::get;
 
 use millrace_crds::load::ColdStart;
 
-use crate::metrics::Metrics;
+use crate::metrics::WorkerMetrics;
 use crate::watchdog::Watch;
 use millrace_engine::schedule::handle::EngineHandle;
 use millrace_queue::broker::Broker;
@@ -27,7 +27,7 @@ pub struct Health(Arc<Parts>);
 
 #[derive(Debug)]
 struct Parts {
-    metrics: Arc<Metrics>,
+    metrics: Arc<WorkerMetrics>,
     watch: Watch,
     broker: OnceLock<Broker>,
     engine: OnceLock<EngineHandle>,
@@ -39,7 +39,7 @@ struct Parts {
 
 impl Health {
     /// At the start, when nothing is ready.
-    pub fn new(metrics: Arc<Metrics>, watch: Watch) -> Self {
+    pub fn new(metrics: Arc<WorkerMetrics>, watch: Watch) -> Self {
         Self(Arc::new(Parts {
             metrics,
             watch,
@@ -165,7 +165,7 @@ mod tests {
 
     #[test]
     fn not_ready_says_what_is_missing() {
-        let metrics = Arc::new(Metrics::new(&ModelRef::new("default", "m").unwrap()));
+        let metrics = Arc::new(WorkerMetrics::new(&ModelRef::new("default", "m").unwrap()));
         let health = Health::new(metrics, Watch::default());
         let no_broker = "the broker is not connected";
         assert_eq!(health.missing(), ["the weights are not loaded", no_broker]);

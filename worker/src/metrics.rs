@@ -16,7 +16,7 @@ use prometheus::{
 };
 
 use crate::run::Answer;
-use millrace_engine::schedule::handle::{Limits, Load};
+use millrace_engine::schedule::handle::{EngineLoad, Limits};
 use millrace_queue::fault::Fault;
 
 /// Seconds, from a millisecond to an hour: vLLM's request buckets, finer below.
@@ -33,7 +33,7 @@ const TOKENS: [f64; 16] =
 
 /// All metrics of one worker.
 #[derive(Debug)]
-pub struct Metrics {
+pub struct WorkerMetrics {
     registry: Registry,
     engine: Mutex<EngineMetrics>,
     jobs: IntCounterVec,
@@ -118,7 +118,7 @@ fn histogram(registry: &Registry, name: &str, help: &str, buckets: &[f64]) -> Hi
     register(registry, Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.to_vec())))
 }
 
-impl Metrics {
+impl WorkerMetrics {
     /// Every metric exists from the start, at zero.
     pub fn new(model: &ModelRef) -> Self {
         let labels = [("model_name".to_owned(), model.name.to_string())].into_iter().collect();
@@ -310,7 +310,7 @@ impl Metrics {
     }
 
     /// All of it as Prometheus text; the engine's part as it is now, if it runs.
-    pub fn text(&self, engine: Option<(&Load, Limits)>) -> Vec<u8> {
+    pub fn text(&self, engine: Option<(&EngineLoad, Limits)>) -> Vec<u8> {
         if let Some((load, limits)) = engine {
             self.engine.lock().unwrap_or_else(std::sync::PoisonError::into_inner).update(load, limits);
         }
@@ -346,20 +346,20 @@ impl EngineMetrics {
         }
     }
 
-    fn update(&self, load: &Load, limits: Limits) {
-        let gauge = |value| i64::try_from(Load::get(value)).unwrap_or(i64::MAX);
+    fn update(&self, load: &EngineLoad, limits: Limits) {
+        let gauge = |value| i64::try_from(EngineLoad::get(value)).unwrap_or(i64::MAX);
         self.running.set(gauge(&load.running));
         self.waiting.set(gauge(&load.waiting));
-        let used = Load::get(&load.kv_blocks_used) as f64;
+        let used = EngineLoad::get(&load.kv_blocks_used) as f64;
         self.kv_usage.set(used / f64::from(limits.kv_blocks.max(1)));
-        let prompt = Load::get(&load.prompt_tokens);
+        let prompt = EngineLoad::get(&load.prompt_tokens);
         let values = [
             (&self.prompt_tokens, prompt),
             (&self.prefix_queries, prompt),
-            (&self.prefix_hits, Load::get(&load.cached_tokens)),
-            (&self.generation_tokens, Load::get(&load.output_tokens)),
-            (&self.preemptions, Load::get(&load.preemptions)),
-            (&self.steps, Load::get(&load.steps)),
+            (&self.prefix_hits, EngineLoad::get(&load.cached_tokens)),
+            (&self.generation_tokens, EngineLoad::get(&load.output_tokens)),
+            (&self.preemptions, EngineLoad::get(&load.preemptions)),
+            (&self.steps, EngineLoad::get(&load.steps)),
         ];
         for (counter, value) in values {
             // The engine's counters only grow; somebody else may have looked with a newer value meanwhile.
@@ -374,8 +374,8 @@ mod tests {
 
     #[test]
     fn text_has_vllms_names_and_the_models_label() {
-        let metrics = Metrics::new(&ModelRef::new("default", "smollm2").unwrap());
-        let load = Load::default();
+        let metrics = WorkerMetrics::new(&ModelRef::new("default", "smollm2").unwrap());
+        let load = EngineLoad::default();
         load.running.store(3, std::sync::atomic::Ordering::Relaxed);
         load.kv_blocks_used.store(5, std::sync::atomic::Ordering::Relaxed);
         load.output_tokens.store(7, std::sync::atomic::Ordering::Relaxed);
@@ -398,7 +398,7 @@ mod tests {
 
     #[test]
     fn an_answer_counts_once_a_job_and_once_a_token() {
-        let metrics = Metrics::new(&ModelRef::new("default", "m").unwrap());
+        let metrics = WorkerMetrics::new(&ModelRef::new("default", "m").unwrap());
         let answer = Answer {
             body: bytes::Bytes::new(),
             prompt_tokens: 7,

@@ -5,12 +5,12 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use millrace_crds::load::{LoadReport, Phase};
-use millrace_crds::names::{ModelRef, Token};
+use millrace_crds::names::{ModelRef, SubjectToken};
 use tokio::time::MissedTickBehavior;
 
 use crate::health::Health;
-use crate::metrics::Metrics;
-use millrace_engine::schedule::handle::{EngineHandle, Load};
+use crate::metrics::WorkerMetrics;
+use millrace_engine::schedule::handle::{EngineHandle, EngineLoad};
 use millrace_queue::broker::Broker;
 
 /// Pause between two reports.
@@ -43,9 +43,9 @@ pub struct Reporter {
     /// The model that is served.
     pub model: ModelRef,
     /// This worker.
-    pub worker: Token,
+    pub worker: SubjectToken,
     /// Counters.
-    pub metrics: Arc<Metrics>,
+    pub metrics: Arc<WorkerMetrics>,
     /// What it is doing.
     pub phase: CurrentPhase,
     /// When the process started.
@@ -63,8 +63,8 @@ struct Seen {
 }
 
 impl Seen {
-    fn now(load: Option<&Load>) -> Self {
-        let get = |pick: fn(&Load) -> &AtomicU64| load.map_or(0, |load| Load::get(pick(load)));
+    fn now(load: Option<&EngineLoad>) -> Self {
+        let get = |pick: fn(&EngineLoad) -> &AtomicU64| load.map_or(0, |load| EngineLoad::get(pick(load)));
         Self {
             at: Instant::now(),
             prompt_tokens: get(|load| &load.prompt_tokens),
@@ -95,7 +95,9 @@ impl Reporter {
 
     fn report(&self, (before, now): (Seen, Seen)) -> LoadReport {
         let engine = self.health.engine();
-        let get = |pick: fn(&Load) -> &AtomicU64| engine.map_or(0, |engine| Load::get(pick(engine.load())));
+        let get = |pick: fn(&EngineLoad) -> &AtomicU64| {
+            engine.map_or(0, |engine| EngineLoad::get(pick(engine.load())))
+        };
         let seconds = now.at.duration_since(before.at).as_secs_f64();
         let rate = |before: u64, now: u64| match seconds > 0.0 {
             true => now.saturating_sub(before) as f64 / seconds,

@@ -11,7 +11,7 @@ use millrace_crds::tokens::TokenDelta;
 use time::OffsetDateTime;
 use tokio::sync::mpsc;
 
-use millrace_engine::schedule::handle::{EngineHandle, Limits, Load};
+use millrace_engine::schedule::handle::{EngineHandle, EngineLoad, Limits};
 use millrace_engine::text::generate;
 use millrace_engine::text::job::{Job, JobLimits};
 use millrace_engine::text::prompt::Text;
@@ -58,7 +58,7 @@ pub trait Run: Send + Sync + 'static {
     fn limits(&self) -> Limits;
 
     /// The engine's counters; among them the steps, which are its only sign of life.
-    fn load(&self) -> &Load;
+    fn load(&self) -> &EngineLoad;
 }
 
 /// The real engine with the text side of its model.
@@ -95,7 +95,7 @@ impl Run for EngineRun {
         self.engine.limits()
     }
 
-    fn load(&self) -> &Load {
+    fn load(&self) -> &EngineLoad {
         self.engine.load()
     }
 }
@@ -117,10 +117,10 @@ async fn decode(work: Work, limits: JobLimits) -> Result<Job, Fault> {
 }
 
 /// What the text side's fault is for the queue.
-fn fault_of(fault: generate::Fault) -> Fault {
+fn fault_of(fault: generate::AnswerError) -> Fault {
     match fault {
-        generate::Fault::Reject(reject) => Fault::Invalid { message: reject.to_string() },
-        generate::Fault::Sequence(message) => Fault::Inference { message },
-        generate::Fault::Stopped => Fault::EngineStopped,
+        generate::AnswerError::Reject(reject) => Fault::Invalid { message: reject.to_string() },
+        generate::AnswerError::Sequence(message) => Fault::Inference { message },
+        generate::AnswerError::Stopped => Fault::EngineStopped,
     }
 }

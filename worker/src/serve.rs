@@ -27,7 +27,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::capacity::Capacity;
 use crate::failpoint::reach;
-use crate::metrics::Metrics;
+use crate::metrics::WorkerMetrics;
 use crate::run::Run;
 use crate::watchdog::Watch;
 use millrace_queue::broker::{Broker, BrokerError, Created};
@@ -35,9 +35,9 @@ use millrace_queue::cancel::Cancels;
 use millrace_queue::claim::Claims;
 use millrace_queue::delivery::{Delivery, PullTrouble, Queue};
 use millrace_queue::fault::{Disposition, Fault};
-use millrace_queue::results::{Envelope, Known, Outcome, Results, StoredOutcome, reason};
+use millrace_queue::results::{Known, Outcome, OutcomeEnvelope, Results, StoredOutcome, reason};
 use millrace_queue::tokens::Tokens;
-use pulse::{Phase, Pulse, keep_alive};
+use pulse::{HeldBy, Pulse, keep_alive};
 
 /// Deliveries after which a job is given up whatever its ledger says, in multiples of its attempts: the bound
 /// for a job that comes back again and again without an attempt that counts. The broker itself has none.
@@ -47,7 +47,7 @@ const HAND_BACK_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Everything that a job passes on its way. One a worker.
 #[derive(Debug)]
-pub struct Line<R> {
+pub struct ServingLine<R> {
     /// The engine's side.
     pub run: R,
     /// The connection.
@@ -63,7 +63,7 @@ pub struct Line<R> {
     /// Claim checks.
     pub claims: Claims,
     /// Counters.
-    pub metrics: Arc<Metrics>,
+    pub metrics: Arc<WorkerMetrics>,
     /// What the watchdog sees.
     pub watch: Watch,
     /// Why no job can be pulled, if none can.
@@ -89,7 +89,7 @@ pub struct LineParts<R> {
     /// The model that is served.
     pub model: ModelRef,
     /// This worker.
-    pub worker: millrace_crds::names::Token,
+    pub worker: millrace_crds::names::SubjectToken,
     /// Digest of the model's files.
     pub digest: String,
     /// The queue's settings.
@@ -97,7 +97,7 @@ pub struct LineParts<R> {
     /// Claim checks.
     pub claims: Claims,
     /// Counters.
-    pub metrics: Arc<Metrics>,
+    pub metrics: Arc<WorkerMetrics>,
     /// What the watchdog sees.
     pub watch: Watch,
     /// Where it is said why no job can be pulled.
@@ -126,7 +126,7 @@ enum Ended {
     Unconfirmed(OutcomeKind),
 }
 
-impl<R: Run> Line<R> {
+impl<R: Run> ServingLine<R> {
     /// A line that holds no job yet.
     pub fn new(parts: LineParts<R>) -> Arc<Self> {
         let LineParts { run, broker, model, worker, digest, queue, claims, metrics, watch, trouble } = parts;
@@ -165,7 +165,7 @@ impl<R: Run> Line<R> {
 /// # Errors
 /// When the engine or the connection is gone for good. Nothing is lost then; the process must end.
 pub async fn serve<R: Run>(
-    line: &Arc<Line<R>>,
+    line: &Arc<ServingLine<R>>,
     drain: &CancellationToken,
     drain_timeout: Duration,
 ) -> Result<(), ServeError> {
@@ -194,7 +194,7 @@ pub async fn serve<R: Run>(
 }
 
 /// A delivery is held from here until its task ends.
-fn hold<R: Run>(line: &Arc<Line<R>>, jobs: &TaskTracker, delivery: Delivery) {
+fn hold<R: Run>(line: &Arc<ServingLine<R>>, jobs: &TaskTracker, delivery: Delivery) {
     reach("after_pull");
     line.metrics.held.inc();
     line.metrics.deliveries.with_label_values(&[delivery.class.as_str()]).inc();
@@ -211,7 +211,7 @@ fn hold<R: Run>(line: &Arc<Line<R>>, jobs: &TaskTracker, delivery: Delivery) {
 
 /// The drain: what arrives on requests still in flight is handed back, what runs may finish in time.
 async fn finish_held<R: Run>(
-    line: &Arc<Line<R>>,
+    line: &Arc<ServingLine<R>>,
     mut queue: Queue,
     jobs: TaskTracker,
     drain_timeout: Duration,
@@ -244,7 +244,7 @@ async fn finish_held<R: Run>(
 }
 
 /// Takes one delivery to its end, whatever happens.
-async fn serve_one<R: Run>(line: &Line<R>, delivery: &Delivery) {
+async fn serve_one<R: Run>(line: &ServingLine<R>, delivery: &Delivery) {
     let read = JobHeaders::parse(delivery.header_pairs(), delivery.stream_sequence);
     // A job whose headers cannot be read still has an id, and gets its refusal under it.
     let (headers, malformed) = match read {
@@ -287,7 +287,7 @@ fn bare_headers(delivery: &Delivery) -> JobHeaders {
 
 /// One held job: what the steps hand to each other.
 struct Held<'a, R> {
-    line: &'a Line<R>,
+    line: &'a ServingLine<R>,
     delivery: &'a Delivery,
     headers: JobHeaders,
     cancel: millrace_queue::cancel::Cancel,
@@ -310,13 +310,13 @@ impl<R: Run> Held<'_, R> {
             Ok(outcome) => outcome,
             Err(fault) => self.outcome_of(fault)?,
         };
-        let envelope = Envelope {
+        let envelope = OutcomeEnvelope {
             headers: &self.headers,
             attempt: self.attempt,
             queue_wait_ms: queue_wait.as_seconds_f64() * 1000.0,
             run_ms: began.elapsed().as_secs_f64() * 1000.0,
         };
-        self.pulse.set(Phase::Settling);
+        self.pulse.set(HeldBy::Settling);
         let answered = Instant::now();
         reach("before_publish");
         let created = self.line.results.create(&outcome, envelope).await?;
@@ -365,7 +365,7 @@ impl<R: Run> Held<'_, R> {
             return Ok(Outcome::failed(OutcomeKind::Dead, job, ErrorCode::WorkerLost, &message));
         }
         self.attempt = starts + 1;
-        self.pulse.set(Phase::Engine);
+        self.pulse.set(HeldBy::Engine);
         // With one attempt in all there is nothing to tell a killer from its neighbours by.
         if self.attempt == limit && limit > 1 {
             let _alone = self.unless_over(self.line.alone.write()).await?;
@@ -395,7 +395,7 @@ impl<R: Run> Held<'_, R> {
 
     /// The outcome is stored: what is left is the copy of a dead job, and the ack.
     async fn finish(&self, stored: &StoredOutcome, ended: Ended) -> Result<Ended, Fault> {
-        self.pulse.set(Phase::Settling);
+        self.pulse.set(HeldBy::Settling);
         if stored.kind == OutcomeKind::Dead {
             self.line.results.bury(self.delivery, &self.headers.id, stored).await?;
             reach("after_dead_copy");

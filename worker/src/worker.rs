@@ -14,16 +14,16 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail, ensure};
 use millrace_crds::config::WorkerConfig;
 use millrace_crds::load::{ColdStart, Phase};
-use millrace_crds::names::Token;
+use millrace_crds::names::SubjectToken;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::health::Health;
 use crate::load::{self, Model};
-use crate::metrics::Metrics;
+use crate::metrics::WorkerMetrics;
 use crate::report::{CurrentPhase, Reporter};
 use crate::run::EngineRun;
-use crate::serve::{Line, LineParts, serve};
+use crate::serve::{LineParts, ServingLine, serve};
 use crate::watchdog::{self, Watch};
 use crate::weights::{Folder, PullError};
 use crate::{config, failpoint, telemetry, weights};
@@ -32,7 +32,7 @@ use millrace_engine::schedule::request::{Event, Request, Sampling};
 use millrace_queue::broker::Broker;
 use millrace_queue::claim::Claims;
 use millrace_queue::monitor::{self, Fsync};
-use millrace_queue::provision::{Mode, State, provision};
+use millrace_queue::provision::{Mode, Provisioned, provision};
 use millrace_queue::store::{Store, StoreError};
 
 /// Threads of the async side. The engine has its own; the queue's work is small beside it.
@@ -58,7 +58,7 @@ pub struct ServeArgs {
     pub config: PathBuf,
     /// The worker's name in records and reports; the host's name and some random letters if absent.
     #[arg(long, value_name = "NAME")]
-    pub name: Option<Token>,
+    pub name: Option<SubjectToken>,
     /// The address of the worker's own pages, in place of the one in `server.listen`; the port stays.
     #[arg(long, value_name = "IP", env = "MILLRACE_LISTEN_ADDRESS")]
     pub listen_address: Option<IpAddr>,
@@ -93,17 +93,17 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
 #[derive(Debug)]
 struct Start {
     config: WorkerConfig,
-    name: Token,
+    name: SubjectToken,
     started: Instant,
-    metrics: Arc<Metrics>,
+    metrics: Arc<WorkerMetrics>,
     watch: Watch,
     health: Health,
     phase: CurrentPhase,
 }
 
 impl Start {
-    fn new(config: WorkerConfig, name: Token, started: Instant) -> Self {
-        let metrics = Arc::new(Metrics::new(&config.model_ref()));
+    fn new(config: WorkerConfig, name: SubjectToken, started: Instant) -> Self {
+        let metrics = Arc::new(WorkerMetrics::new(&config.model_ref()));
         let watch = Watch::default();
         let health = Health::new(metrics.clone(), watch.clone());
         Self { config, name, started, metrics, watch, health, phase: CurrentPhase::default() }
@@ -137,7 +137,7 @@ impl Start {
         Ok(())
     }
 
-    async fn make_ready(&self) -> anyhow::Result<Arc<Line<EngineRun>>> {
+    async fn make_ready(&self) -> anyhow::Result<Arc<ServingLine<EngineRun>>> {
         let broker = Broker::connect(&self.config.nats, &self.name).await?;
         self.health.set_broker(broker.clone());
         tokio::spawn(self.reporter(broker.clone()).run());
@@ -200,11 +200,11 @@ impl Start {
         broker: Broker,
         model: Model,
         cold_start: ColdStart,
-    ) -> anyhow::Result<Arc<Line<EngineRun>>> {
+    ) -> anyhow::Result<Arc<ServingLine<EngineRun>>> {
         let engine = model.engine.clone();
-        let steps = move || millrace_engine::schedule::handle::Load::get(&engine.load().steps);
+        let steps = move || millrace_engine::schedule::handle::EngineLoad::get(&engine.load().steps);
         watchdog::start(self.watch.clone(), self.config.engine.step_timeout.0, steps)?;
-        let line = Line::new(LineParts {
+        let line = ServingLine::new(LineParts {
             run: EngineRun::new(model.text, model.engine),
             broker,
             model: self.config.model_ref(),
@@ -275,8 +275,8 @@ impl Start {
         let (model, queue, results) = (self.config.model_ref(), &self.config.queue, &self.config.results);
         for item in provision(&context, &model, queue, results, Mode::Create).await? {
             match item.state {
-                State::Same | State::Updated(_) => {}
-                State::Differs(drift) => {
+                Provisioned::Same | Provisioned::Updated(_) => {}
+                Provisioned::Differs(drift) => {
                     tracing::warn!(name = item.name, ?drift, "differs from its settings")
                 }
                 state => tracing::info!(name = item.name, ?state, "provisioned"),
@@ -342,12 +342,12 @@ fn listen_for_signals(drain: CancellationToken) -> std::io::Result<()> {
 }
 
 /// The host's name, as far as it fits into a token, and a few random letters.
-fn worker_name() -> Token {
+fn worker_name() -> SubjectToken {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     name_from(host.trim(), &random_letters())
 }
 
-fn name_from(host: &str, letters: &str) -> Token {
+fn name_from(host: &str, letters: &str) -> SubjectToken {
     let room = millrace_crds::names::TOKEN_BYTES_MAX - letters.len() - 1;
     let clean: String = host
         .chars()

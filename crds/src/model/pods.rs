@@ -163,7 +163,7 @@ pub struct PodTemplate {
     /// Labels that a node must have.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend("maxProperties" = 32))]
-    pub node_selector: BTreeMap<String, Text>,
+    pub node_selector: BTreeMap<String, LabelText>,
     /// Taints that the pods tolerate.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 32))]
@@ -192,7 +192,7 @@ pub struct PodTemplate {
     /// Further labels of the pods.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend("maxProperties" = 32))]
-    pub labels: BTreeMap<String, Text>,
+    pub labels: BTreeMap<String, LabelText>,
     /// Further annotations of the pods.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend("maxProperties" = 32))]
@@ -206,7 +206,7 @@ pub struct PodTemplate {
 /// Text of at most 63 bytes: the value of a label.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(transparent)]
-pub struct Text(#[schemars(length(max = 63))] pub String);
+pub struct LabelText(#[schemars(length(max = 63))] pub String);
 
 /// Text of at most 4096 bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

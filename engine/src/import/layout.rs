@@ -75,7 +75,7 @@ pub struct PlannedTensor {
 
 /// The sizes of a model, as its metadata and embedding say.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Layout {
+pub struct ModelLayout {
     /// The family.
     pub family: Family,
     /// Whether q, k and v have biases.
@@ -97,7 +97,7 @@ pub struct Layout {
     rope_scaling: Json,
 }
 
-impl Layout {
+impl ModelLayout {
     /// Reads the sizes and checks that they fit together.
     pub fn read(gguf: &Gguf, rope_factors: Option<&[f32]>) -> Result<Self, ImportError> {
         let name = required(gguf.text("general.architecture")?, "general.architecture")?;

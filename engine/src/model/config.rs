@@ -89,7 +89,7 @@ pub struct DecoderConfig {
 
 /// What is wrong with a model's configuration.
 #[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
+pub enum ModelConfigError {
     /// A file cannot be read.
     #[error("{file}: {source}")]
     Read {
@@ -131,8 +131,8 @@ pub(super) fn refuse<T>(
     field: &'static str,
     value: impl Display,
     expected: impl Into<String>,
-) -> Result<T, ConfigError> {
-    Err(ConfigError::Field { field, value: value.to_string(), expected: expected.into() })
+) -> Result<T, ModelConfigError> {
+    Err(ModelConfigError::Field { field, value: value.to_string(), expected: expected.into() })
 }
 
 /// One id or several.
@@ -188,7 +188,7 @@ impl DecoderConfig {
     ///
     /// # Errors
     /// When a file cannot be read or says something that the decoder cannot do.
-    pub fn read(folder: &Path) -> Result<Self, ConfigError> {
+    pub fn read(folder: &Path) -> Result<Self, ModelConfigError> {
         let config = read_bounded(&folder.join("config.json"))?;
         let generation = folder.join("generation_config.json");
         let generation = if generation.exists() { Some(read_bounded(&generation)?) } else { None };
@@ -199,9 +199,9 @@ impl DecoderConfig {
     ///
     /// # Errors
     /// When they say something that the decoder cannot do.
-    pub fn parse(config: &str, generation: Option<&str>) -> Result<Self, ConfigError> {
+    pub fn parse(config: &str, generation: Option<&str>) -> Result<Self, ModelConfigError> {
         let raw: Raw = serde_json::from_str(config)
-            .map_err(|source| ConfigError::Json { file: "config.json", source })?;
+            .map_err(|source| ModelConfigError::Json { file: "config.json", source })?;
         let architecture = raw.architecture()?;
         raw.check_unsupported()?;
         let heads = raw.heads()?;
@@ -260,24 +260,24 @@ impl DecoderConfig {
     }
 }
 
-fn read_bounded(path: &Path) -> Result<String, ConfigError> {
+fn read_bounded(path: &Path) -> Result<String, ModelConfigError> {
     let file = path.display().to_string();
     let bytes = match std::fs::metadata(path) {
         Ok(metadata) => metadata.len(),
-        Err(source) => return Err(ConfigError::Read { file, source }),
+        Err(source) => return Err(ModelConfigError::Read { file, source }),
     };
     if bytes > FILE_BYTES_MAX {
-        return Err(ConfigError::Size { file, bytes });
+        return Err(ModelConfigError::Size { file, bytes });
     }
-    std::fs::read_to_string(path).map_err(|source| ConfigError::Read { file, source })
+    std::fs::read_to_string(path).map_err(|source| ModelConfigError::Read { file, source })
 }
 
-fn bounded(field: &'static str, value: usize, most: usize) -> Result<usize, ConfigError> {
+fn bounded(field: &'static str, value: usize, most: usize) -> Result<usize, ModelConfigError> {
     if (1..=most).contains(&value) { Ok(value) } else { refuse(field, value, format!("from 1 to {most}")) }
 }
 
 impl Raw {
-    fn architecture(&self) -> Result<Architecture, ConfigError> {
+    fn architecture(&self) -> Result<Architecture, ModelConfigError> {
         let named = self.architectures.as_deref().unwrap_or_default();
         let known = |name: &String| ARCHITECTURES.iter().find(|known| known.0 == name).map(|known| known.1);
         match named.iter().find_map(known) {
@@ -290,7 +290,7 @@ impl Raw {
         }
     }
 
-    fn check_unsupported(&self) -> Result<(), ConfigError> {
+    fn check_unsupported(&self) -> Result<(), ModelConfigError> {
         if let Some(quantization) = &self.quantization_config {
             let method = quantization.get("quant_method").and_then(|method| method.as_str());
             return refuse(
@@ -312,7 +312,7 @@ impl Raw {
     }
 
     /// Query heads, key-value heads and elements of a head.
-    fn heads(&self) -> Result<(usize, usize, usize), ConfigError> {
+    fn heads(&self) -> Result<(usize, usize, usize), ModelConfigError> {
         bounded("hidden_size", self.hidden_size, WIDTH_MAX)?;
         let heads = bounded("num_attention_heads", self.num_attention_heads, 4096)?;
         let kv_heads = bounded("num_key_value_heads", self.num_key_value_heads.unwrap_or(heads), heads)?;
@@ -342,7 +342,7 @@ impl Raw {
         Ok((heads, kv_heads, head_dim))
     }
 
-    fn eps(&self) -> Result<f32, ConfigError> {
+    fn eps(&self) -> Result<f32, ModelConfigError> {
         if self.rms_norm_eps > 0.0 && self.rms_norm_eps < 1.0 {
             Ok(self.rms_norm_eps as f32)
         } else {
@@ -352,7 +352,7 @@ impl Raw {
 
     /// The window of each layer. Mistral has one for all; Qwen switches it on, for layers from
     /// `max_window_layers` on or as `layer_types` lists.
-    fn windows(&self, architecture: Architecture) -> Result<Vec<Option<u32>>, ConfigError> {
+    fn windows(&self, architecture: Architecture) -> Result<Vec<Option<u32>>, ModelConfigError> {
         let layers = bounded("num_hidden_layers", self.num_hidden_layers, LAYERS_MAX)?;
         let window = match architecture {
             Architecture::Llama => None,
@@ -385,11 +385,11 @@ impl Raw {
             .collect()
     }
 
-    fn eos(&self, generation: Option<&str>) -> Result<Vec<u32>, ConfigError> {
+    fn eos(&self, generation: Option<&str>) -> Result<Vec<u32>, ModelConfigError> {
         let generation: Option<RawGeneration> = generation
             .map(serde_json::from_str)
             .transpose()
-            .map_err(|source| ConfigError::Json { file: "generation_config.json", source })?;
+            .map_err(|source| ModelConfigError::Json { file: "generation_config.json", source })?;
         let mut eos = Vec::new();
         let named = [self.eos_token_id.clone(), generation.and_then(|generation| generation.eos_token_id)];
         for ids in named.into_iter().flatten() {
@@ -409,7 +409,7 @@ impl Raw {
         }
     }
 
-    fn stored(&self) -> Result<Option<StoredDtype>, ConfigError> {
+    fn stored(&self) -> Result<Option<StoredDtype>, ModelConfigError> {
         match self.dtype.as_deref() {
             None => Ok(None),
             Some("float32") => Ok(Some(StoredDtype::F32)),

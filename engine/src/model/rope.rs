@@ -8,7 +8,7 @@ use std::f32::consts::PI;
 
 use serde::Deserialize;
 
-use super::config::{ConfigError, refuse};
+use super::config::{ModelConfigError, refuse};
 
 /// Base of the frequencies when a configuration names none.
 const THETA_DEFAULT: f64 = 10_000.0;
@@ -63,7 +63,7 @@ pub(super) fn parse(
     theta: Option<f64>,
     scaling: Option<&RawRope>,
     parameters: Option<&RawRope>,
-) -> Result<Rope, ConfigError> {
+) -> Result<Rope, ModelConfigError> {
     let raw = parameters.or(scaling);
     let theta = raw.and_then(|raw| raw.rope_theta).or(theta).unwrap_or(THETA_DEFAULT);
     if !(1.0..=1e12).contains(&theta) {
@@ -77,7 +77,7 @@ pub(super) fn parse(
 }
 
 impl RawRope {
-    fn scaling(&self) -> Result<RopeScaling, ConfigError> {
+    fn scaling(&self) -> Result<RopeScaling, ModelConfigError> {
         if let Some(share) = self.partial_rotary_factor
             && share != 1.0
         {
@@ -104,13 +104,13 @@ impl RawRope {
         }
     }
 
-    fn factor(&self) -> Result<f32, ConfigError> {
+    fn factor(&self) -> Result<f32, ModelConfigError> {
         let factor = number("rope_scaling.factor", self.factor)?;
         if factor >= 1.0 { Ok(factor) } else { refuse("rope_scaling.factor", factor, "at least 1") }
     }
 }
 
-fn number(field: &'static str, value: Option<f64>) -> Result<f32, ConfigError> {
+fn number(field: &'static str, value: Option<f64>) -> Result<f32, ModelConfigError> {
     match value {
         Some(value) if value > 0.0 && value <= 1e12 => Ok(value as f32),
         Some(value) => refuse(field, value, "above 0 and at most 1e12"),

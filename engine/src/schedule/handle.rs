@@ -65,7 +65,7 @@ impl Limits {
 
 /// Counters and gauges that the engine's thread writes after each step and anyone may read.
 #[derive(Debug, Default)]
-pub struct Load {
+pub struct EngineLoad {
     /// Steps done. While it stands still with work present, the engine hangs.
     pub steps: AtomicU64,
     /// KV blocks that sequences hold.
@@ -86,7 +86,7 @@ pub struct Load {
     pub preemptions: AtomicU64,
 }
 
-impl Load {
+impl EngineLoad {
     /// Reads one of the numbers.
     pub fn get(value: &AtomicU64) -> u64 {
         value.load(Ordering::Relaxed)
@@ -106,7 +106,7 @@ pub struct Submission {
 #[derive(Debug, Clone)]
 pub struct EngineHandle {
     limits: Limits,
-    load: Arc<Load>,
+    load: Arc<EngineLoad>,
     submissions: mpsc::Sender<Submission>,
 }
 
@@ -116,13 +116,13 @@ pub struct EngineInbox {
     /// Incoming requests, bounded by [`SUBMIT_QUEUE`].
     pub submissions: mpsc::Receiver<Submission>,
     /// Where to report.
-    pub load: Arc<Load>,
+    pub load: Arc<EngineLoad>,
 }
 
 /// Makes both ends.
 pub fn channel(limits: Limits) -> (EngineHandle, EngineInbox) {
     let (sender, submissions) = mpsc::channel(SUBMIT_QUEUE);
-    let load = Arc::new(Load::default());
+    let load = Arc::new(EngineLoad::default());
     (EngineHandle { limits, load: load.clone(), submissions: sender }, EngineInbox { submissions, load })
 }
 
@@ -133,7 +133,7 @@ impl EngineHandle {
     }
 
     /// Counters and gauges.
-    pub fn load(&self) -> &Load {
+    pub fn load(&self) -> &EngineLoad {
         &self.load
     }
 

@@ -22,8 +22,8 @@ use millrace_kernels::sampling::Sampled;
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TryRecvError;
 
-use handle::{EngineInbox, Load, Submission};
-use request::{Event, Usage};
+use handle::{EngineInbox, EngineLoad, Submission};
+use request::{Event, SequenceUsage};
 use runner::Runner;
 use scheduler::{Chunk, Scheduler, Slot};
 use sequence::Sequence;
@@ -168,7 +168,7 @@ impl<O: Ops> Core<O> {
         }
     }
 
-    fn remove(&mut self, slot: Slot) -> (mpsc::Sender<Event>, Usage) {
+    fn remove(&mut self, slot: Slot) -> (mpsc::Sender<Event>, SequenceUsage) {
         let usage = self.scheduler.remove(slot).usage();
         (self.listeners[slot as usize].take().expect("a live sequence has a listener"), usage)
     }
@@ -243,13 +243,13 @@ impl<O: Ops> Core<O> {
 
     fn report(&self) {
         let set = |value: &AtomicU64, to: u64| value.store(to, Ordering::Relaxed);
-        let Load { kv_blocks_used, kv_blocks_reserved, running, waiting, .. } = &*self.inbox.load;
+        let EngineLoad { kv_blocks_used, kv_blocks_reserved, running, waiting, .. } = &*self.inbox.load;
         let (blocks, counters) = (self.scheduler.blocks(), self.scheduler.counters());
         set(kv_blocks_used, (blocks.total() - blocks.free()) as u64);
         set(kv_blocks_reserved, self.scheduler.blocks_reserved() as u64);
         set(running, self.scheduler.running().len() as u64);
         set(waiting, self.scheduler.waiting().len() as u64);
-        let Load { prompt_tokens, cached_tokens, output_tokens, preemptions, .. } = &*self.inbox.load;
+        let EngineLoad { prompt_tokens, cached_tokens, output_tokens, preemptions, .. } = &*self.inbox.load;
         set(prompt_tokens, counters.prompt_tokens);
         set(cached_tokens, counters.cached_tokens);
         set(output_tokens, self.output_tokens);

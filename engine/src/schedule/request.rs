@@ -125,7 +125,7 @@ pub enum Finish {
 
 /// What a sequence cost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Usage {
+pub struct SequenceUsage {
     /// Tokens of the prompt.
     pub prompt_tokens: u32,
     /// Those of them found in the prefix cache.
@@ -140,7 +140,7 @@ pub enum Event {
     /// One more token.
     Token(Token),
     /// The sequence ended.
-    Finished(Finish, Usage),
+    Finished(Finish, SequenceUsage),
     /// The engine failed on this sequence alone (its logits are not numbers).
     Failed(String),
 }

@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use millrace_kernels::ops::{Batch, Feed, Ops, Span, StepError};
+use millrace_kernels::ops::{Batch, Feed, Ops, RowSpan, StepError};
 use millrace_kernels::sampling::{SampleRow, Sampled};
 
 use super::sampler;
@@ -18,7 +18,7 @@ pub struct Runner<O: Ops> {
     decoder: Decoder<O>,
     tokens: Vec<u32>,
     feeds: Vec<Feed>,
-    spans: Vec<Span>,
+    spans: Vec<RowSpan>,
     block_tables: Vec<u32>,
     logits_rows: Vec<u32>,
 }
@@ -76,7 +76,7 @@ impl<O: Ops> Runner<O> {
         for chunk in step {
             let sequence = scheduler.sequence(chunk.slot);
             let end = chunk.start + chunk.rows;
-            self.spans.push(Span {
+            self.spans.push(RowSpan {
                 first_row: self.tokens.len() as u32,
                 rows: chunk.rows as u32,
                 context: end as u32,

@@ -3,7 +3,7 @@
 //! The random numbers of a token are a function of the request's seed and the token's position alone, so that
 //! the same token comes out in any batch, after a preemption and in another attempt. Pure.
 
-use millrace_kernels::sampling::{Choice, SampleRow};
+use millrace_kernels::sampling::{ChosenToken, SampleRow};
 
 use super::request::{Logprobs, Token};
 use super::sequence::Sequence;
@@ -29,7 +29,7 @@ pub fn row(sequence: &Sequence) -> SampleRow<'_> {
 }
 
 /// A choice of the kernels as it is reported.
-pub fn token(choice: Choice) -> Token {
+pub fn token(choice: ChosenToken) -> Token {
     let logprobs = choice.logprobs.map(|values| Logprobs { chosen: values.chosen, top: values.top });
     Token { id: choice.token, logprobs }
 }

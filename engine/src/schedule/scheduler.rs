@@ -36,7 +36,7 @@ const LOOK_AHEAD_MAX: usize = 64;
 
 /// The scheduler's sizes and choices.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Policy {
+pub struct SchedulerPolicy {
     /// Most sequences that run at once, at least 1.
     pub max_sequences: usize,
     /// Most tokens in a step, at least `max_sequences`.
@@ -76,7 +76,7 @@ pub struct Counters {
 /// Sequences, their blocks, and their order.
 #[derive(Debug)]
 pub struct Scheduler {
-    policy: Policy,
+    policy: SchedulerPolicy,
     blocks: Blocks,
     slots: Vec<Option<Sequence>>,
     free_slots: Vec<Slot>,
@@ -99,7 +99,7 @@ impl Scheduler {
     ///
     /// # Panics
     /// When the policy's sizes contradict each other; the configuration is checked before.
-    pub fn new(policy: Policy, blocks: Blocks) -> Self {
+    pub fn new(policy: SchedulerPolicy, blocks: Blocks) -> Self {
         assert!(policy.max_sequences >= 1 && policy.max_batch_tokens >= policy.max_sequences);
         assert!((0.0..=1.0).contains(&policy.output_reserve));
         assert!((1..=LOOK_AHEAD_MAX).contains(&policy.longest_first_window));

@@ -6,7 +6,7 @@
 //! has a place in the cache and may be computed in the step that follows, but it is not known. Pure.
 
 use super::blocks::{BlockId, Chain, PREFIX_ROOT, PrefixHash, extend_hash};
-use super::request::{Finish, Request, Sampling, Usage};
+use super::request::{Finish, Request, Sampling, SequenceUsage};
 
 /// One request on its way.
 #[derive(Debug)]
@@ -141,8 +141,8 @@ impl Sequence {
     }
 
     /// What it cost so far.
-    pub fn usage(&self) -> Usage {
-        Usage {
+    pub fn usage(&self) -> SequenceUsage {
+        SequenceUsage {
             prompt_tokens: self.prompt_len as u32,
             cached_tokens: self.cached as u32,
             output_tokens: self.output().len() as u32,

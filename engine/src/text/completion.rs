@@ -11,7 +11,7 @@ use millrace_crds::result::{ErrorCode, LineError, OutputLine, Response};
 use serde_json::Value;
 
 use crate::text::detokenize::Pieces;
-use crate::text::job::{Input, Line, TextRequest};
+use crate::text::job::{Input, RequestLine, TextRequest};
 use crate::text::prompt::Text;
 
 /// A job's answer.
@@ -59,7 +59,7 @@ pub struct TokenLogprobs {
 }
 
 /// The answer to one request.
-pub fn answer(line: &Line, request: &TextRequest, answered: &Answered<'_>) -> OutputLine {
+pub fn answer(line: &RequestLine, request: &TextRequest, answered: &Answered<'_>) -> OutputLine {
     let body = match request.input {
         Input::Chat(_) => serde_json::to_value(answered.chat(&line.id)),
         Input::Prompts { .. } => serde_json::to_value(answered.completion(&line.id)),

@@ -20,7 +20,7 @@ use tokio::sync::{Semaphore, mpsc};
 use crate::schedule::handle::EngineHandle;
 use crate::schedule::request::Refusal;
 use crate::text::completion::{Answered, Choice, Completion, answer, refusal, to_json};
-use crate::text::job::{Input, Job, Line, PromptInput, Reject, TextRequest};
+use crate::text::job::{Input, Job, PromptInput, Reject, RequestLine, TextRequest};
 use crate::text::prompt::{Prompt, Text};
 use choice::{Deltas, listen};
 
@@ -37,7 +37,7 @@ const INLINE_PROMPT_BYTES_MAX: usize = 16 << 10;
 
 /// Why a job has no answer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Fault {
+pub enum AnswerError {
     /// It can never have one.
     #[error(transparent)]
     Reject(#[from] Reject),
@@ -49,13 +49,13 @@ pub enum Fault {
     Stopped,
 }
 
-impl Fault {
+impl AnswerError {
     /// The code of an outcome or error line that carries this fault.
     pub fn code(&self) -> ErrorCode {
         match self {
-            Fault::Reject(reject) => reject.code(),
-            Fault::Sequence(_) => ErrorCode::InferenceError,
-            Fault::Stopped => ErrorCode::WorkerLost,
+            AnswerError::Reject(reject) => reject.code(),
+            AnswerError::Sequence(_) => ErrorCode::InferenceError,
+            AnswerError::Stopped => ErrorCode::WorkerLost,
         }
     }
 }
@@ -63,14 +63,14 @@ impl Fault {
 /// Runs a job. Deltas are sent without waiting: a receiver that is slow gets fewer and longer ones.
 ///
 /// # Errors
-/// In a job of lines, a line's own fault becomes its error line; only [`Fault::Stopped`] and an answer that
+/// In a job of lines, a line's own fault becomes its error line; only [`AnswerError::Stopped`] and an answer that
 /// is too long end the job.
 pub async fn generate(
     job: Job,
     text: &Text,
     engine: &EngineHandle,
     deltas: Option<mpsc::Sender<TokenDelta>>,
-) -> Result<Completion, Fault> {
+) -> Result<Completion, AnswerError> {
     let requests = Requests::new(text, engine, deltas);
     let mut body = Vec::new();
     let mut totals = Totals::default();
@@ -117,7 +117,7 @@ pub struct Totals {
 
 impl Totals {
     /// Counts one more answer.
-    pub fn add(&mut self, answer: &Answer) {
+    pub fn add(&mut self, answer: &LineAnswer) {
         self.answered += usize::from(answer.line.error.is_none());
         self.refused += usize::from(answer.line.error.is_some());
         self.prompt_tokens += answer.prompt_tokens;
@@ -128,7 +128,7 @@ impl Totals {
 
 /// One request's line of the outcome, and what it cost.
 #[derive(Debug)]
-pub struct Answer {
+pub struct LineAnswer {
     /// The line.
     pub line: OutputLine,
     /// Tokens of its prompts.
@@ -170,14 +170,14 @@ impl<'a> Requests<'a> {
         &'b self,
         lines: impl stream::Stream<Item = L> + 'b,
         created: i64,
-    ) -> impl stream::Stream<Item = Result<Answer, Fault>> + Unpin + 'b
+    ) -> impl stream::Stream<Item = Result<LineAnswer, AnswerError>> + Unpin + 'b
     where
-        L: std::borrow::Borrow<Line> + 'b,
+        L: std::borrow::Borrow<RequestLine> + 'b,
     {
         let answer = move |line: L| async move {
             let line = line.borrow();
             match self.answer(line, created).await {
-                Err(fault @ (Fault::Reject(_) | Fault::Sequence(_))) => Ok(Answer {
+                Err(fault @ (AnswerError::Reject(_) | AnswerError::Sequence(_))) => Ok(LineAnswer {
                     line: refusal(&line.id, &line.custom_id, fault.code(), fault.to_string()),
                     prompt_tokens: 0,
                     output_tokens: 0,
@@ -193,8 +193,8 @@ impl<'a> Requests<'a> {
     ///
     /// # Errors
     /// The request's own fault, or that of the engine.
-    pub async fn answer(&self, line: &Line, created: i64) -> Result<Answer, Fault> {
-        let request = line.request.as_ref().map_err(|reject| Fault::Reject(reject.clone()))?;
+    pub async fn answer(&self, line: &RequestLine, created: i64) -> Result<LineAnswer, AnswerError> {
+        let request = line.request.as_ref().map_err(|reject| AnswerError::Reject(reject.clone()))?;
         let prompts = self.prompts(request, created).await?;
         let prompt_tokens = prompts.iter().map(|prompt| prompt.tokens.len() as u64).sum();
         let n = request.params.n;
@@ -204,7 +204,7 @@ impl<'a> Requests<'a> {
         let choices = futures::future::try_join_all(choices).await?;
         let logprobs = request.params.logprobs.is_some();
         let answered = Answered { text: self.text, created, logprobs, prompt_tokens, choices };
-        Ok(Answer {
+        Ok(LineAnswer {
             output_tokens: answered.output_tokens(),
             stopped: answered.stopped(),
             prompt_tokens,
@@ -218,7 +218,7 @@ impl<'a> Requests<'a> {
         (us != u64::MAX).then_some(us as f64 / 1000.0)
     }
 
-    async fn prompts(&self, request: &TextRequest, created: i64) -> Result<Vec<Prompt>, Fault> {
+    async fn prompts(&self, request: &TextRequest, created: i64) -> Result<Vec<Prompt>, AnswerError> {
         if text_bytes(&request.input) <= INLINE_PROMPT_BYTES_MAX {
             return Ok(self.text.prompts(&request.input, created)?);
         }
@@ -231,21 +231,23 @@ impl<'a> Requests<'a> {
     /// Runs one choice of one prompt.
     async fn choice(
         &self,
-        line: &Line,
+        line: &RequestLine,
         request: &TextRequest,
         prompts: &[Prompt],
         (prompt, choice): (usize, u32),
-    ) -> Result<Choice, Fault> {
+    ) -> Result<Choice, AnswerError> {
         let seed = seed(line, request.params.seed, prompt, choice);
         let refuse = |refusal| match refusal {
-            Refusal::Stopped => Fault::Stopped,
-            refusal => Fault::Reject(Reject::Engine { field: field_of(&request.input, prompt), refusal }),
+            Refusal::Stopped => AnswerError::Stopped,
+            refusal => {
+                AnswerError::Reject(Reject::Engine { field: field_of(&request.input, prompt), refusal })
+            }
         };
         let sequence =
             self.text.sequence(request, &prompts[prompt], seed, &self.engine.limits()).map_err(refuse)?;
         let stop_tokens = sequence.stop_tokens.clone();
         // The semaphore is never closed.
-        let _place = self.places.acquire().await.map_err(|_| Fault::Stopped)?;
+        let _place = self.places.acquire().await.map_err(|_| AnswerError::Stopped)?;
         let mut generation = self.engine.submit(sequence).await.map_err(refuse)?;
         let index = prompt as u32 * request.params.n + choice;
         let deltas = Deltas::new(self.deltas.clone(), line.index, index);
@@ -262,7 +264,7 @@ impl<'a> Requests<'a> {
 /// The caller's seed serves the first choice of each prompt as it is, so that a request gives the same text
 /// alone and in an array. The other choices', and all seeds of a request without one, are hashed from what
 /// identifies them, so that every attempt of a job draws the same numbers.
-fn seed(line: &Line, given: Option<u64>, prompt: usize, choice: u32) -> u64 {
+fn seed(line: &RequestLine, given: Option<u64>, prompt: usize, choice: u32) -> u64 {
     let mut hash = Sha256::new();
     match given {
         Some(seed) if choice == 0 => return seed,

@@ -52,12 +52,12 @@ pub struct Job {
     /// attempt answers with the same bytes.
     pub created: i64,
     /// Its requests, in order; exactly one unless the headers say lines.
-    pub lines: Vec<Line>,
+    pub lines: Vec<RequestLine>,
 }
 
 /// One request of a job.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Line {
+pub struct RequestLine {
     /// Where it stands in the job.
     pub index: usize,
     /// `<job>` in a job of one request, `<job>-<index>` in a job of lines.
@@ -184,7 +184,7 @@ impl Job {
             decode_lines(id, body, limits)?
         } else {
             let request = TextRequest::decode(parse_json("body", body)?, None, limits)?;
-            vec![Line { index: 0, id: id.to_owned(), custom_id: id.to_owned(), request: Ok(request) }]
+            vec![RequestLine { index: 0, id: id.to_owned(), custom_id: id.to_owned(), request: Ok(request) }]
         };
         Ok(Job { headers, created, lines })
     }
@@ -206,13 +206,13 @@ impl TextRequest {
     }
 }
 
-impl Line {
+impl RequestLine {
     /// Decodes one line: an OpenAI batch line, or a request alone, whose `custom_id` is then its `id`.
     /// A bad line is a line with a refusal.
-    pub fn decode(index: usize, id: String, bytes: &[u8], limits: &JobLimits) -> Line {
+    pub fn decode(index: usize, id: String, bytes: &[u8], limits: &JobLimits) -> RequestLine {
         let mut custom_id = id.clone();
         let request = decode_line(bytes, &mut custom_id, limits);
-        Line { index, id, custom_id, request }
+        RequestLine { index, id, custom_id, request }
     }
 }
 
@@ -221,7 +221,7 @@ pub fn is_blank(line: &[u8]) -> bool {
     line.iter().all(u8::is_ascii_whitespace)
 }
 
-fn decode_lines(job: &str, body: &[u8], limits: &JobLimits) -> Result<Vec<Line>, Reject> {
+fn decode_lines(job: &str, body: &[u8], limits: &JobLimits) -> Result<Vec<RequestLine>, Reject> {
     let mut lines = Vec::new();
     let mut first_with: HashMap<String, usize> = HashMap::new();
     for bytes in body.split(|&byte| byte == b'\n').filter(|line| !is_blank(line)) {
@@ -229,7 +229,7 @@ fn decode_lines(job: &str, body: &[u8], limits: &JobLimits) -> Result<Vec<Line>,
         if index == REQUESTS_MAX {
             return Err(Reject::TooMany { field: "body".into(), what: "requests", limit: REQUESTS_MAX });
         }
-        let mut line = Line::decode(index, format!("{job}-{index}"), bytes, limits);
+        let mut line = RequestLine::decode(index, format!("{job}-{index}"), bytes, limits);
         match first_with.get(&line.custom_id) {
             Some(&first) => {
                 line.request = Err(Reject::Duplicate { custom_id: line.custom_id.clone(), first });

@@ -11,7 +11,7 @@ fn source(name: &str, text: &str) -> Source {
     }
 }
 
-fn check(name: &str, text: &str) -> (Vec<Entry>, Vec<String>) {
+fn check(name: &str, text: &str) -> (Vec<RequestEntry>, Vec<String>) {
     let (entries, problems) = read(&[source(name, text)], &PromptArgs::default());
     (entries, problems.iter().map(ToString::to_string).collect())
 }

@@ -4,8 +4,8 @@ use proptest::prelude::*;
 
 use super::*;
 
-fn entry(line: usize, custom_id: &str, body: &str) -> Entry {
-    Entry {
+fn entry(line: usize, custom_id: &str, body: &str) -> RequestEntry {
+    RequestEntry {
         origin: Origin { file: "f.jsonl".into(), line },
         custom_id: custom_id.to_owned(),
         body: Bytes::copy_from_slice(body.as_bytes()),
@@ -17,7 +17,7 @@ fn options() -> PlanOptions {
     PlanOptions::new(&InputArgs::default(), false)
 }
 
-fn only(entry: Entry, options: &PlanOptions) -> Result<PlannedJob, String> {
+fn only(entry: RequestEntry, options: &PlanOptions) -> Result<PlannedJob, String> {
     match plan(&[entry], options) {
         Ok(mut jobs) => Ok(jobs.remove(0)),
         Err(problems) => Err(problems[0].to_string()),
@@ -55,7 +55,7 @@ fn custom_ids_as_job_ids() {
 
 #[test]
 fn packs_keep_order_and_limits() {
-    let entries: Vec<Entry> = (0..5).map(|i| entry(i + 1, &format!("c{i}"), "{\n}")).collect();
+    let entries: Vec<RequestEntry> = (0..5).map(|i| entry(i + 1, &format!("c{i}"), "{\n}")).collect();
     let packed = |pack, bytes| {
         let options = PlanOptions { pack: Some(pack), body_bytes_max: bytes, ..options() };
         plan(&entries, &options).unwrap()
@@ -105,7 +105,7 @@ proptest! {
 
     #[test]
     fn packing_loses_nothing(count in 1usize..40, lines in 1usize..10, bytes in 80usize..400) {
-        let entries: Vec<Entry> = (0..count).map(|i| entry(i, &format!("c{i}"), "{}")).collect();
+        let entries: Vec<RequestEntry> = (0..count).map(|i| entry(i, &format!("c{i}"), "{}")).collect();
         let options = PlanOptions { pack: Some(lines), body_bytes_max: bytes, ..options() };
         let jobs = plan(&entries, &options).unwrap();
         let ids: Vec<&String> = jobs.iter().flat_map(|job| &job.custom_ids).collect();

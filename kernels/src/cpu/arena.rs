@@ -4,7 +4,7 @@
 
 use super::scratch::{AttentionScratch, HEAD_DIM_MAX, Widened};
 use super::tile::{Held, LANES};
-use crate::ops::{ArenaPlan, BLOCK_TOKENS, Batch, BufferKind, KvDtype, KvPlan, PlanError, Span, bound};
+use crate::ops::{ArenaPlan, BLOCK_TOKENS, Batch, BufferKind, KvDtype, KvPlan, PlanError, RowSpan, bound};
 use crate::precision::Precision;
 use crate::tensor::Aligned;
 
@@ -122,7 +122,7 @@ pub struct Step {
     /// Token of each row.
     pub tokens: Vec<u32>,
     /// Sequences.
-    pub spans: Vec<Span>,
+    pub spans: Vec<RowSpan>,
     /// Block tables.
     pub block_tables: Vec<u32>,
     /// Rows that want logits.
@@ -145,7 +145,7 @@ pub struct RowRun {
 }
 
 /// Cuts spans at the multiples of `size` positions. Clears `runs` first.
-pub fn cut(spans: &[Span], size: usize, runs: &mut Vec<RowRun>) {
+pub fn cut(spans: &[RowSpan], size: usize, runs: &mut Vec<RowRun>) {
     runs.clear();
     for (index, span) in spans.iter().enumerate() {
         let (mut row, mut position) = (span.first_row as usize, span.first_position() as usize);

@@ -10,7 +10,7 @@ use super::pack::PANEL;
 use super::tile::LANES;
 use crate::isa::Isa;
 use crate::pool::Scattered;
-use crate::sampling::{Choice, Poisoned, Sampled};
+use crate::sampling::{ChosenToken, Poisoned, Sampled};
 
 /// What one thread has seen of a row.
 #[repr(C, align(64))]
@@ -95,5 +95,5 @@ pub fn choose<'a>(seen: impl Iterator<Item = &'a Best>) -> Sampled {
             }
         }
     }
-    if maximum.is_finite() { Ok(Choice { token, logprobs: None }) } else { Err(Poisoned) }
+    if maximum.is_finite() { Ok(ChosenToken { token, logprobs: None }) } else { Err(Poisoned) }
 }

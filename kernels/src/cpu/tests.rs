@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::e4m3;
-use crate::ops::{BLOCK_TOKENS, BufferKind, BufferPlan, Feed, KvDtype, KvScales, RopePlan, Span};
+use crate::ops::{BLOCK_TOKENS, BufferKind, BufferPlan, Feed, KvDtype, KvScales, RopePlan, RowSpan};
 use crate::sampling::{greatest, uniform};
 use crate::tensor::DType;
 
@@ -66,7 +66,7 @@ const NO_KV: KvPlan = KvPlan { layers: 1, kv_heads: 1, head_dim: 8, blocks: 64, 
 fn begin(cpu: &mut Cpu, rows: usize) {
     let tokens: Vec<u32> = (0..rows as u32).map(|row| row % 97).collect();
     let tables: Vec<u32> = (0..64).collect();
-    let span = Span { first_row: 0, rows: rows as u32, context: rows as u32, table: 0 };
+    let span = RowSpan { first_row: 0, rows: rows as u32, context: rows as u32, table: 0 };
     let logits_rows: Vec<u32> = (0..rows as u32).collect();
     cpu.begin(&Batch {
         tokens: &tokens,
@@ -202,7 +202,7 @@ fn run(model: &mut Model, sequences: &[Vec<u32>], chunks: &[usize], first_block:
             }
             let context = done[index] + rows;
             let (first_row, table) = (tokens.len() as u32, tables.len() as u32);
-            spans.push(Span { first_row, rows: rows as u32, context: context as u32, table });
+            spans.push(RowSpan { first_row, rows: rows as u32, context: context as u32, table });
             tokens.extend_from_slice(&sequence[done[index]..context]);
             // Blocks of a sequence lie scattered.
             tables.extend(
@@ -364,7 +364,7 @@ fn a_row_is_fed_with_a_choice_of_the_step_before() {
     let head = load(&mut cpu, 97, 32, &random(3, 97 * 32));
     let ones = vector(&mut cpu, &[1.0; 32]);
     let queue = |cpu: &mut Cpu, tokens: &[u32; 3], feeds: &[Feed]| {
-        let spans = [Span { first_row: 0, rows: 3, context: 3, table: 0 }];
+        let spans = [RowSpan { first_row: 0, rows: 3, context: 3, table: 0 }];
         let batch = Batch { tokens, feeds, spans: &spans, block_tables: &[0], logits_rows: &[0, 1, 2] };
         cpu.begin(&batch).unwrap();
         cpu.embed(&head, Buffer(0));

@@ -8,10 +8,10 @@ use std::sync::Arc;
 
 use cudarc::driver::sys::CUtensorMap;
 
-use super::device::{Device, DeviceError, Memory, Pinned};
+use super::device::{CudaDevice, DeviceError, DeviceMemory, Pinned};
 use super::flight::{FlightBytes, Flights};
 use super::gemm::GROUP_FEATURES;
-use super::plan::{Capacity, GRAPH_ROWS_MAX, Layout, Packing, splits};
+use super::plan::{GRAPH_ROWS_MAX, Packing, PlanCapacity, SectionLayout, splits};
 use super::sampling::{ADJUSTMENT_BYTES, LOGPROBS_BYTES, PART_TOKENS, RESULT_BYTES};
 use super::weights::tensor_map;
 use crate::ops::{ArenaPlan, BLOCK_TOKENS, BufferKind, KvDtype, KvPlan, PlanError, bound};
@@ -35,14 +35,14 @@ pub struct Activation {
     /// What it holds.
     pub kind: BufferKind,
     /// All rows.
-    pub rows: Place,
+    pub rows: RowPlace,
     /// The rows that want logits.
-    pub narrowed: Place,
+    pub narrowed: RowPlace,
 }
 
 /// Rows in memory.
 #[derive(Debug, Clone)]
-pub struct Place {
+pub struct RowPlace {
     /// Where they start.
     pub pointer: u64,
     /// Of operands: boxes of 8 and of 32 rows.
@@ -94,7 +94,7 @@ pub struct Arena {
     pub items_max: usize,
     /// Attention's counters, zero between launches.
     pub counters: u64,
-    memory: Memory,
+    memory: DeviceMemory,
 }
 
 /// Where sampling keeps what it needs.
@@ -162,7 +162,7 @@ impl Arena {
     ///
     /// # Errors
     /// When a size is out of bounds or the device has too little memory.
-    pub fn new(device: &Arc<Device>, plan: ArenaPlan) -> Result<Self, PlanError> {
+    pub fn new(device: &Arc<CudaDevice>, plan: ArenaPlan) -> Result<Self, PlanError> {
         check(&plan)?;
         let failed = |error: DeviceError| PlanError::Device(error.to_string());
         let mut cut = Cutter::default();
@@ -184,7 +184,7 @@ impl Arena {
         let logits_stride = plan.vocabulary.next_multiple_of(4);
         let logits = cut.take(logits_rows * logits_stride * 4);
         let mut sampling = sampling_places(&mut cut, &plan, logits_rows);
-        let memory = Memory::zeroed(device, cut.end).map_err(failed)?;
+        let memory = DeviceMemory::zeroed(device, cut.end).map_err(failed)?;
         let base = memory.pointer();
         for buffer in &mut buffers {
             place(buffer, base, rows.max(GRAPH_ROWS_MAX), logits_rows).map_err(failed)?;
@@ -268,7 +268,7 @@ impl Arena {
     /// # Errors
     /// When the driver refuses it.
     #[cfg(test)]
-    pub fn write(&self, device: &Device, pointer: u64, source: &[u8]) -> Result<(), DeviceError> {
+    pub fn write(&self, device: &CudaDevice, pointer: u64, source: &[u8]) -> Result<(), DeviceError> {
         // SAFETY: the copy has ended before this returns.
         unsafe { self.memory.upload((pointer - self.memory.pointer()) as usize, source) }?;
         device.synchronize()
@@ -281,7 +281,7 @@ fn activation(
     rows: usize,
     logits_rows: usize,
 ) -> Activation {
-    let nowhere = Place { pointer: 0, maps: None, squares: 0 };
+    let nowhere = RowPlace { pointer: 0, maps: None, squares: 0 };
     let mut activation = Activation {
         width: buffer.width,
         stride: buffer.width.next_multiple_of(64),
@@ -291,7 +291,7 @@ fn activation(
     };
     let row_bytes = activation.stride * activation.element_bytes();
     let squares_bytes = if buffer.kind == BufferKind::Values { activation.squares_stride() * 4 } else { 0 };
-    let mut take = |rows: usize| Place {
+    let mut take = |rows: usize| RowPlace {
         pointer: cut.take(rows * row_bytes),
         maps: None,
         squares: cut.take(rows * squares_bytes),
@@ -319,7 +319,7 @@ fn packing(plan: &ArenaPlan) -> Packing {
 }
 
 fn step_bytes(plan: &ArenaPlan, spans_max: usize, logits_rows: usize) -> usize {
-    let eager = Capacity {
+    let eager = PlanCapacity {
         rows: plan.rows_max,
         spans: spans_max,
         decodes: spans_max,
@@ -327,10 +327,10 @@ fn step_bytes(plan: &ArenaPlan, spans_max: usize, logits_rows: usize) -> usize {
         tiles: packing(plan).tiles(plan.rows_max) + spans_max,
         logits_rows,
     };
-    let graph = Capacity::of_decodes(GRAPH_ROWS_MAX, plan.positions_max);
+    let graph = PlanCapacity::of_decodes(GRAPH_ROWS_MAX, plan.positions_max);
     let tables = spans_max * plan.positions_max.div_ceil(BLOCK_TOKENS);
     // With runs there is one more section.
-    let words = |capacity| Layout::new(capacity, Some(1)).words(tables);
+    let words = |capacity| SectionLayout::new(capacity, Some(1)).words(tables);
     words(eager).max(words(graph)) * 4
 }
 
@@ -352,8 +352,8 @@ fn sampling_places(cut: &mut Cutter, plan: &ArenaPlan, rows: usize) -> SamplingP
 }
 
 fn upload_table(
-    device: &Arc<Device>,
-    memory: &Memory,
+    device: &Arc<CudaDevice>,
+    memory: &DeviceMemory,
     offset: usize,
     table: &[f32],
 ) -> Result<(), DeviceError> {

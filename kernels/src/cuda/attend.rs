@@ -5,10 +5,10 @@
 //! walk runs of splits. All give a row the same bytes. A cache of 8-bit floats has kernels of its own; its scales
 //! are factors on the scores and on the result.
 
-use super::arena::{Activation, HEAD_DIMS, Place};
-use super::device::{Device, DeviceError, Kernel, Launch, arguments};
+use super::arena::{Activation, HEAD_DIMS, RowPlace};
+use super::device::{CudaDevice, DeviceError, Kernel, Launch, arguments};
 use super::plan;
-use super::step::Run;
+use super::step::StepRun;
 use crate::ops::{AttentionShape, KvDtype, KvPlan, KvScales};
 
 /// As in `attention.cuh`.
@@ -88,7 +88,7 @@ impl Attend {
     ///
     /// # Errors
     /// When one is missing, or the chip's blocks have too little shared memory.
-    pub fn new(device: &Device, portable: bool) -> Result<Self, DeviceError> {
+    pub fn new(device: &CudaDevice, portable: bool) -> Result<Self, DeviceError> {
         let (has, needed) = (device.shared_bytes_max, SHARED_BYTES_MIN);
         if has < needed {
             return Err(DeviceError::Shared { has, needed });
@@ -141,10 +141,10 @@ impl Attend {
     /// When the driver refuses a kernel.
     pub fn queue(
         &self,
-        run: &Run<'_>,
+        run: &StepRun<'_>,
         layer: usize,
         shape: &AttentionShape,
-        (out, place): (&Activation, &Place),
+        (out, place): (&Activation, &RowPlace),
     ) -> Result<(), DeviceError> {
         let (arena, layout, kv) = (run.arena, run.layout, run.arena.plan.kv.dtype);
         let scales = if kv == KvDtype::Fp8E4m3 { shape.kv_scales } else { KvScales::ONE };

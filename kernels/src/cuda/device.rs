@@ -92,7 +92,7 @@ impl Launch {
 }
 
 /// An open device.
-pub struct Device {
+pub struct CudaDevice {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     kernels: HashMap<String, Kernel>,
@@ -108,7 +108,7 @@ pub struct Device {
     pub name: String,
 }
 
-impl std::fmt::Debug for Device {
+impl std::fmt::Debug for CudaDevice {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(formatter, "Device({})", self.name)
     }
@@ -123,7 +123,7 @@ pub fn is_present() -> bool {
         && CudaContext::device_count().is_ok_and(|count| count > 0)
 }
 
-impl Device {
+impl CudaDevice {
     /// Opens a device by its number and loads the kernels.
     ///
     /// # Errors
@@ -289,18 +289,18 @@ fn load_kernels() -> Result<HashMap<String, Kernel>, DeviceError> {
 
 /// Memory on the device, zeroed when taken.
 #[derive(Debug)]
-pub struct Memory {
-    device: Arc<Device>,
+pub struct DeviceMemory {
+    device: Arc<CudaDevice>,
     pointer: sys::CUdeviceptr,
     bytes: usize,
 }
 
-impl Memory {
+impl DeviceMemory {
     /// Takes memory; at least one byte.
     ///
     /// # Errors
     /// When the device has no more; the error says how much was asked for.
-    pub fn zeroed(device: &Arc<Device>, bytes: usize) -> Result<Self, DeviceError> {
+    pub fn zeroed(device: &Arc<CudaDevice>, bytes: usize) -> Result<Self, DeviceError> {
         device.bind()?;
         let bytes = bytes.max(1);
         // SAFETY: the context is current.
@@ -337,7 +337,7 @@ impl Memory {
     ///
     /// # Errors
     /// When the driver refuses it.
-    pub fn copy_from(&self, other: &Memory) -> Result<(), DeviceError> {
+    pub fn copy_from(&self, other: &DeviceMemory) -> Result<(), DeviceError> {
         assert_eq!(self.bytes, other.bytes, "ranges of one length");
         let stream = self.device.stream.cu_stream();
         // SAFETY: both ranges hold as many bytes, and two allocations never overlap.
@@ -378,7 +378,7 @@ impl Memory {
     }
 }
 
-impl Drop for Memory {
+impl Drop for DeviceMemory {
     fn drop(&mut self) {
         if self.device.bind().is_ok() {
             // SAFETY: taken in `zeroed`; freeing waits for the work that uses it. A failure has no one to hear it.
@@ -390,7 +390,7 @@ impl Drop for Memory {
 /// Page-locked memory of the host, which the device reads and writes by itself.
 #[derive(Debug)]
 pub struct Pinned {
-    device: Arc<Device>,
+    device: Arc<CudaDevice>,
     pointer: *mut u8,
     bytes: usize,
 }
@@ -403,7 +403,7 @@ impl Pinned {
     ///
     /// # Errors
     /// When the system has no more to lock.
-    pub fn zeroed(device: &Arc<Device>, bytes: usize) -> Result<Self, DeviceError> {
+    pub fn zeroed(device: &Arc<CudaDevice>, bytes: usize) -> Result<Self, DeviceError> {
         device.bind()?;
         let bytes = bytes.max(1);
         // SAFETY: the context is current; the memory is initialised before anyone reads it.

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use cudarc::driver::{CudaEvent, sys};
 
-use super::device::{Device, DeviceError, Pinned};
+use super::device::{CudaDevice, DeviceError, Pinned};
 use crate::ops::QUEUED_MAX;
 
 /// The host's side of one step.
@@ -37,7 +37,7 @@ pub struct FlightBytes {
 }
 
 impl Flight {
-    fn new(device: &Arc<Device>, bytes: FlightBytes) -> Result<Self, DeviceError> {
+    fn new(device: &Arc<CudaDevice>, bytes: FlightBytes) -> Result<Self, DeviceError> {
         let event = || device.stream().context().new_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT));
         Ok(Self {
             staging: Pinned::zeroed(device, bytes.staging)?,
@@ -53,7 +53,7 @@ impl Flight {
     ///
     /// # Errors
     /// When the driver refuses it.
-    pub fn begin(&self, device: &Device) -> Result<(), DeviceError> {
+    pub fn begin(&self, device: &CudaDevice) -> Result<(), DeviceError> {
         Ok(self.begun.record(device.stream())?)
     }
 
@@ -81,7 +81,7 @@ impl Flights {
     ///
     /// # Errors
     /// When the system has no more to lock.
-    pub fn new(device: &Arc<Device>, bytes: FlightBytes) -> Result<Self, DeviceError> {
+    pub fn new(device: &Arc<CudaDevice>, bytes: FlightBytes) -> Result<Self, DeviceError> {
         Ok(Self { sides: [Flight::new(device, bytes)?, Flight::new(device, bytes)?], queued: 0 })
     }
 
@@ -105,7 +105,7 @@ impl Flights {
     ///
     /// # Errors
     /// When the driver refuses to mark its end.
-    pub fn queued(&mut self, device: &Device) -> Result<(), DeviceError> {
+    pub fn queued(&mut self, device: &CudaDevice) -> Result<(), DeviceError> {
         self.next().ended.record(device.stream())?;
         self.queued += 1;
         Ok(())

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use super::device::{Device, DeviceError, Kernel, Launch, Memory};
+use super::device::{CudaDevice, DeviceError, DeviceMemory, Kernel, Launch};
 use super::output::{Epilogue, Meeting, Output};
 
 const EPILOGUES: [(Epilogue, &str); 4] = [
@@ -53,7 +53,7 @@ pub enum BatchMap {
 
 /// A kernel that computes a product.
 #[derive(Debug, Clone, Copy)]
-pub struct Choice {
+pub struct KernelChoice {
     /// The kernel.
     pub kernel: Kernel,
     /// Its grid.
@@ -70,7 +70,7 @@ pub struct Choice {
 
 /// A product's size, for choosing.
 #[derive(Debug, Clone, Copy)]
-pub struct Work {
+pub struct ProductSize {
     /// How the sums leave.
     pub epilogue: Epilogue,
     /// Rows of the batch.
@@ -179,7 +179,7 @@ pub struct Gemm {
     pub hopper: bool,
     room: Room,
     /// What `Meeting` points to.
-    _meeting: Option<Memory>,
+    _meeting: Option<DeviceMemory>,
 }
 
 /// Parts of K whose sums are added in order. Products that add to a narrow residual have few features, and at one row
@@ -204,14 +204,15 @@ impl Gemm {
     ///
     /// # Errors
     /// When one is missing.
-    pub fn new(device: &Arc<Device>, portable: bool) -> Result<Self, DeviceError> {
+    pub fn new(device: &Arc<CudaDevice>, portable: bool) -> Result<Self, DeviceError> {
         let hopper = device.hopper && !portable;
         let multiprocessors = device.multiprocessors as usize;
         let meeting_kinds = Kind::kernels(Epilogue::Add).filter(|kernel| kernel.0.meets_in_memory());
         let largest_tile =
             meeting_kinds.map(|(kind, _, (batch, _))| batch * kind.features()).max().unwrap_or(0);
         let sums_bytes = multiprocessors * largest_tile * 4;
-        let meeting = hopper.then(|| Memory::zeroed(device, sums_bytes + multiprocessors * 4)).transpose()?;
+        let meeting =
+            hopper.then(|| DeviceMemory::zeroed(device, sums_bytes + multiprocessors * 4)).transpose()?;
         let pointers = meeting.as_ref().map_or_else(Meeting::default, |memory| Meeting {
             sums: memory.pointer(),
             counters: memory.pointer() + sums_bytes as u64,
@@ -235,13 +236,13 @@ impl Gemm {
     }
 
     /// The kernel for a product of this size.
-    pub fn choose(&self, work: &Work) -> Choice {
+    pub fn choose(&self, work: &ProductSize) -> KernelChoice {
         if !self.hopper {
             let kernel = self.mma.iter().find(|entry| entry.0 == work.epilogue).expect("all but one").1;
             let (batch_tiles, feature_tiles) = (work.rows.div_ceil(64), work.features.div_ceil(64));
             let launch = Launch::grid([batch_tiles as u32, feature_tiles as u32, 1], 128);
             let meeting = Meeting::default();
-            return Choice { kernel, launch, map: BatchMap::None, batch_tiles, feature_tiles, meeting };
+            return KernelChoice { kernel, launch, map: BatchMap::None, batch_tiles, feature_tiles, meeting };
         }
         let time = |variant: &&Variant| work.microseconds(variant.kind, variant.batch, &self.room);
         let best = self.suitable(work).min_by(|a, b| time(a).total_cmp(&time(b)));
@@ -249,7 +250,7 @@ impl Gemm {
     }
 
     /// The Hopper kernels that can compute a product.
-    pub fn suitable<'a>(&'a self, work: &'a Work) -> impl Iterator<Item = &'a Variant> {
+    pub fn suitable<'a>(&'a self, work: &'a ProductSize) -> impl Iterator<Item = &'a Variant> {
         self.variants
             .iter()
             .filter(|v| v.epilogue == work.epilogue && work.suits(v.kind, v.batch, self.room.multiprocessors))
@@ -263,7 +264,7 @@ impl Variant {
     }
 
     /// Its launch for a product.
-    pub fn choice(&self, work: &Work) -> Choice {
+    pub fn choice(&self, work: &ProductSize) -> KernelChoice {
         let (batch_tiles, feature_tiles) = work.tiles(self.kind, self.batch);
         let clusters = work.clusters(self.kind, self.batch);
         let walkers = self.room.multiprocessors / 2;
@@ -277,13 +278,20 @@ impl Variant {
             ..Launch::grid([blocks as u32, 1, 1], self.kind.threads())
         };
         let map = if self.batch < 64 { BatchMap::Rows8 } else { BatchMap::Rows32 };
-        Choice { kernel: self.kernel, launch, map, batch_tiles, feature_tiles, meeting: self.room.meeting }
+        KernelChoice {
+            kernel: self.kernel,
+            launch,
+            map,
+            batch_tiles,
+            feature_tiles,
+            meeting: self.room.meeting,
+        }
     }
 }
 
-impl Choice {
+impl KernelChoice {
     /// The result's side of a product of this size, with this kernel's tiles.
-    pub fn output(&self, work: &Work, output: Output) -> Output {
+    pub fn output(&self, work: &ProductSize, output: Output) -> Output {
         let int = |value: usize| i32::try_from(value).expect("sizes were checked when the arena was made");
         Output {
             rows: int(work.rows),
@@ -298,7 +306,7 @@ impl Choice {
     }
 }
 
-impl Work {
+impl ProductSize {
     /// A product of `rows` rows with a matrix of `features` rows and `columns` columns.
     pub fn new(epilogue: Epilogue, rows: usize, (features, columns): (usize, usize)) -> Self {
         let splits = splits(epilogue, features, columns);
@@ -411,7 +419,7 @@ mod tests {
     /// Kinds and tiles that a product takes, by rows, on a chip with memory as fast as an H200's.
     fn best(rows: usize, matrix: (usize, usize), epilogue: Epilogue) -> (Kind, usize) {
         let room = Room { multiprocessors: 132, read: 4.425e6, meeting: Meeting::default() };
-        let work = Work::new(epilogue, rows, matrix);
+        let work = ProductSize::new(epilogue, rows, matrix);
         let all = Kind::kernels(epilogue).map(|(kind, _, (batch, _))| (kind, batch));
         all.filter(|&(kind, batch)| work.suits(kind, batch, 132))
             .min_by(|a, b| work.microseconds(a.0, a.1, &room).total_cmp(&work.microseconds(b.0, b.1, &room)))

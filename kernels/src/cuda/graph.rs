@@ -5,8 +5,8 @@
 
 use cudarc::driver::{CudaGraph, sys};
 
-use super::device::{Device, DeviceError};
-use super::step::Command;
+use super::device::{CudaDevice, DeviceError};
+use super::step::StepCommand;
 
 /// Graphs of one size can differ in how they sample.
 const VARIANTS_MAX: usize = 4;
@@ -14,7 +14,7 @@ const VARIANTS_MAX: usize = 4;
 /// A captured step.
 struct Captured {
     rows: usize,
-    commands: Vec<Command>,
+    commands: Vec<StepCommand>,
     graph: CudaGraph,
 }
 
@@ -38,7 +38,7 @@ impl std::fmt::Debug for Graphs {
 /// # Errors
 /// When the driver refuses the capture or `queue` fails.
 pub fn capture(
-    device: &Device,
+    device: &CudaDevice,
     queue: impl FnOnce() -> Result<(), DeviceError>,
 ) -> Result<CudaGraph, DeviceError> {
     let stream = device.stream();
@@ -58,8 +58,8 @@ impl Graphs {
     /// When the driver refuses the capture or the launch.
     pub fn launch(
         &mut self,
-        device: &Device,
-        (rows, commands): (usize, &[Command]),
+        device: &CudaDevice,
+        (rows, commands): (usize, &[StepCommand]),
         queue: impl FnOnce() -> Result<(), DeviceError>,
     ) -> Result<(), DeviceError> {
         if let Some(captured) = self.captured.iter().find(|c| c.rows == rows && c.commands == commands) {

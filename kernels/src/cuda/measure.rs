@@ -6,8 +6,8 @@
 use std::time::Instant;
 
 use super::Cuda;
-use super::device::{DeviceError, Memory, arguments};
-use super::gemm::{BatchMap, Work};
+use super::device::{DeviceError, DeviceMemory, arguments};
+use super::gemm::{BatchMap, ProductSize};
 use super::output::{Epilogue, Output};
 use super::weights::tensor_map;
 use crate::bounds::Bounds;
@@ -29,7 +29,8 @@ impl Cuda {
 
     fn measure_copy(&self) -> Result<f64, DeviceError> {
         let device = &self.device;
-        let (from, to) = (Memory::zeroed(device, COPY_BYTES)?, Memory::zeroed(device, COPY_BYTES)?);
+        let (from, to) =
+            (DeviceMemory::zeroed(device, COPY_BYTES)?, DeviceMemory::zeroed(device, COPY_BYTES)?);
         to.copy_from(&from)?;
         device.synchronize()?;
         let begun = Instant::now();
@@ -43,12 +44,12 @@ impl Cuda {
     fn measure_product(&self) -> Result<f64, DeviceError> {
         let device = &self.device;
         let bytes = PRODUCT * PRODUCT * 2;
-        let operands = Memory::zeroed(device, bytes)?;
-        let out = Memory::zeroed(device, 2 * bytes)?;
+        let operands = DeviceMemory::zeroed(device, bytes)?;
+        let out = DeviceMemory::zeroed(device, 2 * bytes)?;
         operands.fill_random()?;
         let rows = |count| tensor_map(operands.pointer(), (PRODUCT, PRODUCT), PRODUCT, count);
         let (matrix, batch) = (rows(64)?, rows(32)?);
-        let work = Work::new(Epilogue::Values, PRODUCT, (PRODUCT, PRODUCT));
+        let work = ProductSize::new(Epilogue::Values, PRODUCT, (PRODUCT, PRODUCT));
         let choice = self.gemm.choose(&work);
         let size = PRODUCT as i32;
         let output = choice.output(&work, Output { out: out.pointer(), stride: size, ..Output::default() });

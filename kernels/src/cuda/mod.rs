@@ -28,20 +28,20 @@ use std::time::Duration;
 
 use arena::{Arena, kv_block_bytes};
 use attend::Attend;
-use device::{Device, Memory};
+use device::{CudaDevice, DeviceMemory};
 pub use device::{DeviceError, is_present};
 use gemm::Gemm;
 use graph::Graphs;
 pub use output::Epilogue;
-use plan::{Capacity, GRAPH_ROWS_MAX, Layout, padded};
+use plan::{GRAPH_ROWS_MAX, PlanCapacity, SectionLayout, padded};
 pub use products::{KernelTime, TimedProduct};
 use record::Recording;
 use sampling::{Adjustments, needs_all_kernels, read_result, write_parameters};
-use step::{Command, Kernels, Leaving, Run, Turn};
+use step::{Kernels, Leaving, StepCommand, StepRun, Turn};
 use weights::{DeviceMatrix, Upload};
 
 use crate::ops::{
-    ArenaPlan, AttentionShape, Batch, Buffer, Feed, KvPlan, Ops, PlanError, QkNorm, Span, StepError,
+    ArenaPlan, AttentionShape, Batch, Buffer, Feed, KvPlan, Ops, PlanError, QkNorm, RowSpan, StepError,
 };
 use crate::sampling::{SampleRow, Sampled};
 use crate::tensor::{HostTensor, LoadError};
@@ -69,7 +69,7 @@ impl CudaOptions {
 struct Weights {
     matrices: Vec<DeviceMatrix>,
     /// With their lengths.
-    vectors: Vec<(Memory, usize)>,
+    vectors: Vec<(DeviceMemory, usize)>,
 }
 
 /// A matrix on the device.
@@ -91,7 +91,7 @@ pub struct Vector {
 struct Step {
     tokens: Vec<u32>,
     feeds: Vec<Feed>,
-    spans: Vec<Span>,
+    spans: Vec<RowSpan>,
     block_tables: Vec<u32>,
     logits_rows: Vec<u32>,
     recording: Recording,
@@ -127,7 +127,7 @@ pub struct Cuda {
     adjustments: Adjustments,
     arena: Option<Arena>,
     weights: Weights,
-    device: Arc<Device>,
+    device: Arc<CudaDevice>,
 }
 
 /// Sizes of heads that a product can norm and turn: one or two groups of 64 features.
@@ -143,7 +143,7 @@ impl Cuda {
     /// # Errors
     /// When driver, device or kernels are missing, or the chip is too old.
     pub fn new(options: CudaOptions) -> Result<Self, DeviceError> {
-        let device = Device::open(options.index)?;
+        let device = CudaDevice::open(options.index)?;
         Ok(Self {
             graphs: options.graphs.then(Graphs::default),
             kernels: Kernels::new(&device)?,
@@ -202,23 +202,27 @@ impl Cuda {
     }
 
     /// Writes the batch for the device, at `rows` rows or exactly as it is.
-    fn write_batch(&mut self, graph_rows: Option<usize>) -> Layout {
+    fn write_batch(&mut self, graph_rows: Option<usize>) -> SectionLayout {
         let arena = self.arena.as_mut().expect("allocate comes before any step");
         let (packing, batch) = (arena.packing(), self.step.batch());
         let capacity = match graph_rows {
-            Some(rows) => Capacity::of_decodes(rows, arena.plan.positions_max),
-            None => Capacity::of(&batch, packing),
+            Some(rows) => PlanCapacity::of_decodes(rows, arena.plan.positions_max),
+            None => PlanCapacity::of(&batch, packing),
         };
         let run_splits =
             self.attend.run_splits(&arena.plan.kv, capacity.decodes, self.device.multiprocessors);
-        let layout = Layout::new(capacity, run_splits);
+        let layout = SectionLayout::new(capacity, run_splits);
         let staging = arena.flights.next_mut().staging.words_mut();
         layout.write(&batch, packing, staging, &mut self.tile_order);
         layout
     }
 
     /// Writes the rows' sampling parameters; returns the number of adjustments.
-    fn write_parameters(&mut self, rows: &[SampleRow<'_>], layout: &Layout) -> Result<usize, StepError> {
+    fn write_parameters(
+        &mut self,
+        rows: &[SampleRow<'_>],
+        layout: &SectionLayout,
+    ) -> Result<usize, StepError> {
         let arena = self.arena.as_mut().expect("allocate comes before any step");
         let flight = arena.flights.next_mut();
         let (start, words) = (layout.parameters, plan::PARAMETER_WORDS);
@@ -244,12 +248,12 @@ impl Cuda {
         Ok(adjusted)
     }
 
-    fn run_commands(&mut self, layout: &Layout, graph_rows: Option<usize>) -> Result<(), DeviceError> {
+    fn run_commands(&mut self, layout: &SectionLayout, graph_rows: Option<usize>) -> Result<(), DeviceError> {
         let arena = self.arena.as_ref().expect("allocate comes before any step");
         arena.upload_step(layout.words(self.step.block_tables.len()))?;
         let rows = graph_rows.unwrap_or(self.step.tokens.len());
         let logits_rows = graph_rows.unwrap_or(self.step.logits_rows.len());
-        let run = Run {
+        let run = StepRun {
             device: &self.device,
             kernels: &self.kernels,
             gemm: &self.gemm,
@@ -292,7 +296,7 @@ impl Cuda {
         let adjusted = self.write_parameters(rows, &layout)?;
         let all = rows.iter().any(needs_all_kernels);
         if !rows.is_empty() {
-            self.step.recording.push(Command::Sample { all });
+            self.step.recording.push(StepCommand::Sample { all });
         }
         let bytes = self.arena().sampling.result_bytes(rows.len(), all);
         let queued = self.queue_written((&layout, graph_rows), adjusted, bytes);
@@ -303,7 +307,7 @@ impl Cuda {
     /// Queues the next flight: uploads, the commands, and the download of this many bytes of results.
     fn queue_written(
         &mut self,
-        (layout, graph_rows): (&Layout, Option<usize>),
+        (layout, graph_rows): (&SectionLayout, Option<usize>),
         adjusted: usize,
         result_bytes: usize,
     ) -> Result<(), DeviceError> {
@@ -363,7 +367,7 @@ impl Ops for Cuda {
         self.flush()?;
         let arena = self.arena();
         batch.check(&arena.plan)?;
-        let items = Capacity::of(batch, arena.packing()).items;
+        let items = PlanCapacity::of(batch, arena.packing()).items;
         if items > arena.items_max {
             let limit = arena.items_max;
             return Err(StepError::Batch { field: "splits of decodes", value: items, limit });
@@ -385,7 +389,7 @@ impl Ops for Cuda {
     }
 
     fn embed(&mut self, table: &Matrix, out: Buffer) {
-        self.step.recording.push(Command::Embed { table: table.index, out, after: None });
+        self.step.recording.push(StepCommand::Embed { table: table.index, out, after: None });
     }
 
     fn rms_norm(&mut self, x: Buffer, weight: &Vector, eps: f32, out: Buffer) {
@@ -435,14 +439,14 @@ impl Ops for Cuda {
             shape.heads * shape.head_dim,
             "width of the result"
         );
-        self.step.recording.push(Command::Attention { layer, shape: *shape, out });
+        self.step.recording.push(StepCommand::Attention { layer, shape: *shape, out });
     }
 
     fn narrow(&mut self, buffers: &[Buffer]) {
         for &buffer in buffers {
-            self.step.recording.push(Command::Narrow(buffer));
+            self.step.recording.push(StepCommand::Narrow(buffer));
         }
-        self.step.recording.push(Command::Narrowed);
+        self.step.recording.push(StepCommand::Narrowed);
     }
 
     fn logits(&mut self, head: &Matrix, x: Buffer, out: &mut [f32]) -> Result<(), StepError> {

@@ -18,7 +18,7 @@ pub const MODULES: &[Module] = include!(concat!(env!("OUT_DIR"), "/modules.rs"))
 
 /// What a kernel takes on one chip.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Resources {
+pub struct KernelResources {
     /// The kernel.
     pub kernel: String,
     /// The chip, such as `sm_90a`.
@@ -32,7 +32,7 @@ pub struct Resources {
 }
 
 /// Reads ptxas's report.
-pub fn resources(report: &str) -> Vec<Resources> {
+pub fn resources(report: &str) -> Vec<KernelResources> {
     let number_before = |line: &str, words: &str| -> u32 {
         let before = line.split(words).next().filter(|before| before.len() < line.len());
         before.and_then(|b| b.split_whitespace().last()).and_then(|n| n.parse().ok()).unwrap_or(0)
@@ -47,7 +47,7 @@ pub fn resources(report: &str) -> Vec<Resources> {
         } else if line.contains("bytes spill stores") {
             spilled = number_before(line, " bytes spill stores");
         } else if line.contains("registers") && line.contains("Used") {
-            found.push(Resources {
+            found.push(KernelResources {
                 kernel: kernel.clone(),
                 chip: chip.clone(),
                 registers: number_before(line, " registers"),
@@ -69,7 +69,7 @@ mod tests {
                       ptxas info    : Function properties for embed\n    \
                       0 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads\n\
                       ptxas info    : Used 24 registers, used 1 barriers, 64 bytes smem, 8 bytes cmem[2]\n";
-        let expected = Resources {
+        let expected = KernelResources {
             kernel: "embed".into(),
             chip: "sm_90a".into(),
             registers: 24,
@@ -85,9 +85,9 @@ mod tests {
             eprintln!("SKIPPED: this build has no CUDA kernels: run scripts/cuda");
             return;
         }
-        let all: Vec<Resources> = MODULES.iter().flat_map(|module| resources(module.report)).collect();
+        let all: Vec<KernelResources> = MODULES.iter().flat_map(|module| resources(module.report)).collect();
         assert!(all.iter().filter(|kernel| kernel.chip == "sm_90a").count() > 20, "{all:?}");
-        let spilling: Vec<&Resources> = all.iter().filter(|kernel| kernel.spilled_bytes > 0).collect();
+        let spilling: Vec<&KernelResources> = all.iter().filter(|kernel| kernel.spilled_bytes > 0).collect();
         assert!(spilling.is_empty(), "{spilling:#?}");
     }
 

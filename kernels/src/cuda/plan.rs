@@ -5,7 +5,7 @@
 //! attention work follows `attention.cuh`: a span of one row is cut into splits at absolute positions, longer spans
 //! into tiles of packed rows. Pure: no device is needed to test it.
 
-use crate::ops::{BLOCK_TOKENS, Batch, Span};
+use crate::ops::{BLOCK_TOKENS, Batch, RowSpan};
 
 /// Positions per split of a context, `SPLIT_KEYS` in `attention.cuh`.
 pub const SPLIT_KEYS: usize = 512;
@@ -44,7 +44,7 @@ impl Packing {
 
 /// Room in each section.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Capacity {
+pub struct PlanCapacity {
     /// Rows.
     pub rows: usize,
     /// Spans.
@@ -59,11 +59,11 @@ pub struct Capacity {
     pub logits_rows: usize,
 }
 
-impl Capacity {
+impl PlanCapacity {
     /// Exactly what a batch needs.
     pub fn of(batch: &Batch<'_>, packing: Packing) -> Self {
-        let splits = |span: &Span| if span.rows == 1 { splits(span.context as usize) } else { 0 };
-        let tiles = |span: &Span| if span.rows == 1 { 0 } else { packing.tiles(span.rows as usize) };
+        let splits = |span: &RowSpan| if span.rows == 1 { splits(span.context as usize) } else { 0 };
+        let tiles = |span: &RowSpan| if span.rows == 1 { 0 } else { packing.tiles(span.rows as usize) };
         Self {
             rows: batch.tokens.len(),
             spans: batch.spans.len(),
@@ -105,9 +105,9 @@ pub fn run_splits(decodes: usize, kv_heads: usize, multiprocessors: usize) -> Op
 
 /// Where the sections start, in words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Layout {
+pub struct SectionLayout {
     /// Room in each section.
-    pub capacity: Capacity,
+    pub capacity: PlanCapacity,
     /// As [`run_splits`] gives them; without, the step has no list of runs.
     pub run_splits: Option<usize>,
     /// `Row` each.
@@ -130,9 +130,9 @@ pub struct Layout {
     pub tables: usize,
 }
 
-impl Layout {
+impl SectionLayout {
     /// Sections of this room, with runs of so many splits.
-    pub fn new(capacity: Capacity, run_splits: Option<usize>) -> Self {
+    pub fn new(capacity: PlanCapacity, run_splits: Option<usize>) -> Self {
         let mut end = 0;
         let mut section = |words: usize| {
             let start = end;
@@ -170,7 +170,7 @@ impl Layout {
         into: &mut [u32],
         order: &mut Vec<(u32, u32, u32)>,
     ) {
-        let needed = Capacity::of(batch, packing);
+        let needed = PlanCapacity::of(batch, packing);
         let room = &self.capacity;
         assert!(needed.rows <= room.rows && needed.spans <= room.spans && needed.items <= room.items);
         assert!(needed.tiles <= room.tiles && needed.logits_rows <= room.logits_rows);
@@ -297,9 +297,9 @@ mod tests {
     fn a_mixed_batch_is_written_where_the_layout_says() {
         let tokens: Vec<u32> = (100..140).collect();
         let spans = [
-            Span { first_row: 0, rows: 1, context: 1025, table: 0 },
-            Span { first_row: 1, rows: 38, context: 70, table: 65 },
-            Span { first_row: 39, rows: 1, context: 1, table: 70 },
+            RowSpan { first_row: 0, rows: 1, context: 1025, table: 0 },
+            RowSpan { first_row: 1, rows: 38, context: 70, table: 65 },
+            RowSpan { first_row: 39, rows: 1, context: 1, table: 70 },
         ];
         let tables: Vec<u32> = (0..71).map(|i| 1000 + i).collect();
         let batch = Batch {
@@ -310,9 +310,9 @@ mod tests {
             logits_rows: &[0, 38, 39],
         };
         let packing = Packing::new(4, 128);
-        let capacity = Capacity { rows: 48, ..Capacity::of(&batch, packing) };
+        let capacity = PlanCapacity { rows: 48, ..PlanCapacity::of(&batch, packing) };
         assert_eq!((capacity.decodes, capacity.items, capacity.tiles), (2, 4, 2));
-        let layout = Layout::new(capacity, None);
+        let layout = SectionLayout::new(capacity, None);
         let mut words = vec![7; layout.words(tables.len())];
         layout.write(&batch, packing, &mut words, &mut Vec::new());
         assert_eq!(words[layout.rows..][..4], [100, 1024, (1000 + 64) * 16, NONE]);
@@ -328,7 +328,7 @@ mod tests {
     }
 
     /// Which splits a run computes, as `look_up_run` in `attention_decode_runs.cuh` does.
-    fn splits_of_run(layout: &Layout, words: &[u32], run: usize) -> Vec<(u32, u32)> {
+    fn splits_of_run(layout: &SectionLayout, words: &[u32], run: usize) -> Vec<(u32, u32)> {
         let item = words[layout.runs + run] as usize * ITEM_WORDS;
         let (span, split) = (words[layout.items + item], words[layout.items + item + 1]);
         let context = words[layout.spans + span as usize * SPAN_WORDS + 2] as usize;
@@ -340,13 +340,13 @@ mod tests {
     fn runs_hold_each_split_once_and_the_longest_come_first() {
         let contexts = [1, 512, 513, 1024, 1025, 2048, 2049, 5000, 700];
         let tables: Vec<u32> = (0..400).collect();
-        let span = |(row, context)| Span { first_row: row as u32, rows: 1, context, table: 0 };
-        let spans: Vec<Span> = contexts.into_iter().enumerate().map(span).collect();
+        let span = |(row, context)| RowSpan { first_row: row as u32, rows: 1, context, table: 0 };
+        let spans: Vec<RowSpan> = contexts.into_iter().enumerate().map(span).collect();
         let batch =
             Batch { tokens: &[0; 9], feeds: &[], spans: &spans, block_tables: &tables, logits_rows: &[] };
         let packing = Packing::new(2, 128);
         for length in [1, 2, 4] {
-            let layout = Layout::new(Capacity::of(&batch, packing), Some(length));
+            let layout = SectionLayout::new(PlanCapacity::of(&batch, packing), Some(length));
             let mut words = vec![u32::MAX; layout.words(tables.len())];
             layout.write(&batch, packing, &mut words, &mut Vec::new());
             let [items, tiles, runs, written] = words[layout.counts..][..4] else { panic!() };

@@ -8,8 +8,8 @@ use std::time::Instant;
 use cudarc::driver::CudaGraph;
 
 use super::Cuda;
-use super::device::{Device, DeviceError, Memory, Pinned, arguments};
-use super::gemm::{BatchMap, Choice, GROUP_FEATURES, Work};
+use super::device::{CudaDevice, DeviceError, DeviceMemory, Pinned, arguments};
+use super::gemm::{BatchMap, GROUP_FEATURES, KernelChoice, ProductSize};
 use super::graph::capture;
 use super::output::{Epilogue, Heads, NormAfter, NormBefore, Output};
 use super::weights::tensor_map;
@@ -63,15 +63,15 @@ pub struct KernelResult {
 
 /// Memory of a timed product.
 struct Bench {
-    weights: Memory,
+    weights: DeviceMemory,
     copies: usize,
     matrix_bytes: usize,
-    operand: Memory,
+    operand: DeviceMemory,
     output: Output,
     /// What `output` writes to, and bytes of a row.
-    results: Vec<(Memory, usize)>,
+    results: Vec<(DeviceMemory, usize)>,
     /// What it reads, kept for as long.
-    _read: Vec<Memory>,
+    _read: Vec<DeviceMemory>,
 }
 
 impl Cuda {
@@ -147,14 +147,14 @@ impl Cuda {
         Ok(found)
     }
 
-    fn bench(&self, product: &TimedProduct) -> Result<(Work, Bench), DeviceError> {
+    fn bench(&self, product: &TimedProduct) -> Result<(ProductSize, Bench), DeviceError> {
         self.device.bind()?;
         let device = &self.device;
         let (rows, (features, columns)) = (product.rows, product.matrix);
-        let mut work = Work::new(product.epilogue, rows, product.matrix);
+        let mut work = ProductSize::new(product.epilogue, rows, product.matrix);
         work.halves = product.head_norms;
-        let random = |bytes| -> Result<Memory, DeviceError> {
-            let memory = Memory::zeroed(device, bytes)?;
+        let random = |bytes| -> Result<DeviceMemory, DeviceError> {
+            let memory = DeviceMemory::zeroed(device, bytes)?;
             memory.fill_random()?;
             Ok(memory)
         };
@@ -162,7 +162,7 @@ impl Cuda {
         let copies = (WEIGHT_BYTES / matrix_bytes + 1).min(LAUNCHES);
         let (weights, operand) =
             (random(copies * matrix_bytes)?, random((rows + ROWS_BEYOND) * columns * 2)?);
-        let results_of = |row_bytes: &[usize]| -> Result<Vec<(Memory, usize)>, DeviceError> {
+        let results_of = |row_bytes: &[usize]| -> Result<Vec<(DeviceMemory, usize)>, DeviceError> {
             let padded = rows.next_multiple_of(BLOCK_TOKENS);
             row_bytes.iter().map(|&bytes| Ok((random(padded * bytes)?, bytes))).collect()
         };
@@ -216,8 +216,8 @@ impl Cuda {
     fn queue_product(
         &self,
         bench: &Bench,
-        work: &Work,
-        choice: &Choice,
+        work: &ProductSize,
+        choice: &KernelChoice,
         launch: usize,
     ) -> Result<(), DeviceError> {
         let box_rows = if choice.map == BatchMap::Rows8 { 8 } else { 32 };
@@ -233,7 +233,7 @@ impl Cuda {
 }
 
 /// What a product does with heads: row `i` stands at position and slot `i`.
-fn heads(features: usize, norm: u64, read: [&Memory; 2], written: [&Memory; 2]) -> Heads {
+fn heads(features: usize, norm: u64, read: [&DeviceMemory; 2], written: [&DeviceMemory; 2]) -> Heads {
     let heads = features / HEAD_DIM - 2 * KV_HEADS;
     Heads {
         rows: read[0].pointer(),
@@ -254,8 +254,12 @@ fn heads(features: usize, norm: u64, read: [&Memory; 2], written: [&Memory; 2]) 
 }
 
 /// New memory of `count` words.
-fn upload(device: &Arc<Device>, count: usize, word: impl Fn(usize) -> u32) -> Result<Memory, DeviceError> {
-    let memory = Memory::zeroed(device, count * 4)?;
+fn upload(
+    device: &Arc<CudaDevice>,
+    count: usize,
+    word: impl Fn(usize) -> u32,
+) -> Result<DeviceMemory, DeviceError> {
+    let memory = DeviceMemory::zeroed(device, count * 4)?;
     let mut pinned = Pinned::zeroed(device, count * 4)?;
     for (i, target) in pinned.words_mut().iter_mut().enumerate() {
         *target = word(i);

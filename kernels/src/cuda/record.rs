@@ -5,20 +5,20 @@
 //! matrix whose rows are in pairs is no kernel either. Both look at the commands alone, so that a step is fused alike
 //! whenever it is recorded. Pure.
 
-use super::step::{Command, Following, Leaving, Preceding, Product, Turn};
+use super::step::{Following, Leaving, Preceding, Product, StepCommand, Turn};
 use crate::ops::Buffer;
 
 /// What was recorded.
 #[derive(Debug, Default)]
 pub struct Recording {
-    commands: Vec<Command>,
+    commands: Vec<StepCommand>,
     /// An operand that holds values times weight, and the norm that it lacks the factors of.
     unfinished: Option<(Buffer, Preceding)>,
 }
 
 impl Recording {
     /// The commands, in order.
-    pub fn commands(&self) -> &[Command] {
+    pub fn commands(&self) -> &[StepCommand] {
         &self.commands
     }
 
@@ -29,14 +29,14 @@ impl Recording {
     }
 
     /// Records a command that belongs to no neighbour.
-    pub fn push(&mut self, command: Command) {
+    pub fn push(&mut self, command: StepCommand) {
         self.commands.push(command);
     }
 
     /// Records a norm, which may belong to its neighbours.
     pub fn norm(&mut self, x: Buffer, (weight, eps): (usize, f32), out: Buffer) {
         self.overwritten(out);
-        self.commands.push(Command::RmsNorm { x, weight, eps, out });
+        self.commands.push(StepCommand::RmsNorm { x, weight, eps, out });
     }
 
     /// Records a product.
@@ -46,13 +46,13 @@ impl Recording {
             assert!(x != out, "a product reads and writes two buffers");
             self.overwritten(out);
         }
-        self.commands.push(Command::Product(Product { matrix, bias, x, before, leaving }));
+        self.commands.push(StepCommand::Product(Product { matrix, bias, x, before, leaving }));
     }
 
     /// Records the head's product.
     pub fn head(&mut self, matrix: usize, x: Buffer) {
         let before = self.preceding(x);
-        self.commands.push(Command::Head { matrix, x, before });
+        self.commands.push(StepCommand::Head { matrix, x, before });
     }
 
     /// Records RoPE; as part of the product before it, if that one's sums come in pairs of a head's elements.
@@ -60,13 +60,13 @@ impl Recording {
     /// # Panics
     /// When they do, and the product is another one.
     pub fn rope(&mut self, qkv: Buffer, turn: Turn, paired: impl Fn(usize) -> bool) {
-        if let Some(Command::Product(product)) = self.commands.last_mut()
+        if let Some(StepCommand::Product(product)) = self.commands.last_mut()
             && paired(product.matrix)
         {
             assert_eq!(product.leaving, Leaving::Values(qkv), "RoPE of another product than the one before");
             product.leaving = Leaving::Rope(turn);
         } else {
-            self.commands.push(Command::RopeCache { qkv, turn });
+            self.commands.push(StepCommand::RopeCache { qkv, turn });
         }
     }
 
@@ -78,13 +78,15 @@ impl Recording {
 
     /// Makes a norm that was just recorded, and whose operand is about to be read, part of what is before it.
     fn fuse(&mut self, x: Buffer) {
-        let [.., maker, Command::RmsNorm { x: values, weight, eps, out }] = &mut self.commands[..] else {
+        let [.., maker, StepCommand::RmsNorm { x: values, weight, eps, out }] = &mut self.commands[..] else {
             return;
         };
         let (values, eps, following) = (*values, *eps, Following { weight: *weight, out: *out });
         let after = match maker {
-            Command::Embed { out, after, .. } if *out == values => after,
-            Command::Product(Product { leaving: Leaving::Add(out, after), .. }) if *out == values => after,
+            StepCommand::Embed { out, after, .. } if *out == values => after,
+            StepCommand::Product(Product { leaving: Leaving::Add(out, after), .. }) if *out == values => {
+                after
+            }
             _ => return,
         };
         if following.out != x {
@@ -127,7 +129,7 @@ mod tests {
     #[test]
     fn norms_and_rope_join_their_products() {
         let mut recording = Recording::default();
-        recording.push(Command::Embed { table: 0, out: RESIDUAL, after: None });
+        recording.push(StepCommand::Embed { table: 0, out: RESIDUAL, after: None });
         recording.norm(RESIDUAL, (7, 1e-5), NORMED);
         recording.product(1, None, NORMED, Leaving::Values(QKV));
         recording.rope(QKV, turn(), |matrix| matrix == 1);
@@ -137,16 +139,17 @@ mod tests {
         recording.head(4, NORMED);
         let before = |eps| Some(Preceding { values: RESIDUAL, eps });
         let after = |weight| Some(Following { weight, out: NORMED });
-        let product =
-            |matrix, x, before, leaving| Command::Product(Product { matrix, bias: None, x, before, leaving });
+        let product = |matrix, x, before, leaving| {
+            StepCommand::Product(Product { matrix, bias: None, x, before, leaving })
+        };
         assert_eq!(
             recording.commands(),
             [
-                Command::Embed { table: 0, out: RESIDUAL, after: after(7) },
+                StepCommand::Embed { table: 0, out: RESIDUAL, after: after(7) },
                 product(1, NORMED, before(1e-5), Leaving::Rope(turn())),
                 product(2, GATED, None, Leaving::Add(RESIDUAL, after(8))),
                 product(3, NORMED, before(1e-6), Leaving::SiluMul(GATED)),
-                Command::Head { matrix: 4, x: NORMED, before: before(1e-6) },
+                StepCommand::Head { matrix: 4, x: NORMED, before: before(1e-6) },
             ]
         );
     }
@@ -162,7 +165,7 @@ mod tests {
         recording.product(3, None, NORMED, Leaving::SiluMul(GATED));
         assert_eq!(recording.commands().len(), 6);
         let none = recording.commands().iter().all(|command| match command {
-            Command::Product(product) => product.before.is_none(),
+            StepCommand::Product(product) => product.before.is_none(),
             _ => true,
         });
         assert!(none);
@@ -171,12 +174,12 @@ mod tests {
     #[test]
     fn factors_are_forgotten_when_their_values_change() {
         let mut recording = Recording::default();
-        recording.push(Command::Embed { table: 0, out: RESIDUAL, after: None });
+        recording.push(StepCommand::Embed { table: 0, out: RESIDUAL, after: None });
         recording.norm(RESIDUAL, (7, 1e-5), NORMED);
         recording.product(1, None, NORMED, Leaving::Values(QKV));
         recording.product(2, None, GATED, Leaving::Values(NORMED));
         recording.product(3, None, NORMED, Leaving::Values(QKV));
-        let Some(Command::Product(last)) = recording.commands().last() else { panic!() };
+        let Some(StepCommand::Product(last)) = recording.commands().last() else { panic!() };
         assert_eq!(last.before, None);
     }
 }

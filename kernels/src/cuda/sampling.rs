@@ -3,7 +3,7 @@
 //! Bias and penalties of a row become one list of tokens, each once. Pure.
 
 use super::plan::PARAMETER_WORDS;
-use crate::sampling::{Choice, Logprobs, Poisoned, SampleRow, Sampled, TOP_LOGPROBS_MAX};
+use crate::sampling::{ChosenToken, Poisoned, RowLogprobs, SampleRow, Sampled, TOP_LOGPROBS_MAX};
 
 /// Tokens per block where a row is shared out.
 pub const PART_TOKENS: usize = 4096;
@@ -122,12 +122,12 @@ pub fn read_result(wanted: Option<u32>, (results, logprobs): (&[u32], &[u32]), i
         let words = &logprobs[index * LOGPROBS_WORDS..][..LOGPROBS_WORDS];
         let (tokens, values) = words[4..].split_at(TOP_LOGPROBS_MAX as usize);
         let top = tokens.iter().zip(values).take(count.min(TOP_LOGPROBS_MAX) as usize);
-        Logprobs {
+        RowLogprobs {
             chosen: f32::from_bits(words[0]),
             top: top.map(|(&token, &value)| (token, f32::from_bits(value))).collect(),
         }
     });
-    Ok(Choice { token: result[0], logprobs })
+    Ok(ChosenToken { token: result[0], logprobs })
 }
 
 #[cfg(test)]

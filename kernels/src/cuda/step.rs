@@ -5,11 +5,11 @@
 
 use std::ffi::c_void;
 
-use super::arena::{Activation, Arena, Place};
-use super::device::{Device, DeviceError, Kernel, Launch, arguments};
-use super::gemm::{BatchMap, Gemm, Work};
+use super::arena::{Activation, Arena, RowPlace};
+use super::device::{CudaDevice, DeviceError, Kernel, Launch, arguments};
+use super::gemm::{BatchMap, Gemm, ProductSize};
 use super::output::{Epilogue, Heads, NormAfter, NormBefore, Output};
-use super::plan::Layout;
+use super::plan::SectionLayout;
 use super::weights::DeviceMatrix;
 use super::{Attend, Weights};
 use crate::ops::{AttentionShape, Buffer, KvDtype};
@@ -19,7 +19,7 @@ const ROPE_WARPS: usize = 8;
 
 /// One op of a step. Weights are indices, buffers those of the plan.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Command {
+pub enum StepCommand {
     /// Rows of a table, and what the norm after needs.
     Embed { table: usize, out: Buffer, after: Option<Following> },
     /// An RMS norm.
@@ -129,7 +129,7 @@ impl Kernels {
     ///
     /// # Errors
     /// When one is missing.
-    pub fn new(device: &Device) -> Result<Self, DeviceError> {
+    pub fn new(device: &CudaDevice) -> Result<Self, DeviceError> {
         Ok(Self {
             embed: device.kernel("embed")?,
             rms_norm: device.kernel("rms_norm")?,
@@ -148,9 +148,9 @@ impl Kernels {
 
 /// Everything that commands need to run.
 #[derive(Clone, Copy)]
-pub struct Run<'a> {
+pub struct StepRun<'a> {
     /// The device.
-    pub device: &'a Device,
+    pub device: &'a CudaDevice,
     /// Kernels.
     pub kernels: &'a Kernels,
     /// Products.
@@ -162,7 +162,7 @@ pub struct Run<'a> {
     /// Memory.
     pub arena: &'a Arena,
     /// Where the step's upload lies.
-    pub layout: &'a Layout,
+    pub layout: &'a SectionLayout,
     /// Rows that ops work on.
     pub rows: usize,
     /// Rows that want logits; all rows when `narrows` is not set.
@@ -177,34 +177,34 @@ fn int(value: usize) -> i32 {
     i32::try_from(value).expect("sizes were checked when the arena was made")
 }
 
-impl<'a> Run<'a> {
+impl<'a> StepRun<'a> {
     /// Queues the kernels of all commands.
     ///
     /// # Errors
     /// When the driver refuses one.
-    pub fn all(mut self, commands: &[Command]) -> Result<(), DeviceError> {
+    pub fn all(mut self, commands: &[StepCommand]) -> Result<(), DeviceError> {
         for command in commands {
             self.one(command)?;
         }
         Ok(())
     }
 
-    fn one(&mut self, command: &Command) -> Result<(), DeviceError> {
+    fn one(&mut self, command: &StepCommand) -> Result<(), DeviceError> {
         match *command {
-            Command::Embed { table, out, after } => self.embed(table, out, after),
-            Command::RmsNorm { x, weight, eps, out } => self.rms_norm(x, (weight, eps), out),
-            Command::Product(ref product) => self.product(product),
-            Command::RopeCache { qkv, ref turn } => self.rope_cache(qkv, turn),
-            Command::Attention { layer, ref shape, out } => {
+            StepCommand::Embed { table, out, after } => self.embed(table, out, after),
+            StepCommand::RmsNorm { x, weight, eps, out } => self.rms_norm(x, (weight, eps), out),
+            StepCommand::Product(ref product) => self.product(product),
+            StepCommand::RopeCache { qkv, ref turn } => self.rope_cache(qkv, turn),
+            StepCommand::Attention { layer, ref shape, out } => {
                 self.attend.queue(self, layer, shape, self.buffer(out))
             }
-            Command::Narrow(buffer) => self.narrow(buffer),
-            Command::Narrowed => {
+            StepCommand::Narrow(buffer) => self.narrow(buffer),
+            StepCommand::Narrowed => {
                 (self.narrowed, self.rows) = (self.narrows, self.logits_rows);
                 Ok(())
             }
-            Command::Head { matrix, x, before } => self.head(matrix, x, before),
-            Command::Sample { all } => self.sample(all),
+            StepCommand::Head { matrix, x, before } => self.head(matrix, x, before),
+            StepCommand::Sample { all } => self.sample(all),
         }
     }
 
@@ -213,7 +213,7 @@ impl<'a> Run<'a> {
         self.arena.step + (words * 4) as u64
     }
 
-    fn buffer(&self, buffer: Buffer) -> (&'a Activation, &'a Place) {
+    fn buffer(&self, buffer: Buffer) -> (&'a Activation, &'a RowPlace) {
         let activation = &self.arena.buffers[buffer.0];
         (activation, if self.narrowed { &activation.narrowed } else { &activation.rows })
     }
@@ -248,7 +248,7 @@ impl<'a> Run<'a> {
     }
 
     /// The norm after values that are being written.
-    fn following(&self, after: Option<Following>, (values, place): (&Activation, &Place)) -> NormAfter {
+    fn following(&self, after: Option<Following>, (values, place): (&Activation, &RowPlace)) -> NormAfter {
         after.map_or_else(NormAfter::default, |after| {
             let (operand, to) = self.buffer(after.out);
             NormAfter {
@@ -304,12 +304,15 @@ impl<'a> Run<'a> {
         &self,
         epilogue: Epilogue,
         matrix: &DeviceMatrix,
-        (x, from): (&Activation, &Place),
+        (x, from): (&Activation, &RowPlace),
         output: Output,
     ) -> Result<(), DeviceError> {
         assert_eq!(x.width, matrix.columns, "width of an operand");
         let halves = output.heads.q_norm != 0 && output.heads.head_dim == 128;
-        let work = Work { halves, ..Work::new(epilogue, self.rows, (matrix.features, matrix.columns)) };
+        let work = ProductSize {
+            halves,
+            ..ProductSize::new(epilogue, self.rows, (matrix.features, matrix.columns))
+        };
         let choice = self.gemm.choose(&work);
         let output = choice.output(&work, output);
         if choice.map == BatchMap::None {

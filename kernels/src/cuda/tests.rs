@@ -13,7 +13,7 @@ use sampling::{sample, sampling_device};
 use super::*;
 use crate::e4m3;
 use crate::ops::{BufferKind, BufferPlan, KvDtype, KvScales, RopePlan};
-use crate::sampling::{Choice, Scratch, sample_row, uniform};
+use crate::sampling::{ChosenToken, Scratch, sample_row, uniform};
 use crate::tensor::DType;
 
 /// A device, or none with a word on it. Where a device must be there, its absence fails the test.
@@ -74,7 +74,7 @@ fn plan(widths: &[(usize, BufferKind)], kv: KvPlan, heads: usize, rows_max: usiz
 fn begin(cuda: &mut Cuda, rows: usize) {
     let tokens: Vec<u32> = (0..rows as u32).map(|row| row % 97).collect();
     let tables: Vec<u32> = (0..512).map(|block| block % NO_KV.blocks as u32).collect();
-    let span = Span { first_row: 0, rows: rows as u32, context: rows as u32, table: 0 };
+    let span = RowSpan { first_row: 0, rows: rows as u32, context: rows as u32, table: 0 };
     let batch =
         Batch { tokens: &tokens, feeds: &[], spans: &[span], block_tables: &tables, logits_rows: &[] };
     cuda.begin(&batch).unwrap();

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use cudarc::driver::sys;
 use half::bf16;
 
-use super::device::{Device, DeviceError, Memory, Pinned};
+use super::device::{CudaDevice, DeviceError, DeviceMemory, Pinned};
 use crate::tensor::{DType, HostTensor, LoadError};
 
 /// Rows that alternate with others; the distance of two rows that one thread of a tensor core holds.
@@ -23,7 +23,7 @@ const ROW_ELEMENTS: usize = 8;
 /// A matrix of `features` rows and `columns` columns on the device.
 #[derive(Debug)]
 pub struct DeviceMatrix {
-    memory: Memory,
+    memory: DeviceMemory,
     /// Rows, padding of gated matrices included.
     pub features: usize,
     /// Columns.
@@ -93,7 +93,7 @@ struct Run<'a> {
 /// Copies weights to the device.
 #[derive(Debug)]
 pub struct Upload {
-    device: Arc<Device>,
+    device: Arc<CudaDevice>,
     staging: [Pinned; 2],
     /// Which buffer is filled next; the other may be on its way.
     turn: usize,
@@ -109,7 +109,7 @@ impl Upload {
     ///
     /// # Errors
     /// When the system has no memory to lock.
-    pub fn new(device: &Arc<Device>) -> Result<Self, DeviceError> {
+    pub fn new(device: &Arc<CudaDevice>) -> Result<Self, DeviceError> {
         let staging = [Pinned::zeroed(device, STAGING_BYTES)?, Pinned::zeroed(device, STAGING_BYTES)?];
         Ok(Self { device: device.clone(), staging, turn: 0, copies: 0 })
     }
@@ -168,7 +168,7 @@ impl Upload {
     ///
     /// # Errors
     /// When a part is no vector or the device fails.
-    pub fn vector(&mut self, parts: &[HostTensor<'_>]) -> Result<(Memory, usize), LoadError> {
+    pub fn vector(&mut self, parts: &[HostTensor<'_>]) -> Result<(DeviceMemory, usize), LoadError> {
         let lens = parts.iter().map(HostTensor::vector_len).collect::<Result<Vec<_>, _>>()?;
         if lens.is_empty() {
             return Err(LoadError::Empty);
@@ -180,7 +180,7 @@ impl Upload {
             part.read_f32(0, &mut values[first..first + len]);
             first += len;
         }
-        let memory = Memory::zeroed(&self.device, len * 4).map_err(failed)?;
+        let memory = DeviceMemory::zeroed(&self.device, len * 4).map_err(failed)?;
         let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         for (index, chunk) in bytes.chunks(STAGING_BYTES).enumerate() {
             let staging = self.next_staging().map_err(failed)?;
@@ -198,7 +198,7 @@ impl Upload {
     ) -> Result<DeviceMatrix, LoadError> {
         let stride = columns.next_multiple_of(ROW_ELEMENTS);
         let row_bytes = stride * 2;
-        let memory = Memory::zeroed(&self.device, features * row_bytes).map_err(failed)?;
+        let memory = DeviceMemory::zeroed(&self.device, features * row_bytes).map_err(failed)?;
         let rows_max = STAGING_BYTES / row_bytes;
         if rows_max == 0 {
             return Err(LoadError::Device(format!(
@@ -228,7 +228,7 @@ impl Upload {
         Ok(&mut self.staging[self.turn])
     }
 
-    fn send(&mut self, memory: &Memory, offset: usize, bytes: usize) -> Result<(), DeviceError> {
+    fn send(&mut self, memory: &DeviceMemory, offset: usize, bytes: usize) -> Result<(), DeviceError> {
         // SAFETY: the buffer is not written again before `next_staging` has waited for this copy.
         unsafe { memory.upload(offset, &self.staging[self.turn].as_slice()[..bytes]) }?;
         self.turn = 1 - self.turn;

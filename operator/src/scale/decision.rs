@@ -87,7 +87,7 @@ pub struct Decision {
 /// A decision with all that it was made from.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Record {
+pub struct DecisionRecord {
     /// The spec.
     pub spec: ScalingSpec,
     /// What was known before.
@@ -98,7 +98,7 @@ pub struct Record {
     pub decision: Decision,
 }
 
-impl Record {
+impl DecisionRecord {
     /// Makes the decision again from what was logged. It equals the logged one, or the code has changed.
     pub fn derive_again(&self) -> Decision {
         super::decide(&self.spec, &self.memory, &self.reading).0

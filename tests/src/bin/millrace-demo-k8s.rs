@@ -16,7 +16,7 @@ use clap::Parser;
 use millrace_crds::job::header;
 use millrace_crds::names::ModelRef;
 use millrace_tests::demo::{self, say};
-use millrace_tests::jobs::{Job, Queue, Record};
+use millrace_tests::jobs::{NewJob, OutcomeLog, Pipeline};
 use millrace_tests::kube::cluster::ready_reason;
 use millrace_tests::kube::platform::{BUCKET, NAMESPACE, Platform};
 use millrace_tests::kube::timeline::Timeline;
@@ -168,17 +168,18 @@ impl Demo {
     /// Publishes the jobs at zero, changes the spec under load if told to, and waits for all results and for rest.
     async fn step(&self, name: &str, timeline: &Timeline, change: Option<&Value>) -> Result<Step> {
         let queue =
-            Queue::connect(&self.platform.cluster.nats, &ModelRef::new(NAMESPACE, Self::NAME)?).await?;
-        let jobs: Vec<Job> = (0..self.jobs as usize)
-            .map(|at| Job::new(&format!("{name}-{at}"), &self.prompts[at % self.prompts.len()]))
+            Pipeline::connect(&self.platform.cluster.nats, &ModelRef::new(NAMESPACE, Self::NAME)?).await?;
+        let jobs: Vec<NewJob> = (0..self.jobs as usize)
+            .map(|at| NewJob::new(&format!("{name}-{at}"), &self.prompts[at % self.prompts.len()]))
             .collect();
-        let mut record = Record::default();
+        let mut record = OutcomeLog::default();
         record.follow(&queue).await?;
         let before = record.outcomes.len();
         let published = Instant::now();
         queue.publish_all(&jobs).await?;
-        let woken =
-            |seen: &millrace_tests::kube::timeline::Seen| seen.woken.is_some_and(|at| at >= published);
+        let woken = |seen: &millrace_tests::kube::timeline::TimelineSeen| {
+            seen.woken.is_some_and(|at| at >= published)
+        };
         let seen = timeline.wait("awake", STEP_LIMIT, woken).await?;
         if let Some(spec) = change {
             record.wait(&queue, before + CHANGE_AFTER.min(jobs.len()), STEP_LIMIT).await?;
@@ -188,7 +189,7 @@ impl Demo {
         let done = Instant::now();
         timeline.wait("back at zero", REST_LIMIT, |seen| asleep(seen.asked, &seen.status)).await?;
         ensure!(record.rewritten.is_empty(), "jobs with two outcomes: {:?}", record.rewritten);
-        let completed = |job: &&Job| {
+        let completed = |job: &&NewJob| {
             record
                 .outcomes
                 .get(&job.id)

@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use millrace_tests::chaos;
-use millrace_tests::cluster::Cluster;
+use millrace_tests::cluster::QueueHarness;
 use millrace_tests::random::Random;
 use millrace_tests::{model, overhead, pulling, tools};
 use serde_json::{Map, Value, json};
@@ -166,7 +166,7 @@ fn bench(folder: &Path, options: &[&str]) -> Result<Value> {
 }
 
 async fn queue() -> Result<Value> {
-    let cluster = tokio::task::spawn_blocking(Cluster::tiny).await??;
+    let cluster = tokio::task::spawn_blocking(QueueHarness::tiny).await??;
     let config = cluster.config.clone();
     let start = move || millrace_tests::worker::Worker::start_ready(&config);
     let _worker = tokio::task::spawn_blocking(start).await??;
@@ -178,7 +178,7 @@ async fn queue() -> Result<Value> {
     }))
 }
 
-async fn crashes(plan: chaos::Plan) -> Result<Value> {
+async fn crashes(plan: chaos::ChaosPlan) -> Result<Value> {
     let report = chaos::run(plan, Random::from_environment("crashes", 20_261_123)).await?;
     Ok(json!({
         "jobs": plan.jobs,

@@ -14,7 +14,7 @@ pub fn rule_for(user: &str) -> String {
 /// One finished request.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Entry {
+pub struct AuditEntry {
     /// `get`, `list`, `watch`, `create`, `update`, `patch`, `delete`, `deletecollection`.
     pub verb: String,
     /// The path and query.
@@ -25,7 +25,7 @@ pub struct Entry {
     pub object_ref: Option<ObjectRef>,
     /// The answer.
     #[serde(default)]
-    pub response_status: Option<Answer>,
+    pub response_status: Option<AuditedAnswer>,
 }
 
 /// The object of a request.
@@ -46,7 +46,7 @@ pub struct ObjectRef {
 
 /// The answer to a request.
 #[derive(Debug, Clone, Deserialize)]
-pub struct Answer {
+pub struct AuditedAnswer {
     /// The HTTP status code.
     pub code: u16,
 }
@@ -57,7 +57,7 @@ const CREATED: u16 = 201;
 /// What a rule of a role allows: API group, resource (with its subresource) and verb.
 pub type Right = (String, String, String);
 
-impl Entry {
+impl AuditEntry {
     /// The answer's HTTP status code.
     pub fn code(&self) -> u16 {
         self.response_status.as_ref().map_or(0, |answer| answer.code)
@@ -83,15 +83,15 @@ impl Entry {
 ///
 /// # Errors
 /// When the log cannot be read or a line is not an audit event.
-pub fn read(log: &Path) -> Result<Vec<Entry>> {
+pub fn read(log: &Path) -> Result<Vec<AuditEntry>> {
     let text = std::fs::read_to_string(log).with_context(|| format!("cannot read {}", log.display()))?;
     let whole = text.rfind('\n').map_or("", |end| &text[..end]);
     whole.lines().map(|line| serde_json::from_str(line).with_context(|| line.to_owned())).collect()
 }
 
 /// The rights that the entries used. A server-side apply that makes an object needs `create` beside `patch`.
-pub fn rights_used(entries: &[Entry]) -> BTreeSet<Right> {
-    let used = |entry: &Entry| {
+pub fn rights_used(entries: &[AuditEntry]) -> BTreeSet<Right> {
+    let used = |entry: &AuditEntry| {
         let right = entry.right()?;
         let made = (entry.verb == "patch" && entry.code() == CREATED)
             .then(|| (right.0.clone(), right.1.clone(), "create".to_owned()));

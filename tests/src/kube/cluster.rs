@@ -12,7 +12,7 @@ use millrace_crds::model::status::InferenceModelStatus;
 use millrace_crds::model::{InferenceModel, definition};
 use serde_json::{Value, json};
 
-use super::control_plane::{ControlPlane, Options};
+use super::control_plane::{ControlPlane, ControlPlaneOptions};
 use super::operator::Operator;
 use crate::nats::NatsServer;
 
@@ -50,7 +50,7 @@ impl Cluster {
     ///
     /// # Errors
     /// When a program is missing or does not come up.
-    pub async fn start(options: &Options) -> Result<Self> {
+    pub async fn start(options: &ControlPlaneOptions) -> Result<Self> {
         let nats = tokio::task::spawn_blocking(NatsServer::start);
         let plane = ControlPlane::start(options).await?;
         Self::of(plane, nats.await??).await

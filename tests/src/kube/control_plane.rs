@@ -49,7 +49,7 @@ const CONTROLLERS: [&str; 12] = [
 
 /// How a control plane is started.
 #[derive(Debug, Clone, Default)]
-pub struct Options {
+pub struct ControlPlaneOptions {
     /// Rules of the audit policy as YAML list items; without any, nothing is audited.
     pub audit_rules: Option<String>,
     /// Only etcd and the API server: no controller and no scheduler runs.
@@ -72,7 +72,7 @@ impl ControlPlane {
     ///
     /// # Errors
     /// When a program is missing or does not come up; the message holds the end of its log.
-    pub async fn start(options: &Options) -> Result<Self> {
+    pub async fn start(options: &ControlPlaneOptions) -> Result<Self> {
         let (start, options) = (Instant::now(), options.clone());
         // The wait for etcd blocks its thread.
         let mut plane = tokio::task::spawn_blocking(move || Self::launch_api(&options)).await??;
@@ -81,7 +81,7 @@ impl ControlPlane {
         Ok(plane)
     }
 
-    fn launch_api(options: &Options) -> Result<Self> {
+    fn launch_api(options: &ControlPlaneOptions) -> Result<Self> {
         let folder = tempfile::Builder::new().prefix("millrace-kube-").tempdir()?;
         let certificates = Certificates::create(folder.path())?;
         let (client, peer, health) = (Port::reserve()?, Port::reserve()?, Port::reserve()?);
@@ -133,7 +133,7 @@ impl ControlPlane {
         Ok(process)
     }
 
-    fn start_api_server(&self, store: &Port, options: &Options) -> Result<Process> {
+    fn start_api_server(&self, store: &Port, options: &ControlPlaneOptions) -> Result<Process> {
         let file = |name: &str| self.certificates.file(name).display().to_string();
         let mut arguments = vec![
             format!("--etcd-servers=http://127.0.0.1:{}", store.number()),

@@ -49,7 +49,7 @@ use tokio_util::task::AbortOnDropHandle;
 pub use images::{Image, Images};
 
 use self::addresses::Addresses;
-use self::pod::{Life, Seen};
+use self::pod::{Life, PodSeen};
 use super::control_plane::ControlPlane;
 
 /// The operator's port, as the chart probes it.
@@ -66,7 +66,7 @@ const WATCH_AGAIN: Duration = Duration::from_millis(500);
 
 /// How a node is made.
 #[derive(Debug, Clone)]
-pub struct Options {
+pub struct NodeOptions {
     /// Its name.
     pub name: String,
     /// GPUs that it advertises.
@@ -136,7 +136,7 @@ impl Node {
     ///
     /// # Errors
     /// When the machine allows no mount namespaces, or the API server refuses the node.
-    pub async fn start(plane: &ControlPlane, options: Options) -> Result<Self> {
+    pub async fn start(plane: &ControlPlane, options: NodeOptions) -> Result<Self> {
         sandbox::check()?;
         let folder = tempfile::Builder::new().prefix("millrace-node-").tempdir()?;
         // A container's user is not ours: it must be able to pass through.
@@ -185,7 +185,7 @@ impl Node {
     }
 }
 
-async fn register(client: &Client, options: &Options) -> Result<()> {
+async fn register(client: &Client, options: &NodeOptions) -> Result<()> {
     let nodes: Api<NodeObject> = Api::all(client.clone());
     let node: NodeObject = serde_json::from_value(json!({
         "metadata": {"name": options.name, "labels": {
@@ -260,7 +260,7 @@ async fn keep_lease(client: Client, name: String) {
 async fn run_pods(shared: Arc<Shared>, name: String) {
     let config = watcher::Config::default().fields(&format!("spec.nodeName={name}"));
     let mut events = std::pin::pin!(watcher(Api::<Pod>::all(shared.client.clone()), config));
-    let mut known: BTreeMap<String, watch::Sender<Seen>> = BTreeMap::new();
+    let mut known: BTreeMap<String, watch::Sender<PodSeen>> = BTreeMap::new();
     let mut listed = Vec::new();
     let mut lives = JoinSet::new();
     while let Some(event) = events.next().await {
@@ -294,7 +294,7 @@ async fn run_pods(shared: Arc<Shared>, name: String) {
 fn take(
     shared: &Arc<Shared>,
     pod: Pod,
-    known: &mut BTreeMap<String, watch::Sender<Seen>>,
+    known: &mut BTreeMap<String, watch::Sender<PodSeen>>,
     lives: &mut JoinSet<()>,
 ) {
     let uid = pod.metadata.uid.clone().unwrap_or_default();
@@ -302,7 +302,7 @@ fn take(
         seen.send_modify(|seen| seen.pod = pod);
         return;
     }
-    let (sender, receiver) = watch::channel(Seen { pod, gone: false });
+    let (sender, receiver) = watch::channel(PodSeen { pod, gone: false });
     match Life::new(shared.clone(), receiver) {
         Ok(life) => {
             lives.spawn(life.go());

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use super::audit;
 use super::cluster::{Cluster, wait};
-use super::control_plane::{ControlPlane, Options};
+use super::control_plane::{ControlPlane, ControlPlaneOptions};
 use super::helm::Helm;
 use super::node::{self, Images, Node};
 use crate::nats::NatsServer;
@@ -75,11 +75,14 @@ impl Platform {
     async fn beside(nats: fn() -> Result<NatsServer>) -> Result<Self> {
         let s3 = tokio::task::spawn_blocking(S3::start);
         let nats = tokio::task::spawn_blocking(nats);
-        let options = Options { audit_rules: Some(audit::rule_for(&operator_user())), ..Options::default() };
+        let options = ControlPlaneOptions {
+            audit_rules: Some(audit::rule_for(&operator_user())),
+            ..ControlPlaneOptions::default()
+        };
         let plane = ControlPlane::start(&options).await?;
         let cluster = Cluster::of(plane, nats.await??).await?;
         let images = Images::of_programs(&["millrace-operator", "millrace-worker"])?;
-        let node = node::Options { name: "node-1".into(), gpus: GPUS, images };
+        let node = node::NodeOptions { name: "node-1".into(), gpus: GPUS, images };
         let node = Node::start(&cluster.plane, node).await?;
         let helm = Helm::new(cluster.plane.write_kubeconfig("helm", Some("system:masters"))?)?;
         let s3 = s3.await??;

@@ -17,7 +17,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 /// What was seen so far.
 #[derive(Debug, Clone, Default)]
-pub struct Seen {
+pub struct TimelineSeen {
     /// The last status.
     pub status: InferenceModelStatus,
     /// The most workers that took jobs at once.
@@ -34,7 +34,7 @@ pub struct Seen {
 #[derive(Debug)]
 pub struct Timeline {
     _tasks: [AbortOnDropHandle<()>; 2],
-    seen: watch::Receiver<Seen>,
+    seen: watch::Receiver<TimelineSeen>,
     error: Arc<Mutex<Option<String>>>,
 }
 
@@ -48,7 +48,7 @@ struct Rows {
 impl Timeline {
     /// Starts to watch.
     pub fn start(client: &Client, namespace: &str, name: &str, print: bool) -> Self {
-        let (sender, seen) = watch::channel(Seen::default());
+        let (sender, seen) = watch::channel(TimelineSeen::default());
         let error: Arc<Mutex<Option<String>>> = Arc::default();
         let keep = |result: Result<()>, error: &Mutex<Option<String>>| {
             if let Err(cause) = result {
@@ -67,7 +67,7 @@ impl Timeline {
     }
 
     /// What was seen so far.
-    pub fn seen(&self) -> Seen {
+    pub fn seen(&self) -> TimelineSeen {
         self.seen.borrow().clone()
     }
 
@@ -75,7 +75,12 @@ impl Timeline {
     ///
     /// # Errors
     /// When it is not within `limit`; the message holds the last status.
-    pub async fn wait(&self, what: &str, limit: Duration, good: impl Fn(&Seen) -> bool) -> Result<Seen> {
+    pub async fn wait(
+        &self,
+        what: &str,
+        limit: Duration,
+        good: impl Fn(&TimelineSeen) -> bool,
+    ) -> Result<TimelineSeen> {
         let mut seen = self.seen.clone();
         if let Ok(Ok(found)) = tokio::time::timeout(limit, seen.wait_for(|seen| good(seen))).await {
             return Ok(found.clone());
@@ -89,7 +94,7 @@ async fn follow_model(
     models: Api<InferenceModel>,
     field: &str,
     mut rows: Rows,
-    seen: &watch::Sender<Seen>,
+    seen: &watch::Sender<TimelineSeen>,
 ) -> Result<()> {
     let mut events = std::pin::pin!(watcher(models, Config::default().fields(field)));
     while let Some(event) = events.try_next().await? {
@@ -105,7 +110,11 @@ async fn follow_model(
     Ok(())
 }
 
-async fn follow_workload(api: Api<Deployment>, label: &str, seen: &watch::Sender<Seen>) -> Result<()> {
+async fn follow_workload(
+    api: Api<Deployment>,
+    label: &str,
+    seen: &watch::Sender<TimelineSeen>,
+) -> Result<()> {
     let mut events = std::pin::pin!(watcher(api, Config::default().labels(label)));
     while let Some(event) = events.try_next().await? {
         let (Event::Apply(workload) | Event::InitApply(workload)) = event else { continue };

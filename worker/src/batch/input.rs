@@ -10,7 +10,7 @@ use std::time::UNIX_EPOCH;
 use sha2::{Digest, Sha256};
 
 use super::ID;
-use millrace_engine::text::job::{JobLimits, Line, REQUEST_BYTES_MAX, Reject, is_blank};
+use millrace_engine::text::job::{JobLimits, REQUEST_BYTES_MAX, Reject, RequestLine, is_blank};
 
 /// Most requests of a file: what is kept per request to find equal ids is then at most 160 MiB.
 pub(super) const LINES_MAX: usize = 5_000_000;
@@ -68,18 +68,18 @@ impl Input {
         Ok(Some(if line.len() > REQUEST_BYTES_MAX { Err(line.len()) } else { Ok(line) }))
     }
 
-    fn read_request(&mut self) -> io::Result<Option<Line>> {
+    fn read_request(&mut self) -> io::Result<Option<RequestLine>> {
         loop {
             let index = self.count;
             let id = format!("{ID}-{index}");
             let line = match self.read_line()? {
                 None => return Ok(None),
                 Some(Ok(bytes)) if is_blank(&bytes) => continue,
-                Some(Ok(bytes)) => Line::decode(index, id, &bytes, &self.limits),
+                Some(Ok(bytes)) => RequestLine::decode(index, id, &bytes, &self.limits),
                 Some(Err(bytes)) => {
                     let field = "line".into();
                     let request = Err(Reject::TooLong { field, bytes, limit: REQUEST_BYTES_MAX });
-                    Line { index, custom_id: id.clone(), id, request }
+                    RequestLine { index, custom_id: id.clone(), id, request }
                 }
             };
             if index == LINES_MAX {
@@ -92,7 +92,7 @@ impl Input {
     }
 
     /// The first line with a `custom_id` keeps it.
-    fn with_own_id(&mut self, mut line: Line) -> Line {
+    fn with_own_id(&mut self, mut line: RequestLine) -> RequestLine {
         let digest = Sha256::digest(line.custom_id.as_bytes());
         let mut hash = [0; 8];
         hash.copy_from_slice(&digest[..8]);
@@ -130,9 +130,9 @@ fn skip_line(file: &mut BufReader<File>) -> io::Result<usize> {
 }
 
 impl Iterator for Input {
-    type Item = io::Result<Line>;
+    type Item = io::Result<RequestLine>;
 
-    fn next(&mut self) -> Option<io::Result<Line>> {
+    fn next(&mut self) -> Option<io::Result<RequestLine>> {
         if self.ended {
             return None;
         }

@@ -10,7 +10,7 @@ use tempfile::TempDir;
 
 use super::*;
 use millrace_engine::schedule::handle::{Limits, channel};
-use millrace_engine::schedule::request::{Event, Finish, Token, Usage};
+use millrace_engine::schedule::request::{Event, Finish, SequenceUsage, Token};
 use millrace_engine::text::prompt::tiny::{END, tiny};
 
 const LIMITS: Limits =
@@ -30,7 +30,7 @@ fn engine(deaths: Option<usize>) -> (EngineHandle, Arc<AtomicUsize>) {
             for &id in request.prompt.iter().take(request.max_tokens as usize - 1).chain([&END]) {
                 let _ = submission.events.blocking_send(Event::Token(Token { id, logprobs: None }));
             }
-            let _ = submission.events.blocking_send(Event::Finished(Finish::Stop, Usage::default()));
+            let _ = submission.events.blocking_send(Event::Finished(Finish::Stop, SequenceUsage::default()));
         }
     });
     (handle, begun)

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use millrace_kernels::bounds::{Bounds, ModelShape, Work};
+use millrace_kernels::bounds::{Bounds, ModelShape, StepWork};
 use millrace_kernels::cpu::Precision;
 use millrace_kernels::ops::KvDtype;
 use serde_json::{Map, Value, json};
@@ -162,8 +162,8 @@ fn kind(step: &Step) -> &'static str {
     }
 }
 
-fn work(shape: &StepShape) -> Work {
-    Work {
+fn work(shape: &StepShape) -> StepWork {
+    StepWork {
         steps: 1.0,
         rows: (shape.decode_rows + shape.prefill_rows) as f64,
         logits_rows: shape.sampled_rows as f64,

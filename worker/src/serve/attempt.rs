@@ -5,7 +5,7 @@ use std::time::Duration;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use super::{Held, Phase, reach};
+use super::{Held, HeldBy, reach};
 use crate::capacity::Taken;
 use crate::run::{Answer, Run, Work};
 use millrace_queue::broker::Created;
@@ -101,10 +101,10 @@ impl<R: Run> Held<'_, R> {
     /// Begins the attempt, gets the body, runs it and puts a large answer away.
     pub(super) async fn attempt_once(&mut self, known: &Known) -> Result<Outcome, Fault> {
         self.begin(known).await?;
-        self.pulse.set(Phase::Settling);
+        self.pulse.set(HeldBy::Settling);
         let body = self.unless_over(self.line.claims.redeem(&self.headers, &self.delivery.body)).await??;
         let work = Work { headers: self.headers.clone(), published: self.delivery.published, body };
-        self.pulse.set(Phase::Engine);
+        self.pulse.set(HeldBy::Engine);
         reach("before_run");
         let limit = self.line.queue.attempt_timeout.0;
         let began = std::time::Instant::now();
@@ -120,7 +120,7 @@ impl<R: Run> Held<'_, R> {
             .map_err(|_| Fault::Overrun { limit_s: limit.as_secs() })??;
         reach("after_run");
         self.observe(&answer, began.elapsed());
-        self.pulse.set(Phase::Settling);
+        self.pulse.set(HeldBy::Settling);
         reach("before_output_put");
         let body = self.line.claims.deposit(&self.headers, answer.body).await?;
         Ok(Outcome::completed(body))

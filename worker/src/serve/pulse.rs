@@ -7,7 +7,7 @@ use std::time::Duration;
 use millrace_crds::names::JobId;
 use tokio::time::{Instant, MissedTickBehavior};
 
-use super::Line;
+use super::ServingLine;
 use crate::run::Run;
 use millrace_queue::cancel::Cancel;
 use millrace_queue::delivery::Delivery;
@@ -19,7 +19,7 @@ const PAUSE_MIN: Duration = Duration::from_millis(50);
 
 /// What holds a job up at the moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Phase {
+pub enum HeldBy {
     /// Requests to broker and object store; each of them has a time limit of its own.
     Settling,
     /// The engine, or others in it: only its steps are a sign of life.
@@ -32,8 +32,8 @@ pub struct Pulse(Arc<AtomicBool>);
 
 impl Pulse {
     /// The job enters a phase.
-    pub fn set(&self, phase: Phase) {
-        self.0.store(phase == Phase::Engine, Ordering::Relaxed);
+    pub fn set(&self, phase: HeldBy) {
+        self.0.store(phase == HeldBy::Engine, Ordering::Relaxed);
     }
 
     fn needs_steps(&self) -> bool {
@@ -44,7 +44,7 @@ impl Pulse {
 /// Keeps a delivery alive while its job makes progress, and looks for its cancel marker as often, because a
 /// cancellation said while the connection was down was not heard. Never returns.
 pub async fn keep_alive<R: Run>(
-    line: &Line<R>,
+    line: &ServingLine<R>,
     delivery: &Delivery,
     (job, cancel): (&JobId, &Cancel),
     pulse: &Pulse,

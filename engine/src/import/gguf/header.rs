@@ -198,7 +198,7 @@ fn read_array<R: Read>(cursor: &mut Cursor<R>, key: &str) -> Result<Value, GgufE
 }
 
 /// A tensor of the directory before its place in the file is known to be right.
-pub struct Entry {
+pub struct DirectoryEntry {
     name: String,
     shape: Vec<u64>,
     format: BlockFormat,
@@ -206,7 +206,7 @@ pub struct Entry {
     bytes: u64,
 }
 
-pub fn read_directory<R: Read>(cursor: &mut Cursor<R>, count: u64) -> Result<Vec<Entry>, GgufError> {
+pub fn read_directory<R: Read>(cursor: &mut Cursor<R>, count: u64) -> Result<Vec<DirectoryEntry>, GgufError> {
     let mut entries = Vec::new();
     let mut names = HashSet::new();
     for index in 0..count {
@@ -232,7 +232,7 @@ pub fn read_directory<R: Read>(cursor: &mut Cursor<R>, count: u64) -> Result<Vec
         }
         // At most 2^40 elements of at most 4 bytes: no overflow.
         let bytes = elements / format.elements() as u64 * format.bytes() as u64;
-        entries.push(Entry { name, shape, format, relative, bytes });
+        entries.push(DirectoryEntry { name, shape, format, relative, bytes });
     }
     Ok(entries)
 }
@@ -278,7 +278,7 @@ pub fn alignment(metadata: &BTreeMap<String, Value>) -> Result<u64, GgufError> {
 /// Gives every tensor its absolute offset. As ggml does, data must follow each other in the order of the
 /// directory with padding only, which rules out overlap, gaps and anything hidden behind the last tensor.
 pub fn place(
-    entries: Vec<Entry>,
+    entries: Vec<DirectoryEntry>,
     header: u64,
     alignment: u64,
     len: u64,

@@ -24,7 +24,7 @@ fn with(changes: Value) -> Value {
     config
 }
 
-fn parse(config: &Value) -> Result<DecoderConfig, ConfigError> {
+fn parse(config: &Value) -> Result<DecoderConfig, ModelConfigError> {
     DecoderConfig::parse(&config.to_string(), None)
 }
 

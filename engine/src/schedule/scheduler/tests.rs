@@ -39,8 +39,8 @@ struct World {
     ended: usize,
 }
 
-fn policy() -> Policy {
-    Policy { max_sequences: 6, max_batch_tokens: 13, output_reserve: 1.0, longest_first_window: 1 }
+fn policy() -> SchedulerPolicy {
+    SchedulerPolicy { max_sequences: 6, max_batch_tokens: 13, output_reserve: 1.0, longest_first_window: 1 }
 }
 
 fn request(prompt: Vec<u32>, max_tokens: u32) -> Request {
@@ -48,7 +48,7 @@ fn request(prompt: Vec<u32>, max_tokens: u32) -> Request {
 }
 
 impl World {
-    fn new(policy: Policy, blocks: usize, caching: bool, seed: u64) -> Self {
+    fn new(policy: SchedulerPolicy, blocks: usize, caching: bool, seed: u64) -> Self {
         Self {
             scheduler: Scheduler::new(policy, Blocks::new(blocks, BLOCK_TOKENS, caching)),
             content: vec![[None; BLOCK_TOKENS]; blocks],
@@ -210,7 +210,7 @@ fn random_work_keeps_every_invariant() {
     let mut cached = 0;
     let mut in_vain = 0;
     for seed in 0..160 {
-        let policy = Policy {
+        let policy = SchedulerPolicy {
             max_sequences: [1, 3, 6][seed as usize % 3],
             max_batch_tokens: [6, 13, 64][seed as usize / 3 % 3],
             output_reserve: [1.0, 0.0, 0.5, 1.0][seed as usize % 4],
@@ -306,7 +306,8 @@ fn a_sequence_that_does_not_fit_yet_is_not_overtaken() {
 
 #[test]
 fn the_window_admits_the_longest_output_first_and_bounds_the_wait() {
-    let policy = Policy { max_sequences: 1, max_batch_tokens: 64, longest_first_window: 4, ..policy() };
+    let policy =
+        SchedulerPolicy { max_sequences: 1, max_batch_tokens: 64, longest_first_window: 4, ..policy() };
     let mut world = World::new(policy, 32, false, 1);
     let short = submit(&mut world, vec![1; 2], 1);
     let long = submit(&mut world, vec![1; 2], 20);
@@ -326,7 +327,7 @@ fn the_window_admits_the_longest_output_first_and_bounds_the_wait() {
 
 #[test]
 fn the_youngest_gives_way_and_is_computed_again() {
-    let policy = Policy { output_reserve: 0.0, ..policy() };
+    let policy = SchedulerPolicy { output_reserve: 0.0, ..policy() };
     let mut world = World::new(policy, 4, false, 1);
     let old = submit(&mut world, vec![1; 7], 9);
     let young = submit(&mut world, vec![2; 7], 9);
@@ -409,7 +410,7 @@ fn a_penalty_needs_the_tokens_so_far() {
 
 #[test]
 fn a_preempted_sequence_still_gets_its_token() {
-    let policy = Policy { output_reserve: 0.0, ..policy() };
+    let policy = SchedulerPolicy { output_reserve: 0.0, ..policy() };
     let mut world = World::new(policy, 4, false, 1);
     let old = submit(&mut world, vec![1; 7], 9);
     let young = submit(&mut world, vec![2; 7], 2);

@@ -6,7 +6,7 @@ use millrace_crds::request::FinishReason;
 use millrace_crds::tokens::TokenDelta;
 use tokio::sync::mpsc;
 
-use super::Fault;
+use super::AnswerError;
 use crate::schedule::handle::Generation;
 use crate::schedule::request::{Event, Finish, Token};
 use crate::text::completion::{Choice, TokenLogprobs};
@@ -24,7 +24,7 @@ pub(super) async fn listen(
     generation: &mut Generation,
     progress: &mut Progress<'_>,
     first_token: impl FnOnce(),
-) -> Result<(), Fault> {
+) -> Result<(), AnswerError> {
     let mut first_token = Some(first_token);
     loop {
         match generation.next().await {
@@ -44,8 +44,8 @@ pub(super) async fn listen(
                 progress.end(FinishReason::Length);
                 return Ok(());
             }
-            Some(Event::Failed(message)) => return Err(Fault::Sequence(message)),
-            None => return Err(Fault::Stopped),
+            Some(Event::Failed(message)) => return Err(AnswerError::Sequence(message)),
+            None => return Err(AnswerError::Stopped),
         }
     }
 }

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::schedule::handle::{Limits, Submission, channel};
-use crate::schedule::request::{Event, Finish, Logprobs, Request, Token, Usage};
+use crate::schedule::request::{Event, Finish, Logprobs, Request, SequenceUsage, Token};
 use crate::text::prompt::tiny::{END, tiny};
 
 const LIMITS: Limits =
@@ -69,7 +69,7 @@ fn run(submission: Submission, script: &Script, cancelled: &AtomicUsize) {
             break;
         }
     }
-    let _ = events.blocking_send(Event::Finished(finish, Usage::default()));
+    let _ = events.blocking_send(Event::Finished(finish, SequenceUsage::default()));
 }
 
 fn job(content: &str, body: &str) -> Job {
@@ -334,22 +334,24 @@ async fn the_engines_faults_are_told_apart() {
         while let Some(submission) = inbox.submissions.blocking_recv() {
             match submission.request.prompt[0] {
                 97 => drop(submission.events.blocking_send(Event::Failed("not a number".into()))),
-                98 => {
-                    drop(submission.events.blocking_send(Event::Finished(Finish::Length, Usage::default())))
-                }
+                98 => drop(
+                    submission
+                        .events
+                        .blocking_send(Event::Finished(Finish::Length, SequenceUsage::default())),
+                ),
                 _ => return,
             }
         }
     });
     let fault = generate(one(r#"{"prompt":"a"}"#), &tiny(), &handle, None).await.unwrap_err();
-    assert_eq!(fault, Fault::Sequence("not a number".into()));
+    assert_eq!(fault, AnswerError::Sequence("not a number".into()));
     let both = "{\"prompt\":\"a\"}\n{\"prompt\":\"b\"}";
     let completion = generate(lines(both), &tiny(), &handle, None).await.unwrap();
     assert_eq!((completion.answered, completion.refused), (1, 1));
     let line: Value = serde_json::from_slice(completion.body.split(|&b| b == b'\n').next().unwrap()).unwrap();
     assert_eq!(line["error"]["code"], "INFERENCE_ERROR");
     for job in [one(r#"{"prompt":"c"}"#), lines("{\"prompt\":\"b\"}\n{\"prompt\":\"c\"}")] {
-        assert_eq!(generate(job, &tiny(), &handle, None).await.unwrap_err(), Fault::Stopped);
+        assert_eq!(generate(job, &tiny(), &handle, None).await.unwrap_err(), AnswerError::Stopped);
     }
 }
 

@@ -20,7 +20,7 @@ fn decode(body: &str) -> Result<TextRequest, Reject> {
     job.lines.into_iter().next().unwrap().request
 }
 
-fn decode_lines(body: &str) -> Vec<Line> {
+fn decode_lines(body: &str) -> Vec<RequestLine> {
     Job::decode(headers(true), 1_700_000_000, body.as_bytes(), &LIMITS).unwrap().lines
 }
 

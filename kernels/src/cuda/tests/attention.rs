@@ -110,7 +110,7 @@ impl Attended {
         let matrix = self.product.as_ref().map(|(_, weights)| self.matrix(&mut cuda, weights));
         cuda.allocate(plan(&widths, kv, shape.heads, chunk)).unwrap();
         let tables: Vec<u32> = (0..256).map(|block| (block * 7 + 3) % 300).collect();
-        let mut step = |first: usize, spans: &[Span]| {
+        let mut step = |first: usize, spans: &[RowSpan]| {
             let rows = spans.iter().map(|span| span.rows as usize).sum::<usize>();
             let tokens = vec![0; rows];
             let batch = Batch { tokens: &tokens, feeds: &[], spans, block_tables: &tables, logits_rows: &[] };
@@ -127,7 +127,7 @@ impl Attended {
             cuda.attention(1, qkv, shape, out);
             take(&mut cuda, out, rows)
         };
-        let span = |first_row: usize, rows: usize, context: usize| Span {
+        let span = |first_row: usize, rows: usize, context: usize| RowSpan {
             first_row: first_row as u32,
             rows: rows as u32,
             context: context as u32,
@@ -140,7 +140,7 @@ impl Attended {
         }
         if crowded {
             // The cache holds all rows; this step writes the same bytes again.
-            let spans: Vec<Span> = (0..self.context).map(|row| span(row, 1, row + 1)).collect();
+            let spans: Vec<RowSpan> = (0..self.context).map(|row| span(row, 1, row + 1)).collect();
             all = step(0, &spans);
         }
         Some(all)
@@ -262,8 +262,8 @@ fn values_are_rounded_as_on_the_host() {
     let kv = KvPlan { layers: 1, kv_heads: 64, head_dim: 64, blocks: rows, dtype: KvDtype::Fp8E4m3 };
     cuda.allocate(plan(&[(row, Values), (heads, Operand)], kv, shape.heads, rows)).unwrap();
     let (tokens, tables) = (vec![0; rows], (0..rows as u32).collect::<Vec<_>>());
-    let spans: Vec<Span> =
-        tables.iter().map(|&row| Span { first_row: row, rows: 1, context: 1, table: row }).collect();
+    let spans: Vec<RowSpan> =
+        tables.iter().map(|&row| RowSpan { first_row: row, rows: 1, context: 1, table: row }).collect();
     let batch = Batch { tokens: &tokens, feeds: &[], spans: &spans, block_tables: &tables, logits_rows: &[] };
     cuda.begin(&batch).unwrap();
     let value = |bits: usize| f32::from_bits((bits as u32) << 16);

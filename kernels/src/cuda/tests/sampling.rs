@@ -15,8 +15,8 @@ fn queue(cuda: &mut Cuda, logits: &[f32], rows: &[SampleRow<'_>]) {
     let count = rows.len();
     let tokens = vec![0; count];
     let tables = vec![0; count];
-    let spans: Vec<Span> =
-        (0..count as u32).map(|row| Span { first_row: row, rows: 1, context: 1, table: row }).collect();
+    let spans: Vec<RowSpan> =
+        (0..count as u32).map(|row| RowSpan { first_row: row, rows: 1, context: 1, table: row }).collect();
     let logits_rows: Vec<u32> = (0..count as u32).collect();
     let batch = Batch {
         tokens: &tokens,
@@ -86,7 +86,7 @@ fn tokens_are_those_of_the_host() {
     assert!(differ * 100 <= total, "{differ} of {total} tokens differ");
 }
 
-fn check_logprobs(found: &Choice, expected: &Choice) {
+fn check_logprobs(found: &ChosenToken, expected: &ChosenToken) {
     let (Some(found), Some(expected)) = (&found.logprobs, &expected.logprobs) else {
         assert_eq!(found.logprobs.is_some(), expected.logprobs.is_some());
         return;
@@ -109,7 +109,7 @@ fn a_row_is_fed_with_a_choice_of_the_step_before() {
         logits[row * 97 + token] = 9.0;
     }
     queue(&mut cuda, &logits, &[SampleRow { logprobs: Some(1), ..SampleRow::GREEDY }; 3]);
-    let spans = [Span { first_row: 0, rows: 3, context: 3, table: 0 }];
+    let spans = [RowSpan { first_row: 0, rows: 3, context: 3, table: 0 }];
     let feeds = [Feed { row: 0, choice: 2 }, Feed { row: 2, choice: 0 }];
     let batch =
         Batch { tokens: &[0, 7, 0], feeds: &feeds, spans: &spans, block_tables: &[0], logits_rows: &[] };

@@ -10,7 +10,7 @@ use k8s_openapi::api::core::v1::{Container, Probe};
 use k8s_openapi::jiff::Timestamp;
 use tokio::sync::watch;
 
-use super::probe::{self, Target, Verdict};
+use super::probe::{self, ProbeVerdict, Target};
 use super::sandbox::Sandbox;
 use crate::process::{Process, Signal};
 
@@ -45,7 +45,7 @@ pub struct Ended {
 
 /// Where a container stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum State {
+pub enum Standing {
     /// It does not run yet, or not again.
     Waiting {
         /// One word.
@@ -64,9 +64,9 @@ pub enum State {
 
 /// What is reported of a container.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Progress {
+pub struct ContainerProgress {
     /// Where it stands.
-    pub state: State,
+    pub state: Standing,
     /// How it ended the last time, if it was started again.
     pub last: Option<Ended>,
     /// How often it was started again.
@@ -77,9 +77,9 @@ pub struct Progress {
     pub ready: bool,
 }
 
-impl Default for Progress {
+impl Default for ContainerProgress {
     fn default() -> Self {
-        let state = State::Waiting { reason: "ContainerCreating".into(), message: String::new() };
+        let state = Standing::Waiting { reason: "ContainerCreating".into(), message: String::new() };
         Self { state, last: None, restarts: 0, started: false, ready: false }
     }
 }
@@ -95,7 +95,7 @@ pub fn restarts(policy: Option<&str>, code: i32) -> bool {
 
 /// A container that is to run.
 #[derive(Debug)]
-pub struct Run {
+pub struct ContainerRun {
     /// As the pod has it.
     pub spec: Container,
     /// Its surroundings.
@@ -107,15 +107,15 @@ pub struct Run {
     /// The pod's restart policy.
     pub restart_policy: Option<String>,
     /// Where its progress is reported, and its place there.
-    pub board: watch::Sender<Vec<Progress>>,
+    pub board: watch::Sender<Vec<ContainerProgress>>,
     /// Its place on the board.
     pub place: usize,
     /// How long it may take to end, once it is to end.
     pub stop: watch::Receiver<Option<Duration>>,
 }
 
-impl Run {
-    fn report(&self, change: impl FnOnce(&mut Progress)) {
+impl ContainerRun {
+    fn report(&self, change: impl FnOnce(&mut ContainerProgress)) {
         self.board.send_modify(|board| change(&mut board[self.place]));
     }
 
@@ -127,7 +127,7 @@ impl Run {
             let ended = self.once().await;
             let again = restarts(self.restart_policy.as_deref(), ended.code) && self.stop.borrow().is_none();
             self.report(|progress| {
-                progress.state = State::Ended(ended.clone());
+                progress.state = Standing::Ended(ended.clone());
                 (progress.ready, progress.started) = (false, false);
             });
             if !again {
@@ -139,12 +139,12 @@ impl Run {
             if let Some(wait) = backoff {
                 let message = format!("back-off {wait:?} restarting failed container={}", self.spec.name);
                 self.report(|progress| {
-                    progress.state = State::Waiting { reason: "CrashLoopBackOff".into(), message };
+                    progress.state = Standing::Waiting { reason: "CrashLoopBackOff".into(), message };
                     progress.last = Some(ended.clone());
                 });
                 let stopped = self.stop.wait_for(Option::is_some);
                 if tokio::time::timeout(wait, stopped).await.is_ok() {
-                    self.report(|progress| progress.state = State::Ended(ended));
+                    self.report(|progress| progress.state = Standing::Ended(ended));
                     return;
                 }
             }
@@ -188,7 +188,7 @@ impl Run {
         let started = self.spec.startup_probe.is_none();
         let ready = started && self.spec.readiness_probe.is_none();
         self.report(|progress| {
-            progress.state = State::Running { since };
+            progress.state = Standing::Running { since };
             (progress.started, progress.ready) = (started, ready);
         });
         let mut stop = self.stop.clone();
@@ -238,7 +238,7 @@ impl Run {
 
     /// Looks again and again, until `crossed`, told of each result that crosses a threshold, says to end.
     async fn watch(&self, probe: &Probe, target: &Target, mut crossed: impl FnMut(bool) -> bool) {
-        let mut verdict = Verdict::new(probe);
+        let mut verdict = ProbeVerdict::new(probe);
         tokio::time::sleep(probe::delay(probe)).await;
         loop {
             let good = probe::look(probe, &self.spec, target).await.is_ok();

@@ -20,11 +20,11 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::Shared;
 use super::addresses::Address;
-use super::container::{Progress, Run, State};
+use super::container::{ContainerProgress, ContainerRun, Standing};
 use super::environment::{Environment, Sources};
 use super::images::Image;
 use super::sandbox::is_root;
-use super::status::Report;
+use super::status::PodReport;
 use super::surroundings::{Surroundings, unsupported};
 use super::volumes::{Volumes, asks_for_token};
 
@@ -40,7 +40,7 @@ const TOKEN_S: i64 = 86_400;
 
 /// The last that was seen of a pod.
 #[derive(Debug, Clone)]
-pub struct Seen {
+pub struct PodSeen {
     /// The object.
     pub pod: Pod,
     /// It is no longer on the API server.
@@ -51,10 +51,10 @@ pub struct Seen {
 #[derive(Debug)]
 pub struct Life {
     shared: Arc<Shared>,
-    seen: watch::Receiver<Seen>,
+    seen: watch::Receiver<PodSeen>,
     address: Arc<Address>,
     started: Timestamp,
-    board: watch::Sender<Vec<Progress>>,
+    board: watch::Sender<Vec<ContainerProgress>>,
     stop: watch::Sender<Option<Duration>>,
     refused: Option<String>,
     written: Option<PodStatus>,
@@ -65,7 +65,7 @@ impl Life {
     ///
     /// # Errors
     /// When no address is free.
-    pub fn new(shared: Arc<Shared>, seen: watch::Receiver<Seen>) -> Result<Self> {
+    pub fn new(shared: Arc<Shared>, seen: watch::Receiver<PodSeen>) -> Result<Self> {
         let pod = seen.borrow().pod.clone();
         let spec = pod.spec.as_ref().context("the pod has no spec")?;
         let containers = spec.init_containers.iter().flatten().count() + spec.containers.len();
@@ -74,7 +74,7 @@ impl Life {
             shared,
             address,
             started: Timestamp::now(),
-            board: watch::channel(vec![Progress::default(); containers]).0,
+            board: watch::channel(vec![ContainerProgress::default(); containers]).0,
             stop: watch::channel(None).0,
             refused: unsupported(&pod),
             written: None,
@@ -154,7 +154,7 @@ impl Life {
         }
         let progress = self.board.borrow().clone();
         let (ip, started, refused) = (self.address.ip(), self.started, self.refused.as_deref());
-        let report = Report { pod: &seen.pod, ip, started, progress: &progress, refused };
+        let report = PodReport { pod: &seen.pod, ip, started, progress: &progress, refused };
         let status = report.status(Timestamp::now());
         if self.written.as_ref().is_some_and(|written| same(written, &status)) {
             return;
@@ -208,7 +208,7 @@ struct Work {
     shared: Arc<Shared>,
     pod: Pod,
     address: Arc<Address>,
-    board: watch::Sender<Vec<Progress>>,
+    board: watch::Sender<Vec<ContainerProgress>>,
     stop: watch::Receiver<Option<Duration>>,
 }
 
@@ -224,12 +224,12 @@ impl Work {
             let place = run.place;
             run.go().await;
             let succeeded =
-                matches!(&self.board.borrow()[place].state, State::Ended(ended) if ended.code == 0);
+                matches!(&self.board.borrow()[place].state, Standing::Ended(ended) if ended.code == 0);
             if !succeeded || self.stop.borrow().is_some() {
                 return;
             }
         }
-        let mut tasks: JoinSet<()> = runs.map(Run::go).collect();
+        let mut tasks: JoinSet<()> = runs.map(ContainerRun::go).collect();
         while tasks.join_next().await.is_some() {}
     }
 
@@ -238,7 +238,7 @@ impl Work {
     }
 
     /// Waits until all that the pod refers to is there; `None` when the pod is deleted before.
-    async fn prepared(&mut self) -> Option<Vec<Run>> {
+    async fn prepared(&mut self) -> Option<Vec<ContainerRun>> {
         loop {
             match self.prepare().await {
                 Ok(runs) => return Some(runs),
@@ -248,7 +248,7 @@ impl Work {
                         .note(&format!("pod {}: {message}", self.pod.metadata.name.as_deref().unwrap_or("")));
                     let reason =
                         if message.contains(NO_IMAGE) { NO_IMAGE } else { "CreateContainerConfigError" };
-                    let state = State::Waiting { reason: reason.into(), message };
+                    let state = Standing::Waiting { reason: reason.into(), message };
                     self.board.send_if_modified(|board| {
                         let changed = board.iter().any(|progress| progress.state != state);
                         board.iter_mut().for_each(|progress| progress.state = state.clone());
@@ -263,7 +263,7 @@ impl Work {
         }
     }
 
-    async fn prepare(&self) -> Result<Vec<Run>> {
+    async fn prepare(&self) -> Result<Vec<ContainerRun>> {
         let spec = self.spec();
         let sources = self.sources(&spec).await?;
         let asks = spec.volumes.iter().flatten().any(asks_for_token);
@@ -289,13 +289,13 @@ impl Work {
         surroundings: &Surroundings<'_>,
         (place, container): (usize, &Container),
         folder: &Path,
-    ) -> Result<Run> {
+    ) -> Result<ContainerRun> {
         let root = folder.join("roots").join(&container.name);
         std::fs::create_dir_all(&root)?;
         let sandbox = surroundings
             .sandbox(container, self.image(container)?, root)
             .with_context(|| format!("container {:?}", container.name))?;
-        Ok(Run {
+        Ok(ContainerRun {
             spec: container.clone(),
             sandbox,
             ip: self.address.ip(),

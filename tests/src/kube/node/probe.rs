@@ -28,14 +28,14 @@ pub struct Target {
 
 /// Counts successes and failures in a row.
 #[derive(Debug, Clone, Copy)]
-pub struct Verdict {
+pub struct ProbeVerdict {
     success_threshold: i32,
     failure_threshold: i32,
     successes: i32,
     failures: i32,
 }
 
-impl Verdict {
+impl ProbeVerdict {
     /// With a kubelet's defaults where the probe is silent.
     pub fn new(probe: &Probe) -> Self {
         Self {
@@ -151,7 +151,7 @@ mod tests {
     fn thresholds_count_results_in_a_row() {
         let probe: Probe =
             serde_json::from_value(json!({"failureThreshold": 2, "successThreshold": 2})).unwrap();
-        let mut verdict = Verdict::new(&probe);
+        let mut verdict = ProbeVerdict::new(&probe);
         let results = [false, true, false, false, false, true, true];
         let counted = results.map(|result| verdict.count(result));
         assert_eq!(counted, [None, None, None, Some(false), Some(false), None, Some(true)]);

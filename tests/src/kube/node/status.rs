@@ -9,11 +9,11 @@ use k8s_openapi::api::core::v1::{
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
 
-use super::container::{Ended, Progress, State, restarts};
+use super::container::{ContainerProgress, Ended, Standing, restarts};
 
 /// All that a status says of a pod.
 #[derive(Debug, Clone)]
-pub struct Report<'a> {
+pub struct PodReport<'a> {
     /// The pod as the API server has it, with its last status.
     pub pod: &'a Pod,
     /// Its address.
@@ -21,12 +21,12 @@ pub struct Report<'a> {
     /// When the node took it.
     pub started: Timestamp,
     /// Init containers first, then the others, in the order of the spec.
-    pub progress: &'a [Progress],
+    pub progress: &'a [ContainerProgress],
     /// Why the pod as a whole failed, if the node refuses it.
     pub refused: Option<&'a str>,
 }
 
-impl Report<'_> {
+impl PodReport<'_> {
     /// The status. Conditions keep their time of transition while they stay as they are.
     pub fn status(&self, now: Timestamp) -> PodStatus {
         let spec = self.pod.spec.clone().unwrap_or_default();
@@ -49,9 +49,9 @@ impl Report<'_> {
         }
     }
 
-    fn statuses(&self, containers: &[Container], progress: &[Progress]) -> Vec<ContainerStatus> {
+    fn statuses(&self, containers: &[Container], progress: &[ContainerProgress]) -> Vec<ContainerStatus> {
         let uid = self.pod.metadata.uid.as_deref().unwrap_or_default();
-        let status = |(container, progress): (&Container, &Progress)| ContainerStatus {
+        let status = |(container, progress): (&Container, &ContainerProgress)| ContainerStatus {
             name: container.name.clone(),
             image: container.image.clone().unwrap_or_default(),
             image_id: container.image.clone().unwrap_or_default(),
@@ -72,13 +72,13 @@ impl Report<'_> {
     fn conditions(
         &self,
         phase: &str,
-        init: &[Progress],
-        main: &[Progress],
+        init: &[ContainerProgress],
+        main: &[ContainerProgress],
         now: Timestamp,
     ) -> Vec<PodCondition> {
         let over = matches!(phase, "Succeeded" | "Failed");
         let initialized =
-            init.iter().all(|progress| matches!(&progress.state, State::Ended(ended) if ended.code == 0));
+            init.iter().all(|progress| matches!(&progress.state, Standing::Ended(ended) if ended.code == 0));
         let ready = !over && initialized && main.iter().all(|progress| progress.ready);
         let why_not = if over { "PodCompleted" } else { "ContainersNotReady" };
         let wanted = [
@@ -107,15 +107,16 @@ impl Report<'_> {
     }
 }
 
-fn phase(spec: &PodSpec, init: &[Progress], main: &[Progress]) -> &'static str {
+fn phase(spec: &PodSpec, init: &[ContainerProgress], main: &[ContainerProgress]) -> &'static str {
     let policy = spec.restart_policy.as_deref();
-    let over = |progress: &Progress| match &progress.state {
-        State::Ended(ended) if !restarts(policy, ended.code) => Some(ended.code),
+    let over = |progress: &ContainerProgress| match &progress.state {
+        Standing::Ended(ended) if !restarts(policy, ended.code) => Some(ended.code),
         _ => None,
     };
     // Init containers run again on failure, unless the policy is Never.
-    let failed = |progress: &Progress| matches!(&progress.state, State::Ended(ended) if ended.code != 0);
-    let init_failed = |progress: &Progress| policy == Some("Never") && failed(progress);
+    let failed =
+        |progress: &ContainerProgress| matches!(&progress.state, Standing::Ended(ended) if ended.code != 0);
+    let init_failed = |progress: &ContainerProgress| policy == Some("Never") && failed(progress);
     if init.iter().any(init_failed) {
         return "Failed";
     }
@@ -123,25 +124,26 @@ fn phase(spec: &PodSpec, init: &[Progress], main: &[Progress]) -> &'static str {
     if !main.is_empty() && codes.iter().all(Option::is_some) {
         return if codes.iter().all(|code| *code == Some(0)) { "Succeeded" } else { "Failed" };
     }
-    let begun =
-        |progress: &Progress| !matches!(progress.state, State::Waiting { .. }) || progress.restarts > 0;
+    let begun = |progress: &ContainerProgress| {
+        !matches!(progress.state, Standing::Waiting { .. }) || progress.restarts > 0
+    };
     if main.iter().all(begun) { "Running" } else { "Pending" }
 }
 
-fn state(state: &State) -> ContainerState {
+fn state(state: &Standing) -> ContainerState {
     match state {
-        State::Waiting { reason, message } => ContainerState {
+        Standing::Waiting { reason, message } => ContainerState {
             waiting: Some(ContainerStateWaiting {
                 reason: Some(reason.clone()),
                 message: (!message.is_empty()).then(|| message.clone()),
             }),
             ..ContainerState::default()
         },
-        State::Running { since } => ContainerState {
+        Standing::Running { since } => ContainerState {
             running: Some(ContainerStateRunning { started_at: Some(Time(*since)) }),
             ..ContainerState::default()
         },
-        State::Ended(ended) => {
+        Standing::Ended(ended) => {
             ContainerState { terminated: Some(terminated(ended)), ..ContainerState::default() }
         }
     }
@@ -165,20 +167,20 @@ mod tests {
 
     use super::*;
 
-    fn ended(code: i32) -> Progress {
+    fn ended(code: i32) -> ContainerProgress {
         let now = Timestamp::UNIX_EPOCH;
         let reason = if code == 0 { "Completed" } else { "Error" };
         let ended =
             Ended { code, reason: reason.into(), message: String::new(), started: now, finished: now };
-        Progress { state: State::Ended(ended), ..Progress::default() }
+        ContainerProgress { state: Standing::Ended(ended), ..ContainerProgress::default() }
     }
 
-    fn running(ready: bool) -> Progress {
-        let state = State::Running { since: Timestamp::UNIX_EPOCH };
-        Progress { state, started: true, ready, ..Progress::default() }
+    fn running(ready: bool) -> ContainerProgress {
+        let state = Standing::Running { since: Timestamp::UNIX_EPOCH };
+        ContainerProgress { state, started: true, ready, ..ContainerProgress::default() }
     }
 
-    fn status(policy: &str, inits: usize, progress: &[Progress]) -> PodStatus {
+    fn status(policy: &str, inits: usize, progress: &[ContainerProgress]) -> PodStatus {
         let container = |at: usize| json!({"name": format!("c{at}"), "image": "i"});
         let pod = json!({
             "metadata": {"name": "p", "uid": "u"},
@@ -194,21 +196,21 @@ mod tests {
         });
         let pod: Pod = serde_json::from_value(pod).unwrap();
         let (ip, started) = (Ipv4Addr::new(127, 1, 1, 1), Timestamp::UNIX_EPOCH);
-        Report { pod: &pod, ip, started, progress, refused: None }.status(Timestamp::UNIX_EPOCH)
+        PodReport { pod: &pod, ip, started, progress, refused: None }.status(Timestamp::UNIX_EPOCH)
     }
 
     #[test]
     fn phases_follow_containers_and_policy() {
-        let cases: [(&str, usize, Vec<Progress>, &str); 10] = [
-            ("Always", 0, vec![Progress::default()], "Pending"),
+        let cases: [(&str, usize, Vec<ContainerProgress>, &str); 10] = [
+            ("Always", 0, vec![ContainerProgress::default()], "Pending"),
             ("Always", 0, vec![running(false)], "Running"),
-            ("Always", 0, vec![running(true), Progress::default()], "Pending"),
+            ("Always", 0, vec![running(true), ContainerProgress::default()], "Pending"),
             ("Always", 0, vec![ended(0)], "Running"),
             ("OnFailure", 0, vec![ended(1)], "Running"),
             ("OnFailure", 0, vec![ended(0)], "Succeeded"),
             ("Never", 0, vec![ended(0), ended(2)], "Failed"),
-            ("Never", 1, vec![ended(1), Progress::default()], "Failed"),
-            ("Always", 1, vec![ended(1), Progress::default()], "Pending"),
+            ("Never", 1, vec![ended(1), ContainerProgress::default()], "Failed"),
+            ("Always", 1, vec![ended(1), ContainerProgress::default()], "Pending"),
             ("Never", 0, vec![ended(1), running(true)], "Running"),
         ];
         for (policy, inits, progress, phase) in cases {
