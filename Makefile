@@ -15,17 +15,33 @@ tools: ## fetch nats-server, SeaweedFS, SmolLM2 and the CUDA compiler into ~/.ca
 kube: ## build etcd, Kubernetes and helm from Go modules into ~/.cache/millrace
 	scripts/kube
 
-build: ## the programs, optimised, in target/release
+build: ## the programs, optimised, with kernels for GPUs, in target/release
 	cargo build --release --locked --workspace --bins
 
-demo: tools build ## 64 prompts through broker, S3 and worker; ends with a summary
-	target/release/millrace-demo
+demo: ## 64 prompts, or those of DOCS=my.jsonl, through broker, S3 and worker on this machine's CPU
+	@echo "demo 1/3: broker, S3 server and model, 150 MB once"
+	scripts/tools
+	@echo "demo 2/3: worker and command line, some 400 crates once: about 3 minutes on 2 cores"
+	cargo build --locked --no-default-features -p millrace-worker -p millrace-gateway -p millrace-tests \
+		--bin millrace-worker --bin millrace --bin millrace-demo
+	@echo "demo 3/3: the run"
+	target/debug/millrace-demo $(if $(DOCS),--prompts "$(DOCS)")
 
-demo-k8s: tools kube build ## control plane, chart, 200 jobs from zero to zero, then a new revision under load
-	target/release/millrace-demo-k8s
-
-test: tools kube ## all tests that take a few minutes, with real processes
+demo-k8s: kube ## control plane, chart, 200 jobs from zero to zero, then a new revision under load
+	scripts/tools
 	cargo build --locked --workspace --bins
+	target/debug/millrace-demo-k8s
+
+test: ## all tests that take a few minutes, with real processes
+	@echo "test 1/4: broker, S3 server, model and CUDA compiler"
+	scripts/tools
+	scripts/cuda
+	@echo "test 2/4: Kubernetes, etcd and helm from their Go modules, once: about 5 minutes on 2 cores"
+	scripts/kube
+	@echo "test 3/4: programs and tests"
+	cargo build --locked --workspace --bins
+	cargo test --locked --workspace --no-run
+	@echo "test 4/4: the run"
 	cargo test --locked --workspace --no-fail-fast
 
 soak: tools kube build ## the long runs: 2000 jobs, 3 workers and 200 kills; 500 models under one operator
@@ -39,7 +55,7 @@ bench: build ## the README's figures, on this machine, in one table and as JSON
 	target/release/millrace-figures
 
 sim: build ## real traffic through the autoscaler and its rivals; writes the plots
-	target/release/millrace-sim --plots operator/assets
+	target/release/millrace-sim --plots sim/assets
 
 kernels: tools ## compile the CUDA kernels; registers, shared memory and spills of each
 	cargo run --locked -p millrace-kernels --example resources

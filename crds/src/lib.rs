@@ -1,11 +1,11 @@
 //! The contracts of Millrace, shared by operator, worker, gateway and tests.
 //!
 //! Here are the names on the wire ([`names`]), behind the feature `nats` the streams and consumers under them
-//! (`streams`) and where real ones differ (`drift`), a job's headers ([`job`]), the OpenAI forms inside of it ([`request`]), the ledger of its attempts
-//! ([`attempts`]), its one outcome ([`result`]), its token deltas ([`tokens`]), the worker's load report
-//! ([`load`]), the bounds and targets of scaling ([`scaling`]), the worker's configuration ([`config`]), what
-//! a check found ([`check`]) and,
-//! behind the feature `kube`, the custom resource (`model`).
+//! (`streams`) and where real ones differ (`drift`), a job's headers ([`job`]), the OpenAI forms inside of it
+//! ([`request`]), the ledger of its attempts ([`attempts`]), its one outcome ([`result`]), its token deltas
+//! ([`tokens`]), the worker's load report ([`load`]), the bounds and targets of scaling ([`scaling`]), the worker's
+//! configuration ([`config`]), what a check found ([`check`]) and, behind the feature `kube`, the custom resource
+//! (`model`).
 //! Nothing in this crate does input or output.
 
 pub mod attempts;

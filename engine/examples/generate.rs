@@ -1,6 +1,6 @@
 //! The engine as a library, without any queue: one text, a text as it comes, and many texts at once.
 //!
-//! `cargo run --release -p millrace-worker --example generate -- MODEL_FOLDER PROMPT...`
+//! `cargo run --release -p millrace-engine --example generate -- MODEL_FOLDER PROMPT...`
 
 use std::io::Write;
 use std::path::Path;

@@ -16,7 +16,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use crate::build::{self, Objects, pod_monitor_kind};
+use crate::build::{self, ModelObjects, pod_monitor_kind};
 use crate::fetch::{Existing, now_ms};
 use crate::names::{APPLIED_ANNOTATION, DELETION_COST_ANNOTATION, FIELD_MANAGER};
 
@@ -93,9 +93,15 @@ impl Applier {
     ///
     /// # Errors
     /// With the first object that could not be written. What was written before stays; the next run goes on.
-    pub async fn apply(&self, wanted: Objects, existing: &Existing, uid: &str) -> Result<u32, ApplyError> {
-        let Objects { service_account, config_map, network_policy, disruption_budget, deployment, .. } =
-            wanted;
+    pub async fn apply(
+        &self,
+        wanted: ModelObjects,
+        existing: &Existing,
+        uid: &str,
+    ) -> Result<u32, ApplyError> {
+        let ModelObjects {
+            service_account, config_map, network_policy, disruption_budget, deployment, ..
+        } = wanted;
         let namespace = config_map.namespace().unwrap_or_default();
         let owner = Owner { namespace: &namespace, uid };
         let mut writes = 0;

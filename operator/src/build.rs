@@ -26,7 +26,7 @@ const REVISION_DIGITS: usize = 16;
 /// All objects of one model. [`apply`](crate::apply) takes it apart without a rest, so a new kind that nobody
 /// applies does not compile.
 #[derive(Debug, Clone)]
-pub struct Objects {
+pub struct ModelObjects {
     /// The pods' identity, without any right; absent where the user names one.
     pub service_account: Option<ServiceAccount>,
     /// What workers read.
@@ -41,7 +41,7 @@ pub struct Objects {
     pub deployment: Deployment,
 }
 
-/// The kind of [`Objects::pod_monitor`].
+/// The kind of [`ModelObjects::pod_monitor`].
 pub fn pod_monitor_kind() -> ApiResource {
     ApiResource::from_gvk_with_plural(
         &GroupVersionKind::gvk("monitoring.coreos.com", "v1", "PodMonitor"),
@@ -61,10 +61,10 @@ pub fn revision(plan: &Plan) -> String {
 }
 
 /// Makes all objects.
-pub fn build(plan: &Plan, replicas: u32) -> Objects {
+pub fn build(plan: &Plan, replicas: u32) -> ModelObjects {
     let model = plan.model.name.as_str();
     let own_account = plan.pod.template.service_account_name.is_none();
-    Objects {
+    ModelObjects {
         service_account: own_account.then(|| ServiceAccount {
             metadata: metadata(plan),
             automount_service_account_token: Some(false),

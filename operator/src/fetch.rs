@@ -24,7 +24,7 @@ use crate::load::LoadBook;
 use crate::names;
 use crate::pod_monitors::PodMonitors;
 use crate::queue::{QueueClient, QueueError};
-use crate::scale::QueueReading;
+use millrace_autoscaler::QueueReading;
 
 /// The objects of a model that are there, by kind.
 #[derive(Debug, Clone, Default)]

@@ -1,10 +1,10 @@
 //! The operator of Millrace: from an InferenceModel to its queue and its workers.
 //!
-//! One reconcile is a straight line: [`fetch`] (reads) -> [`validate`] (pure) -> [`scale`] (pure) -> [`build`]
+//! One reconcile is a straight line: [`fetch`] (reads) -> [`validate`] (pure) -> [`millrace_autoscaler`] (pure) -> [`build`]
 //! (pure) -> [`apply`] (writes) -> [`status`] (pure, and one write). [`queue`] is the only file that creates
 //! streams and consumers; [`apply`], [`status`] and [`lease`] are the only ones that write to the API server.
 //! [`controller`] drives the line for each model, on every change and by the clock. [`load`] and [`wake`]
-//! listen to the broker beside it. [`sim`] replays traffic through [`scale`] in virtual time.
+//! listen to the broker beside it.
 //!
 //! The operator may not panic: one bad model must not stop the others.
 
@@ -29,7 +29,6 @@ pub mod network;
 pub mod pod_monitors;
 pub mod pod_template;
 pub mod queue;
-pub mod scale;
 pub mod scaling;
 pub mod server;
 // It runs in a program of its own, for whom an end with a message is as good.

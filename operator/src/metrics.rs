@@ -6,7 +6,7 @@ use prometheus::{
     TextEncoder,
 };
 
-use crate::scale::{Decision, QueueReading};
+use millrace_autoscaler::{Decision, QueueReading};
 
 /// Buckets of the duration of a reconcile, in seconds.
 const BUCKETS: [f64; 10] = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0];

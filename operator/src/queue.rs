@@ -19,7 +19,7 @@ use millrace_crds::streams;
 use tokio::sync::watch;
 
 use crate::config;
-use crate::scale::{ClassReading, QueueReading};
+use millrace_autoscaler::{ClassReading, QueueReading};
 
 /// How long one request may take. A reconcile makes a few in a row, and other models wait behind it.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);

@@ -15,9 +15,9 @@ use millrace_crds::model::status::{
 use millrace_crds::scaling::ScalingSpec;
 
 use crate::fetch::Facts;
-use crate::scale::{self, Decision, Memory, Reading, WorkerState};
 use crate::validate::Sizing;
 use crate::workers;
+use millrace_autoscaler::{Decision, Memory, Reading, WorkerState};
 
 /// A cache that does not show a change after this time never will: somebody undid it.
 const CACHE_LAG_MAX_MS: u64 = 10_000;
@@ -87,7 +87,7 @@ impl ScalingState {
             Sizing::Follow(spec) => spec,
         };
         let reading = reading(facts, before);
-        let (decision, memory) = scale::decide(spec, &self.memory, &reading);
+        let (decision, memory) = millrace_autoscaler::decide(spec, &self.memory, &reading);
         self.memory = memory;
         self.show(spec, &reading, &decision);
         Sized { replicas: decision.replicas, before, decision: Some(decision) }
@@ -179,9 +179,9 @@ fn shown(reading: &Reading, decision: &Decision) -> ScalingDecision {
         won: decision.won.to_string(),
         limits: decision.limits.iter().map(ToString::to_string).collect(),
         inputs: DecisionInputs {
-            pending: queue.map(scale::QueueReading::pending),
-            in_flight: queue.map(scale::QueueReading::unacked),
-            oldest_age_ms: queue.and_then(scale::QueueReading::oldest_age_ms),
+            pending: queue.map(millrace_autoscaler::QueueReading::pending),
+            in_flight: queue.map(millrace_autoscaler::QueueReading::unacked),
+            oldest_age_ms: queue.and_then(millrace_autoscaler::QueueReading::oldest_age_ms),
             workers_ready: count(WorkerState::Ready),
             workers_starting: count(WorkerState::Starting),
             queue_wait: decision.terms.queue_wait,

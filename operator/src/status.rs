@@ -23,10 +23,10 @@ use crate::build;
 use crate::fetch::Facts;
 use crate::names::{self, FIELD_MANAGER, REVISION_ANNOTATION};
 use crate::queue::QueueError;
-use crate::scale::QueueReading;
 use crate::scaling::{ScalingState, Sized};
 use crate::validate::{Plan, Sizing, SpecRefusal};
 use crate::workers::{self, Trouble};
+use millrace_autoscaler::QueueReading;
 
 /// Pause between two writes of numbers that change all the time.
 const NUMBERS_PAUSE: Duration = Duration::from_secs(5);

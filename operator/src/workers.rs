@@ -11,7 +11,7 @@ use millrace_crds::load::LoadReport;
 use millrace_crds::model::reason::Reason;
 use millrace_crds::model::status::StartPhases;
 
-use crate::scale::{WorkerLoad, WorkerReading, WorkerState};
+use millrace_autoscaler::{WorkerLoad, WorkerReading, WorkerState};
 
 /// A container that waits longer than this for its volumes lacks one.
 const CREATING_MAX_MS: u64 = 60_000;

@@ -7,7 +7,7 @@ use std::path::Path;
 use clap::Parser;
 use k8s_openapi::api::core::v1::PodSpec;
 use millrace_crds::model::InferenceModel;
-use millrace_operator::build::{Objects, build, revision};
+use millrace_operator::build::{ModelObjects, build, revision};
 use millrace_operator::config::Config;
 use millrace_operator::validate::{Plan, plan};
 use serde::Serialize;
@@ -33,9 +33,15 @@ fn planned(spec: &str, args: &[&str]) -> Plan {
     plan(&object, &Config::parse_from(args)).unwrap_or_else(|refusal| panic!("{spec}: {refusal}"))
 }
 
-fn text(resources: Objects) -> String {
-    let Objects { service_account, config_map, network_policy, disruption_budget, pod_monitor, deployment } =
-        resources;
+fn text(resources: ModelObjects) -> String {
+    let ModelObjects {
+        service_account,
+        config_map,
+        network_policy,
+        disruption_budget,
+        pod_monitor,
+        deployment,
+    } = resources;
     fn document(text: &mut String, object: &impl Serialize) {
         *text += "---\n";
         *text += &serde_yaml::to_string(object).expect("an object is YAML");

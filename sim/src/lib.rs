@@ -1,7 +1,7 @@
 //! The simulation that judges the autoscaler: traffic replayed in virtual time.
 //!
 //! A [`Load`](load::Traffic) of jobs meets a [`cluster`] of workers whose number a policy sets: the autoscaler's
-//! own [`decide`](millrace_operator::scale::decide), KEDA's JetStream rule under the HPA's behaviour, the HPA's rule on
+//! own [`decide`](millrace_autoscaler::decide), KEDA's JetStream rule under the HPA's behaviour, the HPA's rule on
 //! utilisation, or the [`optimum`] of one who knows the future. Nothing here reads a clock or draws a random
 //! number that is not seeded.
 

@@ -4,7 +4,7 @@ use millrace_crds::names::Class;
 use millrace_crds::scaling::ScalingSpec;
 
 use super::cluster::{PolicyView, ScalingPolicy, SimWorker};
-use millrace_operator::scale::{
+use millrace_autoscaler::{
     ClassReading, DecisionRecord, Memory, QueueReading, Reading, WorkerLoad, WorkerReading, WorkerState,
     decide,
 };

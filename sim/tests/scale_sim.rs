@@ -1,7 +1,7 @@
 //! The autoscaler over simulated time: it does not flap, it starts jobs in time, and it costs what it should
 //! beside other rules. The grids and sweeps are `millrace-sim`'s; here single settings stand for them.
 
-use millrace_operator::scale::DecisionRecord;
+use millrace_autoscaler::DecisionRecord;
 use millrace_sim::cluster::{REPLICAS_MAX, run};
 use millrace_sim::compare::{run_own, spec};
 use millrace_sim::hindsight;

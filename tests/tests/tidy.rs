@@ -1,5 +1,5 @@
-//! The rules of this code base that a program can check, and the architecture's invariants: what is absent
-//! from where. Every rule that fails names file, line and rule.
+//! The rules of this code base that a program can check, and the invariants within crates: what is absent
+//! from where. Those between crates are `architecture.rs`'. Every rule that fails names file, line and rule.
 //!
 //! An exception stands in [`EXCEPTIONS`] with its reason; one that is no longer needed fails the test too, so
 //! that the list can only shrink.
@@ -19,7 +19,6 @@ const COLUMNS_MAX: usize = 120;
 
 /// `(rule, file, reason)`.
 const EXCEPTIONS: &[(&str, &str, &str)] = &[
-    ("bounded", "worker/src/broker.rs", "to be named"),
     ("function-length", "worker/src/metrics.rs", "a table of metrics, to be split"),
     (
         "arguments",
@@ -29,7 +28,7 @@ const EXCEPTIONS: &[(&str, &str, &str)] = &[
 ];
 
 /// Files with `unsafe` outside of `kernels`: the mapping of weight files.
-const UNSAFE_ALLOWED: &[&str] = &["worker/src/weights/map.rs"];
+const UNSAFE_ALLOWED: &[&str] = &["engine/src/folder/map.rs"];
 
 /// One file of the project.
 struct File {
@@ -184,7 +183,8 @@ fn channels(file: &File, found: &mut Vec<Finding>) {
         if text.contains("unbounded") && !text.contains("fn ") {
             found.push(file.finding("bounded", line, "an unbounded channel"));
         }
-        for (at, _) in text.match_indices("channel(") {
+        // What a watch channel is made with is its first value.
+        for (at, _) in text.match_indices("channel(").filter(|(at, _)| !text[..*at].ends_with("watch::")) {
             let size = text[at + "channel(".len()..].trim_start();
             if size.starts_with(')') && text.contains("mpsc") {
                 found.push(file.finding("bounded", line, "an unbounded channel"));
@@ -211,7 +211,7 @@ fn unsafe_code(file: &File, found: &mut Vec<Finding>) {
 /// `(where, what is absent from there, except in)`.
 const ABSENCES: &[(&str, &[&str], &[&str])] = &[
     (
-        "worker/src/engine/",
+        "engine/src/schedule/",
         &[
             "async_nats",
             "aws_sdk",
@@ -229,12 +229,9 @@ const ABSENCES: &[(&str, &[&str], &[&str])] = &[
         ],
         &[],
     ),
-    ("worker/src/queue.rs", &["candle"], &[]),
-    ("worker/src/results.rs", &["candle"], &[]),
-    ("worker/src/model/", &["scheduler", "Scheduler", "async_nats", "tokio"], &[]),
-    ("kernels/src/", &["Sequence", "millrace_worker", "millrace_crds", "tokio"], &[]),
-    ("worker/src/", &["kube::", "k8s_openapi"], &[]),
-    ("gateway/src/", &["candle", "millrace_kernels"], &[]),
+    ("engine/src/model/", &["scheduler", "Scheduler", "tokio"], &[]),
+    ("engine/src/text/", &["std::net", "tokio::net", "tokio::time", "SystemTime"], &[]),
+    ("kernels/src/", &["Sequence"], &[]),
     // Who writes to the API server, and who makes and deletes streams.
     (
         "operator/src/",
@@ -337,8 +334,7 @@ fn every_rule_can_fail() {
         ("worker/src/a.rs", "//! D.\nfn a() {\n    let x = unbounded_channel();\n}\n", "bounded"),
         ("worker/src/a.rs", "//! D.\nfn a() {\n    let x = mpsc::channel(64);\n}\n", "bounded"),
         ("worker/src/a.rs", "//! D.\nfn a() {\n    unsafe { b() }\n}\n", "unsafe"),
-        ("worker/src/engine/a.rs", "//! D.\nuse std::time::Instant;\n", "invariant"),
-        ("worker/src/queue.rs", "//! D.\nuse candle_core::Tensor;\n", "invariant"),
+        ("engine/src/schedule/a.rs", "//! D.\nuse std::time::Instant;\n", "invariant"),
         ("kernels/src/a.rs", "//! D.\nstruct Sequence;\n", "invariant"),
         ("operator/src/a.rs", "//! D.\nuse kube::api::PatchParams;\n", "invariant"),
         ("README.md", &format!("see {}x\n", ["/wo", "rk/"].concat()), "machine"),
@@ -349,7 +345,7 @@ fn every_rule_can_fail() {
         assert!(found.iter().any(|finding| finding.rule == *rule), "{rule} misses {text:?}: {found:?}");
     }
     let clean = File {
-        path: "worker/src/engine/a.rs".into(),
+        path: "engine/src/schedule/a.rs".into(),
         text: "//! D.\nmod b;\npub use b::C;\n/// Says unsafe and Instant in words.\nfn a() {}\n\
                #[cfg(test)]\nmod tests {\n    use std::time::Instant;\n}\n"
             .into(),
@@ -364,15 +360,14 @@ fn the_project_is_whole() {
     }
     let lock = fs::read_to_string(root().join("Cargo.lock")).expect("the lock file");
     assert!(!lock.contains("\"git+"), "a dependency comes from git; only registries are pinned by digest");
-    for member in ["crds", "kernels", "worker", "gateway", "tests"] {
+    for member in
+        ["crds", "kernels", "engine", "queue", "worker", "gateway", "autoscaler", "operator", "sim", "tests"]
+    {
         let manifest = fs::read_to_string(root().join(member).join("Cargo.toml")).expect("a manifest");
         assert!(
             manifest.contains("[lints]\nworkspace = true"),
             "{member} does not take the workspace's lints"
         );
-        // The contracts, and the harness that plays a cluster; the operator's part is its own.
-        let may = ["crds", "tests"].contains(&member);
-        assert!(may || !manifest.contains("kube"), "{member} may not talk to Kubernetes");
     }
 }
 

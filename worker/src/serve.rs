@@ -1,9 +1,15 @@
 //! One job's way from its delivery to its end, in eight steps, and the loop that holds many of them.
 //!
-//! (1) read its headers; (2) look whether it has an outcome: then it is only finished; (3) count the attempt;
-//! (4) get its body; (5, 6) run it while progress keeps the delivery alive; (7) create the outcome;
-//! (8) acknowledge. Steps 1 to 6 write nothing but the ledger of attempts; a crash anywhere leads to a
-//! redelivery that finds what was stored and does only the rest.
+//! 1. read the headers: malformed ones make an outcome, not a retry;
+//! 2. look up the outcome: a job that has one goes to step 8;
+//! 3. count the attempt, in the job's ledger;
+//! 4. get the body, from the message or from behind its claim check;
+//! 5. encode the prompts;
+//! 6. await the answer, while progress keeps the delivery alive, and put a large one into the object store;
+//! 7. create the outcome, where there is none;
+//! 8. acknowledge, by request; before that a dead job's copy is stored.
+//!
+//! A crash anywhere leads to a redelivery that finds what was stored and does only the rest.
 //!
 //! Kept: no ack before the outcome is stored; a job with an outcome never runs again; a keep-alive is only
 //! sent if the engine stepped since the last one; a job's last attempt runs alone, so that a job which kills

@@ -82,7 +82,18 @@ async fn run(args: &Args) -> Result<Value> {
     let counted = millrace(&nats, &submit).await.with_context(|| worker.log_tail())?;
     show_answers(&args.prompts, &output)?;
     let cold_start = cold_start(reports).await?;
-    Ok(summary(&counted, &cold_start))
+    let summary = summary(&counted, &cold_start);
+    go_on(&folder);
+    Ok(summary)
+}
+
+/// What a newcomer types next.
+fn go_on(model: &Path) {
+    println!("To go on:");
+    println!("  make demo DOCS=my.jsonl    your own prompts, as OpenAI batch lines");
+    println!("  make demo-k8s              the same under the operator, from zero workers and back to zero");
+    println!("  target/debug/millrace-worker batch --input examples/prompts.jsonl --output answers.jsonl \\");
+    println!("      --model {}    the engine alone, without services\n", model.display());
 }
 
 fn config(args: &Args, nats: &NatsServer, s3: &S3, place: &Path) -> Result<WorkerConfig> {
@@ -122,21 +133,25 @@ async fn millrace(nats: &NatsServer, arguments: &[&str]) -> Result<Value> {
 fn show_answers(prompts: &Path, output: &Path) -> Result<()> {
     let lines = |path: &Path| -> Result<Vec<Value>> {
         let read = BufReader::new(std::fs::File::open(path)?).lines();
-        read.map(|line| Ok(serde_json::from_str(&line?)?)).collect()
+        let lines = read.filter(|line| !line.as_ref().is_ok_and(|line| line.trim().is_empty()));
+        lines.map(|line| Ok(serde_json::from_str(&line?)?)).collect()
     };
     let (asked, answered) = (lines(prompts)?, lines(output)?);
     let step = (asked.len() / ANSWERS_SHOWN).max(1);
     println!();
+    ensure!(!asked.is_empty(), "--prompts {}: no line", prompts.display());
     for (question, answer) in asked.iter().zip(&answered).step_by(step).take(ANSWERS_SHOWN) {
         let choice = &answer["response"]["body"]["choices"][0];
         let text = choice["message"]["content"].as_str().or(choice["text"].as_str());
         let text: String = text.unwrap_or("(no answer)").chars().take(ANSWER_CHARACTERS).collect();
-        println!("> {}\n{}\n", prompt_of(&question["body"]), text.trim());
+        println!("> {}\n{}\n", prompt_of(question), text.trim());
     }
     Ok(())
 }
 
-fn prompt_of(body: &Value) -> String {
+/// The last message or the first prompt of a batch line, or of a bare request.
+fn prompt_of(line: &Value) -> String {
+    let body = if line["body"].is_object() { &line["body"] } else { line };
     let last = body["messages"].as_array().and_then(|messages| messages.last());
     let text = last.map_or(&body["prompt"], |message| &message["content"]);
     let text = text.as_str().or(text[0].as_str()).unwrap_or_default();

@@ -14,6 +14,13 @@
 //!
 //! Then stabilisation, `minReplicas`, `maxReplicas` and `maxStep` bound the change ([`bounds`]). What cannot
 //! be read is not zero: the number holds.
+//!
+//! The operator calls it at each look at a queue, the simulation at each look in virtual time.
+
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)
+)]
 
 pub mod bounds;
 pub mod decision;

@@ -3,14 +3,14 @@
 //! Each history is played through the decision function as the operator would: what was decided is what is
 //! asked for at the next reading, and the memory goes on.
 
-use millrace_crds::names::Class;
-use millrace_crds::scaling::{OnSignalLost, ScalingSpec, ScalingTargets, Stabilization};
-use millrace_crds::units::Span;
-use millrace_operator::scale::bounds::STEP_WINDOW_MS;
-use millrace_operator::scale::{
+use millrace_autoscaler::bounds::STEP_WINDOW_MS;
+use millrace_autoscaler::{
     ClassReading, Decision, DecisionRecord, Limit, Memory, QueueReading, Reading, Term, WorkerLoad,
     WorkerReading, WorkerState, decide,
 };
+use millrace_crds::names::Class;
+use millrace_crds::scaling::{OnSignalLost, ScalingSpec, ScalingTargets, Stabilization};
+use millrace_crds::units::Span;
 use proptest::prelude::*;
 
 fn queue(published: u64, pending: u64, unacked: u64, age_s: u64) -> Option<QueueReading> {
