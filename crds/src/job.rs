@@ -56,6 +56,8 @@ pub mod header {
     pub const RUN_MS: &str = "Millrace-Run-Ms";
     /// On dead letters: why the job was given up.
     pub const REASON: &str = "Millrace-Reason";
+    /// On dead letters whose body did not fit beside their headers: the bytes that it had.
+    pub const BODY_DROPPED: &str = "Millrace-Body-Dropped";
     /// On dead letters: the class the job was published with.
     pub const CLASS: &str = "Millrace-Class";
 }

@@ -198,6 +198,11 @@ async fn requeue_one(
     printer: Printer,
 ) -> Result<(), Failure> {
     let refused = |e: &dyn std::fmt::Display| Failure::Refused(format!("requeueing job {job}: {e}"));
+    if let Some(bytes) = message.headers.get(header::BODY_DROPPED) {
+        return Err(refused(&format!(
+            "its body of {bytes} bytes did not fit into its letter; publish it anew"
+        )));
+    }
     let new = next_id(job);
     let letter = letter(job.clone(), &message);
     // An earlier run may have been killed between publishing and removing the letter.

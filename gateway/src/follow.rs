@@ -47,7 +47,7 @@ impl<'a> Follower<'a> {
     /// The next outcomes of the stream; none when its end is reached.
     ///
     /// # Errors
-    /// [`Failure::Refused`] when the broker cannot be read, or a stored message is no outcome.
+    /// [`Failure::Refused`] when the broker cannot be read.
     pub async fn next(&mut self) -> Result<Vec<CollectedOutcome>, Failure> {
         let subject = self.broker.model.results_wildcard();
         let ask = Ask::From { subject: &subject, sequence: self.next_sequence };
@@ -55,7 +55,7 @@ impl<'a> Follower<'a> {
         let mut outcomes = Vec::with_capacity(batch.messages.len());
         for message in batch.messages {
             self.next_sequence = self.next_sequence.max(message.sequence + 1);
-            outcomes.extend(CollectedOutcome::read(&self.broker.model, message).map_err(Failure::Refused)?);
+            outcomes.extend(CollectedOutcome::read(&self.broker.model, message));
         }
         Ok(outcomes)
     }
@@ -92,7 +92,7 @@ pub async fn stored(broker: &Connection, jobs: &[JobId]) -> Result<Vec<Collected
     for chunk in jobs.chunks(SUBJECTS_MAX) {
         let subjects: Vec<String> = chunk.iter().map(|job| broker.model.result_subject(job)).collect();
         direct::last_of(broker, &stream, &subjects, |message| {
-            outcomes.extend(CollectedOutcome::read(&broker.model, message).map_err(Failure::Refused)?);
+            outcomes.extend(CollectedOutcome::read(&broker.model, message));
             Ok(())
         })
         .await?;

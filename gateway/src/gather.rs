@@ -82,14 +82,15 @@ impl<'a> Gatherer<'a> {
     /// Takes outcomes; `fresh` when they arrived in this run.
     ///
     /// # Errors
-    /// [`Failure::File`], or when a body in the object store cannot be read.
+    /// [`Failure::File`], or when there is no object store for a body. A body that cannot be read is counted and named.
     pub async fn take(&mut self, outcomes: Vec<CollectedOutcome>, fresh: bool) -> Result<(), Failure> {
         for mut outcome in outcomes {
             let Some(place) = self.collector.place_of(&outcome.job) else { continue };
-            if let Some(reference) = outcome.reference() {
-                outcome.body = self.bodies.get(&outcome.job, &reference).await?;
-            }
-            let lines = outcome.lines_of(&self.jobs[place]).unwrap_or_else(|error| {
+            let lines = match self.bodies.fetch(&mut outcome).await? {
+                Ok(()) => outcome.lines_of(&self.jobs[place]),
+                Err(reason) => Err(reason),
+            };
+            let lines = lines.unwrap_or_else(|error| {
                 note(&format!("error: {error}"));
                 self.summary.malformed += 1;
                 Vec::new()

@@ -12,6 +12,7 @@ use millrace_crds::names::{JobId, ModelRef};
 use millrace_crds::result::{OutcomeKind, OutputLine, OutputReference};
 
 use crate::direct::job_of;
+use crate::output::note;
 use crate::plan::PlannedJob;
 
 /// A stored outcome.
@@ -28,25 +29,23 @@ pub struct CollectedOutcome {
 }
 
 impl CollectedOutcome {
-    /// Reads a message of the RESULTS stream; `None` for one that is no outcome (a cancel marker).
-    ///
-    /// # Errors
-    /// When the message is under an outcome's subject, but is none.
-    pub fn read(model: &ModelRef, message: StreamMessage) -> Result<Option<Self>, String> {
-        let Some(job) = job_of(model, "results", &message.subject) else {
-            return Ok(None);
-        };
+    /// Reads a message of the RESULTS stream; `None` for one that is no outcome (a cancel marker). A message under an
+    /// outcome's subject that is none is named, and becomes an outcome without lines: it must not hide the others.
+    pub fn read(model: &ModelRef, message: StreamMessage) -> Option<Self> {
+        let job = job_of(model, "results", &message.subject)?;
         let text = |name: &str| message.headers.get(name).map(|value| value.as_str());
         let kind = match text(header::OUTCOME) {
             Some("completed") => OutcomeKind::Completed,
             Some("rejected") => OutcomeKind::Rejected,
             Some("dead") => OutcomeKind::Dead,
             other => {
-                return Err(format!("job {job}: header {} of the outcome is {other:?}", header::OUTCOME));
+                note(&format!("error: job {job}: header {} of the outcome is {other:?}", header::OUTCOME));
+                let (kind, body) = (OutcomeKind::Rejected, Bytes::new());
+                return Some(Self { job, kind, queue_wait_ms: None, body });
             }
         };
         let queue_wait_ms = text(header::QUEUE_WAIT_MS).and_then(|value| value.parse().ok());
-        Ok(Some(Self { kind, queue_wait_ms, body: message.payload, job }))
+        Some(Self { kind, queue_wait_ms, body: message.payload, job })
     }
 
     /// The address of the body, if it is not in the message.
@@ -57,8 +56,11 @@ impl CollectedOutcome {
     /// The lines as they stand in the body.
     ///
     /// # Errors
-    /// When one is no output line.
+    /// When one is no output line, or there is none.
     pub fn lines(&self) -> Result<Vec<OutputLine>, String> {
+        if self.body.trim_ascii().is_empty() {
+            return Err(format!("job {}: the outcome holds no line", self.job));
+        }
         let lines = self.body.split(|&b| b == b'\n').filter(|line| !line.trim_ascii().is_empty());
         lines
             .enumerate()

@@ -103,10 +103,11 @@ async fn all(
         let outcomes = follower.next().await?;
         let found = !outcomes.is_empty();
         for mut outcome in outcomes {
-            if let Some(reference) = outcome.reference() {
-                outcome.body = bodies.get(&outcome.job, &reference).await?;
-            }
-            let lines = outcome.lines().unwrap_or_else(|error| {
+            let lines = match bodies.fetch(&mut outcome).await? {
+                Ok(()) => outcome.lines(),
+                Err(reason) => Err(reason),
+            };
+            let lines = lines.unwrap_or_else(|error| {
                 note(&format!("error: {error}"));
                 summary.malformed += 1;
                 Vec::new()

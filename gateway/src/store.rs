@@ -14,6 +14,7 @@ use sha2::{Digest, Sha256};
 use tokio::sync::OnceCell;
 
 use crate::failure::Failure;
+use crate::outcome::CollectedOutcome;
 
 /// Largest body of an outcome that is fetched: what a pack of the largest input can come to in practice.
 const OUTPUT_BYTES_MAX: u64 = 1 << 30;
@@ -40,7 +41,7 @@ impl Bodies {
     ///
     /// # Errors
     /// [`Failure::Refused`] when it cannot be read or is another one.
-    pub async fn get(&self, job: &JobId, reference: &OutputReference) -> Result<Bytes, Failure> {
+    async fn get(&self, job: &JobId, reference: &OutputReference) -> Result<Bytes, Failure> {
         let refused = |reason: String| {
             Failure::Refused(format!("job {job}: the outcome's body at {}: {reason}", reference.output))
         };
@@ -60,6 +61,21 @@ impl Bodies {
             )));
         }
         Ok(body)
+    }
+
+    /// Replaces a reference by the body that it names. A body that is gone or is another one gives the reason, which
+    /// must not hide the outcomes of other jobs.
+    ///
+    /// # Errors
+    /// When there is no object store to ask.
+    pub async fn fetch(&self, outcome: &mut CollectedOutcome) -> Result<Result<(), String>, Failure> {
+        let Some(reference) = outcome.reference() else { return Ok(Ok(())) };
+        match self.get(&outcome.job, &reference).await {
+            Ok(body) => outcome.body = body,
+            Err(Failure::Refused(reason)) => return Ok(Err(reason)),
+            Err(failure) => return Err(failure),
+        }
+        Ok(Ok(()))
     }
 
     /// Puts a job's input below `prefix` and gives its address.

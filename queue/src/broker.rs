@@ -17,6 +17,7 @@ use async_nats::{Client, ConnectOptions, Event, HeaderMap, Message, Request, Sta
 use bytes::Bytes;
 use millrace_crds::config::NatsConfig;
 use millrace_crds::names::SubjectToken;
+use percent_encoding::percent_decode_str;
 use tokio::sync::watch;
 
 /// How long one request to the broker may take.
@@ -105,6 +106,7 @@ impl Broker {
                     .map_err(|error| wrong("servers", format!("{server:?} is not an address: {error}")))
             })
             .collect::<Result<Vec<_>, _>>()?;
+        let login = addresses.iter().find_map(login);
         let (sender, connections) = watch::channel(0);
         let sender = Arc::new(sender);
         let mut options = ConnectOptions::new()
@@ -122,6 +124,11 @@ impl Broker {
                 let sender = sender.clone();
                 async move { on_event(&event, &sender) }
             });
+        options = match login {
+            Some((user, Some(password))) => options.user_and_password(user, password),
+            Some((token, None)) => options.token(token),
+            None => options,
+        };
         if let Some(path) = &config.credentials_file {
             options = options
                 .credentials_file(path)
@@ -290,6 +297,12 @@ impl Patience {
     }
 }
 
+/// The user and password of an address, or its token. The client library parses these and does not use them.
+pub fn login(address: &async_nats::ServerAddr) -> Option<(String, Option<String>)> {
+    let decoded = |text: &str| percent_decode_str(text).decode_utf8_lossy().into_owned();
+    Some((decoded(address.username()?), address.password().map(decoded)))
+}
+
 fn on_event(event: &Event, connections: &watch::Sender<u64>) {
     match event {
         Event::Connected => {
@@ -336,6 +349,15 @@ const WRONG_LAST_SEQUENCE_CONSTANT: ErrorCode = ErrorCode::STREAM_WRONG_LAST_SEQ
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn logins_of_addresses() {
+        let of = |text: &str| login(&text.parse().unwrap());
+        let own = |user: &str, password: Option<&str>| Some((user.to_owned(), password.map(str::to_owned)));
+        assert_eq!(of("nats://host:4222"), None);
+        assert_eq!(of("nats://me:a%40b%2F@host"), own("me", Some("a@b/")));
+        assert_eq!(of("tls://token@host:4222"), own("token", None));
+    }
 
     #[tokio::test]
     async fn patience_ends() {

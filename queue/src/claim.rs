@@ -90,17 +90,25 @@ impl Claims {
     }
 
     /// The bytes that the outcome's record shall hold: the answer, or a reference to where it was put.
+    /// `message_bytes_max` is what the broker takes beside the record's headers.
     ///
     /// # Errors
     /// [`Fault::Invalid`] when it is too large and there is no store; [`Fault::Store`] when the store does
     /// not answer.
-    pub async fn deposit(&self, headers: &JobHeaders, answer: Bytes) -> Result<Bytes, Fault> {
-        if headers.output.is_none() && answer.len() as u64 <= self.inline_bytes_max {
+    pub async fn deposit(
+        &self,
+        headers: &JobHeaders,
+        answer: Bytes,
+        message_bytes_max: u64,
+    ) -> Result<Bytes, Fault> {
+        let inline = self.inline_bytes_max.min(message_bytes_max);
+        if headers.output.is_none() && answer.len() as u64 <= inline {
             return Ok(answer);
         }
         let Some((objects, prefix)) = &self.store else {
             let message = format!(
-                "the outcome has {} bytes; results.inlineBytesMax is {} and there is no results.objectStore",
+                "the outcome has {} bytes; results.inlineBytesMax is {}, the broker takes {message_bytes_max} in \
+                 one message, and there is no results.objectStore",
                 answer.len(),
                 self.inline_bytes_max
             );
@@ -198,18 +206,23 @@ mod tests {
         let memory = Arc::new(Memory::default());
         let claims = Claims::new(memory.clone(), "s3://b/claims/", 10);
         let plain = headers(&[("Nats-Msg-Id", "j1")]);
-        assert_eq!(claims.deposit(&plain, "0123456789".into()).await.unwrap(), "0123456789");
-        let record = claims.deposit(&plain, "0123456789a".into()).await.unwrap();
+        assert_eq!(claims.deposit(&plain, "0123456789".into(), u64::MAX).await.unwrap(), "0123456789");
+        let record = claims.deposit(&plain, "0123456789a".into(), u64::MAX).await.unwrap();
         let reference: OutputReference = serde_json::from_slice(&record).unwrap();
         assert!(reference.output.starts_with("s3://b/claims/j1/") && reference.bytes == 11);
         assert!(reference.output.ends_with(&reference.sha256));
         let asked = headers(&[("Millrace-Output", "s3://b/claims/out.jsonl")]);
-        let record = claims.deposit(&asked, "x".into()).await.unwrap();
+        let record = claims.deposit(&asked, "x".into(), u64::MAX).await.unwrap();
         let reference: OutputReference = serde_json::from_slice(&record).unwrap();
         assert_eq!(reference.output, "s3://b/claims/out.jsonl");
         let input = headers(&[("Millrace-Input", "s3://b/claims/out.jsonl")]);
         assert_eq!(claims.redeem(&input, &Bytes::new()).await.unwrap(), "x");
         assert!(claims.redeem(&input, &Bytes::from_static(b"y")).await.is_err(), "a body beside it");
-        assert!(Claims::without_store(10).deposit(&plain, "0123456789a".into()).await.is_err());
+        assert!(Claims::without_store(10).deposit(&plain, "0123456789a".into(), u64::MAX).await.is_err());
+        // The broker's limit counts where it is the smaller one.
+        assert!(claims.deposit(&plain, "0123".into(), 3).await.unwrap().len() > 4);
+        let error =
+            Claims::without_store(10).deposit(&plain, "0123".into(), 3).await.unwrap_err().to_string();
+        assert!(error.contains("4 bytes") && error.contains("takes 3"), "{error}");
     }
 }

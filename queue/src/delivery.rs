@@ -256,7 +256,11 @@ impl Queue {
                 self.plan.reconnected();
                 return None;
             }
-            () = timer => return None,
+            () = timer => {
+                // Here too, and not only when asking: nobody asks while the broker is away, or in a drain.
+                self.plan.expire(Instant::now());
+                return None;
+            }
         };
         match message.status {
             None => {

@@ -103,10 +103,11 @@ impl Fault {
             Fault::Invalid { .. } => Disposition::Reject(ErrorCode::InvalidRequest),
             Fault::Late { .. } => Disposition::Reject(ErrorCode::DeadlineExceeded),
             Fault::Cancelled => Disposition::Reject(ErrorCode::Cancelled),
-            Fault::Inference { .. } | Fault::Overrun { .. } | Fault::Store { .. } => {
+            Fault::Inference { .. } | Fault::Overrun { .. } => {
                 Disposition::Retry { after: None, counts: true }
             }
-            Fault::Broker { .. } => Disposition::Retry { after: None, counts: false },
+            // An outage is nobody's attempt.
+            Fault::Broker { .. } | Fault::Store { .. } => Disposition::Retry { after: None, counts: false },
             Fault::Contended | Fault::Draining => {
                 Disposition::Retry { after: Some(HAND_OVER), counts: false }
             }
@@ -156,7 +157,7 @@ mod tests {
             (Fault::Cancelled, Disposition::Reject(ErrorCode::Cancelled)),
             (Fault::Inference { message: text() }, backoff),
             (Fault::Overrun { limit_s: 1 }, backoff),
-            (Fault::Store { message: text() }, backoff),
+            (Fault::Store { message: text() }, free(None)),
             (Fault::Broker { message: text() }, free(None)),
             (Fault::Contended, free(Some(HAND_OVER))),
             (Fault::Draining, free(Some(HAND_OVER))),

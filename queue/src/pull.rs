@@ -209,7 +209,8 @@ impl PullPlan {
         times.min()
     }
 
-    fn expire(&mut self, now: Instant) {
+    /// Takes requests that got no answer in time for lost, and ends rests. After it [`PullPlan::wake_at`] lies ahead.
+    pub fn expire(&mut self, now: Instant) {
         for class in Class::ALL {
             match self.phases[class as usize] {
                 Phase::InFlight { lost_at, .. } if now >= lost_at => {
@@ -250,6 +251,22 @@ mod tests {
 
     fn plan() -> PullPlan {
         PullPlan::new(&ClassWeights { high: 2, normal: 1, low: 1 })
+    }
+
+    /// Nobody asks while the broker is away: the driver's clock alone must not find itself in the past again and again.
+    #[test]
+    fn without_asking_the_clock_runs_out() {
+        let mut plan = plan();
+        let mut now = Instant::now();
+        assert_eq!(plan.plan(6, now).len(), 3);
+        let mut wakes = 0;
+        while let Some(at) = plan.wake_at() {
+            assert!(at > now, "it would turn without a pause");
+            now = at;
+            plan.expire(now);
+            wakes += 1;
+        }
+        assert!((2..=6).contains(&wakes), "a loss and a rest for each class: {wakes}");
     }
 
     #[test]

@@ -184,8 +184,9 @@ impl Results {
         map
     }
 
-    /// Keeps a copy of a dead job: its own headers and body, and why it was given up. There may be one
-    /// already.
+    /// Keeps a copy of a dead job: its own headers and body, and why it was given up. There may be one already.
+    /// The copy has more headers than the job had, so that the largest jobs do not fit: of these the headers are
+    /// kept, or those that are ours.
     ///
     /// # Errors
     /// When it could not be stored.
@@ -195,26 +196,51 @@ impl Results {
         job: &JobId,
         stored: &StoredOutcome,
     ) -> Result<Created, BrokerError> {
-        let mut map = HeaderMap::new();
         // The job's own id header would make the broker take a requeued copy for a duplicate, and headers
         // of the broker's own would be obeyed instead of kept.
-        for (name, value) in delivery.header_pairs().filter(|(name, _)| !is_brokers(name)) {
-            map.insert(name, value);
+        let own: Vec<_> = delivery.header_pairs().filter(|(name, _)| !is_brokers(name)).collect();
+        let mut too_large = None;
+        for (headers, body) in
+            [(&own[..], delivery.body.clone()), (&own[..], Bytes::new()), (&[][..], Bytes::new())]
+        {
+            let mut map = HeaderMap::new();
+            headers.iter().for_each(|(name, value)| map.insert(*name, *value));
+            if body.len() < delivery.body.len() {
+                map.insert(header::BODY_DROPPED, delivery.body.len().to_string().as_str());
+            }
+            match self.bury_as(delivery, (job, stored), (map, body)).await {
+                Err(error @ BrokerError::TooLarge { .. }) => too_large = Some(error),
+                other => return other,
+            }
         }
+        Err(too_large.expect("three tries were too large"))
+    }
+
+    async fn bury_as(
+        &self,
+        delivery: &Delivery,
+        (job, stored): (&JobId, &StoredOutcome),
+        (mut map, body): (HeaderMap, Bytes),
+    ) -> Result<Created, BrokerError> {
         map.insert(header::RESULT_JOB_ID, job.as_str());
         map.insert(header::ATTEMPT, stored.attempt.to_string().as_str());
         map.insert(header::WORKER, self.worker.as_str());
         map.insert(header::REASON, one_line(&stored.reason).as_str());
         map.insert(header::CLASS, delivery.class.as_str());
-        self.broker.create(&self.model.dead_subject(job), map, delivery.body.clone(), 0).await
+        self.broker.create(&self.model.dead_subject(job), map, body, 0).await
     }
 
     /// Replaces the ledger of a job, if it still is the one that was read; 0 means that there was none.
     ///
     /// # Errors
     /// When it could not be stored.
-    pub async fn record(&self, job: &JobId, starts: u32, last_sequence: u64) -> Result<Created, BrokerError> {
-        let record = AttemptRecord { starts, worker: self.worker.clone() };
+    pub async fn record(
+        &self,
+        job: &JobId,
+        (starts, ended): (u32, u32),
+        last_sequence: u64,
+    ) -> Result<Created, BrokerError> {
+        let record = AttemptRecord { starts, ended, worker: self.worker.clone() };
         let body = serde_json::to_vec(&record).expect("numbers and strings serialise").into();
         self.broker.create(&self.model.attempts_subject(job), HeaderMap::new(), body, last_sequence).await
     }

@@ -33,7 +33,7 @@ const REGION: &str = "us-east-1";
 /// A running S3 server.
 #[derive(Debug)]
 pub struct S3 {
-    _process: Process,
+    process: Process,
     ports: Ports,
     folder: TempDir,
 }
@@ -76,6 +76,15 @@ impl Ports {
     }
 }
 
+impl Ports {
+    fn remove_sockets(&self) {
+        for socket in self.sockets() {
+            // It may never have been made.
+            let _ = fs::remove_file(socket);
+        }
+    }
+}
+
 impl S3 {
     /// Starts a server with an empty store and waits until it answers.
     ///
@@ -84,9 +93,34 @@ impl S3 {
     pub fn start() -> Result<Self> {
         let folder = place::folder("s3-")?;
         let ports = Ports::reserve()?;
-        let data = folder.path().join("data");
-        fs::create_dir(&data)?;
+        fs::create_dir(folder.path().join("data"))?;
         write_credentials(folder.path())?;
+        let process = Self::launch(&folder, &ports)?;
+        Ok(Self { process, ports, folder })
+    }
+
+    /// Starts it again on its ports and store, after killing it, and waits until it answers.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn restart(&mut self) -> Result<()> {
+        self.kill()?;
+        self.process = Self::launch(&self.folder, &self.ports)?;
+        Ok(())
+    }
+
+    /// Kills it.
+    ///
+    /// # Errors
+    /// When the signal cannot be sent.
+    pub fn kill(&mut self) -> Result<()> {
+        self.process.kill()?;
+        self.ports.remove_sockets();
+        Ok(())
+    }
+
+    fn launch(folder: &TempDir, ports: &Ports) -> Result<Process> {
+        let data = folder.path().join("data");
         let mut command = Command::new(tools::tool(PROGRAM)?);
         // It logs into the common temporary folder too, unless told another one.
         command
@@ -105,7 +139,7 @@ impl S3 {
         let address = SocketAddr::from(([127, 0, 0, 1], ports.s3[0].number()));
         let ready = || http::get(address, "/status").is_ok_and(|(status, _)| status == 200);
         process.wait_until(READY_LIMIT, ready)?;
-        Ok(Self { _process: process, ports, folder })
+        Ok(process)
     }
 
     /// `http://127.0.0.1:PORT`.
@@ -179,10 +213,7 @@ impl S3 {
 
 impl Drop for S3 {
     fn drop(&mut self) {
-        for socket in self.ports.sockets() {
-            // It may never have been made.
-            let _ = fs::remove_file(socket);
-        }
+        self.ports.remove_sockets();
     }
 }
 

@@ -12,8 +12,9 @@
 //! A crash anywhere leads to a redelivery that finds what was stored and does only the rest.
 //!
 //! Kept: no ack before the outcome is stored; a job with an outcome never runs again; a keep-alive is only
-//! sent if the engine stepped since the last one; a job's last attempt runs alone, so that a job which kills
-//! its process is given up without the jobs that ran beside it.
+//! sent if the engine stepped since the last one; the last attempt of a job that may have killed its process
+//! runs alone, so that it is given up without the jobs that ran beside it; an answer that was computed is kept
+//! while broker or object store are away.
 
 mod attempt;
 mod pulse;
@@ -48,6 +49,10 @@ use pulse::{HeldBy, Pulse, keep_alive};
 /// Deliveries after which a job is given up whatever its ledger says, in multiples of its attempts: the bound
 /// for a job that comes back again and again without an attempt that counts. The broker itself has none.
 const DELIVERIES_PER_ATTEMPT_MAX: u32 = 10;
+/// Bytes that the headers of an outcome may take beside its body: names, ids, digests and numbers, all bounded.
+const OUTCOME_HEADER_BYTES_MAX: usize = 8 << 10;
+/// Pause before a store that is away is asked again, and the end of its doubling.
+const STORE_PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 /// After the drain's end, how long handing back may take.
 const HAND_BACK_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -233,7 +238,7 @@ async fn finish_held<R: Run>(
             () = line.broken.cancelled() => return Err(ServeError::EngineStopped),
             delivery = queue.next() => {
                 if let Some(delivery) = delivery {
-                    let _ = delivery.retry(Duration::from_millis(1)).await;
+                    hand_back_unrun(line, &delivery).await;
                 }
             }
         }
@@ -247,6 +252,15 @@ async fn finish_held<R: Run>(
     }
     let _ = tokio::time::timeout(HAND_BACK_TIMEOUT, line.broker.client().flush()).await;
     Ok(())
+}
+
+/// Hands back what arrived in a drain. Without a ledger a second delivery would count as a second attempt.
+async fn hand_back_unrun<R: Run>(line: &ServingLine<R>, delivery: &Delivery) {
+    let headers = JobHeaders::parse(delivery.header_pairs(), delivery.stream_sequence);
+    if let (1, Ok(headers)) = (delivery.delivered, headers) {
+        let _ = line.results.record(&headers.id, (0, 0), 0).await;
+    }
+    let _ = delivery.retry(Duration::from_millis(1)).await;
 }
 
 /// Takes one delivery to its end, whatever happens.
@@ -325,7 +339,7 @@ impl<R: Run> Held<'_, R> {
         self.pulse.set(HeldBy::Settling);
         let answered = Instant::now();
         reach("before_publish");
-        let created = self.line.results.create(&outcome, envelope).await?;
+        let (created, outcome) = self.store(outcome, envelope).await?;
         reach("after_publish");
         let stored = match created {
             Created::Stored(_) => {
@@ -347,6 +361,34 @@ impl<R: Run> Held<'_, R> {
         let total = OffsetDateTime::now_utc() - self.delivery.published;
         self.line.metrics.end_to_end.observe(total.as_seconds_f64());
         ended
+    }
+
+    /// Creates the outcome, for as long as the broker takes no writes and one attempt may last: what was computed is
+    /// not thrown away. An outcome that the broker refuses for its size is replaced by one that says so.
+    async fn store(
+        &self,
+        mut outcome: Outcome,
+        envelope: OutcomeEnvelope<'_>,
+    ) -> Result<(Created, Outcome), Fault> {
+        let over_at = Instant::now() + self.line.queue.attempt_timeout.0;
+        loop {
+            let tried = tokio::select! {
+                tried = self.line.results.create(&outcome, envelope) => tried,
+                () = self.line.drain_over.cancelled() => return Err(Fault::Draining),
+            };
+            match tried {
+                Ok(created) => return Ok((created, outcome)),
+                Err(error @ BrokerError::TooLarge { .. }) if outcome.kind == OutcomeKind::Completed => {
+                    let (job, message) = (&self.headers.id, format!("the outcome: {error}"));
+                    outcome =
+                        Outcome::failed(OutcomeKind::Rejected, job, ErrorCode::InvalidRequest, &message);
+                }
+                Err(error @ BrokerError::Request { .. }) if Instant::now() < over_at => {
+                    tracing::warn!(job = %self.headers.id, %error, "the outcome is kept until the broker takes it");
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
 
     /// Steps 3 to 6: the job's outcome, or why it has none yet.
@@ -372,8 +414,10 @@ impl<R: Run> Held<'_, R> {
         }
         self.attempt = starts + 1;
         self.pulse.set(HeldBy::Engine);
-        // With one attempt in all there is nothing to tell a killer from its neighbours by.
-        if self.attempt == limit && limit > 1 {
+        // Only a job during which a process died can be a killer. With one attempt in all there is nothing to
+        // tell it from its neighbours by.
+        let suspect = starts > self.start.map_or(0, |start| start.ended);
+        if suspect && self.attempt == limit && limit > 1 {
             let _alone = self.unless_over(self.line.alone.write()).await?;
             self.attempt_once(known).await
         } else {
@@ -419,12 +463,19 @@ impl<R: Run> Held<'_, R> {
     async fn hand_back(&self, fault: &Fault) {
         let line = self.line;
         line.metrics.fault(fault);
-        let Disposition::Retry { after, counts } = fault.disposition() else {
-            tracing::error!(job = %self.headers.id, category = fault.category(), %fault, "ending the process");
-            line.broken.cancel();
-            return;
+        let (after, counts) = match fault.disposition() {
+            Disposition::Retry { after, counts } => (after, counts),
+            // What cannot be refused by an outcome comes again: no message is a reason to end the process.
+            Disposition::Reject(_) => (None, false),
+            Disposition::Exit => {
+                tracing::error!(job = %self.headers.id, category = fault.category(), %fault, "ending the process");
+                line.broken.cancel();
+                return;
+            }
         };
-        if !counts {
+        if counts {
+            self.end_start().await;
+        } else {
             self.take_back_start().await;
         }
         // What does not count as an attempt is paced by the deliveries, or an outage would use them all up.

@@ -1,11 +1,11 @@
 //! One attempt: counted before it begins, run under its limits, and taken back if it was not one.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use super::{Held, HeldBy, reach};
+use super::{Held, HeldBy, OUTCOME_HEADER_BYTES_MAX, STORE_PAUSE, reach};
 use crate::capacity::Taken;
 use crate::run::{Answer, Run, Work};
 use millrace_queue::broker::Created;
@@ -17,6 +17,14 @@ use millrace_queue::results::{Known, Outcome};
 pub struct Start {
     /// Sequence of the ledger's last record; 0 if there is none.
     ledger_sequence: u64,
+    /// Attempts before this one of which the end is known.
+    pub(super) ended: u32,
+}
+
+/// The pauses between the tries of one transfer, and their end.
+struct StoreWaits {
+    over_at: Instant,
+    pause: Duration,
 }
 
 impl<R: Run> Held<'_, R> {
@@ -25,19 +33,19 @@ impl<R: Run> Held<'_, R> {
         let delivered_before = self.delivery.delivered.saturating_sub(1);
         match &known.ledger {
             Some((record, sequence)) => {
-                self.start = Some(Start { ledger_sequence: *sequence });
+                self.start = Some(Start { ledger_sequence: *sequence, ended: record.ended });
                 Ok(record.starts)
             }
             None if delivered_before == 0 => {
-                self.start = Some(Start { ledger_sequence: 0 });
+                self.start = Some(Start { ledger_sequence: 0, ended: 0 });
                 Ok(0)
             }
             // Its first delivery is taken to have been begun. From here on the ledger counts, so that
             // deliveries that are only held beside a killer do not.
             None => {
-                let opened = self.line.results.record(&self.headers.id, 1, 0).await?;
+                let opened = self.line.results.record(&self.headers.id, (1, 0), 0).await?;
                 let Created::Stored(sequence) = opened else { return Err(Fault::Contended) };
-                self.start = Some(Start { ledger_sequence: sequence });
+                self.start = Some(Start { ledger_sequence: sequence, ended: 0 });
                 Ok(1)
             }
         }
@@ -45,28 +53,44 @@ impl<R: Run> Held<'_, R> {
 
     /// Writes the ledger unless this is the first attempt, which the delivery count shows well enough.
     async fn begin(&mut self, known: &Known) -> Result<(), Fault> {
-        let sequence = self.start.map_or(0, |start| start.ledger_sequence);
+        let Start { ledger_sequence: sequence, ended } =
+            self.start.unwrap_or(Start { ledger_sequence: 0, ended: 0 });
         if self.attempt == 1 && known.ledger.is_none() {
             return Ok(());
         }
         reach("before_start_record");
-        let written = self.line.results.record(&self.headers.id, self.attempt, sequence).await?;
+        let written = self.line.results.record(&self.headers.id, (self.attempt, ended), sequence).await?;
         let Created::Stored(sequence) = written else {
             self.start = None;
             return Err(Fault::Contended);
         };
-        self.start = Some(Start { ledger_sequence: sequence });
+        self.start = Some(Start { ledger_sequence: sequence, ended });
         reach("after_start_record");
         Ok(())
     }
 
     /// The attempt was handed back without fault of the job: it does not count.
     pub(super) async fn take_back_start(&self) {
-        let Some(start) = self.start else { return };
-        let written =
-            self.line.results.record(&self.headers.id, self.attempt - 1, start.ledger_sequence).await;
-        if let Err(error) = written {
-            tracing::debug!(job = %self.headers.id, %error, "the attempt could not be taken back");
+        let starts = (self.attempt - 1, self.start.map_or(0, |start| start.ended));
+        match self.start {
+            Some(start) => self.note(starts, start.ledger_sequence).await,
+            // It faulted before its ledger was read: without one, its next delivery would count as a second attempt.
+            None if self.delivery.delivered == 1 => self.note((0, 0), 0).await,
+            None => {}
+        }
+    }
+
+    /// The attempt ended with a fault that counts, and its worker lives.
+    pub(super) async fn end_start(&self) {
+        if let Some(start) = self.start {
+            self.note((self.attempt, start.ended + 1), start.ledger_sequence).await;
+        }
+    }
+
+    /// Replaces the ledger, if it is still the one that was read.
+    async fn note(&self, starts: (u32, u32), sequence: u64) {
+        if let Err(error) = self.line.results.record(&self.headers.id, starts, sequence).await {
+            tracing::debug!(job = %self.headers.id, %error, "the ledger could not be replaced");
         }
     }
 
@@ -102,12 +126,18 @@ impl<R: Run> Held<'_, R> {
     pub(super) async fn attempt_once(&mut self, known: &Known) -> Result<Outcome, Fault> {
         self.begin(known).await?;
         self.pulse.set(HeldBy::Settling);
-        let body = self.unless_over(self.line.claims.redeem(&self.headers, &self.delivery.body)).await??;
+        let mut waits = self.store_waits();
+        let body = loop {
+            match self.unless_over(self.line.claims.redeem(&self.headers, &self.delivery.body)).await? {
+                Err(fault) => self.rest(&mut waits, fault).await?,
+                Ok(body) => break body,
+            }
+        };
         let work = Work { headers: self.headers.clone(), published: self.delivery.published, body };
         self.pulse.set(HeldBy::Engine);
         reach("before_run");
         let limit = self.line.queue.attempt_timeout.0;
-        let began = std::time::Instant::now();
+        let began = Instant::now();
         let running = async {
             let _busy = self.line.watch.enter();
             let deltas =
@@ -122,8 +152,32 @@ impl<R: Run> Held<'_, R> {
         self.observe(&answer, began.elapsed());
         self.pulse.set(HeldBy::Settling);
         reach("before_output_put");
-        let body = self.line.claims.deposit(&self.headers, answer.body).await?;
-        Ok(Outcome::completed(body))
+        let room = self.line.broker.client().max_payload().saturating_sub(OUTCOME_HEADER_BYTES_MAX) as u64;
+        let mut waits = self.store_waits();
+        loop {
+            let deposit = self.line.claims.deposit(&self.headers, answer.body.clone(), room);
+            match self.unless_over(deposit).await? {
+                Err(fault) => self.rest(&mut waits, fault).await?,
+                Ok(body) => return Ok(Outcome::completed(body)),
+            }
+        }
+    }
+
+    /// Waits before the object store is asked again. Its outage is nobody's attempt, and an answer that was computed is
+    /// kept; both for as long as an attempt may last.
+    async fn rest(&self, waits: &mut StoreWaits, fault: Fault) -> Result<(), Fault> {
+        if !matches!(fault, Fault::Store { .. }) || waits.over_at <= Instant::now() {
+            return Err(fault);
+        }
+        self.line.metrics.fault(&fault);
+        tracing::warn!(job = %self.headers.id, %fault, "waiting for the object store");
+        self.unless_over(tokio::time::sleep(waits.pause)).await?;
+        waits.pause = (waits.pause * 2).min(STORE_PAUSE.1);
+        Ok(())
+    }
+
+    fn store_waits(&self) -> StoreWaits {
+        StoreWaits { over_at: Instant::now() + self.line.queue.attempt_timeout.0, pause: STORE_PAUSE.0 }
     }
 
     fn observe(&self, answer: &Answer, run: Duration) {
