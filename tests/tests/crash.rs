@@ -24,7 +24,7 @@ const CRASH_LIMIT: Duration = Duration::from_secs(30);
 
 /// The outcomes of the same jobs when nothing happens to anybody.
 async fn undisturbed(jobs: &[NewJob]) -> Result<BTreeMap<String, Vec<Value>>> {
-    let cluster = chaos::cluster()?;
+    let cluster = chaos::cluster(&SHORT)?;
     let _worker = cluster.worker()?;
     let queue = cluster.queue().await?;
     queue.publish_all(jobs).await?;
@@ -70,7 +70,7 @@ async fn a_crash_at_any_place_is_made_good() -> Result<()> {
     if !tools::have(&[nats::PROGRAM]) {
         return Ok(());
     }
-    let mut cluster = chaos::cluster()?;
+    let mut cluster = chaos::cluster(&SOAK)?;
     cluster.config.queue.ack_wait = "1s".parse().map_err(anyhow::Error::msg)?;
     drop(cluster.worker()?);
     let queue = cluster.queue().await?;
