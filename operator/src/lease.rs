@@ -216,7 +216,10 @@ mod tests {
         let mut tries = tries.iter().copied();
         let renewing = renew(
             || clock.get(),
-            |pause| std::future::ready(advance(pause)),
+            |pause| {
+                advance(pause);
+                std::future::ready(())
+            },
             async || {
                 let (answered, succeeds) = tries.next().unwrap_or((REQUEST_TIMEOUT, false));
                 if succeeds {

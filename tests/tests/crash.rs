@@ -41,9 +41,10 @@ async fn nothing_is_lost_and_nothing_is_done_twice() -> Result<()> {
     let plan = if std::env::var_os("MILLRACE_SOAK").is_some() { SOAK } else { SHORT };
     let report = chaos::run(plan, Random::from_environment("crash", 20_261_123)).await?;
     let (redelivered, kinds) = (report.record.redelivered(), report.record.kinds());
+    let attempts = report.record.outcomes.values().map(|outcome| outcome.attempt).max().unwrap_or(0);
     eprintln!(
         "{} jobs, {} worker kills, {} broker kills, {} worker stops: {redelivered} redelivered, \
-         {kinds:?} completed, rejected and dead, {:.1} s",
+         {kinds:?} completed, rejected and dead, after {attempts} attempts at most, {:.1} s",
         plan.jobs,
         report.worker_kills,
         report.broker_kills,
