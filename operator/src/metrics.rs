@@ -142,14 +142,32 @@ impl OperatorMetrics {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::scale::ClassReading;
+
+    /// The series of a namespace on the page, without their values.
+    fn series(metrics: &OperatorMetrics, namespace: &str) -> Vec<String> {
+        let label = format!("namespace=\"{namespace}\"");
+        let page = metrics.text();
+        let lines = page.lines().filter(|line| line.contains(&label));
+        lines.map(|line| line.rsplit_once(' ').expect("a value").0.to_owned()).collect()
+    }
 
     #[test]
     fn a_forgotten_model_leaves_no_series() {
         let metrics = OperatorMetrics::new().unwrap();
-        let model = ModelRef::new("team", "m").unwrap();
-        metrics.show(&model, 2, 1, Some(&QueueReading::default()));
-        assert!(metrics.text().contains("millrace_desired_replicas{model=\"m\",namespace=\"team\"} 2"));
-        metrics.forget(&model);
-        assert!(!metrics.text().contains("team"));
+        let [gone, stays] = ["gone", "stays"].map(|namespace| ModelRef::new(namespace, "m").unwrap());
+        let class = |class| ClassReading { class, pending: 3, unacked: 4, oldest_age_ms: None };
+        let queue = QueueReading { published: 9, classes: Class::ALL.map(class).to_vec() };
+        for model in [&gone, &stays] {
+            metrics.show(model, 2, 1, Some(&queue));
+        }
+        assert!(metrics.text().contains("millrace_desired_replicas{model=\"m\",namespace=\"gone\"} 2"));
+        assert!(metrics.text().contains("millrace_backlog{class=\"low\",model=\"m\",namespace=\"gone\"} 7"));
+        let made = series(&metrics, "stays");
+        assert_eq!(made.len(), 2 + Class::ALL.len(), "{made:?}");
+        assert_eq!(series(&metrics, "gone").len(), made.len());
+        metrics.forget(&gone);
+        assert_eq!(series(&metrics, "gone"), [""; 0]);
+        assert_eq!(series(&metrics, "stays"), made, "another model of that name keeps its series");
     }
 }

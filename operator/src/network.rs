@@ -156,23 +156,53 @@ fn destination(place: &PeerPlace) -> Option<Vec<NetworkPolicyPeer>> {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::{Value, json};
+
     use super::*;
 
     #[test]
     fn addresses_become_places() {
         let namespace = |name: &str| PeerPlace::Namespace(name.into());
-        let cases = [
+        let known = [
             ("nats://nats:4222", namespace("own"), 4222),
-            ("nats://nats.queues", namespace("queues"), 4222),
+            ("nats://nats", namespace("own"), 4222),
             ("nats://nats-0.nats.queues.svc.cluster.local:4333", namespace("queues"), 4333),
             ("http://s3.storage.svc:8333", namespace("storage"), 8333),
-            ("http://s3.storage.svc", namespace("storage"), 80),
             ("https://s3.eu-west-1.amazonaws.com", PeerPlace::Anywhere, 443),
             ("nats://10.0.0.7:4222", PeerPlace::Address("10.0.0.7".parse().unwrap()), 4222),
             ("tls://[fd00::1]:4222", PeerPlace::Address("fd00::1".parse().unwrap()), 4222),
         ];
-        for (address, expected, port) in cases {
-            assert_eq!(peer(address, NATS_PORT, "own"), Peer { place: expected, port }, "{address}");
+        // Guesses, written down and not promised: a name of two labels may be a host outside of the cluster, and a
+        // policy is about the ports of pods, which need not be those of their Service.
+        let guessed = [
+            ("nats://nats.queues", namespace("queues"), 4222),
+            ("http://s3.storage.svc", namespace("storage"), 80),
+        ];
+        for (address, place, port) in known.into_iter().chain(guessed) {
+            assert_eq!(peer(address, NATS_PORT, "own"), Peer { place, port }, "{address}");
         }
+    }
+
+    #[test]
+    fn each_place_gets_a_door_of_its_own_and_dns_one() {
+        let peers = ["nats://nats.queues.svc", "nats://10.0.0.7:4333", "https://s3.eu-west-1.amazonaws.com"]
+            .map(|address| peer(address, NATS_PORT, "own"));
+        let policy = serde_json::to_value(policy("m", &peers)).unwrap();
+        let door = |port: u16, to: Value| {
+            let mut door = json!({"ports": [{"protocol": "TCP", "port": port}]});
+            if !to.is_null() {
+                door["to"] = json!([to]);
+            }
+            door
+        };
+        let queues = json!({"kubernetes.io/metadata.name": "queues"});
+        let doors = json!([
+            door(4222, json!({"namespaceSelector": {"matchLabels": queues}})),
+            door(4333, json!({"ipBlock": {"cidr": "10.0.0.7/32"}})),
+            door(443, Value::Null),
+            {"ports": [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]},
+        ]);
+        assert_eq!(policy["egress"], doors);
+        assert_eq!(policy["policyTypes"], json!(["Ingress", "Egress"]), "what no door names is shut");
     }
 }

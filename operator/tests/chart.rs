@@ -8,9 +8,15 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use clap::CommandFactory;
+use k8s_openapi::api::rbac::v1::PolicyRule;
+use millrace_crds::names::{Class, ModelRef};
 use millrace_operator::config::Config;
+use millrace_operator::metrics::OperatorMetrics;
+use millrace_autoscaler::{ClassReading, Memory, QueueReading, Reading, decide};
 use serde::Deserialize;
 use serde_json::Value;
+
+mod shapes;
 
 const SERVERS: &str = "nats.servers[0]=nats://nats.queues.svc:4222";
 const FULL: [&str; 14] = [
@@ -29,6 +35,13 @@ const FULL: [&str; 14] = [
     "monitoring.rules=true",
     "monitoring.labels.release=prometheus",
 ];
+
+const BUNDLED: [&str; 2] = ["nats.bundled.enabled=true", "nats.bundled.storage=10Gi"];
+/// Every verb that a role of the chart may hold.
+const VERBS: [&str; 7] = ["get", "list", "watch", "create", "update", "patch", "delete"];
+/// Resources with which one becomes more than one is, or reads what one should not.
+const FORBIDDEN: [&str; 6] =
+    ["secrets", "pods/exec", "serviceaccounts/token", "roles", "clusterroles", "rolebindings"];
 
 fn chart() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../charts/millrace")
@@ -95,7 +108,7 @@ fn charts_are_rendered_as_the_golden_files_say() {
     let Some(helm) = helm() else { return };
     check(&helm, "default", &[SERVERS]);
     check(&helm, "full", &FULL);
-    check(&helm, "bundled", &["nats.bundled.enabled=true", "nats.bundled.storage=10Gi"]);
+    check(&helm, "bundled", &BUNDLED);
 }
 
 #[test]
@@ -141,14 +154,129 @@ fn the_operator_may_do_little() {
     let Some(helm) = helm() else { return };
     for values in [&[SERVERS][..], &FULL[..]] {
         let text = render(&helm, values).expect("a chart");
+        let mut seen = 0;
         for document in documents(&text) {
             for rule in document["rules"].as_array().into_iter().flatten() {
-                let words = rule.to_string();
-                assert!(!words.contains("\"*\"") && !words.contains("secrets"), "{words}");
-                assert!(!words.contains("deletecollection") && !words.contains("escalate"), "{words}");
+                let rule: PolicyRule = serde_json::from_value(rule.clone()).expect("a rule");
+                check_rule(&rule);
+                seen += 1;
             }
         }
+        assert!(seen > 5, "{seen} rules: where did they go?");
     }
     let text = render(&helm, &FULL).expect("a chart");
-    assert!(!text.contains("kind: ClusterRole"), "a namespaced install needs nothing of the cluster");
+    let kinds: Vec<Value> =
+        documents(&text).into_iter().map(|mut document| document["kind"].take()).collect();
+    assert!(kinds.contains(&"Role".into()) && kinds.contains(&"RoleBinding".into()), "{kinds:?}");
+    let of_the_cluster = |kind: &Value| kind.as_str().is_some_and(|kind| kind.starts_with("ClusterRole"));
+    assert!(
+        !kinds.iter().any(of_the_cluster),
+        "a namespaced install needs nothing of the cluster: {kinds:?}"
+    );
+}
+
+fn check_rule(rule: &PolicyRule) {
+    let resources = rule.resources.as_deref().unwrap_or_default();
+    assert!(!resources.is_empty() && rule.non_resource_urls.is_none(), "{rule:?}");
+    for verb in &rule.verbs {
+        assert!(VERBS.contains(&verb.as_str()), "{verb}: {rule:?}");
+    }
+    for name in rule.api_groups.iter().flatten().chain(resources) {
+        assert!(!name.contains('*') && !FORBIDDEN.contains(&name.as_str()), "{name}: {rule:?}");
+    }
+}
+
+#[test]
+fn objects_are_what_an_api_server_takes() {
+    let Some(helm) = helm() else { return };
+    let mut kinds = BTreeSet::new();
+    for values in [&[SERVERS][..], &FULL[..], &BUNDLED[..]] {
+        // An octal number in YAML 1.1, which Kubernetes' own tools read; here it would be a word.
+        let text = render(&helm, values).expect("a chart").replace("defaultMode: 0440", "defaultMode: 288");
+        for document in documents(&text) {
+            shapes::check(&document).unwrap_or_else(|error| panic!("{error}"));
+            kinds.insert(document["kind"].to_string());
+        }
+    }
+    assert!(kinds.len() >= 15, "only {kinds:?}");
+    // The check sees a field that is written wrong, wherever it is.
+    let text = render(&helm, &FULL).expect("a chart").replace("defaultMode: 0440", "defaultMode: 288");
+    for (good, bad) in
+        [("containerPort:", "containerport:"), ("endpoints:", "endpoint:"), ("expr:", "expression:")]
+    {
+        assert!(text.contains(good), "{good} is nowhere");
+        let broken = documents(&text.replace(good, bad));
+        assert!(broken.iter().any(|document| shapes::check(document).is_err()), "{bad} is not noticed");
+    }
+}
+
+/// Whether an object's labels hold all of a selector, of which there is some.
+fn selects(selector: &Value, labels: &Value) -> bool {
+    let selector = selector.as_object().expect("a selector");
+    !selector.is_empty() && selector.iter().all(|(key, value)| labels.get(key) == Some(value))
+}
+
+/// A monitor finds its Service, the Service its pods, and each the port that it names.
+#[test]
+fn the_operators_metrics_are_found() {
+    let Some(helm) = helm() else { return };
+    let all = documents(&render(&helm, &FULL).expect("a chart"));
+    let of_kind = |kind: &str| all.iter().filter(|document| document["kind"] == kind).collect::<Vec<_>>();
+    let [monitor] = of_kind("ServiceMonitor")[..] else { panic!("one ServiceMonitor") };
+    let services = of_kind("Service").into_iter();
+    let services: Vec<_> = services
+        .filter(|service| {
+            selects(&monitor["spec"]["selector"]["matchLabels"], &service["metadata"]["labels"])
+        })
+        .collect();
+    let [service] = services[..] else { panic!("{} Services are monitored", services.len()) };
+    let port = &service["spec"]["ports"][0];
+    assert_eq!(monitor["spec"]["endpoints"][0]["port"], port["name"]);
+    let deployments = of_kind("Deployment").into_iter();
+    let deployments: Vec<_> = deployments
+        .filter(|found| {
+            selects(&service["spec"]["selector"], &found["spec"]["template"]["metadata"]["labels"])
+        })
+        .collect();
+    let [deployment] = deployments[..] else { panic!("{} Deployments are served", deployments.len()) };
+    let ports = deployment["spec"]["template"]["spec"]["containers"][0]["ports"].as_array();
+    let named = |found: &Value| found["name"] == port["targetPort"];
+    assert!(
+        ports.is_some_and(|ports| ports.iter().any(named)),
+        "{} is no port of the pod",
+        port["targetPort"]
+    );
+}
+
+/// The names of all series of an operator that has done each thing once.
+fn series() -> BTreeSet<String> {
+    let metrics = OperatorMetrics::new().expect("metrics");
+    let class = ClassReading { class: Class::Normal, pending: 1, unacked: 0, oldest_age_ms: None };
+    let queue = QueueReading { published: 1, classes: vec![class] };
+    metrics.show(&ModelRef::new("team", "m").expect("a model"), 1, 1, Some(&queue));
+    metrics.errors.with_label_values(&["apply"]).inc();
+    metrics.writes.with_label_values(&["apply"]).inc();
+    metrics.decided(&decide(&Default::default(), &Memory::default(), &Reading::default()).0);
+    let page = metrics.text();
+    let names = page.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next());
+    names.map(str::to_owned).collect()
+}
+
+#[test]
+fn alerts_look_at_metrics_that_there_are() {
+    let Some(helm) = helm() else { return };
+    let known = series();
+    let all = documents(&render(&helm, &FULL).expect("a chart"));
+    let rules = all.iter().find(|document| document["kind"] == "PrometheusRule").expect("rules");
+    let rules = rules["spec"]["groups"][0]["rules"].as_array().expect("alerts");
+    assert!(rules.len() >= 5, "{} alerts", rules.len());
+    for rule in rules {
+        let expression = rule["expr"].as_str().expect("an expression");
+        let words = expression.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+        let names: Vec<&str> = words.filter(|word| word.starts_with("millrace_")).collect();
+        assert!(!names.is_empty(), "{expression} looks at nothing of ours");
+        for name in names {
+            assert!(known.contains(name), "{name} of {} is not among {known:?}", rule["alert"]);
+        }
+    }
 }

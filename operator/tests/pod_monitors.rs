@@ -7,6 +7,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::{Body, to_bytes};
 use axum::extract::{Request, State};
+use axum::http::header::CONTENT_TYPE;
 use axum::http::{Method, StatusCode};
 use axum::response::Response;
 use clap::Parser;
@@ -22,6 +23,8 @@ use millrace_operator::validate::plan;
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
+
+mod shapes;
 
 /// Until a change must have been noticed: a few retries of a watch.
 const LIMIT: Duration = Duration::from_secs(30);
@@ -40,7 +43,7 @@ enum Definition {
     GroupGone,
 }
 
-/// An API server that holds one InferenceModel and takes all that it is given.
+/// An API server that holds one InferenceModel and takes each object that is applied as it should be.
 #[derive(Debug, Clone)]
 struct Server {
     definition: watch::Sender<Definition>,
@@ -81,6 +84,16 @@ fn model() -> Value {
     })
 }
 
+fn config() -> Config {
+    Config::parse_from([
+        "millrace-operator",
+        "--nats-servers=nats://nats.queues.svc:4222",
+        "--worker-image=worker:cpu",
+        "--worker-image-cuda=worker:cuda",
+        "--pod-monitors",
+    ])
+}
+
 fn reply(code: u16, body: &Value) -> Response {
     let status = StatusCode::from_u16(code).expect("a status code");
     Response::builder().status(status).body(Body::from(body.to_string())).expect("a response")
@@ -117,11 +130,16 @@ async fn answer(State(server): State<Server>, request: Request) -> Response {
         return refusal(code);
     }
     if request.method() == Method::PATCH {
-        let body = to_bytes(request.into_body(), 1 << 20).await.expect("a body");
-        let object: Value = serde_json::from_slice(&body).expect("an object");
-        let kind = object["kind"].as_str().expect("a kind").to_owned();
-        server.written.lock().expect("no panic").push(kind);
-        return reply(200, &object);
+        return match applied(&path, &query, request).await {
+            Ok(object) => {
+                let kind = object["kind"].as_str().expect("a kind").to_owned();
+                server.written.lock().expect("no panic").push(kind);
+                reply(200, &object)
+            }
+            Err(error) => {
+                reply(422, &json!({"kind": "Status", "status": "Failure", "code": 422, "message": error}))
+            }
+        };
     }
     if query.contains("watch=") {
         // Nothing changes but the definition, with which the watches of PodMonitors end.
@@ -135,6 +153,32 @@ async fn answer(State(server): State<Server>, request: Request) -> Response {
         Some(_) if query.contains("limit=") => reply(200, &list(Vec::new())),
         _ => refusal(404),
     }
+}
+
+/// The object of a server-side apply, if the API server would take it: in the right form, at its own address, and
+/// of the shape of its kind.
+async fn applied(path: &str, query: &str, request: Request) -> Result<Value, String> {
+    let form = request.headers().get(CONTENT_TYPE).cloned();
+    if form.as_ref().is_none_or(|form| form != "application/apply-patch+yaml") {
+        return Err(format!("{form:?} is no apply"));
+    }
+    for wanted in ["fieldManager=millrace-operator", "force=true"] {
+        if !query.split(['?', '&']).any(|found| found == wanted) {
+            return Err(format!("{wanted} is not in {query}"));
+        }
+    }
+    let body = to_bytes(request.into_body(), 1 << 20).await.expect("a body");
+    let object: Value = serde_json::from_slice(&body).map_err(|error| error.to_string())?;
+    let word = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let (version, kind) = (word(&object["apiVersion"]), word(&object["kind"]).to_lowercase());
+    let (namespace, name) = (word(&object["metadata"]["namespace"]), word(&object["metadata"]["name"]));
+    let root = if version.contains('/') { "apis" } else { "api" };
+    let plural = kind.strip_suffix('y').map_or_else(|| format!("{kind}s"), |stem| format!("{stem}ies"));
+    let address = format!("/{root}/{version}/namespaces/{namespace}/{plural}/{name}");
+    if path != address {
+        return Err(format!("{path} is not {address}"));
+    }
+    shapes::check(&object).map(|()| object)
 }
 
 fn list(items: Vec<Value>) -> Value {
@@ -179,15 +223,8 @@ async fn a_definition_that_ends_is_followed_until_it_is_gone() {
 /// Whatever the API server says to the PodMonitor, the rest is written before, and the refusal is told.
 #[tokio::test]
 async fn a_refused_pod_monitor_holds_up_no_worker() {
-    let config = Config::parse_from([
-        "millrace-operator",
-        "--nats-servers=nats://nats.queues.svc:4222",
-        "--worker-image=worker:cpu",
-        "--worker-image-cuda=worker:cuda",
-        "--pod-monitors",
-    ]);
     let object: InferenceModel = serde_json::from_value(model()).expect("a model");
-    let plan = plan(&object, &config).expect("a plan");
+    let plan = plan(&object, &config()).expect("a plan");
     for code in [403, 404, 405] {
         let server = Server::new(Definition::Refused(code));
         let applier = Applier::new(server.client());
@@ -196,9 +233,22 @@ async fn a_refused_pod_monitor_holds_up_no_worker() {
         let existing = Existing::default();
         assert_eq!(applier.apply(resources, &existing, &plan.uid).await.expect("the rest"), 5);
         let written = server.written.lock().expect("no panic").clone();
-        assert_eq!(written.last().map(String::as_str), Some("Deployment"), "{written:?}");
+        let order = ["ServiceAccount", "ConfigMap", "NetworkPolicy", "PodDisruptionBudget", "Deployment"];
+        assert_eq!(written, order, "what a pod needs is there before it");
         let refused = applier.monitor(Some(&monitor), &existing, ("team", &plan.uid)).await;
         let Err(ApplyError::Api { kind, source, .. }) = refused else { panic!("{refused:?}") };
         assert!(kind == "PodMonitor" && source.to_string().contains("not while"), "{kind}: {source}");
     }
+}
+
+/// A PodMonitor that the API server knows is applied as the rest is.
+#[tokio::test]
+async fn a_pod_monitor_is_applied_where_its_kind_is_known() {
+    let server = Server::new(Definition::Served);
+    let plan = plan(&serde_json::from_value(model()).expect("a model"), &config()).expect("a plan");
+    let monitor = build(&plan, 1).pod_monitor.expect("a PodMonitor");
+    let applier = Applier::new(server.client());
+    let writes = applier.monitor(Some(&monitor), &Existing::default(), ("team", &plan.uid)).await;
+    assert_eq!(writes.expect("applied"), 1);
+    assert_eq!(*server.written.lock().expect("no panic"), ["PodMonitor"]);
 }

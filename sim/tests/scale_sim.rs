@@ -44,29 +44,35 @@ proptest! {
 
     /// Under a constant load the number of workers moves only between the two whole numbers around it, up and
     /// down once while the spare worker's share of the work is saved up and done: no faster than the target
-    /// and a start allow.
+    /// and a start allow. At most 6 cycles an hour were measured.
     #[test]
     fn a_constant_load_does_not_flap(busy_workers in 0.05f64..9.0, cold_start_s in 2.0f64..40.0) {
+        const SETTLED_MS: u64 = 900_000;
         let speed = Speed { cold_start_s, ..SPEED };
         let load = constant(busy_workers, 4_500);
         let outcome = run_own(&load, &speed).expect("every job is done");
-        let settled = outcome.replicas.iter().copied().filter(|&(at_ms, _)| (900_000..4_500_000).contains(&at_ms));
-        let settled: Vec<(u64, u32)> = settled.collect();
-        let cycles = settled.len() as f64 / 2.0;
-        prop_assert!(cycles <= 3_600.0 / 120.0, "{cycles} cycles in an hour: {settled:?}");
-        for pair in settled.windows(2) {
+        let before = outcome.replicas.iter().rfind(|&&(at_ms, _)| at_ms < SETTLED_MS).copied();
+        let during = outcome.replicas.iter().copied().filter(|(at_ms, _)| (SETTLED_MS..4_500_000).contains(at_ms));
+        let changes: Vec<(u64, u32)> = during.collect();
+        let cycles = changes.len() as f64 / 2.0;
+        prop_assert!(cycles <= 12.0, "{cycles} cycles in an hour: {changes:?}");
+        for pair in changes.windows(2) {
             let stopped_then_started = pair[1].1 > pair[0].1;
             let apart_s = (pair[1].0 - pair[0].0) as f64 / 1e3;
-            prop_assert!(!stopped_then_started || apart_s >= cold_start_s / 2.0, "{settled:?}");
+            prop_assert!(!stopped_then_started || apart_s >= cold_start_s / 2.0, "{changes:?}");
         }
-        let most = settled.iter().map(|&(_, workers)| workers).max().unwrap_or(0);
-        prop_assert!(most <= busy_workers.ceil() as u32 + 1, "{most} workers for {busy_workers} busy ones");
+        for (at_ms, workers) in before.into_iter().chain(changes) {
+            let around = busy_workers.floor() as u32..=busy_workers.ceil() as u32;
+            prop_assert!(around.contains(&workers), "{workers} workers for {busy_workers} busy ones at {at_ms}");
+        }
         let row = Row::new(&load, "millrace", &outcome);
         // Where half a worker is missing, none is ordered: a slowly growing backlog may be late by a little.
-        prop_assert!(row.wait_p95_s <= 1.1 * 60.0, "p95 {} s", row.wait_p95_s);
+        prop_assert!(row.wait_p95_s <= 60.0, "p95 {} s", row.wait_p95_s);
     }
 
-    /// Whatever comes, every job runs, and a decision can be derived again from its log.
+    /// Whatever comes, jobs wait for the target and at most one start and a half, for less GPU time than KEDA's rule
+    /// takes as a user would size it: at most 1.24 starts and 0.83x of its time were measured. And each decision can
+    /// be derived again from its log.
     #[test]
     fn random_bursts_are_served(seed in 0u64..1_000_000, cold_start_s in 1.0f64..120.0) {
         let mut random = SplitMix64(seed);
@@ -76,7 +82,11 @@ proptest! {
         policy.records = Some(Vec::new());
         let speed = Speed { cold_start_s, ..SPEED };
         let outcome = run(&load, &speed, &mut policy).expect("every job is done");
-        prop_assert_eq!(outcome.waits_ms.len(), load.jobs.len());
+        let row = Row::new(&load, "millrace", &outcome);
+        let sized = keda(&load, &speed, "keda-sized", KedaSettings::sized(&load, &speed, REPLICAS_MAX));
+        prop_assert!(row.wait_p95_s <= 60.0 + 1.5 * cold_start_s, "p95 {} s", row.wait_p95_s);
+        let ratio = row.gpu_seconds / sized.gpu_seconds;
+        prop_assert!(ratio < 0.9, "{ratio} x KEDA's rule as sized by a user");
         for record in policy.records.unwrap_or_default() {
             let text = serde_json::to_string(&record).expect("a record is plain data");
             let read: DecisionRecord = serde_json::from_str(&text).expect("its own text");
@@ -85,33 +95,71 @@ proptest! {
     }
 }
 
-/// One trace beside the other policies: the figures that the plots and the README show, within a margin.
-fn check_trace(load: &Traffic, over_optimum: f64, over_sized: f64) {
+fn keda(load: &Traffic, speed: &Speed, name: &str, settings: KedaSettings) -> Row {
+    Row::new(load, name, &run(load, speed, &mut Keda::new(name, settings)).expect("every job is done"))
+}
+
+/// What the autoscaler costs on a trace, in GPU time beside others'. The simulation has no chance in it, so a figure
+/// that moves by more than a hundredth, up or down, was moved by a change, and is to be looked at and written anew.
+struct Figures {
+    /// Beside the bound that no policy can beat.
+    over_optimum: f64,
+    /// Whether that is within the aim.
+    meets_aim: bool,
+    /// Beside KEDA's rule as a user would size it.
+    over_sized: f64,
+    /// Beside KEDA's defaults.
+    over_default: f64,
+    /// Changes of the number of workers.
+    events: u64,
+}
+
+/// The aim for the autoscaler's GPU time beside the bound.
+const AIM_OVER_OPTIMUM: f64 = 1.25;
+
+fn check_trace(load: &Traffic, figures: &Figures) {
     let row = own(load, &SPEED);
     assert!(row.wait_p95_s <= 60.0, "{}: p95 {} s", load.name, row.wait_p95_s);
     let best = optimum(load, &SPEED, row.wait_p95_s).expect("a bound");
-    let ratio = row.gpu_seconds / best.gpu_s;
-    assert!((1.0..=over_optimum).contains(&ratio), "{}: {ratio} x the optimum", load.name);
-    let keda = |name: &str, settings: KedaSettings| {
-        Row::new(load, name, &run(load, &SPEED, &mut Keda::new(name, settings)).expect("every job is done"))
-    };
-    let sized = keda("keda-sized", KedaSettings::sized(load, &SPEED, REPLICAS_MAX));
-    let default = keda("keda-default", KedaSettings::defaults(REPLICAS_MAX));
+    let sized = keda(load, &SPEED, "keda-sized", KedaSettings::sized(load, &SPEED, REPLICAS_MAX));
+    let default = keda(load, &SPEED, "keda-default", KedaSettings::defaults(REPLICAS_MAX));
     assert!(sized.wait_p95_s <= 60.0, "{}: the sized rule keeps the target", load.name);
-    let ratio = row.gpu_seconds / sized.gpu_seconds;
-    assert!(ratio <= over_sized, "{}: {ratio} x KEDA's rule as sized by a user", load.name);
-    assert!(row.gpu_seconds <= 0.5 * default.gpu_seconds, "{}: against KEDA's defaults", load.name);
+    let over_optimum = row.gpu_seconds / best.gpu_s;
+    assert!(over_optimum >= 1.0, "{}: {over_optimum} beats the bound", load.name);
+    for (name, found, written) in [
+        ("the bound", over_optimum, figures.over_optimum),
+        ("KEDA's rule as sized by a user", row.gpu_seconds / sized.gpu_seconds, figures.over_sized),
+        ("KEDA's defaults", row.gpu_seconds / default.gpu_seconds, figures.over_default),
+        ("events", row.scale_events as f64, figures.events as f64),
+    ] {
+        assert!((found / written - 1.0).abs() < 0.01, "{}: {found} beside {name}, not {written}", load.name);
+    }
+    assert_eq!(
+        over_optimum <= AIM_OVER_OPTIMUM,
+        figures.meets_aim,
+        "{}: {over_optimum} x the bound",
+        load.name
+    );
     assert!(row.scale_events < sized.scale_events, "{}: {} events", load.name, row.scale_events);
 }
 
 #[test]
 fn bursts_of_code_completion_cost_what_they_should() {
-    check_trace(&Traffic::azure_code().expect("the trace"), 1.35, 0.7);
+    let figures =
+        Figures { over_optimum: 1.330, meets_aim: false, over_sized: 0.649, over_default: 0.173, events: 60 };
+    check_trace(&Traffic::azure_code().expect("the trace"), &figures);
 }
 
 #[test]
 fn steady_conversation_costs_what_it_should() {
-    check_trace(&Traffic::azure_conv().expect("the trace"), 1.04, 0.93);
+    let figures = Figures {
+        over_optimum: 1.0235,
+        meets_aim: true,
+        over_sized: 0.912,
+        over_default: 0.4146,
+        events: 15,
+    };
+    check_trace(&Traffic::azure_conv().expect("the trace"), &figures);
 }
 
 #[test]
@@ -167,9 +215,9 @@ fn the_setting_that_hindsight_picks_keeps_the_wait_and_costs_no_more_than_the_de
 fn starts_of_two_minutes_are_ordered_sparingly_and_not_again_and_again() {
     let speed = Speed { cold_start_s: 120.0, ..SPEED };
     let code = own(&Traffic::azure_code().expect("the trace"), &speed);
-    assert!(code.wait_p95_s <= 130.0, "p95 {} s", code.wait_p95_s);
-    assert!(code.gpu_seconds <= 2.1 * Traffic::azure_code().expect("the trace").work_s(&speed), "{code:?}");
+    assert!(code.wait_p95_s <= 125.0, "p95 {} s", code.wait_p95_s);
+    assert!(code.gpu_seconds <= 1.8 * Traffic::azure_code().expect("the trace").work_s(&speed), "{code:?}");
     let on_off = own(&Traffic::on_off(), &speed);
-    // Six phases of work: up in a few steps and down again in each.
-    assert!(on_off.scale_events <= 6 * 10, "{} events", on_off.scale_events);
+    // Six phases of work: up in a few steps and down again in each. 48 were counted.
+    assert!(on_off.scale_events <= 6 * 8, "{} events", on_off.scale_events);
 }

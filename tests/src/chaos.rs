@@ -20,8 +20,6 @@ use crate::worker::Worker;
 const STOP: Duration = Duration::from_secs(3);
 /// From the last fault until every job has its outcome.
 pub const SETTLE_LIMIT: Duration = Duration::from_secs(180);
-/// Every job shall complete, however often its workers are killed.
-const ATTEMPTS: u32 = 100;
 
 /// How much is done to how many.
 #[derive(Debug, Clone, Copy)]
@@ -36,14 +34,28 @@ pub struct ChaosPlan {
     pub broker_kills: usize,
     /// SIGSTOPs of a worker, each longer than the ack wait.
     pub worker_stops: usize,
+    /// Attempts that a job has; none for as many as users have who set nothing.
+    pub max_deliver: Option<u32>,
 }
 
-/// The form that takes about a minute.
-pub const SHORT: ChaosPlan =
-    ChaosPlan { jobs: 500, workers: 1, worker_kills: 20, broker_kills: 3, worker_stops: 0 };
-/// The long form.
-pub const SOAK: ChaosPlan =
-    ChaosPlan { jobs: 2000, workers: 3, worker_kills: 200, broker_kills: 20, worker_stops: 20 };
+/// The form that takes about a minute, with as many attempts as users have who set nothing.
+pub const SHORT: ChaosPlan = ChaosPlan {
+    jobs: 500,
+    workers: 2,
+    worker_kills: 20,
+    broker_kills: 3,
+    worker_stops: 2,
+    max_deliver: None,
+};
+/// The long form: every job shall complete, however often its workers are killed.
+pub const SOAK: ChaosPlan = ChaosPlan {
+    jobs: 2000,
+    workers: 3,
+    worker_kills: 200,
+    broker_kills: 20,
+    worker_stops: 20,
+    max_deliver: Some(100),
+};
 
 /// What was done, and what came of it.
 #[derive(Debug)]
@@ -76,13 +88,15 @@ pub fn jobs(count: usize) -> Vec<NewJob> {
     (0..count).map(job).collect()
 }
 
-/// A broker and a tiny model whose jobs are never given up.
+/// A broker and a tiny model.
 ///
 /// # Errors
 /// When the broker does not come up.
-pub fn cluster() -> Result<QueueHarness> {
+pub fn cluster(plan: &ChaosPlan) -> Result<QueueHarness> {
     let mut cluster = QueueHarness::tiny()?;
-    cluster.config.queue.max_deliver = ATTEMPTS;
+    if let Some(attempts) = plan.max_deliver {
+        cluster.config.queue.max_deliver = attempts;
+    }
     Ok(cluster)
 }
 
@@ -147,7 +161,7 @@ impl Chaos {
 /// When a job has no outcome, or more than one, or a worker ended by itself.
 pub async fn run(plan: ChaosPlan, random: Random) -> Result<ChaosReport> {
     let jobs = jobs(plan.jobs);
-    let cluster = cluster()?;
+    let cluster = cluster(&plan)?;
     let workers = (0..plan.workers).map(|_| cluster.worker()).collect::<Result<Vec<_>>>()?;
     let queue = cluster.queue().await?;
     let mut chaos =

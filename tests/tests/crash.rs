@@ -24,7 +24,7 @@ const CRASH_LIMIT: Duration = Duration::from_secs(30);
 
 /// The outcomes of the same jobs when nothing happens to anybody.
 async fn undisturbed(jobs: &[NewJob]) -> Result<BTreeMap<String, Vec<Value>>> {
-    let cluster = chaos::cluster()?;
+    let cluster = chaos::cluster(&SHORT)?;
     let _worker = cluster.worker()?;
     let queue = cluster.queue().await?;
     queue.publish_all(jobs).await?;
@@ -41,9 +41,10 @@ async fn nothing_is_lost_and_nothing_is_done_twice() -> Result<()> {
     let plan = if std::env::var_os("MILLRACE_SOAK").is_some() { SOAK } else { SHORT };
     let report = chaos::run(plan, Random::from_environment("crash", 20_261_123)).await?;
     let (redelivered, kinds) = (report.record.redelivered(), report.record.kinds());
+    let attempts = report.record.outcomes.values().map(|outcome| outcome.attempt).max().unwrap_or(0);
     eprintln!(
         "{} jobs, {} worker kills, {} broker kills, {} worker stops: {redelivered} redelivered, \
-         {kinds:?} completed, rejected and dead, {:.1} s",
+         {kinds:?} completed, rejected and dead, after {attempts} attempts at most, {:.1} s",
         plan.jobs,
         report.worker_kills,
         report.broker_kills,
@@ -70,7 +71,7 @@ async fn a_crash_at_any_place_is_made_good() -> Result<()> {
     if !tools::have(&[nats::PROGRAM]) {
         return Ok(());
     }
-    let mut cluster = chaos::cluster()?;
+    let mut cluster = chaos::cluster(&SOAK)?;
     cluster.config.queue.ack_wait = "1s".parse().map_err(anyhow::Error::msg)?;
     drop(cluster.worker()?);
     let queue = cluster.queue().await?;

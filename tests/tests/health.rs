@@ -150,17 +150,23 @@ async fn a_store_without_the_model_is_waited_for_and_named() -> Result<()> {
     cluster.config.model.store = s3.store_config();
     let mut worker = Worker::start(&cluster.config, &[])?;
     wait_refusal(&mut worker, &["the weights are not loaded: s3://later/tiny"])?;
+    // It stands still meanwhile: a bucket with half of the files is a fault of the model.
+    worker.signal(Signal::Stop)?;
     s3.create_bucket("later").await?;
     s3.put_folder(&cluster.model_folder(), "later", "tiny").await?;
-    // It may have seen the bucket before its files, which is a fault of the model and ends it; else it waits.
-    match worker.wait_ready() {
-        Ok(_) => Ok(()),
-        Err(error) if worker.log().contains("holds no config.json") => {
-            drop(error);
-            Worker::start_ready(&cluster.config).map(drop)
-        }
-        Err(error) => Err(error),
-    }
+    worker.signal(Signal::Continue)?;
+    worker.wait_ready()?;
+    // A store that answers and does not hold the model is not waited for.
+    cluster.config.model.uri = "s3://later/other".into();
+    let mut worker = Worker::start(&cluster.config, &[])?;
+    assert!(!worker.wait(LIMIT)?.success(), "{}", worker.log_tail());
+    let log = worker.log();
+    assert!(
+        log.contains("s3://later/other") && log.contains("holds no config.json"),
+        "{}",
+        worker.log_tail()
+    );
+    Ok(())
 }
 
 #[test]

@@ -1,11 +1,13 @@
-//! The operator is killed after its n-th write, for every n, while a model is created, changed, scaled and
-//! deleted; its watches are cut and its lists are stale. A fresh operator always ends in the same state.
+//! The operator is killed after its n-th write, for every n, while a model is created, changed, scaled up and down
+//! and deleted; its watches are cut and its lists are stale. A fresh operator always ends in the same state, and the
+//! next one finds nothing to write.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use k8s_openapi::api::apps::v1::Deployment;
-use k8s_openapi::api::core::v1::{ConfigMap, ServiceAccount};
+use k8s_openapi::api::core::v1::{ConfigMap, Pod, ServiceAccount};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::api::{DeleteParams, ListParams};
@@ -22,6 +24,8 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
 const MODEL: &str = "m";
+/// On a pod: what its deletion costs.
+const DELETION_COST: &str = "controller.kubernetes.io/pod-deletion-cost";
 /// How the names of its pods begin.
 const POD: &str = "m-worker-";
 const LIMIT: Duration = Duration::from_secs(60);
@@ -38,11 +42,19 @@ const PARALLEL: usize = 4;
 enum Flow {
     Create,
     Update,
-    Scale,
+    ScaleUp,
+    ScaleDown,
     Delete,
 }
 
-const FLOWS: [Flow; 4] = [Flow::Create, Flow::Update, Flow::Scale, Flow::Delete];
+const FLOWS: [Flow; 5] = [Flow::Create, Flow::Update, Flow::ScaleUp, Flow::ScaleDown, Flow::Delete];
+
+impl Flow {
+    /// The workers that there are in the end, where that is what the flow is about.
+    fn workers(self) -> Option<usize> {
+        matches!(self, Flow::ScaleUp | Flow::ScaleDown).then_some(1)
+    }
+}
 
 fn spec(queue_deleted: bool) -> Value {
     json!({
@@ -50,6 +62,15 @@ fn spec(queue_deleted: bool) -> Value {
         "scaling": {"minReplicas": 0, "maxReplicas": 2},
         "queue": {"maxBytes": "1Mi", "onDelete": if queue_deleted { "Delete" } else { "Retain" }},
     })
+}
+
+/// No fewer workers than these, and no job that asks for more.
+fn at_least(workers: usize) -> Value {
+    let mut spec = spec(true);
+    spec["scaling"] = json!({
+        "minReplicas": workers, "maxReplicas": 3, "idleAfter": "1s", "stabilization": {"down": "1s"},
+    });
+    spec
 }
 
 fn changed() -> Value {
@@ -85,7 +106,8 @@ impl Trial<'_> {
         match flow {
             Flow::Create => drop(self.cluster.apply(&self.namespace, MODEL, &spec(true)).await?),
             Flow::Update => drop(self.cluster.apply(&self.namespace, MODEL, &changed()).await?),
-            Flow::Scale => {
+            Flow::ScaleDown => drop(self.cluster.apply(&self.namespace, MODEL, &at_least(1)).await?),
+            Flow::ScaleUp => {
                 let subject = ModelRef::new(&self.namespace, MODEL)?.jobs_subject(Class::Normal);
                 let jetstream = async_nats::jetstream::new(self.cluster.nats.connect().await?);
                 jetstream.publish(subject, r#"{"prompt":"x"}"#.into()).await?.await?;
@@ -100,19 +122,21 @@ impl Trial<'_> {
 
     /// What a flow begins with, made by an undisturbed operator.
     async fn prepare(&self, flow: Flow) -> Result<()> {
-        if flow != Flow::Create {
-            let (_api, _operator) = self.operator(Faults::default()).await?;
-            self.act(Flow::Create).await?;
-            self.end_state(Flow::Create).await?;
-        }
-        Ok(())
+        let (spec, workers) = match flow {
+            Flow::Create => return Ok(()),
+            Flow::ScaleDown => (at_least(3), Some(3)),
+            _ => (spec(true), None),
+        };
+        let (_api, _operator) = self.operator(Faults::default()).await?;
+        self.cluster.apply(&self.namespace, MODEL, &spec).await?;
+        self.end_state(workers).await.map(drop)
     }
 
-    /// The state once the flow is seen and it no longer changes.
-    async fn end_state(&self, flow: Flow) -> Result<Value> {
+    /// The state once the model's present spec and so many workers are seen and it no longer changes.
+    async fn end_state(&self, workers: Option<usize>) -> Result<Value> {
         let start = Instant::now();
         let (mut last, mut since) = (self.state().await?, Instant::now());
-        while since.elapsed() < CALM || !self.is_observed(flow, &last).await? {
+        while since.elapsed() < CALM || !self.is_observed(workers, &last).await? {
             if start.elapsed() > LIMIT {
                 bail!("{} does not come to rest: {last:#}", self.namespace);
             }
@@ -125,9 +149,11 @@ impl Trial<'_> {
         Ok(last)
     }
 
-    /// The operator has seen the model's present spec and its job, or the model is gone.
-    async fn is_observed(&self, flow: Flow, state: &Value) -> Result<bool> {
-        if flow == Flow::Scale && state["deployments"][0]["spec"]["replicas"].as_u64().unwrap_or(0) == 0 {
+    /// The operator has seen the model's present spec and its workers, or the model is gone.
+    async fn is_observed(&self, workers: Option<usize>, state: &Value) -> Result<bool> {
+        let pods = state["pods"].as_array().map_or(0, Vec::len);
+        let asked = &state["deployments"][0]["spec"]["replicas"];
+        if workers.is_some_and(|workers| pods != workers || *asked != json!(workers)) {
             return Ok(false);
         }
         // A broker that is not there yet is looked for again; that is no end state.
@@ -149,10 +175,12 @@ impl Trial<'_> {
             "serviceAccounts": self.objects::<ServiceAccount>().await?,
             "networkPolicies": self.objects::<NetworkPolicy>().await?,
             "disruptionBudgets": self.objects::<PodDisruptionBudget>().await?,
+            "pods": self.pods().await?,
             "streams": self.streams().await?,
             "model": self.cluster.models(&self.namespace).get_opt(MODEL).await?,
         });
         strip(&mut state);
+        name_hashes(&mut state, &mut BTreeMap::new());
         let text = state.to_string().replace(&self.namespace, "NAMESPACE");
         Ok(serde_json::from_str(&text)?)
     }
@@ -174,6 +202,17 @@ impl Trial<'_> {
             Ok(object)
         };
         found.items.iter().map(wish).collect()
+    }
+
+    /// What the deletion of each pod costs that is not ending, in order.
+    async fn pods(&self) -> Result<Vec<Option<String>>> {
+        let api: Api<Pod> = Api::namespaced(self.cluster.client(), &self.namespace);
+        let found = api.list(&ListParams::default().labels("millrace.dev/model")).await?.items;
+        let live = found.iter().filter(|pod| pod.metadata.deletion_timestamp.is_none());
+        let cost = |pod: &Pod| pod.metadata.annotations.as_ref()?.get(DELETION_COST).cloned();
+        let mut costs: Vec<Option<String>> = live.map(cost).collect();
+        costs.sort();
+        Ok(costs)
     }
 
     async fn streams(&self) -> Result<Vec<String>> {
@@ -199,7 +238,7 @@ impl Trial<'_> {
         let reached = tokio::time::timeout(LIMIT, async {
             tokio::select! {
                 () = api.wait_writes(after) => Ok(true),
-                state = self.end_state(flow) => state.map(|_| api.writes() >= after),
+                state = self.end_state(flow.workers()) => state.map(|_| api.writes() >= after),
             }
         });
         let reached = reached.await.context("neither so many writes nor rest")??;
@@ -207,9 +246,22 @@ impl Trial<'_> {
         if !reached {
             return Ok(None);
         }
-        let (_api, operator) = self.operator(Faults::default()).await?;
-        let state = self.end_state(flow).await.with_context(|| operator.log_tail())?;
-        Ok(Some(state))
+        self.settled(flow, Faults::default()).await.map(Some)
+    }
+
+    /// The end state of an operator, after which the next one finds nothing to write.
+    async fn settled(&self, flow: Flow, faults: Faults) -> Result<Value> {
+        let (_api, mut operator) = self.operator(faults).await?;
+        let state = self.end_state(flow.workers()).await.with_context(|| operator.log_tail())?;
+        operator.kill()?;
+        let (api, operator) = self.operator(Faults::default()).await?;
+        let again = self.end_state(flow.workers()).await.with_context(|| operator.log_tail())?;
+        ensure!(again == state, "the next operator ends with {again:#}\nthis one: {state:#}");
+        // One that does not know how long the last worker has idled says so in the status, and no more.
+        let said = u64::from(flow == Flow::ScaleDown);
+        let writes = api.writes();
+        ensure!(writes <= said, "the next operator makes {writes} writes\n{}", operator.log_tail());
+        Ok(state)
     }
 
     /// One flow without a crash.
@@ -217,14 +269,13 @@ impl Trial<'_> {
         self.prepare(flow).await?;
         let (_api, operator) = self.operator(faults).await?;
         self.act(flow).await?;
-        self.end_state(flow).await.with_context(|| operator.log_tail())
+        self.end_state(flow.workers()).await.with_context(|| operator.log_tail())
     }
 }
 
 /// Removes what differs between two runs by nature.
 fn strip(value: &mut Value) {
-    const NATURAL: [&str; 15] = [
-        "revisionHash",
+    const NATURAL: [&str; 14] = [
         "uid",
         "resourceVersion",
         "creationTimestamp",
@@ -234,8 +285,9 @@ fn strip(value: &mut Value) {
         "lastTransitionTime",
         "lastUpdateTime",
         "at",
-        "annotations",
-        "scaling",
+        // Of the status: what was decided when, and how long starts took.
+        "lastDecision",
+        "history",
         "coldStart",
         "disruptedPods",
         "atMs",
@@ -251,6 +303,20 @@ fn strip(value: &mut Value) {
         Value::String(text) if text.contains(POD) => {
             let words = text.split(' ').map(|word| if word.contains(POD) { "pod-name" } else { word });
             *text = words.collect::<Vec<_>>().join(" ");
+        }
+        _ => {}
+    }
+}
+
+/// Writes each hash as its number, in the order in which they come: namespaces differ, so hashes do too, but objects
+/// that name the same one must go on doing so.
+fn name_hashes(value: &mut Value, seen: &mut BTreeMap<String, usize>) {
+    match value {
+        Value::Object(map) => map.values_mut().for_each(|value| name_hashes(value, seen)),
+        Value::Array(list) => list.iter_mut().for_each(|value| name_hashes(value, seen)),
+        Value::String(text) if text.len() >= 16 && text.bytes().all(|b| b.is_ascii_hexdigit()) => {
+            let next = seen.len();
+            *text = format!("hash {}", seen.entry(text.clone()).or_insert(next));
         }
         _ => {}
     }
@@ -317,7 +383,7 @@ async fn cut_watches_and_stale_lists_change_nothing_in_the_end() -> Result<()> {
         return Ok(());
     }
     let cluster = Cluster::start(&ControlPlaneOptions::default()).await?;
-    for flow in [Flow::Create, Flow::Update, Flow::Scale] {
+    for flow in [Flow::Create, Flow::Update, Flow::ScaleUp, Flow::ScaleDown] {
         let name = format!("{flow:?}").to_lowercase();
         let reference =
             Trial::new(&cluster, &format!("{name}-whole")).await?.whole(flow, Faults::default()).await?;

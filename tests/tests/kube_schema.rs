@@ -3,7 +3,7 @@
 //!
 //! `MILLRACE_UPDATE=1` writes the generated files anew. The frozen schema in `crds/frozen` is what users
 //! have; it is replaced by hand when a release widens it, and never to make a breaking change pass. Until the
-//! first release nobody has any, and it follows the code.
+//! first release nobody has any, and it follows the code; from then on it is pinned by its digest.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,6 +11,10 @@ use std::path::{Path, PathBuf};
 use millrace_crds::model::rules::RULES;
 use millrace_crds::model::{definition, docs};
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+/// SHA-256 of the frozen schema as the last release has it; none before the first one.
+const RELEASED: Option<&str> = None;
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the tests crate lies in the workspace").to_owned()
@@ -39,7 +43,16 @@ fn generated_files_are_what_the_code_prints() {
 
 /// What a change from `old` to `new` would take away from resources that exist, as sentences.
 fn breaking(old: &Value, new: &Value, path: &str, found: &mut Vec<String>) {
-    for key in ["type", "pattern", "format", "x-kubernetes-int-or-string", "x-kubernetes-list-type"] {
+    let unchanging = [
+        "type",
+        "pattern",
+        "format",
+        "x-kubernetes-int-or-string",
+        "x-kubernetes-list-type",
+        "x-kubernetes-list-map-keys",
+        "x-kubernetes-preserve-unknown-fields",
+    ];
+    for key in unchanging {
         if old.get(key) != new.get(key) {
             found.push(format!("{path}: {key} changes from {:?} to {:?}", old.get(key), new.get(key)));
         }
@@ -119,14 +132,42 @@ fn bounds(old: &Value, new: &Value, path: &str, found: &mut Vec<String>) {
     }
 }
 
+fn frozen() -> String {
+    fs::read_to_string(root().join("crds/frozen/v1alpha1.json")).expect("the frozen schema")
+}
+
 #[test]
 fn no_change_breaks_what_is_stored() {
-    let file = root().join("crds/frozen/v1alpha1.json");
-    let text = fs::read_to_string(&file).expect("the frozen schema");
-    let frozen: Value = serde_json::from_str(&text).expect("the frozen schema is JSON");
+    let frozen: Value = serde_json::from_str(&frozen()).expect("the frozen schema is JSON");
     let mut found = Vec::new();
     breaking(&frozen, &definition::schema(), "", &mut found);
     assert!(found.is_empty(), "these changes need a new version:\n{}", found.join("\n"));
+}
+
+/// Whoever writes the frozen schema anew after a release is stopped here, and whoever releases is reminded.
+#[test]
+fn what_is_released_stays() {
+    let changelog = fs::read_to_string(root().join("CHANGELOG.md")).expect("a changelog");
+    let version = |line: &str| {
+        line.strip_prefix("## ").is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
+    };
+    match (changelog.lines().any(version), RELEASED) {
+        (false, None) => {
+            let frozen: Value = serde_json::from_str(&frozen()).expect("the frozen schema is JSON");
+            assert!(
+                frozen == definition::schema(),
+                "nothing is released yet: write the schema into crds/frozen anew"
+            );
+        }
+        (true, Some(digest)) => {
+            assert_eq!(
+                hex::encode(Sha256::digest(frozen())),
+                digest,
+                "what users have stored must stay readable"
+            );
+        }
+        (released, digest) => panic!("released: {released}, but the frozen schema's digest is {digest:?}"),
+    }
 }
 
 /// Each kind of breaking change is seen, so that the test above can fail.
@@ -134,7 +175,7 @@ fn no_change_breaks_what_is_stored() {
 fn breaking_changes_are_seen() {
     let old = definition::schema();
     type Edit = fn(&mut Value);
-    let edits: [(Edit, &str); 9] = [
+    let edits: [(Edit, &str); 18] = [
         (|s| drop(spec(s).remove("drain")), ".spec.drain: the field is gone"),
         (|s| edit(s, "spec.model.uri", "maxLength", json!(10)), "maxLength is tighter"),
         (|s| edit(s, "spec.model.uri", "minLength", json!(1)), "minLength is tighter"),
@@ -144,6 +185,18 @@ fn breaking_changes_are_seen() {
         (|s| edit(s, "spec", "required", json!(["model", "scaling"])), "\"scaling\" becomes required"),
         (|s| edit(s, "spec.drain", "x-kubernetes-validations", json!([{"rule": "false"}])), "a new rule"),
         (|s| edit(s, "spec.template.nodeSelector", "maxProperties", json!(1)), "maxProperties is tighter"),
+        (|s| edit(s, "spec.queue.backoff", "maxItems", json!(1)), "maxItems is tighter"),
+        (|s| edit(s, "spec.queue.backoff", "minItems", json!(2)), "minItems is tighter"),
+        (|s| edit(s, "spec.queue.maxDeliver", "maximum", json!(5)), "maximum is tighter"),
+        (|s| edit(s, "spec.queue.maxDeliver", "minimum", json!(2)), "minimum is tighter"),
+        (|s| edit(s, "spec.model.uri", "pattern", json!("^s3")), "pattern changes"),
+        (|s| edit(s, "spec.queue.maxDeliver", "format", json!("int16")), "format changes"),
+        (
+            |s| edit(s, "spec.template.affinity", PRESERVE, Value::Null),
+            "x-kubernetes-preserve-unknown-fields changes",
+        ),
+        (|s| take(s, "spec.queue.backoff", "items"), "items is gone"),
+        (|s| take(s, "spec.template.nodeSelector", "additionalProperties"), "additionalProperties is gone"),
     ];
     for (change, words) in edits {
         let mut new = old.clone();
@@ -162,6 +215,13 @@ fn breaking_changes_are_seen() {
 
 fn spec(schema: &mut Value) -> &mut serde_json::Map<String, Value> {
     schema.pointer_mut("/properties/spec/properties").and_then(Value::as_object_mut).expect("the spec")
+}
+
+const PRESERVE: &str = "x-kubernetes-preserve-unknown-fields";
+
+fn take(schema: &mut Value, path: &str, key: &str) {
+    let field = definition::at(schema, path).expect("a field");
+    field.as_object_mut().and_then(|field| field.remove(key)).expect("what is taken away was there");
 }
 
 fn edit(schema: &mut Value, path: &str, key: &str, value: Value) {
