@@ -1,6 +1,6 @@
 # What people type daily. Each target is the plain commands that stand under it.
 .DEFAULT_GOAL := help
-.PHONY: help tools kube build demo demo-k8s test soak fuzz bench sim kernels gpu-kit fmt lint
+.PHONY: help tools kube build demo demo-k8s test soak fuzz bench figures sim kernels gpu-kit fmt lint
 
 # A run that counts may not skip a test for want of a tool.
 export MILLRACE_REQUIRE_TOOLS = 1
@@ -50,12 +50,17 @@ soak: tools kube build ## the long runs: 2000 jobs, 3 workers and 200 kills; 500
 fuzz: ## each reader of outside input for MILLRACE_FUZZ_S seconds (60), guided by coverage
 	scripts/fuzz
 
-bench: build ## the README's figures, on this machine, in one table and as JSON
+bench: build ## measure this machine: every figure with its bar; fails where one is missed
 	scripts/tools bench
 	target/release/millrace-figures
 
-sim: build ## real traffic through the autoscaler and its rivals; writes the plots
-	target/release/millrace-sim --plots sim/assets
+figures: build ## the same, kept as a result file; makes docs/figures.md of all of them
+	scripts/tools bench
+	target/release/millrace-figures --write docs/figures
+
+sim: build ## real traffic through the autoscaler and its rivals; writes plots and figures
+	target/release/millrace-sim --plots sim/assets --figures target/sim-figures.json
+	target/release/millrace-figures --sim target/sim-figures.json --write docs/figures
 
 kernels: tools ## compile the CUDA kernels; registers, shared memory and spills of each
 	cargo run --locked -p millrace-kernels --example resources

@@ -1,12 +1,12 @@
 //! The autoscaler's rules, each by an example: a table of whole decisions, and single ones that need more words.
 
-use millrace_crds::names::Class;
-use millrace_crds::scaling::{OnSignalLost, ScalingSpec, Stabilization};
-use millrace_crds::units::Span;
 use millrace_autoscaler::{
     ClassReading, Decision, Limit, Memory, QueueReading, Reading, Term, WorkerLoad, WorkerReading,
     WorkerState, decide,
 };
+use millrace_crds::names::Class;
+use millrace_crds::scaling::{OnSignalLost, ScalingSpec, Stabilization};
+use millrace_crds::units::Span;
 use proptest::prelude::*;
 
 fn queue(published: u64, pending: u64, unacked: u64, age_s: u64) -> Option<QueueReading> {

@@ -7,10 +7,10 @@
 
 use std::collections::BTreeMap;
 
-use millrace_crds::scaling::{OnSignalLost, ScalingSpec, ScalingTargets, Stabilization};
-use millrace_crds::units::Span;
 use millrace_autoscaler::bounds::STEP_WINDOW_MS;
 use millrace_autoscaler::{DecisionRecord, QueueReading, WorkerState};
+use millrace_crds::scaling::{OnSignalLost, ScalingSpec, ScalingTargets, Stabilization};
+use millrace_crds::units::Span;
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::TestRunner;

@@ -9,10 +9,10 @@ use std::process::Command;
 
 use clap::CommandFactory;
 use k8s_openapi::api::rbac::v1::PolicyRule;
+use millrace_autoscaler::{ClassReading, Memory, QueueReading, Reading, decide};
 use millrace_crds::names::{Class, ModelRef};
 use millrace_operator::config::Config;
 use millrace_operator::metrics::OperatorMetrics;
-use millrace_autoscaler::{ClassReading, Memory, QueueReading, Reading, decide};
 use serde::Deserialize;
 use serde_json::Value;
 

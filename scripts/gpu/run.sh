@@ -1,14 +1,21 @@
 #!/usr/bin/env bash
 # Runs the GPU tests and the benchmarks of this folder on a CUDA host, and prints a short table last.
 #
-# usage: run.sh [OUTPUT FOLDER [STEP...]]      Each step has a log there, benchmarks also a JSON file. A failed step does
-# not stop the others; the exit status says whether all passed. Without STEP all are run. SmolLM2's real weights are
-# compared too where its GGUF lies in `models` beside this script, and a start with 16 GB of weights where /dev/shm has
-# room for them.
+# usage: run.sh [OUTPUT FOLDER [STEP...]]      Each step has a log and a status there, benchmarks also a JSON file. A
+# failed step does not stop the others; the exit status says whether all passed. Without STEP all are run. SmolLM2's real
+# weights are compared too where its GGUF lies in `models` beside this script, and a start with 16 GB of weights where
+# /dev/shm has room for them. figures.json, written last, holds all steps of the folder, also those of earlier calls.
 set -uo pipefail
-cd "$(dirname "$0")"
+cd "$(dirname "$0")" || exit 1
 out=$(realpath -m "${1:-results}")
 mkdir -p "$out"
+commit=$(cat commit) || exit 1
+if [ -e "$out/commit" ] && [ "$(cat "$out/commit")" != "$commit" ]; then
+    echo "run.sh: $out has results of commit $(cat "$out/commit"), and this kit is of $commit: give another folder" >&2
+    exit 1
+fi
+echo "$commit" >"$out/commit"
+echo "run.sh OUTPUT${2:+ ${*:2}}" >>"$out/commands"
 wanted=" ${*:2} "
 export MILLRACE_REQUIRE_CUDA=1
 failed=0
@@ -22,11 +29,17 @@ note() { # NAME RESULT
     table+="$(printf '%-28s %s' "$1" "$2")"$'\n'
 }
 
+ended() { # NAME STATUS      `passed`, or what went wrong
+    echo "$2" >"$out/$1.status"
+    case $2 in FAILED*) failed=1 ;; esac
+}
+
 step() { # NAME SECONDS COMMAND...
     local name=$1 limit=$2 status=passed
     chosen "$name" || return 0
     shift 2
-    timeout "$limit" "$@" >"$out/$name.log" 2>&1 || { status="FAILED ($?)"; failed=1; }
+    timeout "$limit" "$@" >"$out/$name.log" 2>&1 || status="FAILED ($?)"
+    ended "$name" "$status"
     note "$name" "$status"
 }
 
@@ -34,7 +47,9 @@ bench() { # NAME SECONDS ARGUMENTS...
     local name=$1 limit=$2
     chosen "$name" || return 0
     shift 2
+    rm -f "$out/$name.json"
     if timeout "$limit" ./millrace-worker bench --device cuda --load-format dummy --json "$@" >"$out/$name.json" 2>"$out/$name.log"; then
+        ended "$name" passed
         note "$name" "$(python3 - "$out/$name.json" <<'P'
 import json, sys
 r = json.load(open(sys.argv[1]))
@@ -44,16 +59,18 @@ print(f"{r['output_tokens_per_s']:10.0f} tokens/s  {100 * r['bound_share']:5.1f}
 P
 )"
     else
+        ended "$name" "FAILED ($?)"
         note "$name" FAILED
-        failed=1
     fi
 }
 
 # The time of a whole process that reads the 8B model from memory and makes one token.
 start() {
-    local folder=/dev/shm/millrace-start began
+    local folder=/dev/shm/millrace-start began seconds status=passed
     chosen start || return 0
+    rm -f "$out/start.seconds"
     if [ "$(df --output=avail -B1 /dev/shm | tail -1)" -lt $((20 << 30)) ]; then
+        ended start "not run: /dev/shm has less than 20 GiB"
         note start "not run: /dev/shm has less than 20 GiB"
         return
     fi
@@ -62,13 +79,16 @@ start() {
         for _ in 1 2 3; do
             began=$(date +%s.%N)
             timeout 60 ./millrace-worker bench --device cuda --model "$folder" --synthetic 1,16,1 --concurrency 1 >>"$out/start.log" 2>&1 ||
-                { note start FAILED; failed=1; break; }
-            note start "$(python3 -c "import time; print(f'{time.time() - $began:.2f} s from start to end')")"
+                { status="FAILED ($?)"; break; }
+            seconds=$(python3 -c "import time; print(f'{time.time() - $began:.2f}')")
+            echo "$seconds" >>"$out/start.seconds"
+            note start "$seconds s from start to end"
         done
     else
-        note start FAILED
-        failed=1
+        status="FAILED ($?): checkpoint.py"
     fi
+    ended start "$status"
+    [ "$status" = passed ] || note start "$status"
     rm -rf "$folder"
 }
 
@@ -100,4 +120,5 @@ bench llama-3.1-8b-list 180 $large $list
 bench llama-3.1-8b-one 90 $large $one
 start
 printf '%s' "$table"
+python3 figures.py "$out" || failed=1
 exit $failed

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use clap::Parser;
 use millrace_sim::compare::{Comparison, compare};
 use millrace_sim::load::{SPEED, Speed, Traffic};
-use millrace_sim::report::{EXCESS_HEAD, HEAD, excess, line};
+use millrace_sim::report::{EXCESS_HEAD, HEAD, excess, figures, line};
 use millrace_sim::{plot, report::Row, sweep};
 
 /// Replays traffic through the autoscaler, KEDA's rule, the HPA's rule and the clairvoyant optimum.
@@ -36,6 +36,9 @@ struct Args {
     /// Folder for the plots; none are written when absent.
     #[arg(long)]
     plots: Option<PathBuf>,
+    /// File for the judged figures, as millrace-figures takes them; none is written when absent.
+    #[arg(long)]
+    figures: Option<PathBuf>,
     /// Instead of the table: the Azure traces over all of --rates and --cold-starts; one JSON object a cell.
     #[arg(long)]
     sweep: bool,
@@ -77,7 +80,7 @@ fn main() -> anyhow::Result<()> {
     if args.sweep {
         return sweep(&mut out, &args, &speed);
     }
-    let mut rows: Vec<Row> = Vec::new();
+    let (mut rows, mut judged): (Vec<Row>, Vec<serde_json::Value>) = Default::default();
     for mut load in loads(&args.loads)? {
         load.queue_wait_s = args.queue_wait.unwrap_or(load.queue_wait_s);
         let comparison = compare(&load, &speed)?;
@@ -85,7 +88,11 @@ fn main() -> anyhow::Result<()> {
         if let Some(folder) = &args.plots {
             draw(folder, &load, &comparison)?;
         }
+        judged.extend(figures(&comparison.rows));
         rows.extend(comparison.rows);
+    }
+    if let Some(path) = &args.figures {
+        std::fs::write(path, serde_json::to_string(&judged)?)?;
     }
     writeln!(out)?;
     for row in &rows {

@@ -1,6 +1,7 @@
 //! Figures of a run: one [`Row`] a load and policy, and where its GPU time goes.
 
 use serde::Serialize;
+use serde_json::{Value, json};
 
 use super::cluster::SimOutcome;
 use super::load::Traffic;
@@ -130,4 +131,56 @@ pub fn excess(row: &Row, bound_s: f64) -> String {
         row.empty_s,
         row.idle_s - row.empty_s
     )
+}
+
+/// The wait target of the judged traces.
+const WAIT_P95_S: f64 = 60.0;
+/// Most GPU time over the bound's, of each trace that is judged.
+const OVER_BOUND: [(&str, f64); 2] = [("azure-code", 1.33), ("azure-conv", 1.02)];
+
+/// The figures of a judged trace as a result file has them (`docs/figures.md`), of the rows of its policies; none of
+/// other loads. Policies without a row are left out.
+pub fn figures(rows: &[Row]) -> Vec<Value> {
+    let row = |policy: &str| rows.iter().find(|row| row.policy == policy);
+    let Some(own) = row("millrace") else { return Vec::new() };
+    let Some((_, over_bound)) = OVER_BOUND.iter().find(|(trace, _)| *trace == own.trace) else {
+        return Vec::new();
+    };
+    let figure = |what: &str, value: f64, unit: &str, bar: Value| {
+        let value = (value * 1e4).round() / 1e4;
+        json!({"name": format!("{}, {what}", own.trace), "value": value, "unit": unit, "bar": bar})
+    };
+    let ratio = |what: &str, (one, other): (&str, &str), bar: Value| {
+        let value = row(one)?.gpu_seconds / row(other)?.gpu_seconds;
+        Some(figure(&format!("GPU time {what}"), value, "x", bar))
+    };
+    let most = |value: f64| json!({"most": value});
+    let beside = |rival: &Row| {
+        let later = own.wait_p95_s / rival.wait_p95_s;
+        [
+            figure(
+                "changes of the number of workers",
+                own.scale_events as f64,
+                "",
+                most(rival.scale_events as f64),
+            ),
+            figure("wait, p95 over that of KEDA tuned", later, "x", most(1.0)),
+        ]
+    };
+    let mut found: Vec<Value> = [
+        ratio("over the bound", ("millrace", "clairvoyant"), most(*over_bound)),
+        ratio("over the bound's plan as it runs", ("millrace", "clairvoyant-run"), Value::Null),
+        ratio("over KEDA tuned", ("millrace", "keda-tuned"), Value::Null),
+        ratio("over KEDA as a user sizes it", ("millrace", "keda-sized"), Value::Null),
+        ratio("over KEDA's defaults", ("millrace", "keda-default"), Value::Null),
+        ratio("of the bound over KEDA tuned", ("clairvoyant", "keda-tuned"), Value::Null),
+        ratio("tuned likewise, over the bound", ("millrace-tuned", "clairvoyant"), Value::Null),
+        ratio("tuned likewise, over KEDA tuned", ("millrace-tuned", "keda-tuned"), Value::Null),
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
+    found.push(figure("wait, p95", own.wait_p95_s, "s", most(WAIT_P95_S)));
+    found.extend(row("keda-tuned").into_iter().flat_map(beside));
+    found
 }

@@ -90,4 +90,4 @@ for shape in $shapes; do
     race "$shape"
 done
 # shellcheck disable=SC2086
-python3 "$here/table.py" "$out" "$shapes" "$peers"
+python3 "$here/table.py" "$kit" "$out" "$shapes" "$peers"

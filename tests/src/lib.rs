@@ -12,6 +12,7 @@ pub mod chaos;
 pub mod checkpoint;
 pub mod cluster;
 pub mod demo;
+pub mod figures;
 pub mod http;
 pub mod jobs;
 #[cfg(feature = "cluster")]

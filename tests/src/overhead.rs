@@ -11,12 +11,13 @@ use futures::StreamExt;
 use millrace_crds::job::header;
 
 use crate::cluster::QueueHarness;
+use crate::figures::Figure;
 use crate::jobs::{NewJob, OutcomeLog, Pipeline};
 
 /// No job of one token takes longer, unless something hangs.
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// The figures.
+/// What was measured.
 #[derive(Debug, Clone, Copy)]
 pub struct Overhead {
     /// Median overhead, one job at a time.
@@ -25,6 +26,17 @@ pub struct Overhead {
     pub p99_ms: f64,
     /// Jobs a second when the queue is full, from the first publish to the last outcome.
     pub jobs_per_s: f64,
+}
+
+impl Overhead {
+    /// The figures of a release build, with their bars.
+    pub fn figures(&self) -> Vec<Figure> {
+        vec![
+            Figure::new("overhead of a job of one token, p50", self.p50_ms, "ms"),
+            Figure::new("overhead of a job of one token, p99", self.p99_ms, "ms").most(10.0),
+            Figure::new("jobs of one token, sustained", self.jobs_per_s, "jobs/s").least(400.0),
+        ]
+    }
 }
 
 /// Measures on a cluster with a running worker: `single` jobs one at a time, then `many` at once.

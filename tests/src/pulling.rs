@@ -20,6 +20,7 @@ use millrace_queue::store::Store;
 use millrace_worker::weights;
 use tempfile::TempDir;
 
+use crate::figures::Figure;
 use crate::random::Random;
 use crate::s3::S3;
 use crate::{place, tools};
@@ -53,6 +54,21 @@ impl Rates {
     /// The median of the plain downloads.
     pub fn plain(&self) -> f64 {
         median(self.plains.clone())
+    }
+
+    /// The figures, with their bar.
+    pub fn figures(&self) -> Vec<Figure> {
+        let mib = |rates: &[f64]| rates.iter().map(|rate| rate / f64::from(1 << 20)).collect::<Vec<_>>();
+        let rate = |name: &str, rates: &[f64]| {
+            let rates = mib(rates);
+            Figure::new(name, median(rates.clone()), "MiB/s").of_runs(rates)
+        };
+        vec![
+            rate("1 GiB from S3, hashed, until the model can be loaded", &self.pulls),
+            rate("1 GiB from S3 by s5cmd, not hashed", &self.plains),
+            Figure::new("1 GiB from S3, of the rate of s5cmd", 100.0 * self.pull() / self.plain(), "%")
+                .least(80.0),
+        ]
     }
 }
 

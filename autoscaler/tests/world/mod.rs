@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use millrace_crds::names::Class;
-use millrace_crds::scaling::ScalingSpec;
 use millrace_autoscaler::{
     ClassReading, DecisionRecord, Memory, QueueReading, Reading, WorkerLoad, WorkerReading, WorkerState,
     decide,
 };
+use millrace_crds::names::Class;
+use millrace_crds::scaling::ScalingSpec;
 
 /// From a pod's creation until it takes jobs, and from a restart in place.
 const START_MS: u64 = 25_000;

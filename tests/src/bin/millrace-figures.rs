@@ -1,78 +1,55 @@
-//! The README's figures, measured on this machine: the engine alone, the queue, crashes, the pull of weights.
+//! Measures this machine: the engine alone, the queue, crashes, the pull of weights, the demos.
 //!
-//! It runs the very programs that users run and reads their JSON. It prints one table for people and, as the
-//! last line, one JSON object. A part that cannot run is named with its reason, and a bar that is missed is
-//! marked; either makes the run fail at its end, after the others have run.
+//! It runs the very programs that users run and reads their JSON, and prints one table with every bar. A bar that is
+//! missed says so, and a part that cannot run is named with its reason. `--write` keeps the figures as a result file and
+//! makes the page anew; the other ways in do the same with figures that other programs left.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::Parser;
-use millrace_tests::chaos;
 use millrace_tests::cluster::QueueHarness;
+use millrace_tests::figures::{self, Figure, ResultFile, page, soak};
 use millrace_tests::random::Random;
-use millrace_tests::{model, overhead, pulling, tools};
-use serde_json::{Map, Value, json};
+use millrace_tests::{chaos, model, overhead, pulling, tools};
+use serde_json::{Value, json};
 
 /// The requests of the comparison with other engines.
 const REQUESTS: &str = "examples/bench/cpu-64.jsonl";
-/// One sequence: enough tokens for a steady rate.
-const ONE_SEQUENCE: &str = "1,32,256";
+/// One sequence after another, and many at once: requests, tokens in, tokens out.
+const ONE_SEQUENCE: &str = "8,64,128";
+const SEQUENCES: &str = "64,64,128";
 /// One job at a time, then as many as possible.
 const SINGLE_JOBS: usize = 1000;
 const MANY_JOBS: usize = 5000;
 /// Size of the object that is pulled.
 const PULL_BYTES: u64 = 1 << 30;
+/// The parts, by the names that `--only` looks at.
+const PARTS: [&str; 7] = ["engine-bf16", "engine-int8", "queue", "crashes", "pull", "demo", "demo-k8s"];
 
-/// Measures the README's figures on this machine.
+/// Measures this machine, and makes docs/figures.md of all result files.
 #[derive(Debug, Parser)]
 #[command(name = "millrace-figures")]
 struct Args {
     /// Measure only parts whose names contain this
     #[arg(long, default_value = "")]
     only: String,
+    /// Write a result file into this folder and make the page beside it anew
+    #[arg(long, value_name = "FOLDER")]
+    write: Option<PathBuf>,
+    /// Measure nothing: make the page of this folder's result files
+    #[arg(long, value_name = "FOLDER", conflicts_with_all = ["write", "only"])]
+    render: Option<PathBuf>,
+    /// Measure nothing: take the figures that millrace-sim wrote
+    #[arg(long, value_name = "JSON", conflicts_with_all = ["only", "render"])]
+    sim: Option<PathBuf>,
+    /// Measure nothing: take the figures of a long run from what it printed
+    #[arg(long, value_name = "LOG", conflicts_with_all = ["only", "render", "sim"])]
+    soak: Option<PathBuf>,
     /// Pull one model with this configuration, and measure nothing: how this program starts itself
     #[arg(long, hide = true, value_name = "JSON")]
     pull: Option<String>,
-}
-
-/// A least or most value of one of a part's numbers.
-#[derive(Debug, Clone, Copy)]
-enum Bar {
-    Least(&'static str, f64),
-    Most(&'static str, f64),
-}
-
-impl Bar {
-    fn text(self) -> String {
-        match self {
-            Bar::Least(name, value) => format!("{} >= {value}", unit_of(name)),
-            Bar::Most(name, value) => format!("{} <= {value}", unit_of(name)),
-        }
-    }
-
-    fn is_met(self, part: &Value) -> bool {
-        let number = |name: &str| part[name].as_f64();
-        match self {
-            Bar::Least(name, value) => number(name).is_some_and(|found| found >= value),
-            Bar::Most(name, value) => number(name).is_some_and(|found| found <= value),
-        }
-    }
-}
-
-/// One row of the table.
-#[derive(Debug)]
-struct Row {
-    name: &'static str,
-    bars: Vec<Bar>,
-    result: Result<Value>,
-}
-
-impl Row {
-    fn is_well(&self) -> bool {
-        self.result.as_ref().is_ok_and(|value| self.bars.iter().all(|bar| bar.is_met(value)))
-    }
 }
 
 #[tokio::main]
@@ -81,182 +58,167 @@ async fn main() -> Result<()> {
     if let Some(config) = &args.pull {
         return pulling::pull_once(config).await;
     }
-    let rows = measure(&args.only).await?;
-    ensure!(!rows.is_empty(), "--only {:?}: no part has such a name", args.only);
-    print_table(&rows);
-    let mut object = Map::new();
-    object.insert("machine".into(), machine());
-    for row in &rows {
-        let mut value =
-            row.result.as_ref().map_or_else(|error| json!({"error": format!("{error:#}")}), Clone::clone);
-        value["bars_met"] = row.is_well().into();
-        object.insert(row.name.replace([' ', ','], "_"), value);
+    if let Some(folder) = &args.render {
+        return figures::write_page(folder);
     }
-    println!("{}", Value::Object(object));
-    let unwell: Vec<&str> = rows.iter().filter(|row| !row.is_well()).map(|row| row.name).collect();
-    ensure!(unwell.is_empty(), "not measured, or below a bar: {}", unwell.join(", "));
+    let read = |path: &PathBuf| std::fs::read_to_string(path).with_context(|| path.display().to_string());
+    let (kind, command, found) = match (&args.sim, &args.soak) {
+        (Some(path), _) => ("sim", "make sim", serde_json::from_str(&read(path)?)?),
+        (None, Some(path)) => ("soak", "make soak", soak::figures(&read(path)?)?),
+        (None, None) => ("cpu", "make figures", measure(&args).await?),
+    };
+    println!("{}\n\n{}", figures::machine(), page::table(&found));
+    let unmet: Vec<&str> =
+        found.iter().filter(|figure| !figure.is_met()).map(|figure| figure.name.as_str()).collect();
+    let (unmet, whole) = (unmet.join(", "), found.iter().all(|figure| figure.value.is_some()));
+    if let Some(folder) = &args.write {
+        println!("written: {}", ResultFile::new(command, found)?.write(folder, kind)?.display());
+        figures::write_page(folder)?;
+        // A missed bar stands on the page.
+        ensure!(whole, "not all was measured: {unmet}");
+        return Ok(());
+    }
+    ensure!(unmet.is_empty(), "missed, or not measured: {unmet}");
     Ok(())
 }
 
-async fn measure(only: &str) -> Result<Vec<Row>> {
-    let mut rows = Vec::new();
-    let engine: Vec<_> = engine_parts().into_iter().filter(|(name, ..)| name.contains(only)).collect();
-    if !engine.is_empty() {
-        let folder = tokio::task::spawn_blocking(model::smollm2).await??;
-        for (name, bars, options) in engine {
-            eprintln!("measuring {name}");
-            rows.push(Row { name, bars, result: bench(&folder, &options) });
-        }
-        rows.extend(batching(&rows));
+/// All figures of the parts that are asked for; a part that fails is one figure that says why.
+async fn measure(args: &Args) -> Result<Vec<Figure>> {
+    let only = &args.only;
+    ensure!(args.write.is_none() || only.is_empty(), "--write keeps all parts or none; leave --only away");
+    let slow = cfg!(debug_assertions) && args.write.is_some();
+    ensure!(!slow, "--write keeps figures of a release build alone: make figures");
+    let parts: Vec<&str> = PARTS.into_iter().filter(|part| part.contains(only.as_str())).collect();
+    ensure!(!parts.is_empty(), "--only is {only:?}; the parts are {}", PARTS.join(", "));
+    let mut found = Vec::new();
+    for part in parts {
+        eprintln!("measuring {part}");
+        let figures = match part {
+            "engine-bf16" => engine("bf16", &["--dtype", "bf16"], (Some(500.0), 80.0)).await,
+            "engine-int8" => {
+                engine("int8", &["--dtype", "bf16", "--quantization", "int8"], (None, 150.0)).await
+            }
+            "queue" => queue().await,
+            "crashes" => crashes().await,
+            "pull" => pull().await,
+            "demo" => demo(),
+            _ => demo_k8s(),
+        };
+        found.extend(figures.unwrap_or_else(|error| vec![Figure::failed(part, &error)]));
     }
-    if "queue".contains(only) {
-        eprintln!("measuring the queue");
-        let bars = vec![Bar::Most("overhead_p99_ms", 10.0), Bar::Least("jobs_per_s", 400.0)];
-        rows.push(Row { name: "queue", bars, result: queue().await });
-    }
-    if "crashes".contains(only) {
-        eprintln!("killing workers and the broker");
-        let plan = chaos::SHORT;
-        let bars = vec![Bar::Least("outcomes", plan.jobs as f64), Bar::Least("redelivered", 1.0)];
-        rows.push(Row { name: "crashes", bars, result: crashes(plan).await });
-    }
-    if "pull".contains(only) {
-        eprintln!("pulling from S3");
-        rows.push(Row { name: "pull", bars: vec![Bar::Least("of_plain", 0.8)], result: pull().await });
-    }
-    Ok(rows)
+    Ok(found)
 }
 
-type EnginePart = (&'static str, Vec<Bar>, Vec<&'static str>);
-
-/// `(name, bars, options of bench)`.
-fn engine_parts() -> [EnginePart; 5] {
-    let rate = |least| vec![Bar::Least("output_tokens_per_s", least)];
-    let list = |more: &[&'static str]| [&["--requests", REQUESTS, "--dtype", "bf16"], more].concat();
-    let one = |more: &[&'static str]| [&["--synthetic", ONE_SEQUENCE, "--dtype", "bf16"], more].concat();
-    [
-        ("cpu-64 bf16", rate(500.0), list(&[])),
-        ("cpu-64 int8", Vec::new(), list(&["--quantization", "int8"])),
-        ("cpu-64 one at a time bf16", Vec::new(), list(&["--concurrency", "1"])),
-        ("one sequence bf16", rate(80.0), one(&[])),
-        ("one sequence int8", rate(150.0), one(&["--quantization", "int8"])),
-    ]
+/// The list and sequences with weights of one type, together and alone; the bars are tokens a second of the list and
+/// of one sequence.
+async fn engine(name: &str, dtype: &[&str], bars: (Option<f64>, f64)) -> Result<Vec<Figure>> {
+    let folder = tokio::task::spawn_blocking(model::smollm2).await??;
+    let run = |options: &[&str]| last_object("millrace-worker", &bench(&folder, &[dtype, options].concat()));
+    let number = |said: &Value, field: &str| said[field].as_f64().unwrap_or(f64::NAN);
+    let rate = |said: &Value| number(said, "output_tokens_per_s");
+    let (list, list_alone) =
+        (run(&["--requests", REQUESTS])?, run(&["--requests", REQUESTS, "--concurrency", "1"])?);
+    let one = run(&["--synthetic", ONE_SEQUENCE, "--concurrency", "1"])?;
+    let many = run(&["--synthetic", SEQUENCES])?;
+    let figure = |what: &str, value: f64, unit: &str| Figure::new(&format!("{name}, {what}"), value, unit);
+    let of_limit = |said: &Value| 100.0 * number(said, "bound_share");
+    let whole = figure("the list, 64 at once", rate(&list), "tokens/s");
+    Ok(vec![
+        bars.0.into_iter().fold(whole, Figure::least),
+        figure("the list, of the machine's limit", of_limit(&list), "%"),
+        figure("the list, one at a time", rate(&list_alone), "tokens/s"),
+        figure("the list, 64 at once over one at a time", rate(&list) / rate(&list_alone), "x").least(5.0),
+        figure("one sequence", rate(&one), "tokens/s").least(bars.1),
+        figure("one sequence, of the machine's limit", of_limit(&one), "%"),
+        figure("64 sequences at once", rate(&many), "tokens/s"),
+        figure("64 sequences at once over one", rate(&many) / rate(&one), "x").least(5.0),
+    ])
 }
 
-/// How much faster the list is together than one request at a time, if both were measured.
-fn batching(rows: &[Row]) -> Option<Row> {
-    let rate = |name: &str| {
-        let row = rows.iter().find(|row| row.name == name)?;
-        row.result.as_ref().ok()?["output_tokens_per_s"].as_f64()
-    };
-    let times = rate("cpu-64 bf16")? / rate("cpu-64 one at a time bf16")?;
-    let bars = vec![Bar::Least("times", 5.0)];
-    Some(Row { name: "batching", bars, result: Ok(json!({"times": rounded(times)})) })
+fn bench<'a>(folder: &'a Path, options: &[&'a str]) -> Vec<&'a str> {
+    let folder = folder.to_str().unwrap_or_default();
+    [&["bench", "--json", "--model", folder], options].concat()
 }
 
-fn bench(folder: &Path, options: &[&str]) -> Result<Value> {
-    let mut command = Command::new(tools::program("millrace-worker")?);
-    command.arg("bench").arg("--model").arg(folder).arg("--json").args(options);
-    let output = command.stdin(Stdio::null()).stderr(Stdio::inherit()).output()?;
+/// Runs a program of this workspace; the last line that it prints is a JSON object.
+fn last_object(program: &str, arguments: &[&str]) -> Result<Value> {
+    let mut command = Command::new(tools::program(program)?);
+    let output = command.args(arguments).stdin(Stdio::null()).stderr(Stdio::inherit()).output()?;
+    ensure!(output.status.success(), "{program} {} ended with {}", arguments.join(" "), output.status);
     let text = String::from_utf8_lossy(&output.stdout);
-    if !output.status.success() {
-        bail!("millrace-worker bench {} ended with {}", options.join(" "), output.status);
-    }
-    serde_json::from_str(text.lines().last().unwrap_or_default()).context("the last line is no JSON object")
+    let last = text.lines().last().unwrap_or_default();
+    serde_json::from_str(last)
+        .with_context(|| format!("the last line of {program} is no JSON object: {last}"))
 }
 
-async fn queue() -> Result<Value> {
+async fn queue() -> Result<Vec<Figure>> {
     let cluster = tokio::task::spawn_blocking(QueueHarness::tiny).await??;
     let config = cluster.config.clone();
     let start = move || millrace_tests::worker::Worker::start_ready(&config);
     let _worker = tokio::task::spawn_blocking(start).await??;
-    let figures = overhead::measure(&cluster, SINGLE_JOBS, MANY_JOBS).await?;
-    Ok(json!({
-        "overhead_p50_ms": rounded(figures.p50_ms),
-        "overhead_p99_ms": rounded(figures.p99_ms),
-        "jobs_per_s": rounded(figures.jobs_per_s),
-    }))
+    Ok(overhead::measure(&cluster, SINGLE_JOBS, MANY_JOBS).await?.figures())
 }
 
-async fn crashes(plan: chaos::ChaosPlan) -> Result<Value> {
+async fn crashes() -> Result<Vec<Figure>> {
+    let plan = chaos::SHORT;
     let report = chaos::run(plan, Random::from_environment("crashes", 20_261_123)).await?;
-    Ok(json!({
+    Ok(soak::crashes(&json!({
         "jobs": plan.jobs,
         "outcomes": report.record.outcomes.len(),
         "redelivered": report.record.redelivered(),
         "worker_kills": report.worker_kills,
         "broker_kills": report.broker_kills,
-        "elapsed_s": rounded(report.elapsed.as_secs_f64()),
-    }))
+        "elapsed_s": report.elapsed.as_secs_f64(),
+    })))
 }
 
-async fn pull() -> Result<Value> {
-    let rates = pulling::measure(PULL_BYTES).await?;
-    let mib = |rate: f64| rounded(rate / f64::from(1 << 20));
-    Ok(json!({
-        "pull_mib_per_s": mib(rates.pull()),
-        "plain_mib_per_s": mib(rates.plain()),
-        "of_plain": rounded(rates.pull() / rates.plain()),
-        "pull_rounds_mib_per_s": rates.pulls.iter().copied().map(mib).collect::<Vec<_>>(),
-        "plain_rounds_mib_per_s": rates.plains.iter().copied().map(mib).collect::<Vec<_>>(),
-    }))
+async fn pull() -> Result<Vec<Figure>> {
+    Ok(pulling::measure(PULL_BYTES).await?.figures())
 }
 
-fn rounded(value: f64) -> f64 {
-    (value * 100.0).round() / 100.0
+fn demo() -> Result<Vec<Figure>> {
+    let said = last_object("millrace-demo", &[])?;
+    let number = |name: &str| said[name].as_f64().unwrap_or(f64::NAN);
+    Ok(vec![
+        Figure::new("demo, cold start of its worker", number("cold_start_ms") / 1e3, "s"),
+        Figure::new("demo, 64 prompts through the queue", number("output_tokens_per_s"), "tokens/s"),
+    ])
 }
 
-/// The processor's name and cores, as the kernel tells them.
-fn machine() -> Value {
-    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let name = text.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
-    let cores = std::thread::available_parallelism().map_or(0, usize::from);
-    json!({"cpu": name.map_or("unknown", |(_, name)| name), "cores": cores})
-}
-
-fn print_table(rows: &[Row]) {
-    let machine = machine();
-    println!("{}, {} cores\n", machine["cpu"].as_str().unwrap_or_default(), machine["cores"]);
-    println!("| figure | measured | bar | met |\n|---|---|---|---|");
-    for row in rows {
-        let measured = match &row.result {
-            Ok(value) => shown(value),
-            Err(error) => format!("failed: {error:#}"),
-        };
-        let bars: Vec<String> = row.bars.iter().map(|bar| bar.text()).collect();
-        let met = match (row.is_well(), bars.is_empty()) {
-            (true, true) => "-",
-            (true, false) => "yes",
-            (false, _) => "NO",
-        };
-        println!("| {} | {measured} | {} | {met} |", row.name, bars.join(", "));
+/// Nothing where there is no control plane: it takes minutes to build.
+#[cfg(feature = "cluster")]
+fn demo_k8s() -> Result<Vec<Figure>> {
+    use millrace_tests::kube::programs;
+    if let Some(error) = programs::PROGRAMS.iter().find_map(|name| programs::program(name).err()) {
+        eprintln!("not run: {error:#}");
+        return Ok(Vec::new());
     }
-    println!();
+    let said = last_object("millrace-demo-k8s", &[])?;
+    let number = |name: &str| said[name].as_f64().unwrap_or(f64::NAN);
+    Ok(vec![
+        Figure::new(
+            "a sleeping model on Kubernetes, first job until a worker is ordered",
+            number("wake_ms"),
+            "ms",
+        ),
+        Figure::new("a sleeping model on Kubernetes, jobs completed", number("completed"), "jobs")
+            .least(number("published")),
+        Figure::new(
+            "a sleeping model on Kubernetes, last result until no worker is left",
+            number("back_to_zero_s"),
+            "s",
+        ),
+        Figure::new(
+            "a revision that changes under load, jobs completed",
+            number("rollout_completed"),
+            "jobs",
+        )
+        .least(number("rollout_published")),
+    ])
 }
 
-/// The numbers that the table shows, of those that a part reports, with their units.
-const SHOWN: [(&str, &str); 13] = [
-    ("output_tokens_per_s", "tok/s out"),
-    ("prompt_tokens_per_s", "tok/s in"),
-    ("bound_share", "of the bound"),
-    ("times", "times"),
-    ("overhead_p50_ms", "ms p50"),
-    ("overhead_p99_ms", "ms p99"),
-    ("jobs_per_s", "jobs/s"),
-    ("outcomes", "outcomes"),
-    ("redelivered", "redelivered"),
-    ("worker_kills", "worker kills"),
-    ("broker_kills", "broker kills"),
-    ("pull_mib_per_s", "MiB/s"),
-    ("of_plain", "of s5cmd's rate"),
-];
-
-fn unit_of(name: &str) -> &str {
-    SHOWN.iter().find(|(shown, _)| *shown == name).map_or(name, |(_, unit)| unit)
-}
-
-fn shown(value: &Value) -> String {
-    let number = |name: &str| value[name].as_f64();
-    let parts = SHOWN.iter().filter_map(|(name, unit)| Some(format!("{} {unit}", rounded(number(name)?))));
-    parts.collect::<Vec<_>>().join(", ")
+#[cfg(not(feature = "cluster"))]
+fn demo_k8s() -> Result<Vec<Figure>> {
+    eprintln!("not run: this program was built without the feature cluster");
+    Ok(Vec::new())
 }
