@@ -142,7 +142,7 @@ impl OperatorMetrics {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::scale::ClassReading;
+    use millrace_autoscaler::ClassReading;
 
     /// The series of a namespace on the page, without their values.
     fn series(metrics: &OperatorMetrics, namespace: &str) -> Vec<String> {
