@@ -63,7 +63,7 @@ sim: build ## real traffic through the autoscaler and its rivals; writes plots a
 	target/release/millrace-figures --sim target/sim-figures.json --write docs/figures
 
 kernels: tools ## compile the CUDA kernels; registers, shared memory and spills of each
-	cargo run --locked -p millrace-kernels --example resources
+	cargo run --locked -p millrace-kernels --features cuda --example resources
 
 gpu-kit: tools ## worker, GPU tests and benchmarks for a CUDA host, in one archive
 	scripts/gpu-kit
