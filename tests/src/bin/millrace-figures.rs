@@ -143,8 +143,9 @@ fn bench<'a>(folder: &'a Path, options: &[&'a str]) -> Vec<&'a str> {
 /// Runs a program of this workspace; the last line that it prints is a JSON object.
 fn last_object(program: &str, arguments: &[&str]) -> Result<Value> {
     let mut command = Command::new(tools::program(program)?);
+    let line = [&[program], arguments].concat().join(" ");
     let output = command.args(arguments).stdin(Stdio::null()).stderr(Stdio::inherit()).output()?;
-    ensure!(output.status.success(), "{program} {} ended with {}", arguments.join(" "), output.status);
+    ensure!(output.status.success(), "{line} ended with {}", output.status);
     let text = String::from_utf8_lossy(&output.stdout);
     let last = text.lines().last().unwrap_or_default();
     serde_json::from_str(last)
