@@ -25,6 +25,7 @@ const READ_BYTES: usize = 256 << 10;
 const THREADS_MAX: usize = 8;
 
 /// Both digests of bytes that come in order.
+#[derive(Default)]
 pub struct FileHash {
     chain: Sha256,
     /// The beginning of a part.
@@ -36,7 +37,7 @@ pub struct FileHash {
 impl FileHash {
     /// Of no bytes yet.
     pub fn new() -> Self {
-        Self { chain: Sha256::new(), part: Vec::new(), chunks: Vec::new(), bytes: 0 }
+        Self::default()
     }
 
     /// Takes the next bytes.
