@@ -123,7 +123,7 @@ impl<R: Run> Held<'_, R> {
         self.pulse.set(HeldBy::Settling);
         reach("before_output_put");
         let body = self.line.claims.deposit(&self.headers, answer.body).await?;
-        Ok(Outcome::completed(body))
+        Ok(Outcome::completed(body, answer.ignored_fields))
     }
 
     fn observe(&self, answer: &Answer, run: Duration) {
