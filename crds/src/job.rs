@@ -34,6 +34,8 @@ pub mod header {
     pub const INPUT: &str = "Millrace-Input";
     /// `s3://` address where the outcome's body shall go.
     pub const OUTPUT: &str = "Millrace-Output";
+    /// `ignore` lets requests have unknown fields; they are listed in [`IGNORED_FIELDS`]. `refuse` is the default.
+    pub const UNKNOWN_FIELDS: &str = "Millrace-Unknown-Fields";
     /// W3C trace context, passed on to the outcome.
     pub const TRACEPARENT: &str = "traceparent";
     /// W3C trace context of the tracing systems, passed on beside a sound `traceparent`.
@@ -54,6 +56,8 @@ pub mod header {
     pub const QUEUE_WAIT_MS: &str = "Millrace-Queue-Wait-Ms";
     /// On outcomes: milliseconds that the attempt which wrote it ran.
     pub const RUN_MS: &str = "Millrace-Run-Ms";
+    /// On outcomes: the unknown fields that were ignored, sorted, with commas between them.
+    pub const IGNORED_FIELDS: &str = "Millrace-Ignored-Fields";
     /// On dead letters: why the job was given up.
     pub const REASON: &str = "Millrace-Reason";
     /// On dead letters whose body did not fit beside their headers: the bytes that it had.
@@ -83,6 +87,8 @@ pub struct JobHeaders {
     pub tracestate: Option<String>,
     /// Whether the body holds many requests, one a line.
     pub jsonl: bool,
+    /// Whether unknown fields of requests are ignored.
+    pub ignore_unknown: bool,
 }
 
 /// Why a job's headers were refused.
@@ -137,13 +143,12 @@ impl JobHeaders {
             Some("true") => true,
             Some(value) => return Err(refuse(header::STREAM, value, "true or false")),
         };
-        let jsonl = match get(header::CONTENT_TYPE).map(|v| v.split(';').next().unwrap_or(v).trim()) {
-            None | Some(JSON) => false,
-            Some(JSONL | "application/x-ndjson") => true,
-            Some(value) => {
-                return Err(refuse(header::CONTENT_TYPE, value, "application/json or application/jsonl"));
-            }
+        let ignore_unknown = match get(header::UNKNOWN_FIELDS) {
+            None | Some("refuse") => false,
+            Some("ignore") => true,
+            Some(value) => return Err(refuse(header::UNKNOWN_FIELDS, value, "ignore or refuse")),
         };
+        let jsonl = is_jsonl(get(header::CONTENT_TYPE))?;
         let reply_subject = match get(header::REPLY_SUBJECT) {
             Some(value) if is_publishable(value) => Some(value.to_owned()),
             Some(value) => {
@@ -171,12 +176,28 @@ impl JobHeaders {
             traceparent,
             tracestate: tracestate.map(str::to_owned),
             jsonl,
+            ignore_unknown,
         })
     }
 
     /// The id of the trace that the job belongs to, for logs; empty if it belongs to none.
     pub fn trace_id(&self) -> &str {
         self.traceparent.as_deref().and_then(|text| text.split('-').nth(1)).unwrap_or_default()
+    }
+}
+
+/// Media types are compared without case and without their parameters.
+fn is_jsonl(content_type: Option<&str>) -> Result<bool, HeaderError> {
+    let Some(value) = content_type else { return Ok(false) };
+    let media_type = value.split(';').next().unwrap_or(value).trim().to_ascii_lowercase();
+    match media_type.as_str() {
+        JSON => Ok(false),
+        JSONL | "application/x-ndjson" => Ok(true),
+        _ => Err(HeaderError::Value {
+            name: header::CONTENT_TYPE,
+            value: value.chars().take(80).collect(),
+            expected: "application/json or application/jsonl",
+        }),
     }
 }
 
@@ -235,12 +256,13 @@ mod tests {
             ("Millrace-Stream", "true"),
             ("Millrace-Input", "s3://b/in"),
             ("Millrace-Output", "s3://b/out"),
-            ("Content-Type", "application/jsonl; charset=utf-8"),
+            ("Content-Type", "Application/JSONL; charset=utf-8"),
+            ("Millrace-Unknown-Fields", "ignore"),
             ("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),
         ])
         .unwrap();
         assert_eq!(job.id.as_str(), "job-1");
-        assert!(job.stream && job.jsonl && job.traceparent.is_some());
+        assert!(job.stream && job.jsonl && job.ignore_unknown && job.traceparent.is_some());
         assert_eq!(job.deadline.unwrap().unix_timestamp(), 1_795_428_000);
     }
 
@@ -251,6 +273,7 @@ mod tests {
             ("Nats-Msg-Id", ""),
             ("Millrace-Deadline", "tomorrow"),
             ("Millrace-Stream", "yes"),
+            ("Millrace-Unknown-Fields", "keep"),
             ("Millrace-Input", "http://x"),
             ("Millrace-Output", "/etc/passwd"),
             ("Millrace-Reply-Subject", "$JS.API.STREAM.DELETE.X"),

@@ -10,6 +10,14 @@ pub const CHAT_COMPLETIONS: &str = "/v1/chat/completions";
 /// The `url` of a completions batch line.
 pub const COMPLETIONS: &str = "/v1/completions";
 
+/// Every `url` of a batch line; Azure's have no version.
+pub const URLS: [&str; 4] = [CHAT_COMPLETIONS, COMPLETIONS, "/chat/completions", "/completions"];
+
+/// Whether a `url` is one of chat completions.
+pub fn is_chat(url: &str) -> bool {
+    url.ends_with("/chat/completions")
+}
+
 /// One OpenAI batch input line.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -25,12 +33,13 @@ pub struct BatchLine {
 }
 
 /// Why a choice ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum FinishReason {
     /// The model's end of sequence, a stop token or a stop string.
     Stop,
     /// The limit of tokens.
+    #[default]
     Length,
 }
 
@@ -60,6 +69,9 @@ pub struct ChatCompletion {
     pub choices: Vec<ChatChoice>,
     /// What it cost.
     pub usage: Usage,
+    /// If asked for: for each token of the prompt, what vLLM reports of it; `null` for the first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prompt_logprobs: Option<Vec<Value>>,
 }
 
 /// One choice of a chat answer.
@@ -143,6 +155,9 @@ pub struct TextChoice {
     pub logprobs: Option<TextLogprobs>,
     /// Why it ended.
     pub finish_reason: FinishReason,
+    /// If asked for: for each token of the prompt, what vLLM reports of it; `null` for the first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prompt_logprobs: Option<Vec<Value>>,
 }
 
 /// Log probabilities of a completions choice: one entry for each token in each list.
@@ -150,10 +165,12 @@ pub struct TextChoice {
 pub struct TextLogprobs {
     /// Where the token's text begins, in characters of the choice's text.
     pub text_offset: Vec<usize>,
-    /// Natural logarithms.
-    pub token_logprobs: Vec<f64>,
-    /// The tokens' texts.
+    /// Natural logarithms; `null` for the first token of an echoed prompt.
+    pub token_logprobs: Vec<Option<f64>>,
+    /// The tokens' names: their texts, `bytes:` and escapes where they are none, `token_id:` and the id where two of
+    /// one place have one text.
     pub tokens: Vec<String>,
-    /// The most probable tokens and their logarithms, most probable first.
-    pub top_logprobs: Vec<serde_json::Map<String, Value>>,
+    /// The logarithms of the most probable tokens and of the chosen one, most probable first; `null` for the first token
+    /// of an echoed prompt.
+    pub top_logprobs: Vec<Option<serde_json::Map<String, Value>>>,
 }

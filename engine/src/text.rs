@@ -5,9 +5,13 @@
 //! [`generate`](mod@generate), which waits for the engine.
 
 pub mod completion;
+mod conversation;
 pub mod detokenize;
 pub mod generate;
+mod jinja;
 pub mod job;
+mod logprobs;
+mod marks;
 pub mod prompt;
 pub mod stop;
 pub mod template;

@@ -26,12 +26,14 @@ pub struct Outcome {
     pub body: Bytes,
     /// Why, unless it completed.
     pub error: Option<LineError>,
+    /// Unknown fields of its requests that were ignored.
+    pub ignored_fields: Vec<String>,
 }
 
 impl Outcome {
-    /// The job has its answer.
-    pub fn completed(body: Bytes) -> Self {
-        Self { kind: OutcomeKind::Completed, body, error: None }
+    /// The job has its answer; unknown fields of its requests were ignored.
+    pub fn completed(body: Bytes, ignored_fields: Vec<String>) -> Self {
+        Self { kind: OutcomeKind::Completed, body, error: None, ignored_fields }
     }
 
     /// The job has none. `kind` is not `completed`.
@@ -45,7 +47,7 @@ impl Outcome {
             error: Some(error.clone()),
         };
         let body = serde_json::to_vec(&line).expect("strings serialise").into();
-        Self { kind, body, error: Some(error) }
+        Self { kind, body, error: Some(error), ignored_fields: Vec::new() }
     }
 }
 
@@ -175,6 +177,9 @@ impl Results {
         map.insert(header::MODEL_DIGEST, self.digest.as_str());
         map.insert(header::QUEUE_WAIT_MS, format!("{:.3}", envelope.queue_wait_ms).as_str());
         map.insert(header::RUN_MS, format!("{:.3}", envelope.run_ms).as_str());
+        if !outcome.ignored_fields.is_empty() {
+            map.insert(header::IGNORED_FIELDS, header_value(&outcome.ignored_fields).as_str());
+        }
         if let Some(trace) = &envelope.headers.traceparent {
             map.insert(header::TRACEPARENT, trace.as_str());
         }
@@ -258,6 +263,15 @@ fn one_line(text: &str) -> String {
 
 fn text<'a>(message: &'a Message, name: &str) -> Option<&'a str> {
     message.headers.as_ref()?.get(name).map(|value| value.as_str())
+}
+
+/// Fields with commas between them. Their names come from callers: what no header may hold is written as `?`, and a list
+/// that is too long ends early.
+fn header_value(fields: &[String]) -> String {
+    let safe = |c: char| if c.is_ascii_graphic() && c != ',' { c } else { '?' };
+    let listed =
+        fields.iter().map(|field| field.chars().map(safe).collect()).collect::<Vec<String>>().join(",");
+    listed.chars().take(MESSAGE_CHARS_MAX).collect()
 }
 
 fn stored_outcome(message: &Message) -> StoredOutcome {

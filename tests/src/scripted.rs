@@ -125,6 +125,7 @@ impl Run for ScriptedRunner {
             sequences: 1,
             stopped: 0,
             first_token_ms: None,
+            ignored_fields: Vec::new(),
         })
     }
 

@@ -125,7 +125,9 @@ fn requests() -> Vec<Request> {
                     presence_penalty: if number % 7 == 1 { 0.5 } else { 0.0 },
                     frequency_penalty: if number % 7 == 2 { 0.5 } else { 0.0 },
                     logit_bias: if number % 7 == 3 { vec![(5, 2.0), (9, -3.0)] } else { Vec::new() },
+                    min_tokens: if number % 7 == 4 { 8 } else { 0 },
                     logprobs: Some(number as u32 % 6),
+                    ..Sampling::default()
                 },
                 seed: number as u64 * 977,
                 prompt,

@@ -406,6 +406,7 @@ mod tests {
             sequences: 2,
             stopped: 1,
             first_token_ms: Some(500.0),
+            ignored_fields: Vec::new(),
         };
         metrics.answered(&answer, Duration::from_secs(3));
         let text = String::from_utf8(metrics.text(None)).unwrap();

@@ -43,6 +43,8 @@ pub struct Answer {
     pub stopped: u64,
     /// From the start of the attempt to its first token, in milliseconds.
     pub first_token_ms: Option<f64>,
+    /// Unknown fields that the job lets the worker ignore.
+    pub ignored_fields: Vec<String>,
 }
 
 /// Runs jobs.
@@ -79,7 +81,7 @@ impl Run for EngineRun {
     async fn run(&self, work: Work, deltas: Option<mpsc::Sender<TokenDelta>>) -> Result<Answer, Fault> {
         let limits = JobLimits::from(self.engine.limits());
         let job = decode(work, limits).await?;
-        let sequences = job.sequences() as u64;
+        let (sequences, ignored_fields) = (job.sequences() as u64, job.ignored_fields.clone());
         let completion = generate::generate(job, &self.text, &self.engine, deltas).await.map_err(fault_of)?;
         Ok(Answer {
             body: completion.body,
@@ -88,6 +90,7 @@ impl Run for EngineRun {
             sequences,
             stopped: completion.stopped,
             first_token_ms: completion.first_token_ms,
+            ignored_fields,
         })
     }
 

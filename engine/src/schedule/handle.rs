@@ -55,8 +55,10 @@ impl Limits {
         if needed > self.kv_blocks as usize {
             return Err(Refusal::TooManyBlocks { needed, total: self.kv_blocks as usize });
         }
-        let biased = request.sampling.logit_bias.iter().map(|(token, _)| token);
-        match request.prompt.iter().chain(biased).find(|&&token| token >= self.vocabulary) {
+        let sampling = &request.sampling;
+        let biased = sampling.logit_bias.iter().map(|(token, _)| token);
+        let named = biased.chain(&sampling.forced).chain(sampling.bad_words.iter().flatten());
+        match request.prompt.iter().chain(named).find(|&&token| token >= self.vocabulary) {
             Some(&token) => Err(Refusal::UnknownToken { token, vocabulary: self.vocabulary }),
             None => request.sampling.check(),
         }

@@ -46,6 +46,13 @@ pub struct Sampling {
     pub logit_bias: Vec<(u32, f32)>,
     /// Report log probabilities: of the chosen token and of this many most probable ones.
     pub logprobs: Option<u32>,
+    /// No stop token is chosen before so many tokens.
+    pub min_tokens: u32,
+    /// Runs of tokens that are never chosen whole.
+    pub bad_words: Vec<Vec<u32>>,
+    /// The first tokens of the output, whatever their probability: the rest of a prompt whose log probabilities are
+    /// wanted. They count in `max_tokens`, and neither end the sequence nor count as output for penalties.
+    pub forced: Vec<u32>,
 }
 
 impl Default for Sampling {
@@ -60,6 +67,9 @@ impl Default for Sampling {
             frequency_penalty: 0.0,
             logit_bias: Vec::new(),
             logprobs: None,
+            min_tokens: 0,
+            bad_words: Vec::new(),
+            forced: Vec::new(),
         }
     }
 }

@@ -202,7 +202,7 @@ impl Scheduler {
     pub fn needs_tokens(&self, step: &[Chunk]) -> bool {
         let live = step.iter().filter_map(|chunk| self.slots[chunk.slot as usize].as_ref());
         live.filter(|sequence| sequence.awaited.is_some() && sequence.pending() > 0)
-            .any(|sequence| sampler::row(sequence).penalises())
+            .any(sampler::needs_tokens)
     }
 
     /// Whether the choice of a sampled row of the step in flight is a sequence's next token. It is not when the

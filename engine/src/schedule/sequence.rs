@@ -8,6 +8,9 @@
 use super::blocks::{BlockId, Chain, PREFIX_ROOT, PrefixHash, extend_hash};
 use super::request::{Finish, Request, Sampling, SequenceUsage};
 
+/// Added to the logit of a token that must or must not be chosen: beyond all logits, and far from infinite.
+const DECISIVE: f32 = 1e30;
+
 /// One request on its way.
 #[derive(Debug)]
 pub struct Sequence {
@@ -19,6 +22,12 @@ pub struct Sequence {
     pub sampling: Sampling,
     /// Seed of its random numbers.
     pub seed: u64,
+    /// The biases that make each forced token the choice.
+    forced: Vec<(u32, f32)>,
+    /// The biases while stop tokens are barred.
+    early: Vec<(u32, f32)>,
+    /// The biases of the next token where words are barred: they change with every token.
+    current: Vec<(u32, f32)>,
     /// The sampled row of the step in flight whose choice is the next token.
     pub(super) awaited: Option<u32>,
     /// Tokens whose keys and values are in the cache, or will be after the steps that are queued.
@@ -51,6 +60,13 @@ impl Sequence {
         let prompt_len = prompt.len();
         let mut tokens = prompt;
         tokens.reserve_exact(max_tokens as usize);
+        let forced = sampling.forced.iter().map(|&token| (token, DECISIVE)).collect();
+        let barred = stop_tokens.iter().map(|&token| (token, -DECISIVE));
+        let early = if sampling.min_tokens > 0 {
+            sampling.logit_bias.iter().copied().chain(barred).collect()
+        } else {
+            Vec::new()
+        };
         let mut sequence = Self {
             tokens,
             prompt_len,
@@ -58,6 +74,9 @@ impl Sequence {
             stop_tokens,
             sampling,
             seed,
+            forced,
+            early,
+            current: Vec::new(),
             awaited: None,
             computed: 0,
             table: Vec::with_capacity(total.div_ceil(block_tokens)),
@@ -71,7 +90,36 @@ impl Sequence {
             bypassed: 0,
         };
         sequence.hash_full_blocks(block_tokens);
+        sequence.bar_words();
         sequence
+    }
+
+    /// What is added to the logits of the next token.
+    pub fn bias(&self) -> &[(u32, f32)] {
+        match self.forced.get(self.length() - self.prompt_len) {
+            Some(forced) => std::slice::from_ref(forced),
+            None if !self.sampling.bad_words.is_empty() => &self.current,
+            None => self.plain_bias(),
+        }
+    }
+
+    fn plain_bias(&self) -> &[(u32, f32)] {
+        let chosen = self.length() - self.prompt_len - self.forced.len().min(self.length() - self.prompt_len);
+        if chosen < self.sampling.min_tokens as usize { &self.early } else { &self.sampling.logit_bias }
+    }
+
+    /// Bars the last token of each word whose other tokens stand at the end.
+    fn bar_words(&mut self) {
+        if self.sampling.bad_words.is_empty() {
+            return;
+        }
+        let output = self.tokens.get(self.prompt_len + self.forced.len()..).unwrap_or_default();
+        let barred = |word: &Vec<u32>| match word.split_last() {
+            Some((last, before)) if output.ends_with(before) => Some((*last, -DECISIVE)),
+            _ => None,
+        };
+        let barred: Vec<(u32, f32)> = self.sampling.bad_words.iter().filter_map(barred).collect();
+        self.current = self.plain_bias().iter().copied().chain(barred).collect();
     }
 
     /// Prompt and output, as far as they are known.
@@ -133,7 +181,9 @@ impl Sequence {
         assert!(self.remaining() > 0, "a sequence that has its tokens is not run again");
         self.tokens.push(token);
         self.hash_full_blocks(block_tokens);
-        if self.stop_tokens.contains(&token) {
+        self.bar_words();
+        let is_forced = self.tokens.len() <= self.prompt_len + self.forced.len();
+        if !is_forced && self.stop_tokens.contains(&token) {
             Some(Finish::Stop)
         } else {
             (self.remaining() == 0).then_some(Finish::Length)

@@ -4,14 +4,13 @@
 
 use bytes::Bytes;
 use millrace_crds::request::{
-    ChatChoice, ChatCompletion, ChatLogprobs, ChatMessage, ChatTokenLogprob, FinishReason, TextChoice,
-    TextCompletion, TextLogprobs, TopLogprob, Usage,
+    ChatChoice, ChatCompletion, ChatMessage, FinishReason, TextChoice, TextCompletion, Usage,
 };
 use millrace_crds::result::{ErrorCode, LineError, OutputLine, Response};
 use serde_json::Value;
 
-use crate::text::detokenize::Pieces;
-use crate::text::job::{Input, RequestLine, TextRequest};
+use crate::text::job::{Input, Params, RequestLine, TextRequest};
+use crate::text::logprobs;
 use crate::text::prompt::Text;
 
 /// A job's answer.
@@ -35,7 +34,7 @@ pub struct Completion {
 }
 
 /// A finished choice.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct Choice {
     /// Its text, cut before the stop string.
     pub text: String,
@@ -45,6 +44,9 @@ pub struct Choice {
     pub tokens: u64,
     /// One entry for each token, if asked for.
     pub logprobs: Vec<TokenLogprobs>,
+    /// One entry for each token of the prompt, where it is echoed or reported; with values, but for the first one, on
+    /// the first choice of a prompt whose log probabilities are asked for.
+    pub prompt: Vec<TokenLogprobs>,
 }
 
 /// Log probabilities at one token of a choice.
@@ -55,7 +57,7 @@ pub struct TokenLogprobs {
     /// Characters of text before it.
     pub offset: usize,
     /// The token's, and those of the most probable tokens.
-    pub values: crate::schedule::request::Logprobs,
+    pub values: Option<crate::schedule::request::Logprobs>,
 }
 
 /// The answer to one request.
@@ -98,8 +100,8 @@ pub struct Answered<'a> {
     pub text: &'a Text,
     /// The answer's timestamp, in seconds of the Unix epoch.
     pub created: i64,
-    /// Whether log probabilities were asked for.
-    pub logprobs: bool,
+    /// What was asked for.
+    pub params: &'a Params,
     /// Tokens of all prompts.
     pub prompt_tokens: u64,
     /// Each choice of each prompt, in order.
@@ -126,14 +128,23 @@ impl Answered<'_> {
         }
     }
 
+    /// The first choice of the prompt that a choice belongs to: it has the prompt's values.
+    fn first(&self, index: usize) -> &Choice {
+        let n = self.params.n.max(1) as usize;
+        &self.choices[index - index % n]
+    }
+
+    fn prompt_logprobs(&self, index: usize) -> Option<Vec<Value>> {
+        let most = self.params.prompt_logprobs?;
+        Some(logprobs::of_prompt(&self.first(index).prompt, most, self.text.pieces()))
+    }
+
     fn chat(&self, id: &str) -> ChatCompletion {
-        let pieces = self.text.pieces();
+        let namer = logprobs::Namer { pieces: self.text.pieces(), as_ids: self.params.tokens_as_ids };
         let choice = |(index, choice): (u32, &Choice)| ChatChoice {
             index,
             message: ChatMessage { role: "assistant".into(), content: choice.text.clone() },
-            logprobs: self.logprobs.then(|| ChatLogprobs {
-                content: choice.logprobs.iter().map(|at| chat_logprob(at, pieces)).collect(),
-            }),
+            logprobs: self.params.logprobs.map(|_| logprobs::of_chat(&choice.logprobs, namer)),
             finish_reason: choice.finish,
         };
         ChatCompletion {
@@ -143,61 +154,31 @@ impl Answered<'_> {
             model: self.text.model().to_owned(),
             choices: (0..).zip(&self.choices).map(choice).collect(),
             usage: self.usage(),
+            prompt_logprobs: if self.choices.is_empty() { None } else { self.prompt_logprobs(0) },
         }
     }
 
     fn completion(&self, id: &str) -> TextCompletion {
-        let pieces = self.text.pieces();
-        let choice = |(index, choice): (u32, &Choice)| TextChoice {
-            index,
+        let namer = logprobs::Namer { pieces: self.text.pieces(), as_ids: self.params.tokens_as_ids };
+        let logprobs = |place: usize, choice: &Choice| {
+            let most = self.params.logprobs?;
+            let prompt = if self.params.echo { &self.first(place).prompt[..] } else { &[] };
+            Some(logprobs::of_text(prompt.iter().chain(&choice.logprobs), most as usize, namer))
+        };
+        let choice = |(place, choice): (usize, &Choice)| TextChoice {
+            index: u32::try_from(place).unwrap_or(u32::MAX),
             text: choice.text.clone(),
-            logprobs: self.logprobs.then(|| text_logprobs(&choice.logprobs, pieces)),
+            logprobs: logprobs(place, choice),
             finish_reason: choice.finish,
+            prompt_logprobs: self.prompt_logprobs(place),
         };
         TextCompletion {
             id: format!("cmpl-{id}"),
             object: "text_completion".into(),
             created: self.created,
             model: self.text.model().to_owned(),
-            choices: (0..).zip(&self.choices).map(choice).collect(),
+            choices: self.choices.iter().enumerate().map(choice).collect(),
             usage: self.usage(),
         }
-    }
-}
-
-fn text_of(pieces: &Pieces, id: u32) -> String {
-    String::from_utf8_lossy(pieces.bytes(id)).into_owned()
-}
-
-/// JSON has no infinity: a token of probability 0 gets -9999, as in OpenAI's API. The shortest decimal form
-/// of the 32-bit number is kept, which a cast would lengthen.
-fn logprob(value: f32) -> f64 {
-    format!("{}", value.max(-9999.0)).parse().unwrap_or(-9999.0)
-}
-
-fn chat_logprob(at: &TokenLogprobs, pieces: &Pieces) -> ChatTokenLogprob {
-    let top = |&(id, value): &(u32, f32)| TopLogprob {
-        token: text_of(pieces, id),
-        logprob: logprob(value),
-        bytes: pieces.bytes(id).to_vec(),
-    };
-    ChatTokenLogprob {
-        token: text_of(pieces, at.id),
-        logprob: logprob(at.values.chosen),
-        bytes: pieces.bytes(at.id).to_vec(),
-        top_logprobs: at.values.top.iter().map(top).collect(),
-    }
-}
-
-fn text_logprobs(tokens: &[TokenLogprobs], pieces: &Pieces) -> TextLogprobs {
-    let top = |at: &TokenLogprobs| {
-        let entry = |&(id, value): &(u32, f32)| (text_of(pieces, id), Value::from(logprob(value)));
-        at.values.top.iter().map(entry).collect()
-    };
-    TextLogprobs {
-        text_offset: tokens.iter().map(|at| at.offset).collect(),
-        token_logprobs: tokens.iter().map(|at| logprob(at.values.chosen)).collect(),
-        tokens: tokens.iter().map(|at| text_of(pieces, at.id)).collect(),
-        top_logprobs: tokens.iter().map(top).collect(),
     }
 }

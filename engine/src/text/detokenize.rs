@@ -141,6 +141,8 @@ pub struct Detokenizer<'a> {
     pending: Vec<u8>,
     /// Spaces still to be cut off.
     strip: usize,
+    /// What the unfinished end of the prompt showed, and shows again when it is finished.
+    shown: String,
 }
 
 impl<'a> Detokenizer<'a> {
@@ -150,7 +152,19 @@ impl<'a> Detokenizer<'a> {
             Scheme::ByteLevel => 0,
             Scheme::ByteFallback { strip } => strip,
         };
-        Self { pieces, skip_special, pending: Vec::new(), strip }
+        Self { pieces, skip_special, pending: Vec::new(), strip, shown: String::new() }
+    }
+
+    /// Begins behind a prompt, whose text is appended: it and what follows join to what the whole sequence decodes to.
+    pub fn behind(pieces: &'a Pieces, skip_special: bool, prompt: &[u32], out: &mut String) -> Self {
+        let mut begun = Self::new(pieces, skip_special);
+        prompt.iter().for_each(|&token| begun.push(token, out));
+        let mut end =
+            Self { pending: begun.pending.clone(), shown: String::new(), ..Self::new(pieces, skip_special) };
+        end.strip = begun.strip;
+        end.finish(&mut begun.shown);
+        out.push_str(&begun.shown);
+        begun
     }
 
     /// Takes the next token; appends the text that is certain now.
@@ -163,7 +177,9 @@ impl<'a> Detokenizer<'a> {
         match (self.pieces.scheme, kind) {
             (Scheme::ByteLevel, _) => {
                 self.pending.extend_from_slice(bytes);
+                let before = out.len();
                 drain_lossy(&mut self.pending, out);
+                self.drop_shown(before, out);
             }
             (Scheme::ByteFallback { .. }, Kind::Byte) => self.pending.extend_from_slice(bytes),
             (Scheme::ByteFallback { .. }, _) => {
@@ -178,8 +194,10 @@ impl<'a> Detokenizer<'a> {
         match self.pieces.scheme {
             Scheme::ByteLevel if self.pending.is_empty() => {}
             Scheme::ByteLevel => {
+                let before = out.len();
                 out.push(char::REPLACEMENT_CHARACTER);
                 self.pending.clear();
+                self.drop_shown(before, out);
             }
             Scheme::ByteFallback { .. } => self.end_run(out),
         }
@@ -187,6 +205,23 @@ impl<'a> Detokenizer<'a> {
 
     /// Whether a run of bytes is text shows only at its end.
     fn end_run(&mut self, out: &mut String) {
+        let before = out.len();
+        self.end_whole_run(out);
+        self.drop_shown(before, out);
+    }
+
+    /// Takes off again what the prompt's end has shown already, once there is text behind `before`.
+    fn drop_shown(&mut self, before: usize, out: &mut String) {
+        if self.shown.is_empty() || out.len() == before {
+            return;
+        }
+        let shown = std::mem::take(&mut self.shown);
+        if out[before..].starts_with(&shown) {
+            out.replace_range(before..before + shown.len(), "");
+        }
+    }
+
+    fn end_whole_run(&mut self, out: &mut String) {
         let run = std::mem::take(&mut self.pending);
         match String::from_utf8(run) {
             Ok(text) => self.append(&text, out),

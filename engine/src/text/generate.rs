@@ -202,8 +202,7 @@ impl<'a> Requests<'a> {
             (0..prompts.len()).flat_map(|prompt| (0..n).map(move |choice| (prompt, choice))).collect();
         let choices = places.into_iter().map(|place| self.choice(line, request, &prompts, place));
         let choices = futures::future::try_join_all(choices).await?;
-        let logprobs = request.params.logprobs.is_some();
-        let answered = Answered { text: self.text, created, logprobs, prompt_tokens, choices };
+        let answered = Answered { text: self.text, created, params: &request.params, prompt_tokens, choices };
         Ok(LineAnswer {
             output_tokens: answered.output_tokens(),
             stopped: answered.stopped(),
@@ -220,10 +219,10 @@ impl<'a> Requests<'a> {
 
     async fn prompts(&self, request: &TextRequest, created: i64) -> Result<Vec<Prompt>, AnswerError> {
         if text_bytes(&request.input) <= INLINE_PROMPT_BYTES_MAX {
-            return Ok(self.text.prompts(&request.input, created)?);
+            return Ok(self.text.prompts(request, created)?);
         }
-        let (text, input) = (self.text.clone(), request.input.clone());
-        let work = tokio::task::spawn_blocking(move || text.prompts(&input, created));
+        let (text, request) = (self.text.clone(), request.clone());
+        let work = tokio::task::spawn_blocking(move || text.prompts(&request, created));
         let prompts = work.await.map_err(|error| Reject::Tokenizer(error.to_string()))?;
         Ok(prompts?)
     }
@@ -243,15 +242,20 @@ impl<'a> Requests<'a> {
                 AnswerError::Reject(Reject::Engine { field: field_of(&request.input, prompt), refusal })
             }
         };
+        let params = &request.params;
+        let scored =
+            choice == 0 && (params.prompt_logprobs.is_some() || (params.echo && params.logprobs.is_some()));
+        let limits = self.engine.limits();
         let sequence =
-            self.text.sequence(request, &prompts[prompt], seed, &self.engine.limits()).map_err(refuse)?;
+            self.text.sequence(request, &prompts[prompt], (seed, scored), &limits).map_err(refuse)?;
         let stop_tokens = sequence.stop_tokens.clone();
         // The semaphore is never closed.
         let _place = self.places.acquire().await.map_err(|_| AnswerError::Stopped)?;
         let mut generation = self.engine.submit(sequence).await.map_err(refuse)?;
         let index = prompt as u32 * request.params.n + choice;
         let deltas = Deltas::new(self.deltas.clone(), line.index, index);
-        let mut state = choice::Progress::new(self.text, &request.params, stop_tokens, deltas);
+        let mut state = choice::Progress::new(self.text, request, (stop_tokens, deltas));
+        state.begin(&prompts[prompt].tokens, scored);
         let first_token = || {
             let us = u64::try_from(self.began.elapsed().as_micros()).unwrap_or(u64::MAX);
             self.first_token_us.fetch_min(us, Ordering::Relaxed);
@@ -292,7 +296,7 @@ fn field_of(input: &Input, prompt: usize) -> String {
 
 fn text_bytes(input: &Input) -> usize {
     match input {
-        Input::Chat(chat) => chat.messages.iter().map(|message| message.content.len()).sum(),
+        Input::Chat(chat) => chat.messages.iter().map(|message| message.0.len()).sum(),
         Input::Prompts { prompts, .. } => prompts
             .iter()
             .map(|prompt| match prompt {

@@ -5,6 +5,7 @@
 //! Every refusal names field, value and limit, never text of a prompt, and nothing over a limit of this
 //! module gets through.
 
+mod chat;
 mod fields;
 mod params;
 mod reject;
@@ -12,19 +13,24 @@ mod request;
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashMap;
+use std::cell::RefCell;
+use std::collections::{BTreeSet, HashMap};
 
 use millrace_crds::job::{INPUT_BYTES_MAX, JOB_BYTES_MAX, JobHeaders, REQUESTS_MAX};
 use serde_json::Value;
 
 use crate::schedule::handle::Limits;
+use crate::text::jinja::json;
 
 use fields::Fields;
+pub use params::LOGIT_BIAS_MAX;
 pub use reject::Reject;
 
 /// Largest single request, as a job's body or as one line of many: parsed JSON takes up to 30 times the
 /// memory of its text, so that this bounds a decode at about 120 MiB. Larger inputs come as lines.
 pub const REQUEST_BYTES_MAX: usize = 4 << 20;
+/// Most unknown fields that an outcome names.
+pub const IGNORED_FIELDS_MAX: usize = 32;
 /// Longest `custom_id`, in bytes.
 pub const CUSTOM_ID_BYTES_MAX: usize = 512;
 
@@ -53,6 +59,8 @@ pub struct Job {
     pub created: i64,
     /// Its requests, in order; exactly one unless the headers say lines.
     pub lines: Vec<RequestLine>,
+    /// Unknown fields that were ignored, because the headers say so; sorted, at most [`IGNORED_FIELDS_MAX`].
+    pub ignored_fields: Vec<String>,
 }
 
 /// One request of a job.
@@ -91,32 +99,25 @@ pub enum Input {
     },
 }
 
+/// A value as the request's JSON has it, so that no number loses a digit on its way to the template.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Json(pub String);
+
 /// A conversation.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Chat {
-    /// At least one message.
-    pub messages: Vec<Message>,
+    /// At least one message, each an object that was checked.
+    pub messages: Vec<Json>,
+    /// What the model may call, for the template.
+    pub tools: Option<Json>,
+    /// What the model may cite, for the template.
+    pub documents: Option<Json>,
     /// Whether the template opens the assistant's turn. On unless asked otherwise.
     pub add_generation_prompt: bool,
     /// Whether the last message is continued instead of answered.
     pub continue_final_message: bool,
-    /// Further variables of the template (`chat_template_kwargs`).
-    pub variables: serde_json::Map<String, Value>,
-}
-
-/// One message of a conversation.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
-pub struct Message {
-    /// `system` (also for OpenAI's `developer`), `user` or `assistant`.
-    pub role: String,
-    /// Its text; the parts of an array of texts are joined as they are.
-    pub content: String,
-    /// The participant's name, for templates that use it.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub name: Option<String>,
-    /// The assistant's earlier reasoning, for templates that use it.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub reasoning_content: Option<String>,
+    /// Further variables of the template (`chat_template_kwargs`), an object.
+    pub variables: Option<Json>,
 }
 
 /// One prompt.
@@ -165,6 +166,22 @@ pub struct Params {
     pub frequency_penalty: f32,
     /// Added to the logits of single tokens, in the order of their ids.
     pub logit_bias: Vec<(u32, f32)>,
+    /// Nothing ends a choice before it has so many tokens.
+    pub min_tokens: u32,
+    /// Texts that are never generated.
+    pub bad_words: Vec<String>,
+    /// The only tokens that are generated, if any are named.
+    pub allowed_token_ids: Vec<u32>,
+    /// Most tokens of the prompt; the last ones are kept.
+    pub truncate_prompt_tokens: Option<u32>,
+    /// Report the log probability of each token of the prompt and those of this many most probable ones.
+    pub prompt_logprobs: Option<u32>,
+    /// The text begins with the prompt's.
+    pub echo: bool,
+    /// Log probabilities name tokens by their ids.
+    pub tokens_as_ids: bool,
+    /// Special tokens that stand in a caller's text are text.
+    pub split_special_tokens: Option<bool>,
 }
 
 impl Job {
@@ -179,14 +196,17 @@ impl Job {
             (None, _) => JOB_BYTES_MAX as u64,
         };
         check_bytes("body", body, bytes_max)?;
+        let body = without_mark("body", body)?;
         let id = headers.id.as_str();
+        let reading = Reading::new(limits, headers.ignore_unknown);
         let lines = if headers.jsonl {
-            decode_lines(id, body, limits)?
+            decode_lines(id, body, &reading)?
         } else {
-            let request = TextRequest::decode(parse_json("body", body)?, None, limits)?;
+            let (value, text) = parse_json("body", body)?;
+            let request = TextRequest::decode(value, text, None, &reading)?;
             vec![RequestLine { index: 0, id: id.to_owned(), custom_id: id.to_owned(), request: Ok(request) }]
         };
-        Ok(Job { headers, created, lines })
+        Ok(Job { headers, created, lines, ignored_fields: reading.ignored() })
     }
 
     /// Sequences that the job needs in all: prompts times choices.
@@ -210,10 +230,53 @@ impl RequestLine {
     /// Decodes one line: an OpenAI batch line, or a request alone, whose `custom_id` is then its `id`.
     /// A bad line is a line with a refusal.
     pub fn decode(index: usize, id: String, bytes: &[u8], limits: &JobLimits) -> RequestLine {
+        let reading = Reading::new(limits, false);
+        match if index == 0 { without_mark("line", bytes) } else { Ok(bytes) } {
+            Ok(bytes) => Self::read(index, id, bytes, &reading),
+            Err(reject) => RequestLine { index, custom_id: id.clone(), id, request: Err(reject) },
+        }
+    }
+
+    fn read(index: usize, id: String, bytes: &[u8], reading: &Reading<'_>) -> RequestLine {
         let mut custom_id = id.clone();
-        let request = decode_line(bytes, &mut custom_id, limits);
+        let request = decode_line(bytes, &mut custom_id, reading);
         RequestLine { index, id, custom_id, request }
     }
+}
+
+/// What requests are read with.
+struct Reading<'a> {
+    limits: &'a JobLimits,
+    /// Unknown fields so far, where they are ignored.
+    ignored: Option<RefCell<BTreeSet<String>>>,
+}
+
+impl<'a> Reading<'a> {
+    fn new(limits: &'a JobLimits, ignore: bool) -> Self {
+        Self { limits, ignored: ignore.then(RefCell::default) }
+    }
+
+    /// Ignores an unknown field; returns whether that is allowed.
+    fn ignores(&self, field: &str) -> bool {
+        let Some(ignored) = &self.ignored else { return false };
+        let mut ignored = ignored.borrow_mut();
+        if ignored.len() < IGNORED_FIELDS_MAX {
+            ignored.insert(field.to_owned());
+        }
+        true
+    }
+
+    fn ignored(self) -> Vec<String> {
+        self.ignored.map(|ignored| ignored.into_inner().into_iter().collect()).unwrap_or_default()
+    }
+}
+
+/// A file's bytes behind the byte order mark that editors of Windows write.
+fn without_mark<'a>(field: &'static str, bytes: &'a [u8]) -> Result<&'a [u8], Reject> {
+    if bytes.starts_with(&[0xFF, 0xFE]) || bytes.starts_with(&[0xFE, 0xFF]) {
+        return Err(Reject::NotJson { field, error: "it is UTF-16; write it as UTF-8".into() });
+    }
+    Ok(bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(bytes))
 }
 
 /// Whether a line of JSON lines holds nothing.
@@ -221,7 +284,7 @@ pub fn is_blank(line: &[u8]) -> bool {
     line.iter().all(u8::is_ascii_whitespace)
 }
 
-fn decode_lines(job: &str, body: &[u8], limits: &JobLimits) -> Result<Vec<RequestLine>, Reject> {
+fn decode_lines(job: &str, body: &[u8], reading: &Reading<'_>) -> Result<Vec<RequestLine>, Reject> {
     let mut lines = Vec::new();
     let mut first_with: HashMap<String, usize> = HashMap::new();
     for bytes in body.split(|&byte| byte == b'\n').filter(|line| !is_blank(line)) {
@@ -229,7 +292,7 @@ fn decode_lines(job: &str, body: &[u8], limits: &JobLimits) -> Result<Vec<Reques
         if index == REQUESTS_MAX {
             return Err(Reject::TooMany { field: "body".into(), what: "requests", limit: REQUESTS_MAX });
         }
-        let mut line = RequestLine::decode(index, format!("{job}-{index}"), bytes, limits);
+        let mut line = RequestLine::read(index, format!("{job}-{index}"), bytes, reading);
         match first_with.get(&line.custom_id) {
             Some(&first) => {
                 line.request = Err(Reject::Duplicate { custom_id: line.custom_id.clone(), first });
@@ -246,12 +309,12 @@ fn decode_lines(job: &str, body: &[u8], limits: &JobLimits) -> Result<Vec<Reques
     Ok(lines)
 }
 
-fn decode_line(bytes: &[u8], custom_id: &mut String, limits: &JobLimits) -> Result<TextRequest, Reject> {
+fn decode_line(bytes: &[u8], custom_id: &mut String, reading: &Reading<'_>) -> Result<TextRequest, Reject> {
     check_bytes("line", bytes, REQUEST_BYTES_MAX as u64)?;
-    let value = parse_json("line", bytes)?;
+    let (value, text) = parse_json("line", bytes)?;
     let envelope = ["custom_id", "method", "url", "body"];
     if !envelope.iter().any(|name| value.get(name).is_some()) {
-        return TextRequest::decode(value, None, limits);
+        return TextRequest::decode(value, text, None, reading);
     }
     let mut fields = Fields::open("", value)?;
     *custom_id = fields.text("custom_id", 1..=CUSTOM_ID_BYTES_MAX)?.ok_or_else(|| Reject::Missing {
@@ -259,14 +322,13 @@ fn decode_line(bytes: &[u8], custom_id: &mut String, limits: &JobLimits) -> Resu
         expected: "a string that is unique in the job",
     })?;
     fields.one_of("method", &["POST"])?;
-    let url = fields
-        .one_of("url", &[millrace_crds::request::CHAT_COMPLETIONS, millrace_crds::request::COMPLETIONS])?;
+    let url = fields.one_of("url", &millrace_crds::request::URLS)?;
     let body = fields.take("body").ok_or_else(|| Reject::Missing {
         field: "body".into(),
         expected: "a chat completions or completions request",
     })?;
-    fields.done()?;
-    TextRequest::decode(body, url, limits)
+    fields.done(reading)?;
+    TextRequest::decode(body, json::field(text, "body").unwrap_or_default(), url, reading)
 }
 
 fn check_bytes(field: &'static str, bytes: &[u8], limit: u64) -> Result<(), Reject> {
@@ -277,6 +339,9 @@ fn check_bytes(field: &'static str, bytes: &[u8], limit: u64) -> Result<(), Reje
 }
 
 /// serde_json itself refuses more than 128 levels.
-fn parse_json(field: &'static str, bytes: &[u8]) -> Result<Value, Reject> {
-    serde_json::from_slice(bytes).map_err(|error| Reject::NotJson { field, error: error.to_string() })
+fn parse_json<'a>(field: &'static str, bytes: &'a [u8]) -> Result<(Value, &'a str), Reject> {
+    let malformed = |error: String| Reject::NotJson { field, error };
+    let value = serde_json::from_slice(bytes).map_err(|error| malformed(error.to_string()))?;
+    let text = std::str::from_utf8(bytes).map_err(|error| malformed(error.to_string()))?;
+    Ok((value, text))
 }

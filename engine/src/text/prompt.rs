@@ -3,21 +3,24 @@
 //! The folder is in Hugging Face layout. Every file has a size limit; what is malformed is refused at the
 //! start with the file's name, so that no job meets it. Rendering and tokenizing are pure.
 
+mod files;
 mod folder;
 #[cfg(test)]
 mod tests;
 #[cfg(any(test, feature = "testing"))]
 pub mod tiny;
+mod tokens;
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use tokenizers::Tokenizer;
 
 use crate::schedule::handle::Limits;
 use crate::schedule::request::{Refusal, Request, Sampling};
 use crate::text::detokenize::{DecoderError, Detokenizer, Pieces};
-use crate::text::job::{Input, Params, PromptInput, Reject, TextRequest};
+use crate::text::job::{Chat, Input, LOGIT_BIAS_MAX, Params, PromptInput, Reject, TextRequest};
+use crate::text::marks;
 use crate::text::template::{Template, TemplateError};
 
 /// Tokens that a completion gets when its request names no limit, as in OpenAI's API and vLLM.
@@ -31,10 +34,22 @@ pub struct Text(Arc<Parts>);
 struct Parts {
     model: String,
     tokenizer: Tokenizer,
-    template: Option<Template>,
+    /// The tokenizer that takes special tokens in text for text; made when it is first wanted.
+    splitting: OnceLock<Tokenizer>,
+    /// Whether the model's author wants that for all text.
+    split: bool,
+    templates: Templates,
     pieces: Pieces,
     end_tokens: Vec<u32>,
     defaults: Defaults,
+}
+
+/// A model's chat templates.
+#[derive(Debug, Default)]
+struct Templates {
+    default: Option<Template>,
+    /// For conversations with tools.
+    tool_use: Option<Template>,
 }
 
 /// Sampling that the model's author recommends (`generation_config.json`), else OpenAI's.
@@ -132,7 +147,7 @@ impl Text {
 
     /// Whether the model has a chat template.
     pub fn has_template(&self) -> bool {
-        self.0.template.is_some()
+        self.0.templates.default.is_some()
     }
 
     /// The bytes of every token.
@@ -143,6 +158,16 @@ impl Text {
     /// Begins to decode a sequence.
     pub fn detokenizer(&self, skip_special: bool) -> Detokenizer<'_> {
         Detokenizer::new(&self.0.pieces, skip_special)
+    }
+
+    /// Begins to decode what follows a prompt, whose text is appended to `out`.
+    pub fn detokenizer_behind(
+        &self,
+        skip_special: bool,
+        prompt: &[u32],
+        out: &mut String,
+    ) -> Detokenizer<'_> {
+        Detokenizer::behind(&self.0.pieces, skip_special, prompt, out)
     }
 
     /// The text of a whole sequence, without its special tokens. Bytes that are no text show as U+FFFD.
@@ -158,7 +183,20 @@ impl Text {
     /// # Errors
     /// When the tokenizer fails.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, Reject> {
-        let encoding = self.0.tokenizer.encode_fast(text, special);
+        self.encode_as(text, special, self.0.split)
+    }
+
+    fn encode_as(&self, text: &str, special: bool, split: bool) -> Result<Vec<u32>, Reject> {
+        let tokenizer = if split {
+            self.0.splitting.get_or_init(|| {
+                let mut tokenizer = self.0.tokenizer.clone();
+                tokenizer.set_encode_special_tokens(true);
+                tokenizer
+            })
+        } else {
+            &self.0.tokenizer
+        };
+        let encoding = tokenizer.encode_fast(text, special);
         encoding
             .map(|encoding| encoding.get_ids().to_vec())
             .map_err(|error| Reject::Tokenizer(error.to_string()))
@@ -168,25 +206,67 @@ impl Text {
     ///
     /// # Errors
     /// When the template refuses the conversation, or the tokenizer fails.
-    pub fn prompts(&self, input: &Input, created: i64) -> Result<Vec<Prompt>, Reject> {
-        match input {
+    pub fn prompts(&self, request: &TextRequest, created: i64) -> Result<Vec<Prompt>, Reject> {
+        let params = &request.params;
+        let split = params.split_special_tokens.unwrap_or(self.0.split);
+        let mut prompts = match &request.input {
             Input::Chat(chat) => {
-                let template = self.0.template.as_ref().ok_or(Reject::NoTemplate)?;
-                let rendered = template.render(chat, created)?;
+                let templates = &self.0.templates;
+                let tools = templates.tool_use.as_ref().filter(|_| chat.tools.is_some());
+                let template = tools.or(templates.default.as_ref()).ok_or(Reject::NoTemplate)?;
                 // The template has written the special tokens already.
-                Ok(vec![Prompt { tokens: self.encode(&rendered, false)? }])
+                vec![self.chat_tokens(
+                    template,
+                    chat,
+                    (created, params.split_special_tokens == Some(true)),
+                )?]
             }
             Input::Prompts { prompts, add_special_tokens } => {
                 let prompt = |prompt: &PromptInput| match prompt {
-                    PromptInput::Text(text) => self.encode(text, *add_special_tokens),
+                    PromptInput::Text(text) => self.encode_as(text, *add_special_tokens, split),
                     PromptInput::Tokens(tokens) => Ok(tokens.clone()),
                 };
-                prompts.iter().map(|p| prompt(p).map(|tokens| Prompt { tokens })).collect()
+                prompts.iter().map(prompt).collect::<Result<Vec<_>, _>>()?
             }
+        };
+        if let Some(most) = params.truncate_prompt_tokens {
+            prompts
+                .iter_mut()
+                .for_each(|tokens| drop(tokens.drain(..tokens.len().saturating_sub(most as usize))));
         }
+        Ok(prompts.into_iter().map(|tokens| Prompt { tokens }).collect())
     }
 
-    /// The engine's request for one choice of a prompt.
+    /// A conversation in tokens. With `split` what the caller wrote holds no special token.
+    fn chat_tokens(
+        &self,
+        template: &Template,
+        chat: &Chat,
+        (created, split): (i64, bool),
+    ) -> Result<Vec<u32>, Reject> {
+        if !split {
+            return self.encode(&template.render(chat, created)?, false);
+        }
+        let special = self.0.tokenizer.get_added_vocabulary().get_added_tokens_decoder();
+        let special: Vec<&str> =
+            special.values().filter(|token| token.special).map(|token| token.content.as_str()).collect();
+        let rendered = template.render_marked(chat, created, &special)?;
+        let newline = self.encode("\n", false)?;
+        let mut tokens = Vec::new();
+        for (at, (text, is_callers)) in marks::parts(&rendered).into_iter().enumerate() {
+            // Some tokenizers put a space before every text; behind a line feed they put none.
+            let behind =
+                if at > 0 { self.encode_as(&format!("\n{text}"), false, is_callers)? } else { Vec::new() };
+            match behind.strip_prefix(newline.as_slice()) {
+                Some(rest) if at > 0 => tokens.extend_from_slice(rest),
+                _ => tokens.extend(self.encode_as(&text, false, is_callers)?),
+            }
+        }
+        Ok(tokens)
+    }
+
+    /// The engine's request for one choice of a prompt. With `scored` the prompt's own tokens are reported first, with
+    /// their log probabilities: the engine takes the first one as prompt and is made to choose the others.
     ///
     /// # Errors
     /// When the engine can never run it; the refusal names value and limit.
@@ -194,19 +274,24 @@ impl Text {
         &self,
         request: &TextRequest,
         prompt: &Prompt,
-        seed: u64,
+        (seed, scored): (u64, bool),
         limits: &Limits,
     ) -> Result<Request, Refusal> {
         let params = &request.params;
         let max_tokens = params.max_tokens.unwrap_or_else(|| default_tokens(&request.input, prompt, limits));
-        let sequence = Request {
-            prompt: prompt.tokens.clone(),
-            max_tokens,
-            stop_tokens: self.stop_tokens(params),
-            sampling: self.sampling(params),
-            seed,
-        };
-        limits.admit(&sequence).map(|()| sequence)
+        let mut stop_tokens = self.stop_tokens(params);
+        // Configurations may name tokens of a larger vocabulary; they are never chosen.
+        stop_tokens.retain(|&token| token < limits.vocabulary);
+        let sampling = self.sampling(params)?;
+        let mut sequence = Request { prompt: prompt.tokens.clone(), max_tokens, stop_tokens, sampling, seed };
+        check_biases(&sequence, params)?;
+        limits.admit(&sequence)?;
+        if scored {
+            sequence.sampling.forced = sequence.prompt.split_off(1);
+            sequence.max_tokens += u32::try_from(sequence.sampling.forced.len()).unwrap_or(u32::MAX);
+            sequence.sampling.logprobs = params.prompt_logprobs.max(params.logprobs);
+        }
+        Ok(sequence)
     }
 
     /// Tokens that end a choice of a request.
@@ -218,9 +303,11 @@ impl Text {
         tokens
     }
 
-    fn sampling(&self, params: &Params) -> Sampling {
+    fn sampling(&self, params: &Params) -> Result<Sampling, Refusal> {
         let defaults = self.0.defaults;
-        Sampling {
+        let mut logit_bias = params.logit_bias.clone();
+        logit_bias.extend(params.allowed_token_ids.iter().map(|&token| (token, ALLOWANCE)));
+        Ok(Sampling {
             temperature: params.temperature.unwrap_or(defaults.temperature),
             top_p: params.top_p.unwrap_or(defaults.top_p),
             top_k: params.top_k.unwrap_or(defaults.top_k),
@@ -228,9 +315,65 @@ impl Text {
             repetition_penalty: params.repetition_penalty.unwrap_or(defaults.repetition_penalty),
             presence_penalty: params.presence_penalty,
             frequency_penalty: params.frequency_penalty,
-            logit_bias: params.logit_bias.clone(),
+            logit_bias,
             logprobs: params.logprobs,
+            min_tokens: params.min_tokens,
+            bad_words: self.bad_words(&params.bad_words)?,
+            forced: Vec::new(),
+        })
+    }
+
+    /// Each word in tokens, at the beginning of a text and within one, as vLLM has it.
+    fn bad_words(&self, words: &[String]) -> Result<Vec<Vec<u32>>, Refusal> {
+        let mut found = Vec::new();
+        for word in words {
+            let word = word.trim_start();
+            let encode = |text: &str| {
+                self.encode(text, false).ok().filter(|tokens| !tokens.is_empty()).ok_or_else(|| {
+                    Refusal::Sampling {
+                        field: "bad_words",
+                        value: format!("{word:?}"),
+                        expected: "a word with at least 1 token",
+                    }
+                })
+            };
+            let (bare, spaced) = (encode(word)?, encode(&format!(" {word}"))?);
+            let differs = spaced[0] != bare[0] && spaced.len() == bare.len();
+            found.push(bare);
+            found.extend(differs.then_some(spaced));
         }
+        Ok(found)
+    }
+}
+
+/// Added to the logits of the tokens that alone are allowed. It exceeds the distance between any two logits of a
+/// sound model, and leaves those of the allowed ones apart by 1 part in 8,192.
+const ALLOWANCE: f32 = 1024.0;
+
+/// Every bias costs an operation per step, and has a place on a GPU. Penalties that grow would undo an allowance.
+fn check_biases(sequence: &Request, params: &Params) -> Result<(), Refusal> {
+    let sampling = &sequence.sampling;
+    let early = if sampling.min_tokens > 0 { sequence.stop_tokens.len() } else { 0 };
+    let count = sampling.logit_bias.len() + sampling.bad_words.len() + early;
+    if count > LOGIT_BIAS_MAX {
+        return Err(Refusal::Sampling {
+            field: "logit_bias",
+            value: format!("{count} tokens"),
+            expected: "at most 1024 with allowed_token_ids, bad_words and the stop tokens of min_tokens",
+        });
+    }
+    if params.allowed_token_ids.is_empty() {
+        return Ok(());
+    }
+    let penalties = [
+        ("repetition_penalty", sampling.repetition_penalty, 1.0, "1 where allowed_token_ids is there"),
+        ("frequency_penalty", sampling.frequency_penalty, 0.0, "0 where allowed_token_ids is there"),
+    ];
+    match penalties.into_iter().find(|(_, value, off, _)| value != off) {
+        Some((field, value, _, expected)) => {
+            Err(Refusal::Sampling { field, value: value.to_string(), expected })
+        }
+        None => Ok(()),
     }
 }
 

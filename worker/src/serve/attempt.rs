@@ -158,7 +158,7 @@ impl<R: Run> Held<'_, R> {
             let deposit = self.line.claims.deposit(&self.headers, answer.body.clone(), room);
             match self.unless_over(deposit).await? {
                 Err(fault) => self.rest(&mut waits, fault).await?,
-                Ok(body) => return Ok(Outcome::completed(body)),
+                Ok(body) => return Ok(Outcome::completed(body, answer.ignored_fields)),
             }
         }
     }

@@ -157,3 +157,38 @@ proptest! {
         }
     }
 }
+
+/// A prompt's text and what follows it join to the whole decode, wherever the whole begins with the prompt's.
+fn joins(subject: &Subject, ids: &[u32], at: usize) {
+    for skip in [false, true] {
+        let full = piecewise(&subject.pieces, ids, skip);
+        let prompt = piecewise(&subject.pieces, &ids[..at], skip);
+        let mut joined = String::new();
+        let mut rest = Detokenizer::behind(&subject.pieces, skip, &ids[..at], &mut joined);
+        assert_eq!(joined, prompt);
+        ids[at..].iter().for_each(|&id| rest.push(id, &mut joined));
+        rest.finish(&mut joined);
+        if full.starts_with(&prompt) {
+            assert_eq!(joined, full, "{ids:?} parted at {at}");
+        }
+    }
+}
+
+#[test]
+fn a_completion_keeps_the_space_that_it_begins_with() {
+    let subject = sentencepiece(true);
+    let id = |token: &str| subject.tokenizer.token_to_id(token).unwrap();
+    let mut prompt = String::new();
+    let mut rest = Detokenizer::behind(&subject.pieces, true, &[id("<s>"), id("▁the")], &mut prompt);
+    let mut text = String::new();
+    rest.push(id("▁the"), &mut text);
+    rest.push(id("cat"), &mut text);
+    assert_eq!((prompt.as_str(), text.as_str()), ("the", " thecat"));
+}
+
+proptest! {
+    #[test]
+    fn prompts_and_completions_join(ids in prop::collection::vec(0u32..266, 1..24), at in 0usize..24, strip: bool) {
+        joins(&sentencepiece(strip), &ids, at.min(ids.len()));
+    }
+}

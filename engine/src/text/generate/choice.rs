@@ -11,7 +11,7 @@ use crate::schedule::handle::Generation;
 use crate::schedule::request::{Event, Finish, Token};
 use crate::text::completion::{Choice, TokenLogprobs};
 use crate::text::detokenize::Detokenizer;
-use crate::text::job::Params;
+use crate::text::job::{Input, TextRequest};
 use crate::text::prompt::Text;
 use crate::text::stop::Stops;
 
@@ -52,11 +52,13 @@ pub(super) async fn listen(
 
 /// A choice that is not finished.
 pub(super) struct Progress<'a> {
+    text: &'a Text,
+    request: &'a TextRequest,
     detokenizer: Detokenizer<'a>,
     stops: Stops,
     stop_tokens: Vec<u32>,
-    include_stop: bool,
-    logprobs: bool,
+    /// Tokens of the prompt that are still to be reported.
+    forced: usize,
     /// Text as the detokenizer gives it, before the stop strings have seen it; empty between tokens.
     fresh: String,
     /// Characters of text so far, counted for the offsets of log probabilities.
@@ -66,34 +68,71 @@ pub(super) struct Progress<'a> {
 }
 
 impl<'a> Progress<'a> {
-    pub(super) fn new(text: &'a Text, params: &Params, stop_tokens: Vec<u32>, deltas: Deltas) -> Self {
+    pub(super) fn new(
+        text: &'a Text,
+        request: &'a TextRequest,
+        (stop_tokens, deltas): (Vec<u32>, Deltas),
+    ) -> Self {
+        let params = &request.params;
         Self {
+            text,
+            request,
             detokenizer: text.detokenizer(params.skip_special_tokens),
             stops: Stops::new(&params.stop, params.include_stop),
             stop_tokens,
-            include_stop: params.include_stop,
-            logprobs: params.logprobs.is_some(),
+            forced: 0,
             fresh: String::new(),
             characters: 0,
-            choice: Choice {
-                text: String::new(),
-                finish: FinishReason::Length,
-                tokens: 0,
-                logprobs: Vec::new(),
-            },
+            choice: Choice::default(),
             deltas,
+        }
+    }
+
+    /// Puts a completion behind its prompt: the two join to what the whole sequence decodes to. With `scored` the
+    /// first tokens that come are the prompt's, but for its first one.
+    pub(super) fn begin(&mut self, prompt: &[u32], scored: bool) {
+        let params = &self.request.params;
+        let skip = params.skip_special_tokens;
+        if params.echo || scored {
+            let mut detokenizer = self.text.detokenizer(skip);
+            let mut text = String::new();
+            for &id in prompt {
+                let offset = text.chars().count();
+                self.choice.prompt.push(TokenLogprobs { id, offset, values: None });
+                detokenizer.push(id, &mut text);
+            }
+        }
+        if scored {
+            self.forced = prompt.len().saturating_sub(1);
+        }
+        if let Input::Prompts { .. } = self.request.input {
+            let mut text = String::new();
+            self.detokenizer = self.text.detokenizer_behind(skip, prompt, &mut text);
+            if params.echo {
+                self.characters = text.chars().count();
+                self.deltas.send(&text);
+                self.choice.text = text;
+            }
         }
     }
 
     /// Takes a token; returns whether it ended the choice.
     fn push(&mut self, token: Token) -> bool {
+        if self.forced > 0 {
+            let place = self.choice.prompt.len() - self.forced;
+            self.choice.prompt[place].values = token.logprobs;
+            self.forced -= 1;
+            return false;
+        }
         self.choice.tokens += 1;
-        if let Some(values) = token.logprobs.filter(|_| self.logprobs) {
+        if let Some(most) = self.request.params.logprobs {
+            let mut values = token.logprobs;
+            values.iter_mut().for_each(|values| values.top.truncate(most as usize));
             self.choice.logprobs.push(TokenLogprobs { id: token.id, offset: self.characters, values });
         }
         let stopped = self.stop_tokens.binary_search(&token.id).is_ok();
         // The text of a stop token is cut off, like that of a stop string.
-        if !stopped || self.include_stop {
+        if !stopped || self.request.params.include_stop {
             self.detokenizer.push(token.id, &mut self.fresh);
         }
         let matched = self.release();
@@ -122,11 +161,16 @@ impl<'a> Progress<'a> {
         if self.fresh.is_empty() {
             return false;
         }
-        if self.logprobs {
+        if self.request.params.logprobs.is_some() {
             self.characters += self.fresh.chars().count();
         }
         let before = self.choice.text.len();
-        let matched = self.stops.push(&self.fresh, &mut self.choice.text);
+        // Nothing stops a choice that must be longer.
+        let watched = self.choice.tokens > u64::from(self.request.params.min_tokens);
+        let matched = watched && self.stops.push(&self.fresh, &mut self.choice.text);
+        if !watched {
+            self.choice.text.push_str(&self.fresh);
+        }
         self.fresh.clear();
         self.deltas.send(&self.choice.text[before..]);
         matched

@@ -213,8 +213,8 @@ async fn log_probabilities_in_both_forms() {
     let answer: TextCompletion = answer_of(&Engine::saying("aéb"), plain).await;
     let logprobs = answer.choices[0].logprobs.as_ref().unwrap();
     assert_eq!(logprobs.text_offset, [0, 1, 1, 2, 3]);
-    assert_eq!(logprobs.tokens, ["a", "\u{FFFD}", "\u{FFFD}", "b", "<|end|>"]);
-    assert_eq!(logprobs.token_logprobs, [-0.25; 5]);
+    assert_eq!(logprobs.tokens, ["a", "bytes:\\xc3", "bytes:\\xa9", "b", "<|end|>"]);
+    assert_eq!(logprobs.token_logprobs, [Some(-0.25); 5]);
     assert_eq!(Value::from(logprobs.top_logprobs[0].clone()), json!({"a": -0.25}));
 }
 
@@ -371,4 +371,61 @@ async fn a_job_keeps_a_bounded_number_of_sequences_in_flight() {
     let most = most.load(Ordering::SeqCst);
     assert!(most <= SEQUENCES_AHEAD * LIMITS.max_sequences as usize, "{most}");
     assert!(most >= LIMITS.max_sequences as usize, "{most}");
+}
+
+#[tokio::test]
+async fn an_echo_begins_with_the_prompt_and_its_log_probabilities() {
+    let engine =
+        Engine::new(|request| request.sampling.forced.iter().copied().chain([b'!'.into(), END]).collect());
+    let body = r#"{"prompt":"ab","echo":true,"logprobs":1,"n":2,"max_tokens":5}"#;
+    let answer: TextCompletion = answer_of(&engine, body).await;
+    assert_eq!(answer.usage.completion_tokens, 4);
+    for choice in &answer.choices {
+        assert_eq!(choice.text, "ab!");
+        let logprobs = choice.logprobs.as_ref().unwrap();
+        assert_eq!(logprobs.tokens, ["a", "b", "!", "<|end|>"]);
+        assert_eq!(logprobs.text_offset, [0, 1, 2, 3]);
+        assert_eq!(logprobs.token_logprobs, [None, Some(-0.25), Some(-0.25), Some(-0.25)]);
+        assert!(logprobs.top_logprobs[0].is_none() && logprobs.top_logprobs[1].is_some());
+    }
+    let scored: Vec<usize> =
+        engine.asked.lock().unwrap().iter().map(|asked| asked.sampling.forced.len()).collect();
+    assert_eq!(scored.iter().sum::<usize>(), 1, "only the first choice of a prompt reports it: {scored:?}");
+}
+
+#[tokio::test]
+async fn prompts_have_log_probabilities_in_vllms_form() {
+    let engine = Engine::new(|request| request.sampling.forced.iter().copied().chain([END]).collect());
+    let line = body_of(&engine, one(r#"{"prompt":"ab","prompt_logprobs":2}"#)).await.remove(0);
+    let expected = json!([null, {
+        "98": {"logprob": -0.25, "rank": 1, "decoded_token": "b"},
+        "256": {"logprob": -9999.0, "rank": 2, "decoded_token": "<|end|>"},
+    }]);
+    let choice = &line["response"]["body"]["choices"][0];
+    assert_eq!((&choice["prompt_logprobs"], &choice["logprobs"]), (&expected, &Value::Null));
+    assert_eq!(line["response"]["body"]["usage"]["completion_tokens"], 1);
+    let chat = body_of(&engine, one(&ASK.replace('}', "}").replacen('{', r#"{"prompt_logprobs":0,"#, 1)))
+        .await
+        .remove(0);
+    assert_eq!(chat["response"]["body"]["prompt_logprobs"].as_array().unwrap().len(), 22);
+}
+
+#[tokio::test]
+async fn tokens_of_one_text_keep_their_own_values() {
+    let engine = Engine::new(|_| vec![0xC3, 0xE2]);
+    let answer: TextCompletion = answer_of(&engine, r#"{"prompt":"a","logprobs":2,"max_tokens":2}"#).await;
+    let logprobs = answer.choices[0].logprobs.as_ref().unwrap();
+    assert_eq!(logprobs.tokens, ["bytes:\\xc3", "bytes:\\xe2"]);
+    let named: TextCompletion =
+        answer_of(&engine, r#"{"prompt":"a","logprobs":2,"max_tokens":2,"return_tokens_as_token_ids":true}"#)
+            .await;
+    assert_eq!(named.choices[0].logprobs.as_ref().unwrap().tokens, ["token_id:195", "token_id:226"]);
+}
+
+#[tokio::test]
+async fn no_stop_ends_a_choice_that_must_be_longer() {
+    let engine = Engine::saying("abcabc");
+    let answer: TextCompletion = answer_of(&engine, r#"{"prompt":"x","stop":"b","min_tokens":3}"#).await;
+    assert_eq!(answer.choices[0].text, "abca");
+    assert_eq!(engine.asked.lock().unwrap()[0].sampling.min_tokens, 3);
 }

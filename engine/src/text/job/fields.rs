@@ -7,6 +7,7 @@ use std::ops::RangeInclusive;
 
 use serde_json::{Map, Value};
 
+use super::Reading;
 use super::reject::Reject;
 
 /// Characters of a value that a message quotes.
@@ -130,12 +131,26 @@ impl Fields {
         }
     }
 
-    /// Refuses what was not read.
-    pub(super) fn done(self) -> Result<(), Reject> {
-        match self.map.iter().find(|(_, value)| !value.is_null()) {
-            Some((name, _)) => Err(Reject::Unknown { field: self.path_of(&quote(name)) }),
-            None => Ok(()),
+    /// Refuses what was not read and says something, unless it may be ignored.
+    pub(super) fn done(self, reading: &Reading<'_>) -> Result<(), Reject> {
+        for (name, _) in self.map.iter().filter(|(_, value)| !is_empty(value)) {
+            let field = self.path_of(&quote(name));
+            if !reading.ignores(&field) {
+                return Err(Reject::Unknown { field });
+            }
         }
+        Ok(())
+    }
+}
+
+/// Whether a value says nothing: servers and clients fill fields that they do not use.
+pub(super) fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::Array(values) => values.is_empty(),
+        Value::Object(map) => map.is_empty(),
+        Value::String(text) => text.is_empty(),
+        _ => false,
     }
 }
 

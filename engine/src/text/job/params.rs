@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::fields::{Fields, refuse, refuse_kind, text, token};
+use super::fields::{Fields, is_empty, refuse, refuse_kind, text, token};
 use super::{JobLimits, Params, Reject};
 
 /// Most choices per prompt, as in OpenAI's API.
@@ -13,6 +13,10 @@ pub const STOPS_MAX: usize = 16;
 pub const STOP_BYTES_MAX: usize = 256;
 /// Most stop tokens.
 pub const STOP_TOKENS_MAX: usize = 256;
+/// Most words that are never generated.
+pub const BAD_WORDS_MAX: usize = 128;
+/// Most tokens that alone are allowed; each costs an operation per step.
+pub const ALLOWED_TOKENS_MAX: usize = 1024;
 /// Most tokens with a bias; each costs an operation per step.
 pub const LOGIT_BIAS_MAX: usize = 1024;
 /// Most alternatives in log probabilities, as in OpenAI's API.
@@ -40,8 +44,7 @@ const IGNORED: [&str; 10] = [
 ];
 
 /// Fields that are known and refused unless they say nothing.
-const UNSUPPORTED: [(&str, &str); 18] = [
-    ("tools", "leave it out"),
+const UNSUPPORTED: [(&str, &str); 16] = [
     ("functions", "leave it out"),
     ("function_call", "leave it out"),
     ("modalities", "only text is generated"),
@@ -58,22 +61,26 @@ const UNSUPPORTED: [(&str, &str); 18] = [
     ("guided_choice", "output cannot be constrained"),
     ("guided_grammar", "output cannot be constrained"),
     ("structured_outputs", "output cannot be constrained"),
-    ("prompt_logprobs", "only output tokens have log probabilities"),
 ];
 
 /// Reads every parameter. `chat` tells the two meanings of `logprobs` apart.
 pub(super) fn read(fields: &mut Fields, chat: bool, limits: &JobLimits) -> Result<Params, Reject> {
     refuse_unsupported(fields)?;
+    if chat && fields.boolean("echo")?.unwrap_or(false) {
+        let reason = "the caller has the conversation already";
+        return Err(Reject::Unsupported { field: fields.path_of("echo"), reason });
+    }
     fields.ignore(&IGNORED);
     fields.boolean("stream")?;
     fields.text("model", 0..=MODEL_BYTES_MAX)?;
     let penalty = -PENALTY_MAX..=PENALTY_MAX;
+    let max_tokens = max_tokens(fields, limits)?;
     Ok(Params {
         n: fields.count("n", 1, CHOICES_MAX)?.unwrap_or(1),
-        max_tokens: max_tokens(fields, limits)?,
+        max_tokens,
         stop: stops(fields)?,
         include_stop: fields.boolean("include_stop_str_in_output")?.unwrap_or(false),
-        stop_token_ids: stop_tokens(fields, limits)?,
+        stop_token_ids: tokens(fields, "stop_token_ids", STOP_TOKENS_MAX, limits)?,
         ignore_eos: fields.boolean("ignore_eos")?.unwrap_or(false),
         skip_special_tokens: fields.boolean("skip_special_tokens")?.unwrap_or(true),
         // A negative seed is as good as any other: its bits are taken as they are.
@@ -91,7 +98,37 @@ pub(super) fn read(fields: &mut Fields, chat: bool, limits: &JobLimits) -> Resul
         presence_penalty: fields.number("presence_penalty", penalty.clone())?.unwrap_or(0.0),
         frequency_penalty: fields.number("frequency_penalty", penalty)?.unwrap_or(0.0),
         logit_bias: logit_bias(fields, limits)?,
+        min_tokens: fields.count("min_tokens", 0, max_tokens.unwrap_or(limits.max_model_len))?.unwrap_or(0),
+        bad_words: bad_words(fields)?,
+        allowed_token_ids: tokens(fields, "allowed_token_ids", ALLOWED_TOKENS_MAX, limits)?,
+        truncate_prompt_tokens: truncation(fields, limits)?,
+        prompt_logprobs: fields.count("prompt_logprobs", 0, TOP_LOGPROBS_MAX)?,
+        echo: !chat && fields.boolean("echo")?.unwrap_or(false),
+        tokens_as_ids: fields.boolean("return_tokens_as_token_ids")?.unwrap_or(false),
+        split_special_tokens: fields.boolean("split_special_tokens")?,
     })
+}
+
+/// -1 is the model's length, as in vLLM.
+fn truncation(fields: &mut Fields, limits: &JobLimits) -> Result<Option<u32>, Reject> {
+    let field = "truncate_prompt_tokens";
+    let most = fields.integer(field, -1..=i64::from(limits.max_model_len))?;
+    match most {
+        Some(0) => Err(Reject::Value {
+            field: fields.path_of(field),
+            value: "0".into(),
+            expected: format!("-1, or a whole number from 1 to {}", limits.max_model_len),
+        }),
+        Some(most) => Ok(Some(u32::try_from(most).unwrap_or(limits.max_model_len))),
+        None => Ok(None),
+    }
+}
+
+fn bad_words(fields: &mut Fields) -> Result<Vec<String>, Reject> {
+    let field = fields.path_of("bad_words");
+    let values = fields.list("bad_words", "words", BAD_WORDS_MAX)?.unwrap_or_default();
+    let word = |(i, value)| text(&format!("{field}[{i}]"), value, 1..=STOP_BYTES_MAX);
+    values.into_iter().enumerate().map(word).collect()
 }
 
 /// Longest model name in a request. The name does not choose the model, the job's subject does.
@@ -102,10 +139,9 @@ fn refuse_unsupported(fields: &mut Fields) -> Result<(), Reject> {
         let field = fields.path_of(name);
         let says_nothing = match fields.take(name) {
             None | Some(Value::Bool(false)) => true,
-            Some(Value::Array(values)) => values.is_empty() || (name == "modalities" && values == ["text"]),
-            Some(Value::String(text)) => text.is_empty(),
+            Some(Value::Array(values)) if name == "modalities" => values.is_empty() || values == ["text"],
             Some(Value::Number(number)) => name == "best_of" && number.as_u64() == Some(1),
-            Some(_) => false,
+            Some(value) => is_empty(&value),
         };
         if !says_nothing {
             return Err(Reject::Unsupported { field, reason });
@@ -117,13 +153,7 @@ fn refuse_unsupported(fields: &mut Fields) -> Result<(), Reject> {
     {
         return Err(Reject::Unsupported { field, reason: "only {\"type\": \"text\"} is" });
     }
-    let field = fields.path_of("tool_choice");
-    match fields.take("tool_choice") {
-        Some(choice) if choice != "none" && choice != "auto" => {
-            Err(Reject::Unsupported { field, reason: "tools are not either" })
-        }
-        _ => Ok(()),
-    }
+    Ok(())
 }
 
 fn max_tokens(fields: &mut Fields, limits: &JobLimits) -> Result<Option<u32>, Reject> {
@@ -154,11 +184,11 @@ fn stops(fields: &mut Fields) -> Result<Vec<String>, Reject> {
     values.into_iter().enumerate().map(stop).collect()
 }
 
-fn stop_tokens(fields: &mut Fields, limits: &JobLimits) -> Result<Vec<u32>, Reject> {
-    let field = fields.path_of("stop_token_ids");
-    let values = fields.list("stop_token_ids", "token ids", STOP_TOKENS_MAX)?.unwrap_or_default();
-    let stop = |(i, value)| token(&format!("{field}[{i}]"), value, limits.vocabulary);
-    values.iter().enumerate().map(stop).collect()
+fn tokens(fields: &mut Fields, name: &str, limit: usize, limits: &JobLimits) -> Result<Vec<u32>, Reject> {
+    let field = fields.path_of(name);
+    let values = fields.list(name, "token ids", limit)?.unwrap_or_default();
+    let id = |(i, value)| token(&format!("{field}[{i}]"), value, limits.vocabulary);
+    values.iter().enumerate().map(id).collect()
 }
 
 fn chat_logprobs(fields: &mut Fields) -> Result<Option<u32>, Reject> {

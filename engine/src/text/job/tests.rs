@@ -59,9 +59,9 @@ fn messages_come_as_text_or_parts() {
         {"role":"assistant","content":"hi","refusal":null,"tool_calls":null},
         {"role":"user","content":""}]}"#;
     let Input::Chat(chat) = decode(body).unwrap().input else { panic!("messages are a chat") };
-    let seen: Vec<(&str, &str)> =
-        chat.messages.iter().map(|m| (m.role.as_str(), m.content.as_str())).collect();
-    assert_eq!(seen, [("system", "Be brief."), ("user", "Say hi"), ("assistant", "hi"), ("user", "")]);
+    assert_eq!(chat.messages.len(), 4);
+    let parts = r#"{"role":"user","content":[{"type":"text","text":"Say "},{"type":"text","text":"hi"}]}"#;
+    assert_eq!(chat.messages[1], Json(parts.into()));
     assert!(chat.add_generation_prompt && !chat.continue_final_message);
 }
 
@@ -72,7 +72,9 @@ fn all_parameters() {
         "stop":["x","y"],"stop_token_ids":[5],"seed":-1,"max_tokens":9,"n":2,"logprobs":3,"echo":false,
         "ignore_eos":true,"stream":true,"stream_options":{"include_usage":true},"user":"u","metadata":{"a":"b"},
         "store":true,"service_tier":"auto","best_of":1,"suffix":null,"include_stop_str_in_output":true,
-        "skip_special_tokens":false,"add_special_tokens":false,"tools":[],"response_format":{"type":"text"}}"#;
+        "min_tokens":2,"bad_words":["z"],
+        "allowed_token_ids":[4,5],"truncate_prompt_tokens":-1,"prompt_logprobs":1,"return_tokens_as_token_ids":true,
+        "split_special_tokens":true,"skip_special_tokens":false,"add_special_tokens":false,"tools":[],"response_format":{"type":"text"}}"#;
     let params = decode(body).unwrap().params;
     let expected = Params {
         n: 2,
@@ -92,6 +94,14 @@ fn all_parameters() {
         presence_penalty: -2.0,
         frequency_penalty: 2.0,
         logit_bias: vec![(3, 1.5), (7, -100.0)],
+        min_tokens: 2,
+        bad_words: vec!["z".into()],
+        allowed_token_ids: vec![4, 5],
+        truncate_prompt_tokens: Some(512),
+        prompt_logprobs: Some(1),
+        echo: false,
+        tokens_as_ids: true,
+        split_special_tokens: Some(true),
     };
     assert_eq!(params, expected);
 }
@@ -261,4 +271,65 @@ proptest! {
             prop_assert!(message.starts_with(&name) || message.starts_with("body is not JSON"), "{}", message);
         }
     }
+}
+
+#[test]
+fn unknown_fields_are_ignored_and_listed_where_the_job_says_so() {
+    let pairs = [(header::CONTENT_TYPE, "application/jsonl"), (header::UNKNOWN_FIELDS, "ignore")];
+    let headers = JobHeaders::parse(pairs, 7).unwrap();
+    let body = concat!(
+        r#"{"prompt":"a","top_a":0.1,"mystery":{"x":1}}"#,
+        "\n",
+        r#"{"messages":[{"role":"user","content":"a","mood":"x"}],"top_a":1}"#,
+        "\n",
+        r#"{"prompt":"a","max_tokens":"many"}"#,
+    );
+    let job = Job::decode(headers, 0, body.as_bytes(), &LIMITS).unwrap();
+    assert_eq!(job.ignored_fields, ["messages[0].mood", "mystery", "top_a"]);
+    let answered: Vec<bool> = job.lines.iter().map(|line| line.request.is_ok()).collect();
+    assert_eq!(answered, [true, true, false], "a field that is known is still checked");
+    assert!(decode(r#"{"prompt":"a","top_a":0.1}"#).is_err());
+}
+
+#[test]
+fn emptiness_says_nothing() {
+    let empties =
+        r#","tools":[],"tool_choice":null,"functions":[],"logit_bias":{},"unheard_of":[],"other":{},"x":"""#;
+    let request = decode(&format!(r#"{{"prompt":"a"{empties}}}"#)).unwrap();
+    assert_eq!(request, decode(r#"{"prompt":"a"}"#).unwrap());
+    let body = r#"{"messages":[{"role":"user","content":"q"},{"role":"assistant","content":"a","refusal":null,
+        "annotations":[],"audio":null,"function_call":null,"tool_calls":[],"reasoning_content":null},
+        {"role":"assistant","content":null,"refusal":""},{"role":"user","content":"z"}]}"#;
+    assert!(decode(body).is_ok());
+}
+
+#[test]
+fn tools_and_their_results_keep_every_digit() {
+    let body = r#"{"messages":[{"role":"user","content":"q"},
+        {"role":"assistant","content":null,"tool_calls":[{"id":"1","type":"function",
+            "function":{"name":"f","arguments":"{\"x\": 1e-7}"}}]},
+        {"role":"tool","tool_call_id":"1","content":"r"}],
+        "tools":[{"type":"function","function":{"name":"f","maximum":18446744073709551616}}],
+        "chat_template_kwargs":{"n":1e-7,"list":[1]}}"#;
+    let Input::Chat(chat) = decode(body).unwrap().input else { panic!("messages are a chat") };
+    let tools = r#"[{"type":"function","function":{"name":"f","maximum":18446744073709551616}}]"#;
+    assert_eq!(
+        (chat.tools, chat.variables),
+        (Some(Json(tools.into())), Some(Json(r#"{"n":1e-7,"list":[1]}"#.into())))
+    );
+}
+
+#[test]
+fn azures_urls_and_a_byte_order_mark_are_read() {
+    let body = concat!(
+        "\u{FEFF}",
+        r#"{"custom_id":"a","url":"/chat/completions","body":{"messages":[{"role":"user","content":"x"}]}}"#,
+        "\n",
+        r#"{"custom_id":"b","url":"/completions","body":{"prompt":"x"}}"#,
+    );
+    let lines = decode_lines(body);
+    assert!(lines.iter().all(|line| line.request.is_ok()), "{lines:?}");
+    let utf16: Vec<u8> = [0xFF, 0xFE, b'{', 0].into();
+    let message = Job::decode(headers(true), 0, &utf16, &LIMITS).unwrap_err().to_string();
+    assert!(message.contains("UTF-16"), "{message}");
 }

@@ -5,43 +5,50 @@ use std::path::Path;
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
-use super::{Defaults, Parts, TextError};
+use super::files::{self, read, read_json, read_text};
+use super::tokens::{self, SpecialTokens};
+use super::{Defaults, Parts, Templates, TextError};
 use crate::text::detokenize::Pieces;
 use crate::text::template::{SOURCE_BYTES_MAX, Template};
 
 /// Largest `tokenizer.json`. Gemma's, with 262,144 tokens, has 33 MiB.
 const TOKENIZER_BYTES_MAX: u64 = 128 << 20;
-/// Largest of the small JSON files; Mistral's `tokenizer_config.json` has about 200 KiB.
-const CONFIG_BYTES_MAX: u64 = 8 << 20;
 /// Most tokens that end a sequence.
 const END_TOKENS_MAX: usize = 64;
-/// Tokens that are variables of the chat template.
-const SPECIAL_TOKENS: [&str; 7] =
-    ["bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"];
+/// Most templates with names of their own.
+const NAMED_TEMPLATES_MAX: usize = 16;
+/// Where transformers keeps templates beside the default one.
+const TEMPLATES_FOLDER: &str = "additional_chat_templates";
+/// The template for conversations with tools, as transformers calls it.
+const TOOL_USE: &str = "tool_use";
 
 pub(super) fn open(folder: &Path, model: &str) -> Result<Parts, TextError> {
     let file = "tokenizer.json";
-    let bytes = read(folder, file, TOKENIZER_BYTES_MAX)?
-        .ok_or_else(|| TextError::Read { file: file.into(), error: std::io::ErrorKind::NotFound.into() })?;
+    let bytes = read(folder, file, TOKENIZER_BYTES_MAX)?.ok_or_else(|| files::no_tokenizer(folder))?;
     let malformed = |error: String| TextError::Malformed { file: file.into(), error };
     let mut tokenizer = Tokenizer::from_bytes(&bytes).map_err(|error| malformed(error.to_string()))?;
     // Some files carry the padding and truncation of their training.
     tokenizer.with_padding(None);
     tokenizer.with_truncation(None).map_err(|error| malformed(error.to_string()))?;
     let decoder = Decoder::of(&bytes).map_err(|error| malformed(error.to_string()))?;
-    let pieces =
-        Pieces::new(&tokenizer, &decoder).map_err(|error| TextError::Decoder { file: file.into(), error })?;
     let config = read_json(folder, "tokenizer_config.json")?.unwrap_or(Value::Null);
+    files::check_versions(&config)?;
     let generation = read_json(folder, "generation_config.json")?.unwrap_or(Value::Null);
     let model_config = read_json(folder, "config.json")?.unwrap_or(Value::Null);
-    let end_tokens = end_tokens(&tokenizer, &config, &generation, &model_config)?;
+    let special = SpecialTokens::read(folder, &config)?;
+    tokens::add(&mut tokenizer, &special)?;
+    let pieces =
+        Pieces::new(&tokenizer, &decoder).map_err(|error| TextError::Decoder { file: file.into(), error })?;
+    let split = config["split_special_tokens"].as_bool().unwrap_or(false);
     Ok(Parts {
         model: model.to_owned(),
-        template: template(folder, &config)?,
+        templates: templates(folder, &config, &special)?,
         defaults: defaults(&generation)?,
+        end_tokens: end_tokens(&tokenizer, &special, &generation, &model_config)?,
         tokenizer,
+        splitting: std::sync::OnceLock::new(),
+        split,
         pieces,
-        end_tokens,
     })
 }
 
@@ -58,79 +65,75 @@ impl Decoder {
     }
 }
 
-fn read(folder: &Path, file: &str, limit: u64) -> Result<Option<Vec<u8>>, TextError> {
-    let path = folder.join(file);
-    let failed = |error| TextError::Read { file: file.into(), error };
-    let bytes = match std::fs::metadata(&path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(failed(error)),
-        Ok(metadata) => metadata.len(),
+/// Files come first, as in transformers: with any of them, the configuration's templates do not count. Of several
+/// templates, `tool_use` serves conversations with tools and `default` the others.
+fn templates(folder: &Path, config: &Value, special: &SpecialTokens) -> Result<Templates, TextError> {
+    let mut sources = template_files(folder)?;
+    if sources.is_empty() {
+        let file = "tokenizer_config.json";
+        let named = |entry: &Value| {
+            let text = |name: &str| entry[name].as_str().map(str::to_owned);
+            Some((text("name")?, text("template")?, file.to_owned()))
+        };
+        sources = match &config["chat_template"] {
+            Value::String(source) => vec![("default".to_owned(), source.clone(), file.to_owned())],
+            Value::Array(entries) => entries.iter().filter_map(named).collect(),
+            Value::Object(map) => map
+                .iter()
+                .filter_map(|(name, source)| {
+                    Some((name.clone(), source.as_str()?.to_owned(), file.to_owned()))
+                })
+                .collect(),
+            _ => Vec::new(),
+        };
+    }
+    let compile = |wanted: &str| {
+        let Some((_, source, file)) = sources.iter().rev().find(|(name, ..)| name == wanted) else {
+            return Ok(None);
+        };
+        let template = Template::new(source, special.named.clone());
+        template.map(Some).map_err(|error| TextError::Template { file: file.clone(), error })
     };
-    if bytes > limit {
-        return Err(TextError::TooLarge { file: file.into(), bytes, limit });
-    }
-    std::fs::read(&path).map(Some).map_err(failed)
+    Ok(Templates { default: compile("default")?, tool_use: compile(TOOL_USE)? })
 }
 
-fn read_json(folder: &Path, file: &str) -> Result<Option<Value>, TextError> {
-    let Some(bytes) = read(folder, file, CONFIG_BYTES_MAX)? else { return Ok(None) };
-    let value = serde_json::from_slice::<Value>(&bytes);
-    match value {
-        Ok(value @ Value::Object(_)) => Ok(Some(value)),
-        Ok(_) => Err(TextError::Malformed { file: file.into(), error: "is not a JSON object".into() }),
-        Err(error) => Err(TextError::Malformed { file: file.into(), error: error.to_string() }),
-    }
-}
-
-/// `chat_template.jinja` comes first, as in transformers; then the configuration's string, or of a list of
-/// named templates the one called `default`.
-fn template(folder: &Path, config: &Value) -> Result<Option<Template>, TextError> {
+/// Name, source and file of each template that is a file.
+fn template_files(folder: &Path) -> Result<Vec<(String, String, String)>, TextError> {
+    let mut found = Vec::new();
     let file = "chat_template.jinja";
-    if let Some(bytes) = read(folder, file, SOURCE_BYTES_MAX as u64)? {
-        let source = String::from_utf8(bytes)
-            .map_err(|error| TextError::Malformed { file: file.into(), error: error.to_string() })?;
-        return compile(&source, file, config).map(Some);
+    if let Some(source) = read_text(folder, file, SOURCE_BYTES_MAX as u64)? {
+        found.push(("default".to_owned(), source, file.to_owned()));
     }
-    let source = match &config["chat_template"] {
-        Value::String(source) => Some(source.as_str()),
-        Value::Array(named) => {
-            named.iter().find(|entry| entry["name"] == "default").and_then(|entry| entry["template"].as_str())
+    let Ok(entries) = std::fs::read_dir(folder.join(TEMPLATES_FOLDER)) else { return Ok(found) };
+    let mut names: Vec<String> =
+        entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    for name in names.iter().filter_map(|name| name.strip_suffix(".jinja")).take(NAMED_TEMPLATES_MAX) {
+        let file = format!("{TEMPLATES_FOLDER}/{name}.jinja");
+        if let Some(source) = read_text(folder, &file, SOURCE_BYTES_MAX as u64)? {
+            found.push((name.to_owned(), source, file));
         }
-        _ => None,
-    };
-    source.map(|source| compile(source, "tokenizer_config.json", config)).transpose()
-}
-
-fn compile(source: &str, file: &str, config: &Value) -> Result<Template, TextError> {
-    let special = SPECIAL_TOKENS
-        .iter()
-        .filter_map(|name| token_text(&config[*name]).map(|token| ((*name).to_owned(), token.to_owned())))
-        .collect();
-    Template::new(source, special).map_err(|error| TextError::Template { file: file.into(), error })
-}
-
-/// A token is written as its text, or as an object with `content`.
-fn token_text(value: &Value) -> Option<&str> {
-    value.as_str().or_else(|| value["content"].as_str())
+    }
+    Ok(found)
 }
 
 /// The union of what the files say: `eos_token_id` of both configurations, a number or a list, and the
-/// tokenizer's `eos_token`, which instruction-tuned models end their turns with.
+/// tokenizer's `eos_token`, which instruction-tuned models end their turns with. A negative id is none.
 fn end_tokens(
     tokenizer: &Tokenizer,
-    config: &Value,
+    special: &SpecialTokens,
     generation: &Value,
     model_config: &Value,
 ) -> Result<Vec<u32>, TextError> {
-    let mut tokens: Vec<u32> =
-        token_text(&config["eos_token"]).and_then(|token| tokenizer.token_to_id(token)).into_iter().collect();
+    let eos = special.named.iter().find(|(name, _)| name == "eos_token");
+    let mut tokens: Vec<u32> = eos.and_then(|(_, token)| tokenizer.token_to_id(token)).into_iter().collect();
     for (file, value) in [("generation_config.json", generation), ("config.json", model_config)] {
         let ids = match &value["eos_token_id"] {
             Value::Null => continue,
             Value::Array(ids) => ids.clone(),
             id => vec![id.clone()],
         };
-        for id in ids {
+        for id in ids.iter().filter(|id| !id.is_null() && id.as_i64().is_none_or(|id| id >= 0)) {
             let token = id.as_u64().and_then(|id| u32::try_from(id).ok());
             tokens.push(token.ok_or_else(|| TextError::Malformed {
                 file: file.into(),
@@ -163,8 +166,10 @@ fn defaults(generation: &Value) -> Result<Defaults, TextError> {
     };
     Ok(Defaults {
         temperature: number("temperature", 1.0, 0.0..=100.0)?,
-        top_p: number("top_p", 1.0, f64::MIN_POSITIVE..=1.0)?,
-        top_k: number("top_k", 0.0, 0.0..=f64::from(1u32 << 20))? as u32,
+        // A nucleus of nothing is its most probable token.
+        top_p: number("top_p", 1.0, 0.0..=1.0)?.max(f32::MIN_POSITIVE),
+        // -1 is vLLM's "off"; the cast takes it to 0.
+        top_k: number("top_k", 0.0, -1.0..=f64::from(u32::MAX))? as u32,
         min_p: number("min_p", 0.0, 0.0..=1.0)?,
         repetition_penalty: number("repetition_penalty", 1.0, 0.01..=10.0)?,
     })

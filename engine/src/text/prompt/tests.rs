@@ -29,13 +29,13 @@ fn a_folder_is_read_whole() {
 #[test]
 fn chats_go_through_the_template_and_prompts_do_not() {
     let text = tiny();
-    let chat = text.prompts(&request(r#"{"messages":[{"role":"user","content":"Hi"}]}"#).input, 0).unwrap();
+    let chat = text.prompts(&request(r#"{"messages":[{"role":"user","content":"Hi"}]}"#), 0).unwrap();
     let mut expected = vec![TURN];
     expected.extend(b"user: Hi\n".map(u32::from));
     expected.push(TURN);
     expected.extend(b"assistant: ".map(u32::from));
     assert_eq!(chat, [Prompt { tokens: expected }]);
-    let plain = text.prompts(&request(r#"{"prompt":["Hi",[1,2]]}"#).input, 0).unwrap();
+    let plain = text.prompts(&request(r#"{"prompt":["Hi",[1,2]]}"#), 0).unwrap();
     assert_eq!(plain, [Prompt { tokens: vec![72, 105] }, Prompt { tokens: vec![1, 2] }]);
 }
 
@@ -44,7 +44,7 @@ fn limits_fill_what_a_request_leaves_open() {
     let text = tiny();
     let tokens = |body: &str, prompt: usize| {
         let prompt = Prompt { tokens: vec![1; prompt] };
-        text.sequence(&request(body), &prompt, 0, &limits()).map(|sequence| sequence.max_tokens)
+        text.sequence(&request(body), &prompt, (0, false), &limits()).map(|sequence| sequence.max_tokens)
     };
     let chat = r#"{"messages":[{"role":"user","content":"a"}]}"#;
     assert_eq!(tokens(chat, 30).unwrap(), 70);
@@ -56,7 +56,7 @@ fn limits_fill_what_a_request_leaves_open() {
     assert!(error.contains("60") && error.contains("50") && error.contains("100"), "{error}");
     let cache = Limits { kv_blocks: 2, ..limits() };
     let prompt = Prompt { tokens: vec![1; 30] };
-    assert_eq!(text.sequence(&request(chat), &prompt, 0, &cache).unwrap().max_tokens, 2);
+    assert_eq!(text.sequence(&request(chat), &prompt, (0, false), &cache).unwrap().max_tokens, 2);
 }
 
 #[test]
@@ -64,7 +64,7 @@ fn stop_tokens_are_the_models_and_the_callers() {
     let text = tiny();
     let stop = |body: &str| {
         let prompt = Prompt { tokens: vec![1] };
-        text.sequence(&request(body), &prompt, 0, &limits()).unwrap().stop_tokens
+        text.sequence(&request(body), &prompt, (0, false), &limits()).unwrap().stop_tokens
     };
     assert_eq!(stop(r#"{"prompt":"a","stop_token_ids":[9,3,9]}"#), [3, 9, END]);
     assert_eq!(stop(r#"{"prompt":"a","stop_token_ids":[9],"ignore_eos":true}"#), [9]);
@@ -78,10 +78,13 @@ fn the_authors_sampling_serves_where_the_request_is_silent() {
     let text = Text::open(folder.path(), "tiny").unwrap();
     assert_eq!(text.end_tokens(), [END, TURN]);
     let prompt = Prompt { tokens: vec![1] };
-    let sampling =
-        text.sequence(&request(r#"{"prompt":"a","top_k":5}"#), &prompt, 0, &limits()).unwrap().sampling;
+    let sampling = text
+        .sequence(&request(r#"{"prompt":"a","top_k":5}"#), &prompt, (0, false), &limits())
+        .unwrap()
+        .sampling;
     assert_eq!((sampling.temperature, sampling.top_k, sampling.top_p), (0.6, 5, 0.95));
-    let openai = tiny().sequence(&request(r#"{"prompt":"a"}"#), &prompt, 0, &limits()).unwrap().sampling;
+    let openai =
+        tiny().sequence(&request(r#"{"prompt":"a"}"#), &prompt, (0, false), &limits()).unwrap().sampling;
     assert_eq!((openai.temperature, openai.top_k, openai.top_p), (1.0, 0, 1.0));
 }
 
@@ -158,7 +161,7 @@ fn the_real_model_speaks_chatml() {
     let text = Text::open(&folder, "smollm2").unwrap();
     assert_eq!(text.end_tokens(), [2]);
     let chat = request(r#"{"messages":[{"role":"user","content":"Hi"}]}"#);
-    let prompt = &text.prompts(&chat.input, 0).unwrap()[0];
+    let prompt = &text.prompts(&chat, 0).unwrap()[0];
     assert_eq!(prompt.tokens[0], 1, "a conversation begins with <|im_start|>");
     let mut rendered = String::new();
     let mut detokenizer = text.detokenizer(false);
@@ -166,4 +169,140 @@ fn the_real_model_speaks_chatml() {
     let expected = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face\
         <|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n";
     assert_eq!(rendered, expected);
+}
+
+/// `tests/golden/folders/make.py` has asked transformers about the same folders.
+#[test]
+fn ids_equal_those_of_transformers() {
+    let golden: Value =
+        serde_json::from_str(include_str!("../../../tests/golden/folders/expected.json")).unwrap();
+    let shapes = golden["shapes"].as_object().unwrap();
+    assert!(shapes.len() >= 25, "{} shapes", shapes.len());
+    let mut wrong = Vec::new();
+    for (name, shape) in shapes {
+        let folder = tempfile::TempDir::new().unwrap();
+        let write = |file: &str, content: &Value| {
+            let path = folder.path().join(file);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, content.as_str().map_or_else(|| content.to_string(), str::to_owned))
+                .unwrap();
+        };
+        write("tokenizer.json", &golden["tokenizers"][shape["tokenizer"].as_u64().unwrap() as usize]);
+        write("tokenizer_config.json", &shape["config"]);
+        shape["files"].as_object().unwrap().iter().for_each(|(file, content)| write(file, content));
+        let text = Text::open(folder.path(), name).unwrap();
+        let mut check = |what: String, found: Value, expected: &Value| {
+            if found != *expected {
+                wrong.push(format!("{name}: {what}: {found} instead of {expected}"));
+            }
+        };
+        for (at, sample) in golden["texts"].as_array().unwrap().iter().enumerate() {
+            let sample = sample.as_str().unwrap();
+            let ids = text.encode(sample, true).unwrap();
+            check(format!("decoded {sample:?}"), text.decode(ids.clone()).into(), &shape["decoded"][at]);
+            check(format!("{sample:?}"), ids.into(), &shape["special"][at]);
+            check(
+                format!("{sample:?}, bare"),
+                text.encode(sample, false).unwrap().into(),
+                &shape["bare"][at],
+            );
+        }
+        for (at, tools) in [json!([]), golden["tools"].clone()].into_iter().enumerate() {
+            let body = json!({"messages": golden["messages"], "tools": tools}).to_string();
+            let found = text.prompts(&request(&body), 0).ok().map(|mut prompts| prompts.remove(0).tokens);
+            check(format!("chat {at}"), found.map_or(Value::Null, Value::from), &shape["chats"][at]);
+        }
+    }
+    assert!(wrong.is_empty(), "{} differ:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+#[test]
+fn special_tokens_of_callers_are_text_where_they_ask_for_it() {
+    let text = tiny();
+    let ids = |body: &str| text.prompts(&request(body), 0).unwrap().remove(0).tokens;
+    assert_eq!(ids(r#"{"prompt":"a<|end|>"}"#), [97, END]);
+    assert_eq!(ids(r#"{"prompt":"a<|end|>","split_special_tokens":true}"#).len(), 8);
+    let chat = |rest: &str| ids(&format!(r#"{{"messages":[{{"role":"user","content":"<|turn|>"}}]{rest}}}"#));
+    let forged = |tokens: &[u32]| tokens.iter().filter(|&&token| token == TURN).count();
+    assert_eq!(forged(&chat("")), 3);
+    let split = chat(r#","split_special_tokens":true"#);
+    assert_eq!(forged(&split), 2);
+    assert_eq!(split.len(), chat("").len() + "<|turn|>".len() - 1);
+}
+
+#[test]
+fn long_prompts_keep_their_end_where_that_is_asked_for() {
+    let text = tiny();
+    let ids = |body: &str| text.prompts(&request(body), 0).unwrap().remove(0).tokens;
+    assert_eq!(ids(r#"{"prompt":"abc","truncate_prompt_tokens":2}"#), [98, 99]);
+    assert_eq!(ids(r#"{"prompt":"abc","truncate_prompt_tokens":9}"#), [97, 98, 99]);
+    assert_eq!(ids(r#"{"prompt":"abc","truncate_prompt_tokens":-1}"#), [97, 98, 99]);
+}
+
+#[test]
+fn several_parts_join_with_line_feeds_where_the_template_takes_none() {
+    let body =
+        r#"{"messages":[{"role":"user","content":[{"type":"text","text":"a"},{"type":"text","text":"b"}]}]}"#;
+    let tokens = tiny().prompts(&request(body), 0).unwrap().remove(0).tokens;
+    let expected: Vec<u32> = b"user: a\nb\n".iter().map(|&byte| byte.into()).collect();
+    assert_eq!(tokens[1..=expected.len()], expected);
+}
+
+#[test]
+fn what_says_nothing_refuses_no_folder() {
+    let folder = tiny_folder();
+    let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+    write(
+        "generation_config.json",
+        "\u{FEFF}{\"top_k\": -1, \"top_p\": 0, \"eos_token_id\": [256, 128009, -1, null]}",
+    );
+    write("config.json", r#"{"eos_token_id": -1, "rope_theta": Infinity}"#);
+    let text = Text::open(folder.path(), "tiny").unwrap();
+    assert_eq!((text.defaults().top_k, text.defaults().top_p), (0, f32::MIN_POSITIVE));
+    let prompt = Prompt { tokens: vec![1] };
+    let sequence = text.sequence(&request(r#"{"prompt":"a"}"#), &prompt, (0, false), &limits()).unwrap();
+    assert_eq!(sequence.stop_tokens, [END], "a token beyond the vocabulary is never chosen");
+}
+
+#[test]
+fn a_tokenizer_of_another_form_is_refused_with_the_command_that_converts_it() {
+    for file in ["tokenizer.model", "tekken.json", "vocab.txt"] {
+        let folder = tiny_folder();
+        std::fs::rename(folder.path().join("tokenizer.json"), folder.path().join(file)).unwrap();
+        let error = Text::open(folder.path(), "tiny").unwrap_err().to_string();
+        assert!(error.starts_with(file) && error.contains("AutoTokenizer"), "{error}");
+    }
+}
+
+#[test]
+fn rules_for_tokens_become_biases() {
+    let text = tiny();
+    let prompt = Prompt { tokens: vec![1] };
+    let asked = |body: &str| text.sequence(&request(body), &prompt, (0, false), &limits());
+    let sampling =
+        asked(r#"{"prompt":"a","allowed_token_ids":[5,6],"logit_bias":{"5":2}}"#).unwrap().sampling;
+    assert_eq!(sampling.logit_bias, [(5, 2.0), (5, 1024.0), (6, 1024.0)]);
+    let words = asked(r#"{"prompt":"a","bad_words":["no"]}"#).unwrap().sampling.bad_words;
+    assert_eq!(words, [vec![110, 111]], "with a space before it, it has another number of tokens");
+    let error = asked(r#"{"prompt":"a","allowed_token_ids":[5],"repetition_penalty":1.2}"#).unwrap_err();
+    assert!(error.to_string().contains("repetition_penalty is 1.2"), "{error}");
+    let many: Vec<u32> = (0..200).collect();
+    let body = format!(
+        r#"{{"prompt":"a","stop_token_ids":{many:?},"min_tokens":1,"allowed_token_ids":{:?}}}"#,
+        [7; 900]
+    );
+    let error = asked(&body).unwrap_err().to_string();
+    assert!(error.contains("1101 tokens") && error.contains("1024"), "{error}");
+}
+
+#[test]
+fn a_scored_prompt_is_chosen_token_by_token() {
+    let prompt = Prompt { tokens: vec![7, 8, 9] };
+    let request = request(r#"{"prompt":[7,8,9],"prompt_logprobs":3,"max_tokens":4,"logprobs":1}"#);
+    let sequence = tiny().sequence(&request, &prompt, (0, true), &limits()).unwrap();
+    assert_eq!((sequence.prompt.as_slice(), sequence.max_tokens), ([7].as_slice(), 6));
+    assert_eq!(
+        (sequence.sampling.forced.as_slice(), sequence.sampling.logprobs),
+        ([8, 9].as_slice(), Some(3))
+    );
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde_json::Value as Json;
 
 use super::*;
-use crate::text::job::Message;
+use crate::text::job::Json as Text;
 
 const CREATED: i64 = 1_795_428_123;
 
@@ -14,18 +14,14 @@ fn golden() -> PathBuf {
 }
 
 fn chat(case: &Json) -> Chat {
-    let text = |message: &Json, name: &str| message[name].as_str().map(str::to_owned);
-    let message = |message: &Json| Message {
-        role: text(message, "role").unwrap(),
-        content: text(message, "content").unwrap(),
-        name: text(message, "name"),
-        reasoning_content: text(message, "reasoning_content"),
-    };
+    let text = |value: &Json| Some(Text(value.to_string())).filter(|_| !value.is_null());
     Chat {
-        messages: case["messages"].as_array().unwrap().iter().map(message).collect(),
+        messages: case["messages"].as_array().unwrap().iter().filter_map(text).collect(),
+        tools: text(&case["tools"]),
+        documents: text(&case["documents"]),
         add_generation_prompt: case["add_generation_prompt"].as_bool().unwrap_or(true),
         continue_final_message: false,
-        variables: case["variables"].as_object().cloned().unwrap_or_default(),
+        variables: text(&case["variables"]),
     }
 }
 
@@ -113,6 +109,54 @@ fn the_final_message_is_continued() {
     chat.continue_final_message = true;
     chat.add_generation_prompt = false;
     assert_eq!(template(source).render(&chat, 0).unwrap(), "<user>Count: 1,");
-    chat.messages[0].content = " ".into();
-    assert!(template(source).render(&chat, 0).is_err());
+    let kept = template("{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}");
+    let mut spaced = said("Count: ");
+    (spaced.continue_final_message, spaced.add_generation_prompt) = (true, false);
+    assert_eq!(kept.render(&spaced, 0).unwrap(), "<user>Count: ");
+    assert!(template("{{ messages[0].role }}").render(&chat, 0).is_err());
+}
+
+/// A conversation of the golden file, with every digit of its numbers.
+fn conversation(request: &str) -> Chat {
+    let field = |name: &str| {
+        json::field(request, name).filter(|text| *text != "[]").map(|text| Text(text.to_owned()))
+    };
+    let continues = field("continue_final_message").is_some_and(|text| text.0 == "true");
+    let closed = field("add_generation_prompt").is_some_and(|text| text.0 == "false");
+    let messages = json::elements(json::field(request, "messages").unwrap());
+    Chat {
+        messages: messages.into_iter().map(|text| Text(text.to_owned())).collect(),
+        tools: field("tools"),
+        documents: field("documents"),
+        add_generation_prompt: !closed && !continues,
+        continue_final_message: continues,
+        variables: field("chat_template_kwargs"),
+    }
+}
+
+/// `tests/golden/chats/render.py` has rendered the same with transformers.
+#[test]
+fn conversations_equal_those_of_transformers() {
+    use sha2::{Digest, Sha256};
+    let golden = include_str!("../../../tests/golden/chats/expected.json");
+    let file: Json = serde_json::from_str(golden).unwrap();
+    let conversations = json::field(golden, "conversations").unwrap();
+    let (mut pairs, mut wrong) = (0, Vec::new());
+    let shapes = file["expected"].as_object().unwrap();
+    assert!(shapes.len() >= 60, "{} templates", shapes.len());
+    for (name, expected) in shapes {
+        let template = template(file["templates"][name].as_str().unwrap());
+        for (talk, digest) in expected.as_object().unwrap() {
+            let rendered = template.render(&conversation(json::field(conversations, talk).unwrap()), CREATED);
+            let found = rendered.as_ref().map_or_else(
+                |_| "error".to_owned(),
+                |text| hex::encode(Sha256::digest(text.as_bytes()))[..16].to_owned(),
+            );
+            if found != digest.as_str().unwrap() {
+                wrong.push(format!("render.py {name} {talk}: {rendered:?}"));
+            }
+            pairs += 1;
+        }
+    }
+    assert!(pairs >= 60 * 30 && wrong.is_empty(), "{} of {pairs} differ:\n{}", wrong.len(), wrong.join("\n"));
 }

@@ -48,12 +48,19 @@ def environment():
     return env
 
 
+def with_names(message):
+    """The assistant's reasoning goes by each of its names, as transformers 5.24 has it."""
+    reasoning = message.get("reasoning_content")
+    return message if reasoning is None else {"thinking": reasoning, **message}
+
+
 def render(template, case):
     variables = {"bos_token": "<s>", "eos_token": "</s>", "tools": None, "documents": None}
     variables |= case.get("variables", {})
     try:
         return {"text": template.render(
-            messages=case["messages"], add_generation_prompt=case.get("add_generation_prompt", True), **variables)}
+            messages=[with_names(message) for message in case["messages"]],
+            add_generation_prompt=case.get("add_generation_prompt", True), **variables)}
     except jinja2.exceptions.TemplateError as error:
         return {"error": str(error)}
 

@@ -1,0 +1,88 @@
+//! Marks around special tokens that stand in a caller's text, so that they can be told from the template's own.
+//!
+//! The marks are two characters of private use, as in transformers' `sanitize_control_tokens`. A template may cut text
+//! between them; a mark that stands alone is dropped.
+
+use crate::text::jinja::value::{Dict, Value};
+
+const BEGIN: char = '\u{F0000}';
+const END: char = '\u{F0001}';
+
+/// A value whose texts have marks around these tokens. Names of fields stay as they are.
+pub fn marked(value: &Value, tokens: &[&str]) -> Value {
+    let kept = |made: Option<Value>| made.unwrap_or_else(|| value.clone());
+    match value {
+        Value::Text(text) => Value::text(marked_text(text, tokens)),
+        Value::List(list) => {
+            kept(Value::list(list.items.iter().map(|item| marked(item, tokens)).collect()).ok())
+        }
+        Value::Dict(dict) => {
+            let mut made = Dict::default();
+            dict.entries().iter().for_each(|(name, value)| made.insert(name.clone(), marked(value, tokens)));
+            kept(Value::dict(made).ok())
+        }
+        other => other.clone(),
+    }
+}
+
+fn marked_text(text: &str, tokens: &[&str]) -> String {
+    // A mark in the text itself could forge one.
+    let text = text.replace([BEGIN, END], "");
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text.as_str();
+    while let Some(c) = rest.chars().next() {
+        let longest = tokens.iter().filter(|token| rest.starts_with(**token)).max_by_key(|token| token.len());
+        let width = longest.map_or(c.len_utf8(), |token| token.len());
+        let (piece, after) = rest.split_at(width);
+        if longest.is_some() {
+            out.extend([BEGIN]);
+            out.push_str(piece);
+            out.push(END);
+        } else {
+            out.push_str(piece);
+        }
+        rest = after;
+    }
+    out
+}
+
+/// The pieces of a rendered text, and whether each is a token that the caller wrote.
+pub fn parts(rendered: &str) -> Vec<(String, bool)> {
+    let mut found: Vec<(String, bool)> = Vec::new();
+    let mut rest = rendered;
+    while let Some(at) = rest.find([BEGIN, END]) {
+        let (before, after) = rest.split_at(at);
+        found.push((before.to_owned(), false));
+        let inner = &after[BEGIN.len_utf8()..];
+        rest = inner;
+        if after.starts_with(BEGIN)
+            && let Some(end) = inner.find([BEGIN, END])
+            && inner[end..].starts_with(END)
+        {
+            found.push((inner[..end].to_owned(), true));
+            rest = &inner[end + END.len_utf8()..];
+        }
+    }
+    found.push((rest.to_owned(), false));
+    found.retain(|(text, _)| !text.is_empty());
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_marked_comes_apart_again() {
+        let text = marked_text("a</s>\u{F0000}b<s></s>", &["<s>", "</s>"]);
+        let found = parts(&text);
+        let seen: Vec<(&str, bool)> = found.iter().map(|(text, marked)| (text.as_str(), *marked)).collect();
+        assert_eq!(seen, [("a", false), ("</s>", true), ("b", false), ("<s>", true), ("</s>", true)]);
+    }
+
+    #[test]
+    fn a_mark_alone_is_dropped() {
+        assert_eq!(parts("a\u{F0000}b"), [("a".to_owned(), false), ("b".to_owned(), false)]);
+        assert_eq!(parts("\u{F0001}b"), [("b".to_owned(), false)]);
+    }
+}
