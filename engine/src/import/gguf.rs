@@ -128,7 +128,9 @@ pub struct TensorInfo {
     pub shape: Vec<u64>,
     /// How its numbers are stored.
     pub format: BlockFormat,
-    /// Where its data begin in the file.
+    /// The part of a split file that holds its data; 0 is the first.
+    pub part: usize,
+    /// Where its data begin in that file.
     pub offset: u64,
     /// Bytes of its data.
     pub bytes: u64,
@@ -185,6 +187,14 @@ impl Gguf {
                 Ok(number) => Err(GgufError::Limit { field: key.into(), value: number, limit: max }),
                 Err(_) => Err(invalid(key, number, "it must not be negative")),
             },
+            // Some sizes stand once for each layer; where all are the same, that is the one.
+            Some(Value::Integers(numbers)) => match numbers.first() {
+                Some(&first) if numbers.iter().all(|&number| number == first) => match u64::try_from(first) {
+                    Ok(number) if number <= max => Ok(Some(number)),
+                    _ => Err(invalid(key, first, &format!("it must be from 0 to {max}"))),
+                },
+                _ => Err(invalid(key, "a list of different numbers", "all layers must have the same")),
+            },
             Some(other) => Err(wrong_kind(key, other, "an integer")),
         }
     }
@@ -195,6 +205,7 @@ impl Gguf {
             None => Ok(None),
             Some(Value::Float(number)) if (*number as f32).is_finite() => Ok(Some(*number as f32)),
             Some(Value::Float(number)) => Err(invalid(key, number, "it must be finite in 32 bits")),
+            Some(Value::Integer(number)) => Ok(Some(*number as f32)),
             Some(other) => Err(wrong_kind(key, other, "a float")),
         }
     }

@@ -99,7 +99,11 @@ pub struct ModelLayout {
 
 impl ModelLayout {
     /// Reads the sizes and checks that they fit together.
-    pub fn read(gguf: &Gguf, rope_factors: Option<&[f32]>) -> Result<Self, ImportError> {
+    pub fn read(
+        gguf: &Gguf,
+        rope_factors: Option<&[f32]>,
+        notes: &mut Vec<String>,
+    ) -> Result<Self, ImportError> {
         let name = required(gguf.text("general.architecture")?, "general.architecture")?;
         let family = Family::from_gguf(name)?;
         let key = |suffix: &str| format!("{name}.{suffix}");
@@ -120,6 +124,12 @@ impl ModelLayout {
         if !heads.is_multiple_of(kv_heads) {
             let rule = format!("it must divide {heads}, the number of query heads");
             return Err(invalid(&key("attention.head_count_kv"), kv_heads, &rule).into());
+        }
+        if let Some(window) = gguf.integer(&key("attention.sliding_window"), u64::MAX)? {
+            notes.push(format!(
+                "{} is {window}: not applied, as llama.cpp does not for {name}",
+                key("attention.sliding_window")
+            ));
         }
         let embedding = find(gguf, "token_embd.weight")?;
         let context = size("context_length", CONTEXT_MAX)?;
@@ -150,8 +160,9 @@ impl ModelLayout {
             rope_scaling: rope::scaling(
                 gguf,
                 name,
-                &rope::Rotary { theta: rope_theta, head_dim },
+                &rope::Rotary { theta: rope_theta, head_dim, context },
                 rope_factors,
+                notes,
             )?,
         })
     }

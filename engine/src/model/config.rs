@@ -1,16 +1,23 @@
 //! What a model's `config.json` says, checked: a decoder of the Llama, Mistral, Qwen2 or Qwen3 family.
 //!
-//! Fields that change nothing for inference are ignored; fields that would change the arithmetic in a way the
-//! decoder does not do (another activation, biases in the MLP, other RoPE scalings, quantised checkpoints) are
-//! refused, as is every size that contradicts another. Each error names the field, its value and what it may be.
+//! Fields that change nothing for inference are ignored, whatever they hold; fields that would change the arithmetic in
+//! a way the decoder does not do (another activation, biases in the MLP, quantised checkpoints) are refused, as is every
+//! size that contradicts another. An absent field has the default of its [`family`]. Each error names the field, its
+//! value and what it may be.
 
 use std::fmt::Display;
 use std::path::Path;
 
-use serde::Deserialize;
+use serde_json::{Map, Value};
 
+use self::family::{FAMILIES, Family, KvHeads};
+use self::fields::Fields;
 use super::rope::{self, Rope};
 use super::source::StoredDtype;
+use crate::folder::json;
+
+pub mod family;
+pub(super) mod fields;
 
 /// Largest `config.json` or `generation_config.json` that is read. Real ones have a few kilobytes.
 const FILE_BYTES_MAX: u64 = 1 << 20;
@@ -27,6 +34,9 @@ const POSITIONS_MAX: usize = 1 << 28;
 /// Most end-of-sequence ids.
 const EOS_MAX: usize = 64;
 
+/// `max_window_layers` where it is absent, of Qwen2 and Qwen3.
+const WINDOW_LAYERS_DEFAULT: usize = 28;
+
 /// Decoder families.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Architecture {
@@ -40,13 +50,12 @@ pub enum Architecture {
     Qwen3,
 }
 
-/// The names of the supported families in `architectures`.
-const ARCHITECTURES: [(&str, Architecture); 4] = [
-    ("LlamaForCausalLM", Architecture::Llama),
-    ("MistralForCausalLM", Architecture::Mistral),
-    ("Qwen2ForCausalLM", Architecture::Qwen2),
-    ("Qwen3ForCausalLM", Architecture::Qwen3),
-];
+/// What the MLP's gate goes through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// `x * sigmoid(x)`.
+    Silu,
+}
 
 /// A decoder's sizes and choices.
 #[derive(Debug, Clone, PartialEq)]
@@ -107,12 +116,12 @@ pub enum ModelConfigError {
         bytes: u64,
     },
     /// A file is no JSON of the expected form.
-    #[error("{file}: {source}")]
+    #[error("{file}: {reason}")]
     Json {
         /// The file.
         file: &'static str,
         /// Why.
-        source: serde_json::Error,
+        reason: String,
     },
     /// A field has a value that the decoder cannot do.
     #[error("config.json: {field} is {value}; it must be {expected}")]
@@ -135,54 +144,6 @@ pub(super) fn refuse<T>(
     Err(ModelConfigError::Field { field, value: value.to_string(), expected: expected.into() })
 }
 
-/// One id or several.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(untagged)]
-enum Ids {
-    One(u32),
-    Several(Vec<u32>),
-}
-
-/// The fields of `config.json` that matter here, as they stand in the file.
-#[derive(Debug, Deserialize)]
-struct Raw {
-    architectures: Option<Vec<String>>,
-    hidden_size: usize,
-    intermediate_size: usize,
-    num_hidden_layers: usize,
-    num_attention_heads: usize,
-    num_key_value_heads: Option<usize>,
-    head_dim: Option<usize>,
-    vocab_size: usize,
-    max_position_embeddings: u32,
-    rms_norm_eps: f64,
-    rope_theta: Option<f64>,
-    rope_scaling: Option<rope::RawRope>,
-    rope_parameters: Option<rope::RawRope>,
-    #[serde(default)]
-    tie_word_embeddings: bool,
-    #[serde(default)]
-    attention_bias: bool,
-    #[serde(default)]
-    mlp_bias: bool,
-    hidden_act: Option<String>,
-    sliding_window: Option<u32>,
-    #[serde(default)]
-    use_sliding_window: bool,
-    max_window_layers: Option<usize>,
-    layer_types: Option<Vec<String>>,
-    quantization_config: Option<serde_json::Value>,
-    eos_token_id: Option<Ids>,
-    #[serde(alias = "torch_dtype")]
-    dtype: Option<String>,
-}
-
-/// The field of `generation_config.json` that matters here.
-#[derive(Debug, Deserialize)]
-struct RawGeneration {
-    eos_token_id: Option<Ids>,
-}
-
 impl DecoderConfig {
     /// Reads `config.json`, and `generation_config.json` if there is one, of a model folder.
     ///
@@ -192,7 +153,7 @@ impl DecoderConfig {
         let config = read_bounded(&folder.join("config.json"))?;
         let generation = folder.join("generation_config.json");
         let generation = if generation.exists() { Some(read_bounded(&generation)?) } else { None };
-        Self::parse(&config, generation.as_deref())
+        Self::parse_bytes(&config, generation.as_deref())
     }
 
     /// Checks the text of both files.
@@ -200,42 +161,18 @@ impl DecoderConfig {
     /// # Errors
     /// When they say something that the decoder cannot do.
     pub fn parse(config: &str, generation: Option<&str>) -> Result<Self, ModelConfigError> {
-        let raw: Raw = serde_json::from_str(config)
-            .map_err(|source| ModelConfigError::Json { file: "config.json", source })?;
-        let architecture = raw.architecture()?;
-        raw.check_unsupported()?;
-        let heads = raw.heads()?;
-        let config = Self {
-            architecture,
-            hidden: raw.hidden_size,
-            intermediate: bounded("intermediate_size", raw.intermediate_size, WIDTH_MAX)?,
-            heads: heads.0,
-            kv_heads: heads.1,
-            head_dim: heads.2,
-            vocabulary: bounded("vocab_size", raw.vocab_size, WIDTH_MAX)?,
-            positions_max: bounded(
-                "max_position_embeddings",
-                raw.max_position_embeddings as usize,
-                POSITIONS_MAX,
-            )? as u32,
-            rms_norm_eps: raw.eps()?,
-            rope: rope::parse(raw.rope_theta, raw.rope_scaling.as_ref(), raw.rope_parameters.as_ref())?,
-            qkv_bias: match architecture {
-                Architecture::Qwen2 => true,
-                Architecture::Mistral => false,
-                Architecture::Llama | Architecture::Qwen3 => raw.attention_bias,
-            },
-            output_bias: match architecture {
-                Architecture::Qwen2 | Architecture::Mistral => false,
-                Architecture::Llama | Architecture::Qwen3 => raw.attention_bias,
-            },
-            qk_norm: architecture == Architecture::Qwen3,
-            tied: raw.tie_word_embeddings,
-            windows: raw.windows(architecture)?,
-            eos: raw.eos(generation)?,
-            stored: raw.stored()?,
+        Self::parse_bytes(config.as_bytes(), generation.map(str::as_bytes))
+    }
+
+    fn parse_bytes(config: &[u8], generation: Option<&[u8]>) -> Result<Self, ModelConfigError> {
+        let object = |file, bytes| {
+            json::parse::<Map<String, Value>>(bytes).map_err(|reason| ModelConfigError::Json { file, reason })
         };
-        Ok(config)
+        let config = object("config.json", config)?;
+        let generation = generation.map(|bytes| object("generation_config.json", bytes)).transpose()?;
+        let config = Fields(&config);
+        let raw = Raw { family: family(config)?, fields: config };
+        raw.decoder(generation.as_ref().map(Fields))
     }
 
     /// Layers.
@@ -260,7 +197,7 @@ impl DecoderConfig {
     }
 }
 
-fn read_bounded(path: &Path) -> Result<String, ModelConfigError> {
+fn read_bounded(path: &Path) -> Result<Vec<u8>, ModelConfigError> {
     let file = path.display().to_string();
     let bytes = match std::fs::metadata(path) {
         Ok(metadata) => metadata.len(),
@@ -269,71 +206,121 @@ fn read_bounded(path: &Path) -> Result<String, ModelConfigError> {
     if bytes > FILE_BYTES_MAX {
         return Err(ModelConfigError::Size { file, bytes });
     }
-    std::fs::read_to_string(path).map_err(|source| ModelConfigError::Read { file, source })
+    std::fs::read(path).map_err(|source| ModelConfigError::Read { file, source })
 }
 
 fn bounded(field: &'static str, value: usize, most: usize) -> Result<usize, ModelConfigError> {
     if (1..=most).contains(&value) { Ok(value) } else { refuse(field, value, format!("from 1 to {most}")) }
 }
 
-impl Raw {
-    fn architecture(&self) -> Result<Architecture, ModelConfigError> {
-        let named = self.architectures.as_deref().unwrap_or_default();
-        let known = |name: &String| ARCHITECTURES.iter().find(|known| known.0 == name).map(|known| known.1);
-        match named.iter().find_map(known) {
-            Some(architecture) => Ok(architecture),
-            None => refuse(
-                "architectures",
-                format!("{named:?}"),
-                format!("one of {}", ARCHITECTURES.map(|known| known.0).join(", ")),
-            ),
+/// The family that the file names.
+fn family(fields: Fields<'_>) -> Result<&'static Family, ModelConfigError> {
+    let listed =
+        fields.value("architectures").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    let classes: Vec<&str> = listed.iter().filter_map(Value::as_str).collect();
+    let model_type = fields.text("model_type")?;
+    match Family::of(&classes, model_type) {
+        Some(family) => Ok(family),
+        None => {
+            let found = match model_type.filter(|_| classes.is_empty()) {
+                Some(model_type) => format!("{classes:?} with model_type {model_type:?}"),
+                None => format!("{classes:?}"),
+            };
+            let known: Vec<&str> = FAMILIES.iter().map(|family| family.class).collect();
+            refuse("architectures", found, format!("one of {}", known.join(", ")))
         }
+    }
+}
+
+/// A `config.json` beside the defaults of its class.
+#[derive(Clone, Copy)]
+struct Raw<'a> {
+    family: &'static Family,
+    fields: Fields<'a>,
+}
+
+impl Raw<'_> {
+    fn decoder(&self, generation: Option<Fields<'_>>) -> Result<DecoderConfig, ModelConfigError> {
+        self.check_unsupported()?;
+        let (family, fields) = (self.family, self.fields);
+        let hidden =
+            bounded("hidden_size", fields.count("hidden_size")?.unwrap_or(family.hidden), WIDTH_MAX)?;
+        let (heads, kv_heads, head_dim) = self.heads(hidden)?;
+        let vocabulary = fields.count("vocab_size")?.unwrap_or(family.vocabulary);
+        let positions = fields.count("max_position_embeddings")?.unwrap_or(family.positions);
+        let intermediate = fields.count("intermediate_size")?.unwrap_or(family.intermediate);
+        let has_bias = !matches!(family.architecture, Architecture::Qwen2 | Architecture::Mistral);
+        let bias = has_bias && fields.flag("attention_bias")?.unwrap_or(false);
+        Ok(DecoderConfig {
+            architecture: family.architecture,
+            hidden,
+            intermediate: bounded("intermediate_size", intermediate, WIDTH_MAX)?,
+            heads,
+            kv_heads,
+            head_dim,
+            vocabulary: bounded("vocab_size", vocabulary, WIDTH_MAX)?,
+            positions_max: bounded("max_position_embeddings", positions, POSITIONS_MAX)? as u32,
+            rms_norm_eps: self.eps()?,
+            rope: rope::parse(fields, family.theta)?,
+            qkv_bias: bias || family.architecture == Architecture::Qwen2,
+            output_bias: bias,
+            qk_norm: family.architecture == Architecture::Qwen3,
+            tied: fields.flag("tie_word_embeddings")?.unwrap_or(family.tied),
+            windows: self.windows()?,
+            eos: self.eos(generation, vocabulary)?,
+            stored: self.stored(),
+        })
     }
 
     fn check_unsupported(&self) -> Result<(), ModelConfigError> {
-        if let Some(quantization) = &self.quantization_config {
-            let method = quantization.get("quant_method").and_then(|method| method.as_str());
+        // The second is how compressed-tensors wrote it at first.
+        let quantised = self.fields.any(&["quantization_config", "compression_config"]);
+        if let Some((field, quantization)) = quantised
+            && quantization.as_object().is_none_or(|object| !object.is_empty())
+        {
+            let method = quantization["quant_method"].as_str();
             return refuse(
-                "quantization_config",
+                field,
                 method.unwrap_or("present"),
                 "absent: quantised checkpoints are not read, weights are quantised at load time",
             );
         }
-        if let Some(activation) = &self.hidden_act
-            && activation != "silu"
-            && activation != "swish"
-        {
-            return refuse("hidden_act", format!("{activation:?}"), "\"silu\"");
+        match self.fields.text("hidden_act")? {
+            None | Some("silu" | "swish") => {}
+            Some(other) => return refuse("hidden_act", format!("{other:?}"), "\"silu\""),
         }
-        if self.mlp_bias {
+        if self.family.architecture == Architecture::Llama && self.fields.flag("mlp_bias")? == Some(true) {
             return refuse("mlp_bias", true, "false");
         }
         Ok(())
     }
 
     /// Query heads, key-value heads and elements of a head.
-    fn heads(&self) -> Result<(usize, usize, usize), ModelConfigError> {
-        bounded("hidden_size", self.hidden_size, WIDTH_MAX)?;
-        let heads = bounded("num_attention_heads", self.num_attention_heads, 4096)?;
-        let kv_heads = bounded("num_key_value_heads", self.num_key_value_heads.unwrap_or(heads), heads)?;
+    fn heads(&self, hidden: usize) -> Result<(usize, usize, usize), ModelConfigError> {
+        let (family, fields) = (self.family, self.fields);
+        let heads = bounded(
+            "num_attention_heads",
+            fields.count("num_attention_heads")?.unwrap_or(family.heads),
+            4096,
+        )?;
+        let kv_heads = match (fields.count("num_key_value_heads")?, family.kv_heads) {
+            (Some(count), _) => count,
+            // `null` is all heads in every class.
+            (None, KvHeads::Count(count)) if !fields.is_null("num_key_value_heads") => count,
+            (None, _) => heads,
+        };
+        let kv_heads = bounded("num_key_value_heads", kv_heads, heads)?;
         if heads % kv_heads != 0 {
-            return refuse(
-                "num_key_value_heads",
-                kv_heads,
-                format!("a divisor of num_attention_heads, {heads}"),
-            );
+            let expected = format!("a divisor of num_attention_heads, {heads}");
+            return refuse("num_key_value_heads", kv_heads, expected);
         }
-        let head_dim = match self.head_dim {
+        let head_dim = match fields.count("head_dim")?.or(family.head_dim) {
             Some(head_dim) => bounded("head_dim", head_dim, 1024)?,
-            None if self.hidden_size.is_multiple_of(heads) => {
-                bounded("head_dim", self.hidden_size / heads, 1024)?
-            }
+            None if hidden.is_multiple_of(heads) => bounded("head_dim", hidden / heads, 1024)?,
             None => {
-                return refuse(
-                    "hidden_size",
-                    self.hidden_size,
-                    format!("a multiple of num_attention_heads, {heads}, since head_dim is absent"),
-                );
+                let expected =
+                    format!("a multiple of num_attention_heads, {heads}, since head_dim is absent");
+                return refuse("hidden_size", hidden, expected);
             }
         };
         if head_dim % 2 != 0 {
@@ -343,79 +330,90 @@ impl Raw {
     }
 
     fn eps(&self) -> Result<f32, ModelConfigError> {
-        if self.rms_norm_eps > 0.0 && self.rms_norm_eps < 1.0 {
-            Ok(self.rms_norm_eps as f32)
+        let eps = self.fields.number("rms_norm_eps")?.unwrap_or(self.family.eps);
+        if eps > 0.0 && eps < 1.0 {
+            Ok(eps as f32)
         } else {
-            refuse("rms_norm_eps", self.rms_norm_eps, "above 0 and below 1")
+            refuse("rms_norm_eps", eps, "above 0 and below 1")
+        }
+    }
+
+    /// `sliding_window`, where the family reads it: absent it is the class's, `null` is none.
+    fn window(&self) -> Result<Option<u32>, ModelConfigError> {
+        const FIELD: &str = "sliding_window";
+        match self.fields.count(FIELD)? {
+            Some(0) => refuse(FIELD, 0, "at least 1, or null"),
+            // A window beyond all positions is none.
+            Some(window) => Ok(u32::try_from(window).ok()),
+            None if self.fields.is_null(FIELD) => Ok(None),
+            None => Ok(self.family.window),
         }
     }
 
     /// The window of each layer. Mistral has one for all; Qwen switches it on, for layers from
     /// `max_window_layers` on or as `layer_types` lists.
-    fn windows(&self, architecture: Architecture) -> Result<Vec<Option<u32>>, ModelConfigError> {
-        let layers = bounded("num_hidden_layers", self.num_hidden_layers, LAYERS_MAX)?;
-        let window = match architecture {
-            Architecture::Llama => None,
-            Architecture::Mistral => self.sliding_window,
+    fn windows(&self) -> Result<Vec<Option<u32>>, ModelConfigError> {
+        let layers = self.fields.count("num_hidden_layers")?.unwrap_or(self.family.layers);
+        let layers = bounded("num_hidden_layers", layers, LAYERS_MAX)?;
+        let (all, window) = match self.family.architecture {
+            Architecture::Llama => (true, None),
+            Architecture::Mistral => (true, self.window()?),
             Architecture::Qwen2 | Architecture::Qwen3 => {
-                self.sliding_window.filter(|_| self.use_sliding_window)
+                let used = self.fields.flag("use_sliding_window")?.unwrap_or(false);
+                (false, if used { self.window()? } else { None })
             }
         };
         let Some(window) = window else { return Ok(vec![None; layers]) };
-        if window == 0 {
-            return refuse("sliding_window", 0, "at least 1, or null");
-        }
-        if architecture == Architecture::Mistral {
+        if all {
             return Ok(vec![Some(window); layers]);
         }
-        let Some(types) = &self.layer_types else {
-            let first = self.max_window_layers.unwrap_or(0);
+        let Some(types) = self.fields.by_layer("layer_types", layers)? else {
+            let first = self.fields.count("max_window_layers")?.unwrap_or(WINDOW_LAYERS_DEFAULT);
             return Ok((0..layers).map(|layer| (layer >= first).then_some(window)).collect());
         };
-        if types.len() != layers {
-            return refuse("layer_types", format!("{} entries", types.len()), format!("{layers} entries"));
-        }
-        types
-            .iter()
-            .map(|kind| match kind.as_str() {
-                "full_attention" => Ok(None),
-                "sliding_attention" => Ok(Some(window)),
-                other => refuse("layer_types", other, "full_attention or sliding_attention in each entry"),
-            })
-            .collect()
+        let of = |kind: &Value| match kind.as_str() {
+            Some("full_attention") => Ok(None),
+            Some("sliding_attention") => Ok(Some(window)),
+            _ => refuse("layer_types", kind, "full_attention or sliding_attention in each entry"),
+        };
+        types.iter().map(of).collect()
     }
 
-    fn eos(&self, generation: Option<&str>) -> Result<Vec<u32>, ModelConfigError> {
-        let generation: Option<RawGeneration> = generation
-            .map(serde_json::from_str)
-            .transpose()
-            .map_err(|source| ModelConfigError::Json { file: "generation_config.json", source })?;
+    /// The ids of both files. One outside of the vocabulary can never come and ends nothing.
+    fn eos(&self, generation: Option<Fields<'_>>, vocabulary: usize) -> Result<Vec<u32>, ModelConfigError> {
+        const FIELD: &str = "eos_token_id";
         let mut eos = Vec::new();
-        let named = [self.eos_token_id.clone(), generation.and_then(|generation| generation.eos_token_id)];
-        for ids in named.into_iter().flatten() {
-            match ids {
-                Ids::One(id) => eos.push(id),
-                Ids::Several(ids) => eos.extend(ids),
+        let said = [Some(self.fields), generation].into_iter().flatten().filter_map(|file| file.value(FIELD));
+        let mut names_any = self.fields.is_null(FIELD);
+        for ids in said {
+            names_any = true;
+            let list = ids.as_array().map_or(std::slice::from_ref(ids), Vec::as_slice);
+            for id in list {
+                match id.as_i64() {
+                    Some(id) => eos.extend(u32::try_from(id).ok().filter(|&id| (id as usize) < vocabulary)),
+                    None => return refuse(FIELD, id, "a token id, or a list of them"),
+                }
             }
+        }
+        if !names_any {
+            eos.extend(self.family.eos.filter(|&id| (id as usize) < vocabulary));
         }
         eos.sort_unstable();
         eos.dedup();
         if eos.len() > EOS_MAX {
-            return refuse("eos_token_id", format!("{} ids", eos.len()), format!("at most {EOS_MAX} ids"));
+            return refuse(FIELD, format!("{} ids", eos.len()), format!("at most {EOS_MAX} ids"));
         }
-        match eos.iter().find(|&&id| id as usize >= self.vocab_size) {
-            Some(id) => refuse("eos_token_id", id, format!("below vocab_size, {}", self.vocab_size)),
-            None => Ok(eos),
-        }
+        Ok(eos)
     }
 
-    fn stored(&self) -> Result<Option<StoredDtype>, ModelConfigError> {
-        match self.dtype.as_deref() {
-            None => Ok(None),
-            Some("float32") => Ok(Some(StoredDtype::F32)),
-            Some("float16") => Ok(Some(StoredDtype::F16)),
-            Some("bfloat16") => Ok(Some(StoredDtype::Bf16)),
-            Some(other) => refuse("torch_dtype", other, "float32, float16 or bfloat16"),
+    /// What the file says about the weights' type, where it is one that is known: the weights themselves decide.
+    fn stored(&self) -> Option<StoredDtype> {
+        let (_, dtype) = self.fields.any(&["dtype", "torch_dtype"])?;
+        match dtype.as_str()?.trim_start_matches("torch.") {
+            "float32" => Some(StoredDtype::F32),
+            "float16" => Some(StoredDtype::F16),
+            "bfloat16" => Some(StoredDtype::Bf16),
+            _ => None,
         }
     }
 }

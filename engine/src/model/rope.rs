@@ -6,12 +6,8 @@
 
 use std::f32::consts::PI;
 
-use serde::Deserialize;
-
+use super::config::fields::Fields;
 use super::config::{ModelConfigError, refuse};
-
-/// Base of the frequencies when a configuration names none.
-const THETA_DEFAULT: f64 = 10_000.0;
 
 /// A position embedding.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -45,73 +41,59 @@ pub enum RopeScaling {
     },
 }
 
-/// `rope_scaling` or `rope_parameters` as they stand in the file.
-#[derive(Debug, Deserialize)]
-pub(super) struct RawRope {
-    #[serde(alias = "type")]
-    rope_type: Option<String>,
-    rope_theta: Option<f64>,
-    factor: Option<f64>,
-    low_freq_factor: Option<f64>,
-    high_freq_factor: Option<f64>,
-    original_max_position_embeddings: Option<f64>,
-    partial_rotary_factor: Option<f64>,
-}
-
-/// Checks both spellings; the newer one wins where both stand.
-pub(super) fn parse(
-    theta: Option<f64>,
-    scaling: Option<&RawRope>,
-    parameters: Option<&RawRope>,
-) -> Result<Rope, ModelConfigError> {
-    let raw = parameters.or(scaling);
-    let theta = raw.and_then(|raw| raw.rope_theta).or(theta).unwrap_or(THETA_DEFAULT);
+/// Reads the position embedding of a `config.json`: `rope_parameters`, or else `rope_scaling`, with `rope_theta` in it or
+/// beside it.
+pub(super) fn parse(config: Fields<'_>, theta_default: f64) -> Result<Rope, ModelConfigError> {
+    let newer = config.object("rope_parameters")?;
+    let raw = if newer.is_some() { newer } else { config.object("rope_scaling")? };
+    let theta = match raw.map(|raw| raw.number("rope_theta")).transpose()?.flatten() {
+        Some(theta) => theta,
+        None => config.number("rope_theta")?.unwrap_or(theta_default),
+    };
     if !(1.0..=1e12).contains(&theta) {
         return refuse("rope_theta", theta, "from 1 to 1e12");
     }
     let scaling = match raw {
         None => RopeScaling::None,
-        Some(raw) => raw.scaling()?,
+        Some(raw) => scaling(raw)?,
     };
     Ok(Rope { theta: theta as f32, scaling })
 }
 
-impl RawRope {
-    fn scaling(&self) -> Result<RopeScaling, ModelConfigError> {
-        if let Some(share) = self.partial_rotary_factor
-            && share != 1.0
-        {
-            return refuse("rope_parameters.partial_rotary_factor", share, "1");
-        }
-        match self.rope_type.as_deref() {
-            None | Some("default") => Ok(RopeScaling::None),
-            Some("linear") => Ok(RopeScaling::Linear { factor: self.factor()? }),
-            Some("llama3") => {
-                let low = number("rope_scaling.low_freq_factor", self.low_freq_factor)?;
-                let high = number("rope_scaling.high_freq_factor", self.high_freq_factor)?;
-                if high <= low {
-                    return refuse(
-                        "rope_scaling.high_freq_factor",
-                        high,
-                        format!("above low_freq_factor, {low}"),
-                    );
-                }
-                let original = "rope_scaling.original_max_position_embeddings";
-                let original_positions = number(original, self.original_max_position_embeddings)?;
-                Ok(RopeScaling::Llama3 { factor: self.factor()?, low, high, original_positions })
-            }
-            Some(other) => refuse("rope_scaling.rope_type", other, "default, linear or llama3"),
-        }
+fn scaling(raw: Fields<'_>) -> Result<RopeScaling, ModelConfigError> {
+    if let Some(share) = raw.number("partial_rotary_factor")?
+        && share != 1.0
+    {
+        return refuse("rope_parameters.partial_rotary_factor", share, "1");
     }
-
-    fn factor(&self) -> Result<f32, ModelConfigError> {
-        let factor = number("rope_scaling.factor", self.factor)?;
+    let factor = || {
+        let factor = number(raw, "factor", "rope_scaling.factor")?;
         if factor >= 1.0 { Ok(factor) } else { refuse("rope_scaling.factor", factor, "at least 1") }
+    };
+    match raw.any(&["rope_type", "type"]).map(|(_, kind)| kind) {
+        None => Ok(RopeScaling::None),
+        Some(kind) => match kind.as_str() {
+            Some("default") => Ok(RopeScaling::None),
+            Some("linear") => Ok(RopeScaling::Linear { factor: factor()? }),
+            Some("llama3") => {
+                let low = number(raw, "low_freq_factor", "rope_scaling.low_freq_factor")?;
+                let high = number(raw, "high_freq_factor", "rope_scaling.high_freq_factor")?;
+                if high <= low {
+                    let expected = format!("above low_freq_factor, {low}");
+                    return refuse("rope_scaling.high_freq_factor", high, expected);
+                }
+                let original = "original_max_position_embeddings";
+                let original_positions =
+                    number(raw, original, "rope_scaling.original_max_position_embeddings")?;
+                Ok(RopeScaling::Llama3 { factor: factor()?, low, high, original_positions })
+            }
+            _ => refuse("rope_scaling.rope_type", kind, "default, linear or llama3"),
+        },
     }
 }
 
-fn number(field: &'static str, value: Option<f64>) -> Result<f32, ModelConfigError> {
-    match value {
+fn number(raw: Fields<'_>, name: &'static str, field: &'static str) -> Result<f32, ModelConfigError> {
+    match raw.number(name)? {
         Some(value) if value > 0.0 && value <= 1e12 => Ok(value as f32),
         Some(value) => refuse(field, value, "above 0 and at most 1e12"),
         None => refuse(field, "absent", "a number for this rope_type"),

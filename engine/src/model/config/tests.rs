@@ -17,11 +17,15 @@ fn smollm2() -> Value {
 }
 
 fn with(changes: Value) -> Value {
-    let mut config = smollm2();
+    changed(&smollm2(), changes)
+}
+
+fn changed(object: &Value, changes: Value) -> Value {
+    let mut object = object.clone();
     for (field, value) in changes.as_object().expect("an object") {
-        config[field] = value.clone();
+        object[field] = value.clone();
     }
-    config
+    object
 }
 
 fn parse(config: &Value) -> Result<DecoderConfig, ModelConfigError> {
@@ -120,7 +124,7 @@ fn refusals_name_field_value_and_what_it_may_be() {
         (json!({"max_position_embeddings": 0}), "max_position_embeddings is 0", "from 1"),
         (json!({"rms_norm_eps": -1e-5}), "rms_norm_eps is -0.00001", "above 0 and below 1"),
         (json!({"rope_theta": 0}), "rope_theta is 0", "from 1 to 1e12"),
-        (json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}), "rope_type is yarn", "llama3"),
+        (json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}), "rope_type is \"yarn\"", "llama3"),
         (json!({"rope_scaling": {"type": "linear"}}), "rope_scaling.factor is absent", "a number"),
         (
             json!({"rope_scaling": {"type": "linear", "factor": 0.5}}),
@@ -136,8 +140,10 @@ fn refusals_name_field_value_and_what_it_may_be() {
         (json!({"hidden_act": "gelu"}), "hidden_act is \"gelu\"", "\"silu\""),
         (json!({"mlp_bias": true}), "mlp_bias is true", "false"),
         (json!({"quantization_config": {"quant_method": "gptq"}}), "quantization_config is gptq", "absent"),
-        (json!({"eos_token_id": 49152}), "eos_token_id is 49152", "below vocab_size, 49152"),
-        (json!({"torch_dtype": "int8"}), "torch_dtype is int8", "bfloat16"),
+        (json!({"eos_token_id": "2"}), "eos_token_id is \"2\"", "a token id"),
+        (json!({"rms_norm_eps": "NaN"}), "rms_norm_eps is \"NaN\"", "a number"),
+        (json!({"hidden_size": 576.5}), "hidden_size is 576.5", "a whole number"),
+        (json!({"tie_word_embeddings": "yes"}), "tie_word_embeddings is \"yes\"", "true or false"),
         (json!({"rope_parameters": {"partial_rotary_factor": 0.5}}), "partial_rotary_factor is 0.5", "1"),
         (
             json!({"architectures": ["MistralForCausalLM"], "sliding_window": 0}),
@@ -156,7 +162,8 @@ fn refusals_name_field_value_and_what_it_may_be() {
         assert!(error.starts_with("config.json: "), "{error}");
         assert!(error.contains(value) && error.contains(expected), "{changes}: {error}");
     }
-    for broken in ["", "[]", "{}", r#"{"hidden_size": -1}"#, r#"{"hidden_size": 1e99}"#] {
+    let llama = |field| format!(r#"{{"model_type": "llama", "hidden_size": {field}}}"#);
+    for broken in ["", "[]", "{}", &llama("-1"), &llama("1e99"), &llama("NaN")] {
         let error = DecoderConfig::parse(broken, None).expect_err(broken).to_string();
         assert!(error.starts_with("config.json: "), "{error}");
     }
@@ -171,4 +178,104 @@ fn missing_and_oversized_files_are_named() {
     file.set_len(FILE_BYTES_MAX + 1).expect("sized");
     let error = DecoderConfig::read(folder.path()).expect_err("too large").to_string();
     assert!(error.contains("1048577 bytes; the limit is 1048576"), "{error}");
+}
+
+#[test]
+fn two_spellings_of_a_key_are_read_and_the_newer_wins() {
+    let llama3 = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 1024});
+    let both = changed(&llama3, json!({"type": "linear"}));
+    let of = |changes: Value| parse(&with(changes)).expect("valid");
+    let right = of(json!({"rope_scaling": llama3})).rope;
+    assert_eq!(of(json!({"rope_scaling": both})).rope, right);
+    let older = json!({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": llama3});
+    assert_eq!(of(older).rope.scaling, right.scaling);
+    // What holds nothing gives way.
+    for empty in [json!(null), json!({})] {
+        assert_eq!(of(json!({"rope_scaling": llama3, "rope_parameters": empty})).rope, right);
+    }
+    let typeless = changed(&llama3, json!({"rope_type": null, "type": "llama3"}));
+    assert_eq!(of(json!({"rope_scaling": typeless})).rope, right);
+    let dtypes = |newer: Value, older: Value| of(json!({"dtype": newer, "torch_dtype": older})).stored;
+    assert_eq!(dtypes(json!("float32"), json!("bfloat16")), Some(StoredDtype::F32));
+    assert_eq!(dtypes(json!(null), json!("bfloat16")), Some(StoredDtype::Bf16));
+    assert_eq!(dtypes(json!("torch.float16"), json!("bfloat16")), Some(StoredDtype::F16));
+    let theta = json!({"rope_theta": 5.0, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}});
+    assert_eq!(of(theta).rope.theta, 7.0);
+}
+
+#[test]
+fn fields_that_nobody_needs_refuse_nothing() {
+    for changes in [
+        json!({"torch_dtype": "int8"}),
+        json!({"torch_dtype": 7}),
+        json!({"eos_token_id": [2, 49152, -1]}),
+        json!({"sliding_window": "wide", "layer_types": 3, "max_window_layers": null}),
+        json!({"quantization_config": null}),
+        json!({"quantization_config": {}}),
+        json!({"attention_bias": null, "mlp_bias": null, "tie_word_embeddings": true}),
+        json!({"attention_bias": 0, "hidden_size": 576.0}),
+        json!({"rope_scaling": {}}),
+        json!({"rope_scaling": {"rope_type": null}}),
+        json!({"num_experts": "none", "pad_token_id": -1}),
+    ] {
+        let config = parse(&with(changes.clone())).unwrap_or_else(|error| panic!("{changes}: {error}"));
+        assert_eq!((config.eos, config.hidden), (vec![2], 576), "{changes}");
+    }
+    let python =
+        smollm2().to_string().replacen('{', r#"{"softcaps": [0.0, Infinity, -Infinity], "probe": NaN, "#, 1);
+    DecoderConfig::parse(&format!("\u{feff}{python}"), Some("\u{feff}{\"x\": NaN}")).expect("valid");
+}
+
+#[test]
+fn a_model_type_alone_names_the_family() {
+    let of = |architectures: Value, model_type: &str| {
+        parse(&with(json!({"architectures": architectures, "model_type": model_type})))
+            .map(|c| c.architecture)
+    };
+    assert_eq!(of(json!(null), "qwen3").expect("valid"), Architecture::Qwen3);
+    assert_eq!(of(json!([]), "mistral").expect("valid"), Architecture::Mistral);
+    assert_eq!(of(json!(["LLaMAForCausalLM"]), "llama").expect("valid"), Architecture::Llama);
+    assert_eq!(of(json!(["Qwen2Model"]), "qwen2").expect("valid"), Architecture::Qwen2);
+    for (architectures, model_type) in [
+        (json!(["LlamaForCausalLMEagle3"]), "llama"),
+        (json!(["Qwen2ForSequenceClassification"]), "qwen2"),
+        (json!([]), "gpt2"),
+    ] {
+        let error = of(architectures, model_type).expect_err("refused").to_string();
+        assert!(error.contains("architectures is ["), "{error}");
+    }
+}
+
+/// Every default, as `LlamaConfig()` and the others of transformers 5.24.0 print them.
+#[test]
+fn an_absent_key_has_its_classs_default() {
+    let of = |model_type: &str, changes: Value| {
+        let mut config = changes;
+        config["model_type"] = json!(model_type);
+        parse(&config).unwrap_or_else(|error| panic!("{model_type}: {error}"))
+    };
+    let sizes = |c: &DecoderConfig| {
+        (c.hidden, c.intermediate, c.layers(), c.heads, c.kv_heads, c.head_dim, c.vocabulary, c.positions_max)
+    };
+    let llama = of("llama", json!({}));
+    assert_eq!(sizes(&llama), (4096, 11_008, 32, 32, 32, 128, 32_000, 2048));
+    assert_eq!(
+        (llama.rms_norm_eps, llama.rope.theta, llama.tied, llama.eos.as_slice()),
+        (1e-6, 1e4, false, &[2][..])
+    );
+    let mistral = of("mistral", json!({}));
+    assert_eq!(sizes(&mistral), (4096, 14_336, 32, 32, 8, 128, 32_000, 131_072));
+    assert_eq!((mistral.windows[0], mistral.eos.as_slice()), (Some(4096), &[2][..]));
+    let qwen2 = of("qwen2", json!({}));
+    assert_eq!(sizes(&qwen2), (4096, 22_016, 32, 32, 32, 128, 151_936, 32_768));
+    assert_eq!((qwen2.windows[0], qwen2.eos.len()), (None, 0));
+    let qwen3 = of("qwen3", json!({"hidden_size": 1024, "num_attention_heads": 32}));
+    assert_eq!(qwen3.head_dim, 128, "not hidden size over heads");
+    // Null is said, not absent.
+    assert_eq!(of("mistral", json!({"sliding_window": null})).windows[0], None);
+    assert_eq!(of("mistral", json!({"num_key_value_heads": null})).kv_heads, 32);
+    assert_eq!(of("llama", json!({"eos_token_id": null})).eos.len(), 0);
+    let late = of("qwen2", json!({"use_sliding_window": true}));
+    assert_eq!((late.windows[27], late.windows[28]), (None, Some(4096)), "max_window_layers is 28");
 }

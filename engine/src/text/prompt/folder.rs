@@ -6,6 +6,7 @@ use serde_json::Value;
 use tokenizers::Tokenizer;
 
 use super::{Defaults, Parts, TextError};
+use crate::folder::{json, wrapping};
 use crate::text::detokenize::Pieces;
 use crate::text::template::{SOURCE_BYTES_MAX, Template};
 
@@ -69,16 +70,17 @@ fn read(folder: &Path, file: &str, limit: u64) -> Result<Option<Vec<u8>>, TextEr
     if bytes > limit {
         return Err(TextError::TooLarge { file: file.into(), bytes, limit });
     }
-    std::fs::read(&path).map(Some).map_err(failed)
+    let bytes = std::fs::read(&path).map_err(failed)?;
+    let malformed = |what| TextError::Malformed { file: file.into(), error: format!("it {what}") };
+    wrapping::text_of(&bytes).map(|text| Some(text.to_vec())).map_err(malformed)
 }
 
 fn read_json(folder: &Path, file: &str) -> Result<Option<Value>, TextError> {
     let Some(bytes) = read(folder, file, CONFIG_BYTES_MAX)? else { return Ok(None) };
-    let value = serde_json::from_slice::<Value>(&bytes);
-    match value {
+    match json::parse::<Value>(&bytes) {
         Ok(value @ Value::Object(_)) => Ok(Some(value)),
         Ok(_) => Err(TextError::Malformed { file: file.into(), error: "is not a JSON object".into() }),
-        Err(error) => Err(TextError::Malformed { file: file.into(), error: error.to_string() }),
+        Err(error) => Err(TextError::Malformed { file: file.into(), error }),
     }
 }
 
