@@ -93,6 +93,8 @@ pub struct ImportOptions {
     pub pre_tokenizer: Option<String>,
     /// Most bytes of tensor data in one file; 5 GB when absent.
     pub shard_bytes_max: Option<u64>,
+    /// Write all but the tensors, whose data are not read then: for a look at what an import would give.
+    pub without_tensors: bool,
 }
 
 /// What an import wrote.
@@ -241,7 +243,9 @@ pub fn run(gguf: &Path, out: &Path, options: &ImportOptions) -> Result<Imported,
     folder.write_json("tokenizer_config.json", &files.config)?;
     Text::open(folder.partial(), "imported")?;
     let shard_bytes_max = options.shard_bytes_max.unwrap_or(SHARD_BYTES_MAX);
-    folder.write_tensors(&parts, &tensors, &TensorShape { dtype: options.dtype, shard_bytes_max })?;
+    if !options.without_tensors {
+        folder.write_tensors(&parts, &tensors, &TensorShape { dtype: options.dtype, shard_bytes_max })?;
+    }
     let manifest = folder.finish()?;
     Ok(Imported {
         folder: out.to_owned(),

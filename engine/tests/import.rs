@@ -15,7 +15,7 @@ use candle_core::quantized::gguf_file::Value;
 use candle_core::{DType, Device};
 use gguf::{HEAD_DIM, HEADS, HIDDEN, KV_HEADS, Model};
 use millrace_engine::import::{self, ImportDtype, ImportError, ImportOptions, Imported};
-use millrace_engine::model::config::DecoderConfig;
+use millrace_engine::model::config::{DecoderConfig, QkNorms};
 use millrace_engine::model::files::Files;
 use millrace_engine::model::source::{StoredDtype, TensorSource};
 use millrace_engine::text::prompt::Text;
@@ -50,11 +50,16 @@ fn options(dtype: ImportDtype) -> ImportOptions {
 }
 
 /// The numbers of a tensor as Hugging Face orders them: of each rotary head of a Llama, row `2 j + s` of the
-/// file is row `s half + j`.
-fn expected(model: &Model, interleaved: bool) -> HashMap<String, Vec<f32>> {
+/// file is row `s half + j`. Gemma's norms stand there with the 1 that the model adds.
+fn expected(model: &Model, family: &str) -> HashMap<String, Vec<f32>> {
     let values = |(_, name, tensor): &(String, String, candle_core::quantized::QTensor)| {
         let tensor = tensor.dequantize(&Device::Cpu).expect("dequantised");
         let numbers: Vec<f32> = tensor.flatten_all().and_then(|t| t.to_vec1()).expect("numbers");
+        let numbers: Vec<f32> = match family == "gemma3" && name.ends_with("norm.weight") {
+            true => numbers.into_iter().map(|number| number - 1.0).collect(),
+            false => numbers,
+        };
+        let interleaved = family == "llama";
         let rotary = name.contains("q_proj.weight") || name.contains("k_proj.weight");
         if !(interleaved && rotary) {
             return (name.clone(), numbers);
@@ -82,7 +87,7 @@ fn numbers(files: &Files, name: &str) -> (StoredDtype, Vec<f32>) {
 
 fn compare(folder: &Path, model: &Model, family: &str, narrow: fn(f32) -> f32) {
     let files = Files::read(folder).expect("the worker reads the files");
-    for (name, expected) in expected(model, family == "llama") {
+    for (name, expected) in expected(model, family) {
         let (_, found) = numbers(&files, &name);
         let expected: Vec<u32> = expected.into_iter().map(|value| narrow(value).to_bits()).collect();
         let found: Vec<u32> = found.into_iter().map(f32::to_bits).collect();
@@ -103,9 +108,12 @@ fn every_format_gives_candles_numbers() {
 
 #[test]
 fn every_family_becomes_a_folder_that_the_worker_opens() {
-    for (family, class) in
-        [("llama", "LlamaForCausalLM"), ("qwen2", "Qwen2ForCausalLM"), ("qwen3", "Qwen3ForCausalLM")]
-    {
+    for (family, class) in [
+        ("llama", "LlamaForCausalLM"),
+        ("qwen2", "Qwen2ForCausalLM"),
+        ("qwen3", "Qwen3ForCausalLM"),
+        ("gemma3", "Gemma3ForCausalLM"),
+    ] {
         let model = Model::new(family, GgmlDType::Q8_0, 7);
         for (dtype, narrow) in [
             (ImportDtype::F32, (|value| value) as fn(f32) -> f32),
@@ -118,8 +126,10 @@ fn every_family_becomes_a_folder_that_the_worker_opens() {
             compare(&out, &model, family, narrow);
             let config = DecoderConfig::read(&out).expect("the worker takes the configuration");
             assert_eq!((config.heads, config.kv_heads, config.head_dim), (HEADS, KV_HEADS, HEAD_DIM));
-            assert_eq!((config.qkv_bias, config.qk_norm), (family == "qwen2", family == "qwen3"));
-            assert_eq!((config.tied, config.positions_max), (family == "qwen2", 128));
+            let normed = config.qk_norm != QkNorms::None;
+            assert_eq!((config.qkv_bias, normed), (family == "qwen2", ["qwen3", "gemma3"].contains(&family)));
+            assert_eq!((config.tied, config.positions_max), (["qwen2", "gemma3"].contains(&family), 128));
+            assert_eq!(config.windows[0], (family == "gemma3").then_some(32));
             assert_eq!(config.parameters() as u64, imported.parameters);
             let text = fs::read_to_string(out.join("config.json")).expect("a configuration");
             assert!(text.contains(class), "{text}");

@@ -105,6 +105,16 @@ pub enum Value {
 }
 
 impl Value {
+    /// Whether it is an array without elements, of whichever type: writers choose one.
+    fn is_empty_array(&self) -> bool {
+        match self {
+            Value::Integers(numbers) => numbers.is_empty(),
+            Value::Floats(numbers) => numbers.is_empty(),
+            Value::Texts(texts) => texts.is_empty(),
+            _ => false,
+        }
+    }
+
     /// The kind of the value, for messages.
     pub fn kind(&self) -> &'static str {
         match self {
@@ -224,6 +234,7 @@ impl Gguf {
         match self.get(key) {
             None => Ok(None),
             Some(Value::Texts(texts)) => Ok(Some(texts)),
+            Some(value) if value.is_empty_array() => Ok(Some(&[])),
             Some(other) => Err(wrong_kind(key, other, "an array of strings")),
         }
     }
@@ -233,6 +244,7 @@ impl Gguf {
         match self.get(key) {
             None => Ok(None),
             Some(Value::Integers(numbers)) => Ok(Some(numbers)),
+            Some(value) if value.is_empty_array() => Ok(Some(&[])),
             Some(other) => Err(wrong_kind(key, other, "an array of integers")),
         }
     }
@@ -242,6 +254,7 @@ impl Gguf {
         match self.get(key) {
             None => Ok(None),
             Some(Value::Floats(numbers)) => Ok(Some(numbers)),
+            Some(value) if value.is_empty_array() => Ok(Some(&[])),
             Some(other) => Err(wrong_kind(key, other, "an array of floats")),
         }
     }

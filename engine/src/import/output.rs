@@ -243,6 +243,9 @@ fn convert(
         if let Some(head_rows) = tensor.unpermute_rows {
             unpermute(&mut numbers, head_rows as usize, columns as usize);
         }
+        if tensor.offset != 0.0 {
+            numbers.iter_mut().for_each(|number| *number += tensor.offset);
+        }
         encoded.clear();
         encode(&numbers, dtype, &mut encoded).map_err(|value| ImportError::NotFinite {
             name: info.name.clone(),

@@ -144,7 +144,8 @@ fn byte_level(gguf: &Gguf, vocabulary: &Vocabulary, pre: PreTokenizer) -> Result
 /// The merges as pairs; both parts and their union must be tokens.
 fn merges(gguf: &Gguf, vocabulary: &Vocabulary) -> Result<Vec<Json>, GgufError> {
     const MERGES: &str = "tokenizer.ggml.merges";
-    let merges = required(gguf.texts(MERGES)?, MERGES)?;
+    // Writers leave an empty list out.
+    let merges = gguf.texts(MERGES)?.unwrap_or_default();
     let mut pairs = Vec::with_capacity(merges.len());
     for (index, merge) in merges.iter().enumerate() {
         let refuse = |rule: &str| invalid(&format!("{MERGES}[{index}]"), format!("{merge:?}"), rule);
