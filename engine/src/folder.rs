@@ -4,8 +4,10 @@
 //! files make.
 
 pub mod hash;
+pub mod json;
 pub mod manifest;
 pub mod map;
+pub mod wrapping;
 
 use std::path::Path;
 

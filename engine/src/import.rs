@@ -9,13 +9,13 @@ mod blocks;
 mod gguf;
 mod layout;
 mod output;
+mod parts;
 mod rope;
 mod sentencepiece;
 mod tokenizer;
+mod vocabulary;
 
-use std::fs::File;
-use std::io::{self, BufReader};
-use std::os::unix::fs::FileExt;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -24,7 +24,8 @@ pub use gguf::{Gguf, GgufError, TensorInfo, Value};
 
 use self::layout::ModelLayout;
 use self::output::{OutputFolder, TensorShape};
-use self::tokenizer::Vocabulary;
+use self::parts::Parts;
+use self::vocabulary::Vocabulary;
 use crate::folder::manifest::ManifestError;
 use crate::model::config::{DecoderConfig, ModelConfigError};
 use crate::text::prompt::{Text, TextError};
@@ -92,6 +93,8 @@ pub struct ImportOptions {
     pub pre_tokenizer: Option<String>,
     /// Most bytes of tensor data in one file; 5 GB when absent.
     pub shard_bytes_max: Option<u64>,
+    /// Write all but the tensors, whose data are not read then: for a look at what an import would give.
+    pub without_tensors: bool,
 }
 
 /// What an import wrote.
@@ -107,11 +110,19 @@ pub struct Imported {
     pub tensors: usize,
     /// Bytes of all files.
     pub bytes: u64,
+    /// What the file left open and how it was decided, a sentence each.
+    pub notes: Vec<String>,
 }
 
 /// Why an import failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ImportError {
+    /// The file is another thing.
+    #[error("it {what}")]
+    NotGguf {
+        /// What it is.
+        what: &'static str,
+    },
     /// The header of the GGUF was refused.
     #[error(transparent)]
     Gguf(#[from] GgufError),
@@ -208,21 +219,21 @@ fn io_error(action: &'static str, path: &Path, source: io::Error) -> ImportError
     ImportError::Io { action, path: path.to_owned(), source }
 }
 
-/// Converts the GGUF file at `gguf` into the folder `out`, which must not exist or be empty.
+/// Converts the GGUF at `gguf` (of a split one the first part) into the folder `out`, which must not exist or be empty.
 pub fn run(gguf: &Path, out: &Path, options: &ImportOptions) -> Result<Imported, ImportError> {
-    let file = File::open(gguf).map_err(|source| io_error("open", gguf, source))?;
-    let len = file.metadata().map_err(|source| io_error("inspect", gguf, source))?.len();
-    let header = Gguf::read(BufReader::with_capacity(1 << 20, &file), len)?;
-    let factors = rope_factors(&file, &header)?;
-    let layout = ModelLayout::read(&header, factors.as_deref())?;
-    let tensors = layout.plan(&header)?;
+    let parts = Parts::open(gguf)?;
+    let header = &parts.header;
+    let mut notes = Vec::new();
+    let factors = rope_factors(&parts)?;
+    let layout = ModelLayout::read(header, factors.as_deref(), &mut notes)?;
+    let tensors = layout.plan(header)?;
     if let Some(template) = header.text("tokenizer.chat_template")?
         && template.len() > CHAT_TEMPLATE_BYTES_MAX
     {
         return Err(ImportError::ChatTemplate { bytes: template.len() });
     }
-    let vocabulary = Vocabulary::read(&header, layout.vocabulary)?;
-    let files = tokenizer::build(&header, &vocabulary, options.pre_tokenizer.as_deref())?;
+    let vocabulary = Vocabulary::read(header, layout.vocabulary, &mut notes)?;
+    let files = tokenizer::build(header, &vocabulary, options.pre_tokenizer.as_deref())?;
     let config = layout.config(&vocabulary.special_ids(), options.dtype.torch());
     DecoderConfig::parse(&config.to_string(), None)?;
     let mut folder = OutputFolder::create(out)?;
@@ -232,7 +243,9 @@ pub fn run(gguf: &Path, out: &Path, options: &ImportOptions) -> Result<Imported,
     folder.write_json("tokenizer_config.json", &files.config)?;
     Text::open(folder.partial(), "imported")?;
     let shard_bytes_max = options.shard_bytes_max.unwrap_or(SHARD_BYTES_MAX);
-    folder.write_tensors(&file, &tensors, &TensorShape { dtype: options.dtype, shard_bytes_max })?;
+    if !options.without_tensors {
+        folder.write_tensors(&parts, &tensors, &TensorShape { dtype: options.dtype, shard_bytes_max })?;
+    }
     let manifest = folder.finish()?;
     Ok(Imported {
         folder: out.to_owned(),
@@ -240,12 +253,13 @@ pub fn run(gguf: &Path, out: &Path, options: &ImportOptions) -> Result<Imported,
         parameters: tensors.iter().map(|tensor| tensor.source.elements()).sum(),
         tensors: tensors.len(),
         bytes: manifest.total_bytes(),
+        notes,
     })
 }
 
 /// The frequency factors of Llama 3, if the file has them.
-fn rope_factors(file: &File, header: &Gguf) -> Result<Option<Vec<f32>>, ImportError> {
-    let Some(tensor) = header.tensors.iter().find(|tensor| tensor.name == rope::FACTORS_TENSOR) else {
+fn rope_factors(parts: &Parts) -> Result<Option<Vec<f32>>, ImportError> {
+    let Some(tensor) = parts.header.tensors.iter().find(|tensor| tensor.name == rope::FACTORS_TENSOR) else {
         return Ok(None);
     };
     if tensor.elements() > rope::FACTORS_MAX {
@@ -253,11 +267,7 @@ fn rope_factors(file: &File, header: &Gguf) -> Result<Option<Vec<f32>>, ImportEr
         return Err(GgufError::Limit { field, value, limit: rope::FACTORS_MAX }.into());
     }
     let mut bytes = vec![0; tensor.bytes as usize];
-    file.read_exact_at(&mut bytes, tensor.offset).map_err(|source| ImportError::TensorRead {
-        name: tensor.name.clone(),
-        offset: tensor.offset,
-        source,
-    })?;
+    parts.read(tensor, 0, &mut bytes)?;
     let mut factors = vec![0.0; tensor.elements() as usize];
     tensor.format.dequantize(&bytes, &mut factors);
     Ok(Some(factors))

@@ -17,7 +17,7 @@ use millrace_kernels::ops::{BLOCK_TOKENS, KvDtype, Ops, PlanError};
 use crate::memory::available_bytes;
 use crate::model::binding::BindError;
 use crate::model::config::{DecoderConfig, ModelConfigError};
-use crate::model::decoder::{ArenaSizes, Decoder, arena_plan, kv_plan};
+use crate::model::decoder::{ArenaSizes, Decoder, allocate, kv_plan};
 use crate::model::files::{Files, FilesError};
 use crate::model::source::{StoredDtype, TensorSource};
 use crate::schedule::blocks::Blocks;
@@ -54,6 +54,11 @@ pub enum StartError {
     /// The sizes, as the device sees them.
     #[error("engine: {0}")]
     Plan(#[from] PlanError),
+    /// The model needs what the device does not compute.
+    #[error(
+        "the model needs {0}, which are computed on a processor and not on a GPU yet; set engine.device to cpu"
+    )]
+    Extras(String),
     /// A field of the engine's configuration.
     #[error("engine.{field} is {value}; it must be {expected}")]
     Field {
@@ -295,12 +300,16 @@ impl Setup<'_> {
         available: impl FnOnce(&O) -> Option<u64>,
     ) -> Result<Engine, StartError> {
         let Self { model, source, config, step, tuning, observer } = self;
+        let extras = model.extras();
+        if !O::EXTRAS && !extras.is_empty() {
+            return Err(StartError::Extras(extras.join(", ")));
+        }
         let kv_dtype = kv_dtype(config, precision)?;
         let decoder = Decoder::load(model, source, &mut ops, kv_dtype)?;
         let block_bytes = ops.kv_block_bytes(&kv_plan(model, 1, kv_dtype));
         let sizes = sizes(model, config, step, (kv_dtype, block_bytes), available(&ops))?;
         let limits = sizes.limits;
-        ops.allocate(arena_plan(model, sizes.arena))?;
+        allocate(&mut ops, model, sizes.arena)?;
         let info = Info {
             model: model.clone(),
             precision,

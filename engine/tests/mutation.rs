@@ -248,8 +248,9 @@ fn configurations() {
                     config.heads % config.kv_heads == 0 && config.head_dim % 2 == 0 && config.layers() > 0
                 );
                 assert!(config.parameters() > 0 && config.qkv_width() > 0);
-                let frequencies = config.rope.inverse_frequencies(config.head_dim);
-                assert!(frequencies.iter().all(|frequency| frequency.is_finite()));
+                let frequencies =
+                    config.ropes.iter().flat_map(|rope| rope.plan(config.head_dim, 64).inverse_frequencies);
+                assert!(frequencies.into_iter().all(f32::is_finite));
                 true
             }
             Err(error) => refused(&error),

@@ -9,6 +9,7 @@ fuzz_target!(|text: &str| {
     if let Ok(config) = DecoderConfig::parse(text, None) {
         assert!(config.heads % config.kv_heads == 0 && config.head_dim % 2 == 0 && config.layers() > 0);
         assert!(config.parameters() > 0 && config.qkv_width() > 0);
-        assert!(config.rope.inverse_frequencies(config.head_dim).iter().all(|f| f.is_finite()));
+        let plans = config.ropes.iter().map(|rope| rope.plan(config.head_dim, 64));
+        assert!(plans.flat_map(|plan| plan.inverse_frequencies).all(f32::is_finite));
     }
 });

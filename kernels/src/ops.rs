@@ -331,7 +331,19 @@ impl<V> Clone for QkNorm<'_, V> {
 
 impl<V> Copy for QkNorm<'_, V> {}
 
-/// The ops of a decoder on one device.
+/// What happens to queries and keys before the cache, beyond [`Ops::rope_cache`].
+#[derive(Debug)]
+pub struct HeadWork<'a, V> {
+    /// Norms, if any.
+    pub norms: Option<QkNorm<'a, V>>,
+    /// The norms are over all heads of a row at once, with weights as wide as these (OLMo 2).
+    pub whole: bool,
+    /// Which position embedding: 0 is the plan's, the others those of [`Ops::add_rope`] in their order.
+    pub rope: Option<usize>,
+}
+
+/// The ops of a decoder on one device. A device without [`Ops::EXTRAS`] panics in those that say so: a model that needs
+/// one is refused before.
 pub trait Ops {
     /// A weight matrix as the device multiplies with it.
     type Matrix: Send + Sync;
@@ -339,6 +351,8 @@ pub trait Ops {
     type Vector: Send + Sync;
     /// Whether steps run beside the calling thread, so that it pays to queue the next one while one runs.
     const BESIDE: bool;
+    /// Whether the ops beyond those of Llama, Mistral and Qwen are there.
+    const EXTRAS: bool = false;
 
     /// Loads a matrix of `[output features, input features]`, the parts stacked by rows (for example Q, K, V).
     ///
@@ -406,6 +420,41 @@ pub trait Ops {
         norms: Option<QkNorm<'_, Self::Vector>>,
     );
 
+    /// Adds a position embedding after [`Ops::allocate`]. An extra.
+    fn add_rope(&mut self, _rope: &RopePlan) {
+        no_extras()
+    }
+
+    /// As [`Ops::rope_cache`], with more choices. An extra.
+    fn heads_cache(&mut self, _: usize, _: Buffer, _: &AttentionShape, _: HeadWork<'_, Self::Vector>) {
+        no_extras()
+    }
+
+    /// `x *= factor`; values. An extra.
+    fn scale(&mut self, _x: Buffer, _factor: f32) {
+        no_extras()
+    }
+
+    /// `out = x`; values to operand. An extra.
+    fn round(&mut self, _x: Buffer, _out: Buffer) {
+        no_extras()
+    }
+
+    /// `residual += norm(x) * weight`, the norm as in [`Ops::rms_norm`]; values, those of `x` are lost. An extra.
+    fn norm_add(&mut self, _x: Buffer, _weight: &Self::Vector, _eps: f32, _residual: Buffer) {
+        no_extras()
+    }
+
+    /// `residual += factor * x`; values. An extra.
+    fn scaled_add(&mut self, _x: Buffer, _factor: f32, _residual: Buffer) {
+        no_extras()
+    }
+
+    /// [`Ops::linear_silu_mul`] with GELU, by its approximation with a hyperbolic tangent. An extra.
+    fn linear_gelu_mul(&mut self, _gate_up: &Self::Matrix, _x: Buffer, _out: Buffer) {
+        no_extras()
+    }
+
     /// Causal attention of the buffer's queries over the cache of `layer`; values to operand.
     fn attention(&mut self, layer: usize, qkv: Buffer, shape: &AttentionShape, out: Buffer);
 
@@ -434,4 +483,8 @@ pub trait Ops {
     /// # Errors
     /// When the device failed. A row whose logits are not numbers is an entry of `out`, not an error.
     fn collect(&mut self, out: &mut Vec<Sampled>) -> Result<Option<Duration>, StepError>;
+}
+
+fn no_extras() -> ! {
+    panic!("the device has no extras; the model needs some and was not refused")
 }

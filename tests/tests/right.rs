@@ -5,12 +5,14 @@
 //! logits is the largest difference divided by the largest logit of the reference, over a sequence's positions:
 //! single logits near zero have no relative error that means anything.
 
+mod bare;
+
 use std::collections::HashMap;
 use std::fs;
-use std::num::NonZeroUsize;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use bare::{BF16, Bare, F32, FP8_KV, INT8, Types, error};
 use candle_core::quantized::gguf_file;
 use candle_core::{DType, Device, IndexOp, Tensor};
 use candle_nn::VarBuilder;
@@ -18,15 +20,14 @@ use candle_transformers::models::{llama, mistral, quantized_llama, qwen2, qwen3}
 use millrace_crds::config::{Dtype, EngineConfig};
 use millrace_crds::units::Bytes;
 use millrace_engine::import::{self, ImportDtype, ImportOptions};
-use millrace_engine::model::config::DecoderConfig;
-use millrace_engine::model::decoder::{ArenaSizes, Decoder, arena_plan};
-use millrace_engine::model::files::Files;
+use millrace_engine::model::config::{DecoderConfig, QkNorms};
 use millrace_engine::schedule::request::Request;
 use millrace_engine::start::Engine;
 use millrace_engine::text::prompt::Text;
-use millrace_kernels::cpu::{Cpu, CpuOptions, Precision};
+use millrace_kernels::cpu::Precision;
 use millrace_kernels::isa::Isa;
-use millrace_kernels::ops::{BLOCK_TOKENS, Batch, KvDtype, Ops, RowSpan};
+use millrace_kernels::ops::KvDtype;
+
 use millrace_tests::random::Random;
 use millrace_tests::{checkpoint, model, tools};
 use serde_json::{Value, json};
@@ -40,11 +41,6 @@ const INT8_ERROR_MAX: f32 = 1e-1;
 /// Largest error with keys and values in 8 bits and the rest in bf16: three bits of mantissa, so up to 6 % of each
 /// number. That attention over the rounded numbers is right to bf16's accuracy is tested beside the kernels.
 const FP8_KV_ERROR_MAX: f32 = 2e-1;
-/// Each precision with the cache of its own type.
-const F32: Types = (Precision::F32, KvDtype::Operand);
-const BF16: Types = (Precision::Bf16, KvDtype::Operand);
-const INT8: Types = (Precision::Int8, KvDtype::Operand);
-const FP8_KV: Types = (Precision::Bf16, KvDtype::Fp8E4m3);
 /// Tokens of the random sequences: several blocks, a part of one, and more than any window here.
 const TOKENS: usize = 53;
 /// Longest sequence of the real model's tests.
@@ -118,69 +114,6 @@ fn candles_window(mut config: Value) -> Value {
     config
 }
 
-// --- the engine's model, without the scheduler ---
-
-/// What matrix products compute with, and what the cache holds.
-type Types = (Precision, KvDtype);
-
-struct Ours {
-    cpu: Cpu,
-    decoder: Decoder<Cpu>,
-    vocabulary: usize,
-    table: Vec<u32>,
-}
-
-impl Ours {
-    fn load(folder: &Path, (precision, kv_dtype): Types, isa: Isa) -> Result<Self> {
-        let config = DecoderConfig::read(folder)?;
-        let mut cpu = Cpu::new(CpuOptions { precision, threads: NonZeroUsize::new(2), isa: Some(isa) })?;
-        let decoder = Decoder::load(&config, &Files::read(folder)?, &mut cpu, kv_dtype)?;
-        let kv_blocks = POSITIONS.div_ceil(BLOCK_TOKENS) + 3;
-        let sizes = ArenaSizes {
-            rows_max: POSITIONS,
-            logits_rows_max: POSITIONS,
-            positions_max: POSITIONS,
-            kv_blocks,
-            kv_dtype,
-        };
-        cpu.allocate(arena_plan(&config, sizes))?;
-        // Blocks lie anywhere in the pool: 5 has no divisor in common with any number of blocks here.
-        let table = (0..kv_blocks as u32 - 3).map(|block| (block * 5 + 2) % kv_blocks as u32).collect();
-        Ok(Self { cpu, decoder, vocabulary: config.vocabulary, table })
-    }
-
-    /// The logits that follow each token, computed in chunks of these sizes.
-    fn logits(&mut self, tokens: &[u32], chunks: &[usize]) -> Result<Vec<Vec<f32>>> {
-        assert_eq!(chunks.iter().sum::<usize>(), tokens.len());
-        let (mut all, mut start) = (Vec::new(), 0);
-        for &rows in chunks {
-            let end = start + rows;
-            let logits_rows: Vec<u32> = (0..rows as u32).collect();
-            let batch = Batch {
-                tokens: &tokens[start..end],
-                feeds: &[],
-                spans: &[RowSpan { first_row: 0, rows: rows as u32, context: end as u32, table: 0 }],
-                block_tables: &self.table[..end.div_ceil(BLOCK_TOKENS)],
-                logits_rows: &logits_rows,
-            };
-            self.decoder.forward(&mut self.cpu, &batch)?;
-            let mut out = vec![0.0; rows * self.vocabulary];
-            self.decoder.logits(&mut self.cpu, &mut out)?;
-            all.extend(out.chunks(self.vocabulary).map(<[f32]>::to_vec));
-            start = end;
-        }
-        Ok(all)
-    }
-}
-
-fn error(ours: &[f32], reference: &[f32]) -> f32 {
-    assert_eq!(ours.len(), reference.len());
-    assert!(ours.iter().chain(reference).all(|logit| logit.is_finite()));
-    let largest = reference.iter().fold(0.0_f32, |most, logit| most.max(logit.abs()));
-    let difference = ours.iter().zip(reference).fold(0.0_f32, |most, (a, b)| most.max((a - b).abs()));
-    difference / largest
-}
-
 fn error_max(types: Types) -> f32 {
     match types {
         (_, KvDtype::Fp8E4m3) => FP8_KV_ERROR_MAX,
@@ -208,22 +141,26 @@ fn config(architecture: &str, changes: Value) -> Value {
     checkpoint::with(&sizes, &changes)
 }
 
-fn families() -> Vec<(&'static str, Value)> {
-    let llama = |changes| config("LlamaForCausalLM", changes);
-    let mistral = |changes| config("MistralForCausalLM", changes);
-    let qwen = |architecture: &str, changes: Value| {
-        let mut config = config(architecture, changes);
-        for (field, value) in [
-            ("sliding_window", json!(POSITIONS + 1)),
-            ("max_window_layers", json!(0)),
-            ("use_sliding_window", json!(false)),
-        ] {
-            if config.get(field).is_none() {
-                config[field] = value;
-            }
-        }
-        config
+/// A configuration that the reference reads, too: it asks for fields of Qwen and Mistral that may be absent.
+fn family(architecture: &str, changes: Value) -> Value {
+    let mut config = config(architecture, changes);
+    let more = match architecture {
+        "LlamaForCausalLM" => json!({}),
+        "MistralForCausalLM" => json!({"sliding_window": null}),
+        _ => json!({"sliding_window": POSITIONS + 1, "max_window_layers": 0, "use_sliding_window": false}),
     };
+    for (field, value) in more.as_object().expect("an object") {
+        if config.get(field).is_none() {
+            config[field] = value.clone();
+        }
+    }
+    config
+}
+
+fn families() -> Vec<(&'static str, Value)> {
+    let llama = |changes| family("LlamaForCausalLM", changes);
+    let mistral = |changes| family("MistralForCausalLM", changes);
+    let qwen = family;
     let llama3 = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64});
     vec![
@@ -274,7 +211,7 @@ fn each_family_computes_what_the_reference_computes() -> Result<()> {
 }
 
 fn check(folder: &Path, (types, isa): (Types, Isa), tokens: &[u32], expected: &[Vec<f32>]) -> Result<()> {
-    let mut ours = Ours::load(folder, types, isa)?;
+    let mut ours = Bare::load(folder, (types, isa), POSITIONS)?;
     let whole = ours.logits(tokens, &[tokens.len()])?;
     let worst = error(&whole.concat(), &expected.concat());
     println!("{types:?} {isa}: error {worst:.1e}");
@@ -301,10 +238,50 @@ fn the_reference_finds_each_forgotten_part() -> Result<()> {
         let tokens: Vec<u32> = (0..TOKENS as u32).map(|i| i * 7 % 131).collect();
         let expected = Reference::load(folder.path())?.logits(&tokens)?;
         checkpoint::write(folder.path(), &config(architecture, wrong.clone()), 3)?;
-        let mut ours = Ours::load(folder.path(), F32, Isa::detect())?;
+        let mut ours = Bare::load(folder.path(), (F32, Isa::detect()), POSITIONS)?;
         let found = ours.logits(&tokens, &[TOKENS])?;
         let error = error(&found[TOKENS - 1], &expected);
         anyhow::ensure!(error > F32_ERROR_MAX, "{architecture} with {wrong} differs by {error:e} only");
+    }
+    Ok(())
+}
+
+/// What a decoder may forget: the family, its configuration, and the part.
+type Forgotten = (&'static str, Value, fn(&mut DecoderConfig));
+
+/// Each bound finds a part that was forgotten, not only the strictest.
+#[test]
+fn every_precision_finds_a_forgotten_part() -> Result<()> {
+    let head_dim = json!({"head_dim": 12});
+    let forgotten: [Forgotten; 6] = [
+        ("Qwen2ForCausalLM", json!({}), |config| config.qkv_bias = false),
+        ("Qwen3ForCausalLM", head_dim, |config| config.qk_norm = QkNorms::None),
+        ("LlamaForCausalLM", json!({}), |config| config.attention_scale = 1.0),
+        ("MistralForCausalLM", json!({"sliding_window": 4}), |config| config.windows.fill(None)),
+        ("LlamaForCausalLM", json!({}), |config| config.rope_of.fill(None)),
+        ("LlamaForCausalLM", json!({"attention_bias": true}), |config| config.output_bias = false),
+    ];
+    let tokens: Vec<u32> = (0..TOKENS as u32).map(|i| i * 7 % 131).collect();
+    for (number, (architecture, changes, forget)) in forgotten.into_iter().enumerate() {
+        for (stored, kinds) in [("float32", &[F32][..]), ("bfloat16", &[BF16, INT8, FP8_KV][..])] {
+            let folder = tempfile::tempdir()?;
+            let mut config = family(architecture, changes.clone());
+            config["torch_dtype"] = json!(stored);
+            checkpoint::write(folder.path(), &config, 3)?;
+            let expected = Reference::load(folder.path())?.logits(&tokens)?;
+            for &types in kinds {
+                let right = DecoderConfig::read(folder.path())?;
+                let mut wrong = right.clone();
+                forget(&mut wrong);
+                for (config, finds) in [(&right, false), (&wrong, true)] {
+                    let mut ours = Bare::of(config, folder.path(), (types, Isa::detect()), POSITIONS)?;
+                    let error = error(&ours.logits(&tokens, &[TOKENS])?[TOKENS - 1], &expected);
+                    println!("{number} {architecture} {types:?} forgotten {finds}: {error:.1e}");
+                    let found = error > error_max(types);
+                    anyhow::ensure!(found == finds, "{number}, {architecture} in {types:?}: error {error:e}");
+                }
+            }
+        }
     }
     Ok(())
 }
@@ -323,7 +300,7 @@ fn smollm2_computes_what_the_reference_computes() -> Result<()> {
     let expected: Vec<Vec<f32>> =
         prompts.iter().map(|prompt| reference.logits(prompt)).collect::<Result<_>>()?;
     for types in [F32, BF16, INT8, FP8_KV] {
-        let mut ours = Ours::load(&folder, types, Isa::detect())?;
+        let mut ours = Bare::load(&folder, (types, Isa::detect()), POSITIONS)?;
         for (prompt, expected) in prompts.iter().zip(&expected) {
             let found = ours.logits(prompt, &[prompt.len()])?;
             let error = error(&found[prompt.len() - 1], expected);
@@ -434,7 +411,7 @@ fn the_imported_folder_is_the_model_of_the_gguf_file() -> Result<()> {
     let mut reference = quantized_llama::ModelWeights::from_gguf(content, &mut file, &Device::Cpu)?;
     let text = Text::open(&imported, "smollm2")?;
     assert_eq!(text.encode("<|im_start|>", false)?, [tokens_of_file["<|im_start|>"]]);
-    let mut ours = Ours::load(&imported, F32, Isa::detect())?;
+    let mut ours = Bare::load(&imported, (F32, Isa::detect()), POSITIONS)?;
     for prompt in model::prompts(&text, 4)? {
         let input = Tensor::new(&prompt[..], &Device::Cpu)?.unsqueeze(0)?;
         reference.clear_kv_cache();

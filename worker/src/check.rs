@@ -1,27 +1,31 @@
-//! `millrace-worker check`: a look at a model folder, at what a worker would refuse at its start, without pulling
-//! weights.
+//! `millrace-worker check`: a look at a model folder or a GGUF file, at what a worker would refuse at its start, without
+//! pulling weights.
 //!
 //! The files that say how the model is built and how it reads text are fetched and opened by the engine's own code.
-//! Of the weights only names and sizes are compared; their hashes are checked when they are pulled.
+//! Of the weights names, types and shapes are compared; their hashes are checked when they are pulled.
+
+mod copy;
+mod look;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::Path;
 
-use bytes::Bytes;
 use clap::Args;
+use copy::Folder;
 use millrace_crds::check::{Check, Grade};
 use millrace_engine::folder::manifest::{MANIFEST_BYTES_MAX, MANIFEST_NAME, Manifest};
-use millrace_engine::model::config::DecoderConfig;
-use millrace_engine::text::prompt::Text;
+use millrace_engine::import::{self, ImportOptions};
 use millrace_queue::args::StoreArgs;
-use millrace_queue::store::{S3Uri, Store};
 
 /// `millrace-worker check`
 #[derive(Debug, Args)]
 pub struct CheckArgs {
-    /// The model's folder: a path, file:///path or s3://bucket/prefix
+    /// The model's folder: a path, file:///path or s3://bucket/prefix; or the path of a GGUF file
     #[arg(value_name = "MODEL")]
     uri: String,
+    /// The pre-tokenizer of a GGUF file, as `import` takes it
+    #[arg(long, value_name = "NAME")]
+    pre: Option<String>,
     /// Print one JSON object a line
     #[arg(long)]
     json: bool,
@@ -49,70 +53,16 @@ pub fn run(args: &CheckArgs) -> anyhow::Result<bool> {
 
 const REACH: &str = "model folder";
 const FILES: &str = "model files";
-const CONFIG: &str = "model config";
-const TEXT: &str = "tokenizer";
-
-/// Files that are fetched to be opened.
-const OPENED: [&str; 6] = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-];
-/// Largest of them: a tokenizer of 256k entries has some 35 MB.
-const OPENED_BYTES_MAX: u64 = 128 << 20;
-
-enum Folder {
-    Local(PathBuf),
-    Remote(Store, S3Uri),
-}
-
-impl Folder {
-    async fn open(args: &CheckArgs) -> Result<Self, String> {
-        if !args.uri.starts_with("s3://") {
-            return Ok(Self::Local(args.uri.strip_prefix("file://").unwrap_or(&args.uri).into()));
-        }
-        let remote = args.uri.parse().map_err(|e| format!("{e}"))?;
-        Ok(Self::Remote(Store::connect(&args.store.config()).await.map_err(|e| e.to_string())?, remote))
-    }
-
-    async fn list(&self) -> Result<BTreeMap<String, u64>, String> {
-        match self {
-            Self::Remote(store, uri) => {
-                Ok(store.list(uri).await.map_err(|e| e.to_string())?.into_iter().collect())
-            }
-            Self::Local(path) => {
-                let entries = std::fs::read_dir(path).map_err(|e| e.to_string())?;
-                let sizes = entries.map(|entry| {
-                    let entry = entry?;
-                    Ok((entry.file_name().to_string_lossy().into_owned(), entry.metadata()?.len()))
-                });
-                sizes.collect::<std::io::Result<_>>().map_err(|e| e.to_string())
-            }
-        }
-    }
-
-    async fn get(&self, name: &str, limit: u64) -> Result<Bytes, String> {
-        match self {
-            Self::Remote(store, uri) => store.get(&uri.join(name), limit).await.map_err(|e| e.to_string()),
-            Self::Local(path) => {
-                let path = path.join(name);
-                let bytes = std::fs::metadata(&path).map_err(|e| e.to_string())?.len();
-                if bytes > limit {
-                    return Err(format!("{bytes} bytes; {limit} are allowed"));
-                }
-                std::fs::read(path).map(Bytes::from).map_err(|e| e.to_string())
-            }
-        }
-    }
-}
+const GGUF: &str = "GGUF file";
 
 async fn check(args: &CheckArgs) -> Vec<Check> {
     let uri = &args.uri;
+    let path = Path::new(uri.strip_prefix("file://").unwrap_or(uri));
+    if path.is_file() {
+        return gguf(args, path);
+    }
     let reached = async {
-        let folder = Folder::open(args).await?;
+        let folder = Folder::open(uri, &args.store).await?;
         let sizes = folder.list().await?;
         Ok::<_, String>((folder, sizes))
     };
@@ -129,7 +79,55 @@ async fn check(args: &CheckArgs) -> Vec<Check> {
     }
     let mut checks = vec![Check::ok(REACH, format!("{uri}: {} files", sizes.len()))];
     checks.push(files(&folder, &sizes).await);
-    checks.extend(opened(&folder, &sizes).await);
+    let copied = async {
+        let copy = tempfile::tempdir().map_err(|e| e.to_string())?;
+        folder.copy(&sizes, copy.path()).await.map(|()| copy)
+    };
+    match copied.await {
+        Ok(copy) => {
+            let (config, decoder) = look::config(copy.path());
+            checks.extend(config);
+            checks.extend(decoder.iter().flat_map(|decoder| look::weights(copy.path(), decoder)));
+            checks.extend(look::text(copy.path(), &sizes));
+        }
+        Err(error) => checks.push(Check::fail(FILES, error, "make the files readable")),
+    }
+    checks.extend(look::files(&sizes));
+    checks
+}
+
+/// What an import of a GGUF file would give.
+fn gguf(args: &CheckArgs, path: &Path) -> Vec<Check> {
+    let options =
+        ImportOptions { pre_tokenizer: args.pre.clone(), without_tensors: true, ..ImportOptions::default() };
+    let folder = match tempfile::tempdir() {
+        Ok(folder) => folder,
+        Err(error) => return vec![Check::fail(REACH, error.to_string(), "make room for a temporary folder")],
+    };
+    let out = folder.path().join("model");
+    let imported = match import::run(path, &out, &options) {
+        Ok(imported) => imported,
+        Err(error) => {
+            let found = format!("{}: {error}", path.display());
+            return vec![Check::fail(
+                GGUF,
+                found,
+                "mend the file, or choose another conversion of the model",
+            )];
+        }
+    };
+    let found = format!(
+        "{}: {} tensors, {} parameters; `millrace import` makes a folder of it",
+        path.display(),
+        imported.tensors,
+        imported.parameters
+    );
+    let mut checks = vec![Check::ok(GGUF, found)];
+    checks.extend(
+        imported.notes.into_iter().map(|note| Check::warn(GGUF, note, "look whether the guess is right")),
+    );
+    checks.extend(look::config(&out).0);
+    checks.extend(look::text(&out, &BTreeMap::new()));
     checks
 }
 
@@ -159,30 +157,5 @@ async fn files(folder: &Folder, sizes: &BTreeMap<String, u64>) -> Check {
     Check::ok(FILES, format!("{count} files, {bytes} bytes as the manifest says; {}", manifest.digest()))
 }
 
-async fn opened(folder: &Folder, sizes: &BTreeMap<String, u64>) -> Vec<Check> {
-    let fix = "import the model again, or choose one of the supported architectures";
-    let fetched = async {
-        let copy = tempfile::tempdir().map_err(|e| e.to_string())?;
-        for name in OPENED.into_iter().filter(|name| sizes.contains_key(*name)) {
-            let bytes = folder.get(name, OPENED_BYTES_MAX).await.map_err(|e| format!("{name}: {e}"))?;
-            std::fs::write(copy.path().join(name), bytes).map_err(|e| format!("{name}: {e}"))?;
-        }
-        Ok::<_, String>(copy)
-    };
-    let copy = match fetched.await {
-        Ok(copy) => copy,
-        Err(error) => return vec![Check::fail(CONFIG, error, "make the files readable")],
-    };
-    let config = match DecoderConfig::read(copy.path()) {
-        Ok(config) => Check::ok(
-            CONFIG,
-            format!("{} layers, {} parameters, supported", config.layers(), config.parameters()),
-        ),
-        Err(error) => Check::fail(CONFIG, error.to_string(), fix),
-    };
-    let text = match Text::open(copy.path(), "check") {
-        Ok(_) => Check::ok(TEXT, "opens"),
-        Err(error) => Check::fail(TEXT, error.to_string(), fix),
-    };
-    vec![config, text]
-}
+#[cfg(test)]
+mod tests;

@@ -14,7 +14,7 @@ use crate::weights;
 /// `millrace-worker import`
 #[derive(Debug, Args)]
 pub struct ImportArgs {
-    /// The GGUF file
+    /// The GGUF file; of a split one the first part, with the others beside it
     #[arg(value_name = "GGUF")]
     gguf: PathBuf,
     /// The folder to write, in Hugging Face layout
@@ -23,6 +23,10 @@ pub struct ImportArgs {
     /// Numeric type of the weights: bf16, f16 or f32
     #[arg(long, default_value = "bf16")]
     dtype: ImportDtype,
+    /// The pre-tokenizer of a byte-level vocabulary, where the file names none or another is right: gpt-2, smollm,
+    /// llama-bpe, smaug-bpe or qwen2
+    #[arg(long, value_name = "NAME")]
+    pre: Option<String>,
     /// Then upload the folder to s3://bucket/prefix
     #[arg(long, value_name = "URI")]
     to: Option<String>,
@@ -49,9 +53,11 @@ pub fn run(args: &ImportArgs) -> anyhow::Result<()> {
         }
     };
     eprintln!("importing {}", args.gguf.display());
-    let options = ImportOptions { dtype: args.dtype, ..ImportOptions::default() };
+    let options =
+        ImportOptions { dtype: args.dtype, pre_tokenizer: args.pre.clone(), ..ImportOptions::default() };
     let imported =
         import::run(&args.gguf, &args.out, &options).with_context(|| format!("{}", args.gguf.display()))?;
+    imported.notes.iter().for_each(|note| eprintln!("note: {note}"));
     if let Some((store, uri)) = target {
         eprintln!("uploading to {uri}");
         runtime.block_on(weights::upload(&imported.folder, uri, &store))?;
@@ -63,6 +69,7 @@ pub fn run(args: &ImportArgs) -> anyhow::Result<()> {
             "digest": imported.digest,
             "parameters": imported.parameters,
             "bytes": imported.bytes,
+            "notes": imported.notes,
             "uploaded_to": args.to,
         });
         println!("{object}");

@@ -105,6 +105,16 @@ pub enum Value {
 }
 
 impl Value {
+    /// Whether it is an array without elements, of whichever type: writers choose one.
+    fn is_empty_array(&self) -> bool {
+        match self {
+            Value::Integers(numbers) => numbers.is_empty(),
+            Value::Floats(numbers) => numbers.is_empty(),
+            Value::Texts(texts) => texts.is_empty(),
+            _ => false,
+        }
+    }
+
     /// The kind of the value, for messages.
     pub fn kind(&self) -> &'static str {
         match self {
@@ -128,7 +138,9 @@ pub struct TensorInfo {
     pub shape: Vec<u64>,
     /// How its numbers are stored.
     pub format: BlockFormat,
-    /// Where its data begin in the file.
+    /// The part of a split file that holds its data; 0 is the first.
+    pub part: usize,
+    /// Where its data begin in that file.
     pub offset: u64,
     /// Bytes of its data.
     pub bytes: u64,
@@ -185,6 +197,14 @@ impl Gguf {
                 Ok(number) => Err(GgufError::Limit { field: key.into(), value: number, limit: max }),
                 Err(_) => Err(invalid(key, number, "it must not be negative")),
             },
+            // Some sizes stand once for each layer; where all are the same, that is the one.
+            Some(Value::Integers(numbers)) => match numbers.first() {
+                Some(&first) if numbers.iter().all(|&number| number == first) => match u64::try_from(first) {
+                    Ok(number) if number <= max => Ok(Some(number)),
+                    _ => Err(invalid(key, first, &format!("it must be from 0 to {max}"))),
+                },
+                _ => Err(invalid(key, "a list of different numbers", "all layers must have the same")),
+            },
             Some(other) => Err(wrong_kind(key, other, "an integer")),
         }
     }
@@ -195,6 +215,7 @@ impl Gguf {
             None => Ok(None),
             Some(Value::Float(number)) if (*number as f32).is_finite() => Ok(Some(*number as f32)),
             Some(Value::Float(number)) => Err(invalid(key, number, "it must be finite in 32 bits")),
+            Some(Value::Integer(number)) => Ok(Some(*number as f32)),
             Some(other) => Err(wrong_kind(key, other, "a float")),
         }
     }
@@ -213,6 +234,7 @@ impl Gguf {
         match self.get(key) {
             None => Ok(None),
             Some(Value::Texts(texts)) => Ok(Some(texts)),
+            Some(value) if value.is_empty_array() => Ok(Some(&[])),
             Some(other) => Err(wrong_kind(key, other, "an array of strings")),
         }
     }
@@ -222,6 +244,7 @@ impl Gguf {
         match self.get(key) {
             None => Ok(None),
             Some(Value::Integers(numbers)) => Ok(Some(numbers)),
+            Some(value) if value.is_empty_array() => Ok(Some(&[])),
             Some(other) => Err(wrong_kind(key, other, "an array of integers")),
         }
     }
@@ -231,6 +254,7 @@ impl Gguf {
         match self.get(key) {
             None => Ok(None),
             Some(Value::Floats(numbers)) => Ok(Some(numbers)),
+            Some(value) if value.is_empty_array() => Ok(Some(&[])),
             Some(other) => Err(wrong_kind(key, other, "an array of floats")),
         }
     }

@@ -1,6 +1,6 @@
 //! From a GGUF's metadata and tensor names to Hugging Face's: `config.json` and the plan of tensors.
 //!
-//! Pure. It refuses architectures other than Llama (with Mistral), Qwen2 and Qwen3, tensors that it does not
+//! Pure. It refuses architectures other than Llama (with Mistral), Qwen2, Qwen3 and Gemma 3, tensors that it does not
 //! know, tensors that are missing, and shapes other than those that the metadata imply; so what it lets pass
 //! is a complete model.
 
@@ -30,6 +30,8 @@ pub enum Family {
     Qwen2,
     /// Qwen3: norms on q and k.
     Qwen3,
+    /// Gemma 3, the decoder of its text.
+    Gemma3,
 }
 
 impl Family {
@@ -38,8 +40,10 @@ impl Family {
             "llama" | "mistral" => Ok(Self::Llama),
             "qwen2" => Ok(Self::Qwen2),
             "qwen3" => Ok(Self::Qwen3),
+            "gemma3" => Ok(Self::Gemma3),
             other => {
-                Err(invalid("general.architecture", other, "imported are llama, mistral, qwen2 and qwen3"))
+                let rule = "imported are llama, mistral, qwen2, qwen3 and gemma3";
+                Err(invalid("general.architecture", other, rule))
             }
         }
     }
@@ -49,6 +53,7 @@ impl Family {
             Self::Llama => "LlamaForCausalLM",
             Self::Qwen2 => "Qwen2ForCausalLM",
             Self::Qwen3 => "Qwen3ForCausalLM",
+            Self::Gemma3 => "Gemma3ForCausalLM",
         }
     }
 
@@ -57,6 +62,7 @@ impl Family {
             Self::Llama => "llama",
             Self::Qwen2 => "qwen2",
             Self::Qwen3 => "qwen3",
+            Self::Gemma3 => "gemma3_text",
         }
     }
 }
@@ -71,6 +77,8 @@ pub struct PlannedTensor {
     /// Rows of one head when the rows must be un-permuted: llama.cpp interleaves the two halves of each rotary
     /// head of q and k, which Hugging Face keeps apart.
     pub unpermute_rows: Option<u64>,
+    /// What is added to each number: llama.cpp stores Gemma's norms with the 1 that the model adds to them.
+    pub offset: f32,
 }
 
 /// The sizes of a model, as its metadata and embedding say.
@@ -95,11 +103,27 @@ pub struct ModelLayout {
     norm_eps: f32,
     rope_theta: f32,
     rope_scaling: Json,
+    gemma: Option<Gemma>,
 }
+
+/// What only Gemma 3 has.
+#[derive(Debug, Clone, PartialEq)]
+struct Gemma {
+    window: u64,
+    local_theta: f32,
+    score_scalar: u64,
+}
+
+/// Layers of the one model of Gemma 3 whose scores are scaled by the width over the heads, as llama.cpp knows it.
+const GEMMA_27B_LAYERS: u64 = 62;
 
 impl ModelLayout {
     /// Reads the sizes and checks that they fit together.
-    pub fn read(gguf: &Gguf, rope_factors: Option<&[f32]>) -> Result<Self, ImportError> {
+    pub fn read(
+        gguf: &Gguf,
+        rope_factors: Option<&[f32]>,
+        notes: &mut Vec<String>,
+    ) -> Result<Self, ImportError> {
         let name = required(gguf.text("general.architecture")?, "general.architecture")?;
         let family = Family::from_gguf(name)?;
         let key = |suffix: &str| format!("{name}.{suffix}");
@@ -121,6 +145,22 @@ impl ModelLayout {
             let rule = format!("it must divide {heads}, the number of query heads");
             return Err(invalid(&key("attention.head_count_kv"), kv_heads, &rule).into());
         }
+        let window = gguf.integer(&key("attention.sliding_window"), u64::MAX)?;
+        let layers = size("block_count", LAYERS_MAX)?;
+        let gemma = match family {
+            Family::Gemma3 => Some(Gemma {
+                window: required(window, &key("attention.sliding_window"))?,
+                local_theta: gguf.float(&key("rope.freq_base_swa"))?.unwrap_or(10_000.0),
+                score_scalar: if layers == GEMMA_27B_LAYERS { hidden / heads } else { head_dim },
+            }),
+            _ => None,
+        };
+        if let Some(window) = window.filter(|_| gemma.is_none()) {
+            notes.push(format!(
+                "{} is {window}: not applied, as llama.cpp does not for {name}",
+                key("attention.sliding_window")
+            ));
+        }
         let embedding = find(gguf, "token_embd.weight")?;
         let context = size("context_length", CONTEXT_MAX)?;
         let eps_key = key("attention.layer_norm_rms_epsilon");
@@ -139,7 +179,8 @@ impl ModelLayout {
             tied: !gguf.tensors.iter().any(|tensor| tensor.name == "output.weight"),
             vocabulary: embedding.shape[0],
             context,
-            layers: size("block_count", LAYERS_MAX)?,
+            layers,
+            gemma,
             hidden,
             feed_forward: size("feed_forward_length", WIDTH_MAX)?,
             heads,
@@ -150,8 +191,9 @@ impl ModelLayout {
             rope_scaling: rope::scaling(
                 gguf,
                 name,
-                &rope::Rotary { theta: rope_theta, head_dim },
+                &rope::Rotary { theta: rope_theta, head_dim, context },
                 rope_factors,
+                notes,
             )?,
         })
     }
@@ -166,7 +208,15 @@ impl ModelLayout {
             config.insert((*key).into(), value.clone());
         }
         config.insert("head_dim".into(), json!(self.head_dim));
-        config.insert("hidden_act".into(), json!("silu"));
+        match &self.gemma {
+            None => drop(config.insert("hidden_act".into(), json!("silu"))),
+            Some(gemma) => {
+                config.insert("hidden_activation".into(), json!("gelu_pytorch_tanh"));
+                config.insert("query_pre_attn_scalar".into(), json!(gemma.score_scalar));
+                config.insert("rope_local_base_freq".into(), decimal(gemma.local_theta));
+                config.insert("sliding_window".into(), json!(gemma.window));
+            }
+        }
         config.insert("hidden_size".into(), json!(self.hidden));
         config.insert("initializer_range".into(), json!(0.02));
         config.insert("intermediate_size".into(), json!(self.feed_forward));
@@ -205,6 +255,7 @@ impl ModelLayout {
                 name: wanted.name,
                 source: source.clone(),
                 unpermute_rows: (wanted.rotary && self.family == Family::Llama).then_some(self.head_dim),
+                offset: if self.family == Family::Gemma3 && wanted.norm { -1.0 } else { 0.0 },
             });
         }
         if let Some(name) = by_name.keys().next() {
@@ -230,7 +281,13 @@ impl ModelLayout {
                 all.push(wanted(&gguf, &format!("model.layers.{layer}.{name}"), shape));
             };
             add("attn_norm.weight", "input_layernorm.weight", &[hidden]);
-            add("ffn_norm.weight", "post_attention_layernorm.weight", &[hidden]);
+            if self.family == Family::Gemma3 {
+                add("post_attention_norm.weight", "post_attention_layernorm.weight", &[hidden]);
+                add("ffn_norm.weight", "pre_feedforward_layernorm.weight", &[hidden]);
+                add("post_ffw_norm.weight", "post_feedforward_layernorm.weight", &[hidden]);
+            } else {
+                add("ffn_norm.weight", "post_attention_layernorm.weight", &[hidden]);
+            }
             add("attn_q.weight", "self_attn.q_proj.weight", &[q, hidden]);
             add("attn_k.weight", "self_attn.k_proj.weight", &[kv, hidden]);
             add("attn_v.weight", "self_attn.v_proj.weight", &[kv, hidden]);
@@ -244,7 +301,7 @@ impl ModelLayout {
                     add("attn_output.bias", "self_attn.o_proj.bias", &[hidden]);
                 }
             }
-            if self.family == Family::Qwen3 {
+            if matches!(self.family, Family::Qwen3 | Family::Gemma3) {
                 add("attn_q_norm.weight", "self_attn.q_norm.weight", &[self.head_dim]);
                 add("attn_k_norm.weight", "self_attn.k_norm.weight", &[self.head_dim]);
             }
@@ -261,11 +318,13 @@ struct Wanted {
     name: String,
     shape: Vec<u64>,
     rotary: bool,
+    norm: bool,
 }
 
 fn wanted(gguf: &str, name: &str, shape: &[u64]) -> Wanted {
     let rotary = [".q_proj.", ".k_proj."].iter().any(|part| name.contains(part));
-    Wanted { gguf: gguf.into(), name: name.into(), shape: shape.to_vec(), rotary }
+    let norm = name.ends_with("norm.weight");
+    Wanted { gguf: gguf.into(), name: name.into(), shape: shape.to_vec(), rotary, norm }
 }
 
 fn find<'a>(gguf: &'a Gguf, name: &str) -> Result<&'a TensorInfo, ImportError> {

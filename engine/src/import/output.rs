@@ -6,13 +6,13 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
 use serde_json::{Map, Value as Json, json};
 
 use super::layout::PlannedTensor;
+use super::parts::Parts;
 use super::{ImportDtype, ImportError, io_error};
 use crate::folder::hash::FileHash;
 use crate::folder::manifest::{FileEntry, MANIFEST_NAME, Manifest};
@@ -67,7 +67,7 @@ impl OutputFolder {
     /// Writes the tensors into as many shards as their sizes need, and the index when there are several.
     pub fn write_tensors(
         &mut self,
-        source: &File,
+        source: &Parts,
         tensors: &[PlannedTensor],
         shape: &TensorShape,
     ) -> Result<(), ImportError> {
@@ -208,7 +208,7 @@ fn header(tensors: &[PlannedTensor], dtype: ImportDtype) -> Vec<u8> {
 
 /// Reads a tensor band by band, dequantises, puts rotary rows into Hugging Face's order, and writes it.
 fn convert(
-    source: &File,
+    source: &Parts,
     tensor: &PlannedTensor,
     dtype: ImportDtype,
     output: &mut HashedFile,
@@ -237,16 +237,14 @@ fn convert(
     while row < rows {
         let count = rows_at_once.min(rows - row);
         input.resize((count * row_bytes) as usize, 0);
-        let at = info.offset + row * row_bytes;
-        source.read_exact_at(&mut input, at).map_err(|source| ImportError::TensorRead {
-            name: info.name.clone(),
-            offset: at,
-            source,
-        })?;
+        source.read(info, row * row_bytes, &mut input)?;
         numbers.resize((count * columns) as usize, 0.0);
         info.format.dequantize(&input, &mut numbers);
         if let Some(head_rows) = tensor.unpermute_rows {
             unpermute(&mut numbers, head_rows as usize, columns as usize);
+        }
+        if tensor.offset != 0.0 {
+            numbers.iter_mut().for_each(|number| *number += tensor.offset);
         }
         encoded.clear();
         encode(&numbers, dtype, &mut encoded).map_err(|value| ImportError::NotFinite {

@@ -24,28 +24,79 @@ pub struct Rotary {
     pub theta: f32,
     /// Width of a head.
     pub head_dim: u64,
+    /// Positions of the model.
+    pub context: u64,
 }
 
-/// The `rope_scaling` entry: null, linear or llama3.
-pub fn scaling(gguf: &Gguf, name: &str, rotary: &Rotary, factors: Option<&[f32]>) -> Result<Json, GgufError> {
-    let type_key = format!("{name}.rope.scaling.type");
-    let kind = gguf.text(&type_key)?.unwrap_or("none");
-    match (kind, factors) {
-        ("none", None) => Ok(Json::Null),
-        ("none" | "llama3", Some(factors)) => llama3(rotary, factors),
-        ("linear", None) => {
-            let key = format!("{name}.rope.scaling.factor");
-            let factor = required(gguf.float(&key)?, &key)?;
-            if factor < 1.0 {
-                return Err(invalid(&key, factor, "it must be at least 1"));
+/// The `rope_scaling` entry: null, linear, yarn or llama3.
+///
+/// As in llama.cpp, a factor stands under one of two keys, and scales linearly where no type is named.
+pub fn scaling(
+    gguf: &Gguf,
+    name: &str,
+    rotary: &Rotary,
+    factors: Option<&[f32]>,
+    notes: &mut Vec<String>,
+) -> Result<Json, GgufError> {
+    let key = |suffix: &str| format!("{name}.rope.{suffix}");
+    let type_key = key("scaling.type");
+    let kind = gguf.text(&type_key)?;
+    let (factor_key, older_key) = (key("scaling.factor"), key("scale_linear"));
+    let newer = gguf.float(&factor_key)?;
+    let (factor_key, factor) =
+        if newer.is_some() { (factor_key, newer) } else { (older_key.clone(), gguf.float(&older_key)?) };
+    // 0 is none, as there.
+    let factor = factor.filter(|&factor| factor != 0.0);
+    if let Some(factor) = factor
+        && factor < 1.0
+    {
+        return Err(invalid(&factor_key, factor, "it must be at least 1"));
+    }
+    match (kind, factors, factor) {
+        (None | Some("none" | "llama3" | "linear"), Some(factors), None) => llama3(rotary, factors),
+        (Some("none"), Some(factors), Some(_)) => llama3(rotary, factors),
+        (_, Some(_), _) => {
+            let found = format!("{}, factor {factor:?}", kind.unwrap_or("absent"));
+            Err(invalid(&type_key, found, "frequency factors go with none or llama3 only"))
+        }
+        (Some("none"), None, _) | (None | Some("linear"), None, None) => Ok(Json::Null),
+        (None | Some("linear"), None, Some(factor)) => {
+            if kind.is_none() {
+                notes.push(format!("{factor_key} is {factor} and no type is named: taken as linear scaling"));
             }
             Ok(json!({"rope_type": "linear", "factor": decimal(factor)}))
         }
-        (_, Some(_)) => Err(invalid(&type_key, kind, "frequency factors go with none or llama3 only")),
-        (other, None) => {
-            Err(invalid(&type_key, other, "imported are none, linear and llama3 with its factors"))
+        (Some("yarn"), None, factor) => yarn(gguf, &key, rotary, required(factor, &key("scaling.factor"))?),
+        (Some(other), None, _) => {
+            Err(invalid(&type_key, other, "imported are none, linear, yarn, and llama3 with its factors"))
         }
     }
+}
+
+/// YaRN's parameters. llama.cpp multiplies its amplitude with a factor of the file.
+fn yarn(gguf: &Gguf, key: &dyn Fn(&str) -> String, rotary: &Rotary, factor: f32) -> Result<Json, GgufError> {
+    let original_key = key("scaling.original_context_length");
+    let original = gguf.integer(&original_key, u64::from(u32::MAX))?.unwrap_or(rotary.context);
+    let mut scaling = json!({
+        "rope_type": "yarn", "factor": decimal(factor), "original_max_position_embeddings": original,
+    });
+    let multiplier = key("scaling.yarn_log_multiplier");
+    if let Some(found) = gguf.float(&multiplier)?
+        && found != 0.0
+    {
+        return Err(invalid(&multiplier, found, "it is not imported"));
+    }
+    for (suffix, name) in [("scaling.yarn_beta_fast", "beta_fast"), ("scaling.yarn_beta_slow", "beta_slow")] {
+        if let Some(beta) = gguf.float(&key(suffix))? {
+            scaling[name] = decimal(beta);
+        }
+    }
+    if let Some(amplitude) = gguf.float(&key("scaling.attn_factor"))?
+        && amplitude != 1.0
+    {
+        scaling["attention_factor"] = decimal(amplitude * (0.1 * factor.ln() + 1.0));
+    }
+    Ok(scaling)
 }
 
 /// Recovers Llama 3's parameters from its factors.

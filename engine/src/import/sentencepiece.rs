@@ -7,7 +7,7 @@
 use serde_json::{Value as Json, json};
 
 use super::gguf::{Gguf, GgufError, invalid, required};
-use super::tokenizer::{TokenKind, Vocabulary};
+use super::vocabulary::{TokenKind, Vocabulary};
 
 /// Characters of a piece that is split into merges; SentencePiece's own default is 16, and some vocabularies
 /// hold long runs of spaces.
@@ -70,7 +70,7 @@ fn check_bytes(vocabulary: &Vocabulary) -> Result<bool, GgufError> {
 fn merges(gguf: &Gguf, vocabulary: &Vocabulary) -> Result<Vec<Json>, GgufError> {
     const SCORES: &str = "tokenizer.ggml.scores";
     let scores = required(gguf.floats(SCORES)?, SCORES)?;
-    if scores.len() != vocabulary.tokens.len() {
+    if scores.len() < vocabulary.tokens.len() {
         let rule = format!("it must be {}, one per token", vocabulary.tokens.len());
         return Err(invalid(&format!("length of {SCORES}"), scores.len(), &rule));
     }

@@ -4,14 +4,12 @@
 //! refused. GGUF names the pre-tokenizer (`tokenizer.ggml.pre`) without saying what it does, so only names
 //! whose definition is known here are accepted: a wrong split would silently change every prompt.
 
-use std::collections::{BTreeMap, HashMap};
-
 use serde_json::{Map, Value as Json, json};
 
 use super::ImportError;
 use super::gguf::{Gguf, GgufError, invalid, required};
-use super::layout::VOCABULARY_MAX;
 use super::sentencepiece;
+use super::vocabulary::Vocabulary;
 
 /// The split of Llama 3.
 const LLAMA3_SPLIT: &str = concat!(
@@ -23,158 +21,6 @@ const QWEN2_SPLIT: &str = concat!(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}",
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 );
-
-/// What a token is, in GGUF's numbers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum TokenKind {
-    /// Text.
-    Normal,
-    /// Stands for unknown text.
-    Unknown,
-    /// Begins or ends something; never part of the text.
-    Control,
-    /// Text that is never split.
-    UserDefined,
-    /// A hole in the vocabulary.
-    Unused,
-    /// One byte, written `<0x0A>`.
-    Byte,
-}
-
-impl TokenKind {
-    fn from_gguf(index: usize, kind: i64) -> Result<Self, GgufError> {
-        Ok(match kind {
-            1 => Self::Normal,
-            2 => Self::Unknown,
-            3 => Self::Control,
-            4 => Self::UserDefined,
-            5 => Self::Unused,
-            6 => Self::Byte,
-            other => {
-                let field = format!("tokenizer.ggml.token_type[{index}]");
-                return Err(invalid(&field, other, "token types are 1 to 6"));
-            }
-        })
-    }
-}
-
-/// The vocabulary and the ids of its special tokens.
-pub struct Vocabulary<'a> {
-    /// Texts by id.
-    pub tokens: &'a [String],
-    /// Kinds by id.
-    pub kinds: Vec<TokenKind>,
-    /// Ids by text, holes left out.
-    pub ids: HashMap<&'a str, u32>,
-    bos: Option<u32>,
-    eos: Option<u32>,
-    /// End of a turn, where it differs from the end of the text.
-    eot: Option<u32>,
-    unknown: Option<u32>,
-    padding: Option<u32>,
-}
-
-impl<'a> Vocabulary<'a> {
-    /// Reads and checks tokens, kinds and special ids. `embeddings` is the number of rows of the embedding.
-    pub fn read(gguf: &'a Gguf, embeddings: u64) -> Result<Self, GgufError> {
-        const TOKENS: &str = "tokenizer.ggml.tokens";
-        let tokens = required(gguf.texts(TOKENS)?, TOKENS)?;
-        let limit = VOCABULARY_MAX.min(embeddings);
-        if tokens.is_empty() || tokens.len() as u64 > limit {
-            let rule = format!("it must be 1 to {limit}, the rows of the embedding");
-            return Err(invalid(&format!("length of {TOKENS}"), tokens.len(), &rule));
-        }
-        let kinds = kinds(gguf, tokens.len())?;
-        let mut ids = HashMap::with_capacity(tokens.len());
-        for (id, (token, kind)) in tokens.iter().zip(&kinds).enumerate() {
-            if *kind == TokenKind::Unused {
-                continue;
-            }
-            if let Some(first) = ids.insert(token.as_str(), id as u32) {
-                let field = format!("{TOKENS}[{id}]");
-                return Err(invalid(
-                    &field,
-                    format!("{token:?}"),
-                    &format!("token {first} has the same text"),
-                ));
-            }
-        }
-        let special = |name: &str| special_id(gguf, name, tokens.len());
-        Ok(Self {
-            tokens,
-            kinds,
-            ids,
-            bos: special("bos_token_id")?,
-            eos: special("eos_token_id")?,
-            eot: special("eot_token_id")?,
-            unknown: special("unknown_token_id")?,
-            padding: special("padding_token_id")?,
-        })
-    }
-
-    /// The vocabulary object of `tokenizer.json`, in the order of ids.
-    pub fn object(&self) -> Map<String, Json> {
-        let known = self.tokens.iter().zip(&self.kinds).enumerate();
-        known
-            .filter(|(_, (_, kind))| **kind != TokenKind::Unused)
-            .map(|(id, (token, _))| (token.clone(), json!(id)))
-            .collect()
-    }
-
-    /// The text of the unknown token.
-    pub fn unknown_text(&self) -> Option<&str> {
-        self.unknown.map(|id| self.tokens[id as usize].as_str())
-    }
-
-    /// Special ids for `config.json` and `generation_config.json`.
-    pub fn special_ids(&self) -> BTreeMap<&'static str, Json> {
-        let mut ids = BTreeMap::new();
-        if let Some(bos) = self.bos {
-            ids.insert("bos_token_id", json!(bos));
-        }
-        match (self.eos, self.eot) {
-            (Some(eos), Some(eot)) if eos != eot => ids.insert("eos_token_id", json!([eos, eot])),
-            (Some(end), _) | (None, Some(end)) => ids.insert("eos_token_id", json!(end)),
-            (None, None) => None,
-        };
-        if let Some(padding) = self.padding {
-            ids.insert("pad_token_id", json!(padding));
-        }
-        ids
-    }
-
-    fn added(&self) -> Vec<Json> {
-        let kinds = self.kinds.iter().enumerate();
-        kinds
-            .filter(|(_, kind)| {
-                matches!(kind, TokenKind::Control | TokenKind::Unknown | TokenKind::UserDefined)
-            })
-            .map(|(id, kind)| {
-                json!({
-                    "id": id, "content": self.tokens[id], "single_word": false, "lstrip": false,
-                    "rstrip": false, "normalized": false, "special": *kind != TokenKind::UserDefined,
-                })
-            })
-            .collect()
-    }
-}
-
-fn kinds(gguf: &Gguf, tokens: usize) -> Result<Vec<TokenKind>, GgufError> {
-    const KINDS: &str = "tokenizer.ggml.token_type";
-    let Some(kinds) = gguf.integers(KINDS)? else {
-        return Ok(vec![TokenKind::Normal; tokens]);
-    };
-    if kinds.len() != tokens {
-        let rule = format!("it must be {tokens}, one per token");
-        return Err(invalid(&format!("length of {KINDS}"), kinds.len(), &rule));
-    }
-    kinds.iter().enumerate().map(|(index, kind)| TokenKind::from_gguf(index, *kind)).collect()
-}
-
-fn special_id(gguf: &Gguf, name: &str, tokens: usize) -> Result<Option<u32>, GgufError> {
-    let id = gguf.integer(&format!("tokenizer.ggml.{name}"), tokens as u64 - 1)?;
-    Ok(id.map(|id| id as u32))
-}
 
 /// The files of the tokenizer, by name.
 pub struct TokenizerFiles {
@@ -201,9 +47,9 @@ pub fn build(gguf: &Gguf, vocabulary: &Vocabulary, pre: Option<&str>) -> Result<
         "llama" => (sentencepiece::build(gguf, vocabulary)?, add_bos.unwrap_or(true)),
         other => return Err(invalid(MODEL, other, "imported are gpt2 and llama").into()),
     };
-    let bos = vocabulary.bos.filter(|_| add_bos);
-    let byte_level_processor = model == "gpt2";
-    tokenizer["post_processor"] = post_processor(vocabulary, bos, byte_level_processor);
+    let add_eos = gguf.bool("tokenizer.ggml.add_eos_token")?.unwrap_or(false);
+    let around = (vocabulary.bos.filter(|_| add_bos), vocabulary.eos.filter(|_| add_eos));
+    tokenizer["post_processor"] = post_processor(vocabulary, around, model == "gpt2");
     tokenizer["added_tokens"] = Json::Array(vocabulary.added());
     Ok(TokenizerFiles {
         tokenizer,
@@ -218,22 +64,31 @@ enum PreTokenizer {
     Gpt2,
     SmolLm,
     Llama3,
+    /// Splits as Llama 3, and follows merges for whole words too.
+    Smaug,
     Qwen2,
 }
 
 impl PreTokenizer {
     fn read(gguf: &Gguf, overriding: Option<&str>) -> Result<Self, GgufError> {
         const PRE: &str = "tokenizer.ggml.pre";
+        let known = "name the one that the model was trained with: --pre gpt-2, smollm, llama-bpe, smaug-bpe or qwen2";
         let name = match overriding {
             Some(name) => name,
-            None => required(gguf.text(PRE)?, PRE)?,
+            None => match gguf.text(PRE)? {
+                // Files of before May 2024 have none, and then llama.cpp, too, only guesses.
+                None => return Err(invalid(PRE, "absent", known)),
+                Some("default") => return Err(invalid(PRE, "default", known)),
+                Some(name) => name,
+            },
         };
         match name {
-            "gpt-2" => Ok(Self::Gpt2),
-            "smollm" => Ok(Self::SmolLm),
+            "gpt-2" | "gpt2" | "olmo" => Ok(Self::Gpt2),
+            "smollm" | "starcoder" | "refact" => Ok(Self::SmolLm),
             "llama-bpe" | "llama3" | "llama-v3" => Ok(Self::Llama3),
+            "smaug-bpe" | "dbrx" => Ok(Self::Smaug),
             "qwen2" | "deepseek-r1-qwen" => Ok(Self::Qwen2),
-            other => Err(invalid(PRE, other, "known are gpt-2, smollm, llama-bpe and qwen2")),
+            other => Err(invalid(PRE, other, known)),
         }
     }
 
@@ -259,7 +114,7 @@ impl PreTokenizer {
                 {"type": "Digits", "individual_digits": true},
                 bytes(true),
             ]}),
-            Self::Llama3 => split(LLAMA3_SPLIT),
+            Self::Llama3 | Self::Smaug => split(LLAMA3_SPLIT),
             Self::Qwen2 => split(QWEN2_SPLIT),
         }
     }
@@ -289,7 +144,8 @@ fn byte_level(gguf: &Gguf, vocabulary: &Vocabulary, pre: PreTokenizer) -> Result
 /// The merges as pairs; both parts and their union must be tokens.
 fn merges(gguf: &Gguf, vocabulary: &Vocabulary) -> Result<Vec<Json>, GgufError> {
     const MERGES: &str = "tokenizer.ggml.merges";
-    let merges = required(gguf.texts(MERGES)?, MERGES)?;
+    // Writers leave an empty list out.
+    let merges = gguf.texts(MERGES)?.unwrap_or_default();
     let mut pairs = Vec::with_capacity(merges.len());
     for (index, merge) in merges.iter().enumerate() {
         let refuse = |rule: &str| invalid(&format!("{MERGES}[{index}]"), format!("{merge:?}"), rule);
@@ -306,20 +162,30 @@ fn merges(gguf: &Gguf, vocabulary: &Vocabulary) -> Result<Vec<Json>, GgufError> 
     Ok(pairs)
 }
 
-fn post_processor(vocabulary: &Vocabulary, bos: Option<u32>, byte_level: bool) -> Json {
+/// Puts the tokens that begin and end a text around it.
+fn post_processor(vocabulary: &Vocabulary, (bos, eos): (Option<u32>, Option<u32>), byte_level: bool) -> Json {
     let bytes =
         json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": false, "use_regex": true});
-    let Some(bos) = bos else {
+    if (bos, eos) == (None, None) {
         return if byte_level { bytes } else { Json::Null };
+    }
+    let text = |id: u32| &vocabulary.tokens[id as usize];
+    let special = |id: Option<u32>, type_id: u32| {
+        id.map(|id| json!({"SpecialToken": {"id": text(id), "type_id": type_id}}))
     };
-    let text = &vocabulary.tokens[bos as usize];
-    let special = |type_id: u32| json!({"SpecialToken": {"id": text, "type_id": type_id}});
-    let sequence = |name: &str, type_id: u32| json!({"Sequence": {"id": name, "type_id": type_id}});
+    let around = |name: &str, type_id: u32| {
+        let sequence = json!({"Sequence": {"id": name, "type_id": type_id}});
+        [special(bos, type_id), Some(sequence), special(eos, type_id)].into_iter().flatten()
+    };
+    let tokens = [bos, eos].into_iter().flatten();
+    let tokens: Map<String, Json> = tokens
+        .map(|id| (text(id).clone(), json!({"id": text(id), "ids": [id], "tokens": [text(id)]})))
+        .collect();
     let template = json!({
         "type": "TemplateProcessing",
-        "single": [special(0), sequence("A", 0)],
-        "pair": [special(0), sequence("A", 0), special(1), sequence("B", 1)],
-        "special_tokens": {text: {"id": text, "ids": [bos], "tokens": [text]}},
+        "single": around("A", 0).collect::<Vec<_>>(),
+        "pair": around("A", 0).chain(around("B", 1)).collect::<Vec<_>>(),
+        "special_tokens": tokens,
     });
     if byte_level { json!({"type": "Sequence", "processors": [bytes, template]}) } else { template }
 }

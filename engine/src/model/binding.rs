@@ -6,7 +6,7 @@
 use millrace_kernels::ops::Ops;
 use millrace_kernels::tensor::{DType, HostTensor, LoadError};
 
-use super::config::DecoderConfig;
+use super::config::{DecoderConfig, NormPlaces, QkNorms};
 use super::source::{SourceError, StoredDtype, TensorSource};
 
 /// Why weights could not be bound.
@@ -70,16 +70,30 @@ pub fn shape_of(config: &DecoderConfig, name: &str) -> Option<Vec<usize>> {
         }
     };
     let (q, kv) = (config.heads * head_dim, config.kv_heads * head_dim);
+    let (before, behind) = (config.norms != NormPlaces::Behind, config.norms != NormPlaces::Before);
+    let normed = |all: usize| match config.qk_norm {
+        QkNorms::None => None,
+        QkNorms::Heads => Some(vec![head_dim]),
+        QkNorms::Whole => Some(vec![all]),
+    };
     match part {
-        "input_layernorm.weight" | "post_attention_layernorm.weight" => Some(vec![hidden]),
-        "self_attn.q_proj.weight" => Some(vec![q, hidden]),
-        "self_attn.k_proj.weight" | "self_attn.v_proj.weight" => Some(vec![kv, hidden]),
+        "input_layernorm.weight" if before => Some(vec![hidden]),
+        "post_attention_layernorm.weight" => Some(vec![hidden]),
+        "pre_feedforward_layernorm.weight" if config.norms == NormPlaces::Around => Some(vec![hidden]),
+        "post_feedforward_layernorm.weight" if behind => Some(vec![hidden]),
+        "self_attn.qkv_proj.weight" if config.fused => Some(vec![q + 2 * kv, hidden]),
+        "self_attn.q_proj.weight" if !config.fused => Some(vec![q, hidden]),
+        "self_attn.k_proj.weight" | "self_attn.v_proj.weight" if !config.fused => Some(vec![kv, hidden]),
         "self_attn.o_proj.weight" => Some(vec![hidden, q]),
         "self_attn.q_proj.bias" if config.qkv_bias => Some(vec![q]),
         "self_attn.k_proj.bias" | "self_attn.v_proj.bias" if config.qkv_bias => Some(vec![kv]),
         "self_attn.o_proj.bias" if config.output_bias => Some(vec![hidden]),
-        "self_attn.q_norm.weight" | "self_attn.k_norm.weight" if config.qk_norm => Some(vec![head_dim]),
-        "mlp.gate_proj.weight" | "mlp.up_proj.weight" => Some(vec![config.intermediate, hidden]),
+        "self_attn.q_norm.weight" => normed(q),
+        "self_attn.k_norm.weight" => normed(kv),
+        "mlp.gate_up_proj.weight" if config.fused => Some(vec![2 * config.intermediate, hidden]),
+        "mlp.gate_proj.weight" | "mlp.up_proj.weight" if !config.fused => {
+            Some(vec![config.intermediate, hidden])
+        }
         "mlp.down_proj.weight" => Some(vec![hidden, config.intermediate]),
         _ => None,
     }
@@ -90,6 +104,7 @@ pub fn names(config: &DecoderConfig) -> Vec<String> {
     let mut names = vec!["model.embed_tokens.weight".to_owned()];
     let parts = [
         "input_layernorm.weight",
+        "self_attn.qkv_proj.weight",
         "self_attn.q_proj.weight",
         "self_attn.k_proj.weight",
         "self_attn.v_proj.weight",
@@ -101,9 +116,12 @@ pub fn names(config: &DecoderConfig) -> Vec<String> {
         "self_attn.o_proj.weight",
         "self_attn.o_proj.bias",
         "post_attention_layernorm.weight",
+        "pre_feedforward_layernorm.weight",
+        "mlp.gate_up_proj.weight",
         "mlp.gate_proj.weight",
         "mlp.up_proj.weight",
         "mlp.down_proj.weight",
+        "post_feedforward_layernorm.weight",
     ];
     for layer in 0..config.layers() {
         names.extend(parts.iter().map(|part| format!("model.layers.{layer}.{part}")));
@@ -149,17 +167,61 @@ impl<'a, O: Ops> Binding<'a, O> {
         self.ops.matrix(&tensors).map_err(|source| load_error(&format!("{prefix}{}", parts[0]), source))
     }
 
+    /// A stored matrix cut into parts of these rows.
+    fn cut(&self, name: &str, rows: &[usize]) -> Result<Vec<HostTensor<'a>>, BindError> {
+        let whole = self.tensor(name)?;
+        let columns = whole.shape()[1];
+        let mut bytes = whole.bytes();
+        let mut parts = Vec::with_capacity(rows.len());
+        for &rows in rows {
+            let (part, rest) = bytes.split_at(rows * columns * whole.dtype().bytes());
+            bytes = rest;
+            let part = HostTensor::new(whole.dtype(), &[rows, columns], part);
+            parts.push(part.map_err(|source| load_error(name, source))?);
+        }
+        Ok(parts)
+    }
+
     /// The projections of queries, keys and values of a layer.
-    pub fn qkv_matrix(&mut self, prefix: &str, parts: &[&str]) -> Result<O::Matrix, BindError> {
-        let tensors = self.tensors(prefix, parts)?;
-        let loaded = self.ops.qkv_matrix(&tensors, self.config.head_dim);
-        loaded.map_err(|source| load_error(&format!("{prefix}{}", parts[0]), source))
+    pub fn qkv_matrix(&mut self, prefix: &str) -> Result<O::Matrix, BindError> {
+        let DecoderConfig { heads, kv_heads, head_dim, .. } = *self.config;
+        let names = ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"];
+        let stored = if self.config.fused { "self_attn.qkv_proj.weight" } else { names[0] };
+        let first = format!("{prefix}{stored}");
+        let tensors = if self.config.fused {
+            self.cut(&first, &[heads * head_dim, kv_heads * head_dim, kv_heads * head_dim])?
+        } else {
+            self.tensors(prefix, &names)?
+        };
+        self.ops.qkv_matrix(&tensors, head_dim).map_err(|source| load_error(&first, source))
     }
 
     /// Gate and up projection.
-    pub fn gated_matrix(&mut self, gate: &str, up: &str) -> Result<O::Matrix, BindError> {
-        let (gate_tensor, up_tensor) = (self.tensor(gate)?, self.tensor(up)?);
-        self.ops.gated_matrix(&gate_tensor, &up_tensor).map_err(|source| load_error(gate, source))
+    pub fn gated_matrix(&mut self, prefix: &str) -> Result<O::Matrix, BindError> {
+        let stored = if self.config.fused { "mlp.gate_up_proj.weight" } else { "mlp.gate_proj.weight" };
+        let first = format!("{prefix}{stored}");
+        let tensors = if self.config.fused {
+            self.cut(&first, &[self.config.intermediate; 2])?
+        } else {
+            self.tensors(prefix, &["mlp.gate_proj.weight", "mlp.up_proj.weight"])?
+        };
+        self.ops.gated_matrix(&tensors[0], &tensors[1]).map_err(|source| load_error(&first, source))
+    }
+
+    /// The weight of a norm, with the family's offset, times a factor.
+    pub fn norm(&mut self, name: &str, factor: f32) -> Result<O::Vector, BindError> {
+        let offset = self.config.norm_offset;
+        let stored = self.tensor(name)?;
+        let mut weight = vec![0.0; stored.shape()[0]];
+        stored.read_f32(0, &mut weight);
+        let changed = |weight: f32| (weight + offset) * factor;
+        let bytes: Vec<u8> = weight.into_iter().flat_map(|weight| changed(weight).to_le_bytes()).collect();
+        let tensor = match (offset, factor) {
+            (0.0, 1.0) => stored,
+            _ => HostTensor::new(DType::F32, stored.shape(), &bytes)
+                .map_err(|source| load_error(name, source))?,
+        };
+        self.ops.vector(&[tensor]).map_err(|source| load_error(name, source))
     }
 
     /// Vectors, one after the other.

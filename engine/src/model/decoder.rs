@@ -1,18 +1,17 @@
 //! A decoder of any supported family: its weights on a device, and the order of the ops in a step.
 //!
-//! Pre-norm transformer with grouped-query attention and a gated MLP (Llama, <https://arxiv.org/abs/2307.09288>);
-//! the families differ in biases, norms on heads, windows and the RoPE table, all of which the configuration
-//! says. It knows neither the backend nor who is in the batch, and never computes logits of a row that nobody
+//! Transformer with grouped-query attention and a gated MLP (Llama, <https://arxiv.org/abs/2307.09288>); the families
+//! differ in biases, the places of norms, windows, RoPE and constant factors, all of which the configuration says. It knows neither the backend nor who is in the batch, and never computes logits of a row that nobody
 //! samples: past the last attention only those rows go on.
 
 use millrace_kernels::ops::{
-    ArenaPlan, AttentionShape, Batch, Buffer, BufferKind, BufferPlan, KvDtype, KvPlan, KvScales, Ops, QkNorm,
-    RopePlan, StepError,
+    ArenaPlan, AttentionShape, Batch, Buffer, BufferKind, BufferPlan, HeadWork, KvDtype, KvPlan, KvScales,
+    Ops, PlanError, QkNorm, StepError,
 };
 use millrace_kernels::sampling::SampleRow;
 
 use super::binding::{BindError, Binding};
-use super::config::DecoderConfig;
+use super::config::{DecoderConfig, GateActivation, NormPlaces, QkNorms};
 use super::kv_scales::kv_scales;
 use super::source::TensorSource;
 
@@ -26,6 +25,8 @@ const QKV: Buffer = Buffer(2);
 const ATTENDED: Buffer = Buffer(3);
 /// The inside of the MLP.
 const GATED: Buffer = Buffer(4);
+/// What a branch gives, where it does not go straight into the residual stream.
+const BRANCH: Buffer = Buffer(5);
 
 /// Sizes of an arena that the model does not decide.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,15 +44,20 @@ pub struct ArenaSizes {
 }
 
 struct Layer<O: Ops> {
-    input_norm: O::Vector,
+    /// None where the norm is behind the branch.
+    input_norm: Option<O::Vector>,
     qkv: O::Matrix,
     qkv_bias: Option<O::Vector>,
     head_norms: Option<(O::Vector, O::Vector)>,
     output: O::Matrix,
     output_bias: Option<O::Vector>,
-    mlp_norm: O::Vector,
+    /// Norm behind attention.
+    attended_norm: Option<O::Vector>,
+    mlp_norm: Option<O::Vector>,
     gate_up: O::Matrix,
     down: O::Matrix,
+    /// Norm behind the MLP.
+    gated_norm: Option<O::Vector>,
     shape: AttentionShape,
 }
 
@@ -87,7 +93,8 @@ impl<O: Ops> Decoder<O> {
         Ok(Self {
             embedding: binding.matrix("model.", &["embed_tokens.weight"])?,
             layers,
-            norm: binding.vector("model.", &["norm.weight"])?,
+            // Logits are linear in it.
+            norm: binding.norm("model.norm.weight", 1.0 / config.logits_divisor)?,
             head: if config.tied { None } else { Some(binding.matrix("", &["lm_head.weight"])?) },
             config: config.clone(),
         })
@@ -103,15 +110,17 @@ impl<O: Ops> Decoder<O> {
     /// # Errors
     /// When the batch does not fit the arena.
     pub fn forward(&self, ops: &mut O, batch: &Batch<'_>) -> Result<(), StepError> {
-        let eps = self.config.rms_norm_eps;
+        let config = &self.config;
         ops.begin(batch)?;
         ops.embed(&self.embedding, RESIDUAL);
+        if config.embedding_scale != 1.0 {
+            ops.scale(RESIDUAL, config.embedding_scale);
+        }
         for (index, layer) in self.layers.iter().enumerate() {
             let last = index + 1 == self.layers.len();
-            ops.rms_norm(RESIDUAL, &layer.input_norm, eps, NORMED);
+            self.operand(ops, layer.input_norm.as_ref());
             ops.linear(&layer.qkv, layer.qkv_bias.as_ref(), NORMED, QKV);
-            let norms = layer.head_norms.as_ref().map(|(q, k)| QkNorm { q, k, eps });
-            ops.rope_cache(index, QKV, &layer.shape, norms);
+            self.fill_cache(ops, index);
             if last && batch.logits_rows.is_empty() {
                 // A step of unfinished prompts has done its work once the last keys and values are written.
                 return Ok(());
@@ -120,13 +129,61 @@ impl<O: Ops> Decoder<O> {
             if last {
                 ops.narrow(&[ATTENDED, RESIDUAL]);
             }
-            ops.linear_add(&layer.output, layer.output_bias.as_ref(), ATTENDED, RESIDUAL);
-            ops.rms_norm(RESIDUAL, &layer.mlp_norm, eps, NORMED);
-            ops.linear_silu_mul(&layer.gate_up, NORMED, GATED);
-            ops.linear_add(&layer.down, None, GATED, RESIDUAL);
+            self.add(
+                ops,
+                (&layer.output, layer.output_bias.as_ref()),
+                ATTENDED,
+                layer.attended_norm.as_ref(),
+            );
+            self.operand(ops, layer.mlp_norm.as_ref());
+            match config.activation {
+                GateActivation::Silu => ops.linear_silu_mul(&layer.gate_up, NORMED, GATED),
+                GateActivation::GeluTanh => ops.linear_gelu_mul(&layer.gate_up, NORMED, GATED),
+            }
+            self.add(ops, (&layer.down, None), GATED, layer.gated_norm.as_ref());
         }
-        ops.rms_norm(RESIDUAL, &self.norm, eps, NORMED);
+        ops.rms_norm(RESIDUAL, &self.norm, config.rms_norm_eps, NORMED);
         Ok(())
+    }
+
+    /// What a branch reads.
+    fn operand(&self, ops: &mut O, norm: Option<&O::Vector>) {
+        match norm {
+            Some(norm) => ops.rms_norm(RESIDUAL, norm, self.config.rms_norm_eps, NORMED),
+            None => ops.round(RESIDUAL, NORMED),
+        }
+    }
+
+    /// Norms and turns queries and keys, and writes keys and values into the cache.
+    fn fill_cache(&self, ops: &mut O, index: usize) {
+        let (layer, eps) = (&self.layers[index], self.config.rms_norm_eps);
+        let norms = layer.head_norms.as_ref().map(|(q, k)| QkNorm { q, k, eps });
+        match (self.config.rope_of[index], self.config.qk_norm == QkNorms::Whole) {
+            (Some(0), false) => ops.rope_cache(index, QKV, &layer.shape, norms),
+            (rope, whole) => ops.heads_cache(index, QKV, &layer.shape, HeadWork { norms, whole, rope }),
+        }
+    }
+
+    /// Adds a branch to the residual stream.
+    fn add(
+        &self,
+        ops: &mut O,
+        (matrix, bias): (&O::Matrix, Option<&O::Vector>),
+        x: Buffer,
+        norm: Option<&O::Vector>,
+    ) {
+        let scale = self.config.branch_scale;
+        match norm {
+            None if scale == 1.0 => ops.linear_add(matrix, bias, x, RESIDUAL),
+            None => {
+                ops.linear(matrix, bias, x, BRANCH);
+                ops.scaled_add(BRANCH, scale, RESIDUAL);
+            }
+            Some(norm) => {
+                ops.linear(matrix, bias, x, BRANCH);
+                ops.norm_add(BRANCH, norm, self.config.rms_norm_eps, RESIDUAL);
+            }
+        }
     }
 
     /// Queues the step that [`Self::forward`] has begun, with the next token of each row that wants one;
@@ -157,28 +214,40 @@ pub fn kv_plan(config: &DecoderConfig, blocks: usize, dtype: KvDtype) -> KvPlan 
     KvPlan { layers: config.layers(), kv_heads, head_dim, blocks, dtype }
 }
 
-/// Everything that steps of these sizes need on the device.
-pub fn arena_plan(config: &DecoderConfig, sizes: ArenaSizes) -> ArenaPlan {
+/// Takes everything that steps of these sizes need on the device.
+///
+/// # Errors
+/// When the device cannot do a size.
+pub fn allocate<O: Ops>(ops: &mut O, config: &DecoderConfig, sizes: ArenaSizes) -> Result<(), PlanError> {
+    ops.allocate(arena_plan(config, sizes))?;
+    for rope in &config.ropes[1..] {
+        ops.add_rope(&rope.plan(config.head_dim, sizes.positions_max));
+    }
+    Ok(())
+}
+
+fn arena_plan(config: &DecoderConfig, sizes: ArenaSizes) -> ArenaPlan {
     let values = |width| BufferPlan { width, kind: BufferKind::Values };
     let operand = |width| BufferPlan { width, kind: BufferKind::Operand };
+    let mut buffers = vec![
+        values(config.hidden),
+        operand(config.hidden),
+        values(config.qkv_width()),
+        operand(config.heads * config.head_dim),
+        operand(config.intermediate),
+    ];
+    if config.norms != NormPlaces::Before || config.branch_scale != 1.0 {
+        buffers.push(values(config.hidden));
+    }
     ArenaPlan {
         rows_max: sizes.rows_max,
         logits_rows_max: sizes.logits_rows_max,
         positions_max: sizes.positions_max,
         vocabulary: config.vocabulary,
         heads: config.heads,
-        buffers: vec![
-            values(config.hidden),
-            operand(config.hidden),
-            values(config.qkv_width()),
-            operand(config.heads * config.head_dim),
-            operand(config.intermediate),
-        ],
+        buffers,
         kv: kv_plan(config, sizes.kv_blocks, sizes.kv_dtype),
-        rope: RopePlan {
-            inverse_frequencies: config.rope.inverse_frequencies(config.head_dim),
-            amplitude: 1.0,
-        },
+        rope: config.ropes[0].plan(config.head_dim, sizes.positions_max),
     }
 }
 
@@ -190,16 +259,26 @@ fn load_layer<O: Ops>(
     let config = binding.config;
     let prefix = &format!("model.layers.{layer}.");
     let bias = ["self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"];
-    let qkv = ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"];
+    // What lies before the MLP and behind attention has one name in most families.
+    let (input, attended, mlp, gated) = match config.norms {
+        NormPlaces::Before => (Some("input"), None, Some("post_attention"), None),
+        NormPlaces::Behind => (None, Some("post_attention"), None, Some("post_feedforward")),
+        NormPlaces::Around => {
+            (Some("input"), Some("post_attention"), Some("pre_feedforward"), Some("post_feedforward"))
+        }
+    };
+    let norm = |binding: &mut Binding<'_, O>, name: Option<&str>| {
+        name.map(|name| binding.norm(&format!("{prefix}{name}_layernorm.weight"), 1.0)).transpose()
+    };
     Ok(Layer {
-        input_norm: binding.vector(prefix, &["input_layernorm.weight"])?,
-        qkv: binding.qkv_matrix(prefix, &qkv)?,
+        input_norm: norm(binding, input)?,
+        qkv: binding.qkv_matrix(prefix)?,
         qkv_bias: if config.qkv_bias { Some(binding.vector(prefix, &bias)?) } else { None },
-        head_norms: if config.qk_norm {
-            let q = binding.vector(prefix, &["self_attn.q_norm.weight"])?;
-            Some((q, binding.vector(prefix, &["self_attn.k_norm.weight"])?))
-        } else {
+        head_norms: if config.qk_norm == QkNorms::None {
             None
+        } else {
+            let q = binding.norm(&format!("{prefix}self_attn.q_norm.weight"), 1.0)?;
+            Some((q, binding.norm(&format!("{prefix}self_attn.k_norm.weight"), 1.0)?))
         },
         output: binding.matrix(prefix, &["self_attn.o_proj.weight"])?,
         output_bias: if config.output_bias {
@@ -207,15 +286,16 @@ fn load_layer<O: Ops>(
         } else {
             None
         },
-        mlp_norm: binding.vector(prefix, &["post_attention_layernorm.weight"])?,
-        gate_up: binding
-            .gated_matrix(&format!("{prefix}mlp.gate_proj.weight"), &format!("{prefix}mlp.up_proj.weight"))?,
+        attended_norm: norm(binding, attended)?,
+        mlp_norm: norm(binding, mlp)?,
+        gate_up: binding.gated_matrix(prefix)?,
         down: binding.matrix(prefix, &["mlp.down_proj.weight"])?,
+        gated_norm: norm(binding, gated)?,
         shape: AttentionShape {
             heads: config.heads,
             kv_heads: config.kv_heads,
             head_dim: config.head_dim,
-            scale: (config.head_dim as f32).powf(-0.5),
+            scale: config.attention_scale,
             sliding_window: config.windows[layer],
             kv_scales,
         },

@@ -1,8 +1,9 @@
 //! The tensors of a local model folder: `model.safetensors`, or the shards that its index names.
 //!
 //! Files are mapped, not read: what is loaded goes from the page cache straight to the device's form. Refused:
-//! headers, tensors and files beyond the limits, shards outside of the folder, tensors in two files or in
-//! another file than the index says, types that are no floats, and data that do not fill a file exactly.
+//! headers, tensors and files beyond the limits, shards outside of the folder, and data that do not fill a file exactly.
+//! What nobody asks for refuses nothing: a tensor of a type that is no float, one that lies in two files, or one that the
+//! index names and no file has, is an error when it is needed.
 
 use std::collections::HashMap;
 use std::collections::{BTreeMap, BTreeSet};
@@ -15,6 +16,7 @@ use serde::Deserialize;
 
 use super::source::{SourceError, StoredDtype, StoredTensor, TensorSource};
 use crate::folder::map::MappedFile;
+use crate::folder::{json, wrapping};
 
 /// Most files that an index may name, as in a manifest.
 const FILES_MAX: usize = crate::folder::manifest::FILES_MAX;
@@ -62,7 +64,7 @@ pub enum FilesError {
     },
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default, Deserialize)]
 struct Index {
     weight_map: BTreeMap<String, String>,
 }
@@ -70,7 +72,7 @@ struct Index {
 #[derive(Debug)]
 struct Entry {
     file: usize,
-    dtype: StoredDtype,
+    dtype: Dtype,
     shape: Vec<usize>,
     range: std::ops::Range<usize>,
 }
@@ -78,8 +80,15 @@ struct Entry {
 /// All tensors of a folder, mapped.
 #[derive(Debug)]
 pub struct Files {
+    names: Vec<String>,
     files: Vec<MappedFile>,
-    tensors: HashMap<String, Entry>,
+    /// By name, wherever one lies.
+    tensors: HashMap<String, Vec<Entry>>,
+    index: Index,
+    /// Files that the index names and the folder lacks.
+    missing: BTreeSet<String>,
+    /// `model.safetensors` lies beside an index that does not name it.
+    unread: bool,
 }
 
 impl Files {
@@ -89,66 +98,146 @@ impl Files {
     /// When a file is missing, malformed or beyond a limit; the error names it.
     pub fn read(folder: &Path) -> Result<Self, FilesError> {
         let index = read_index(folder)?;
-        let names: BTreeSet<&str> = match &index {
-            Some(index) => index.weight_map.values().map(String::as_str).collect(),
-            None => BTreeSet::from([SINGLE]),
+        let names: BTreeSet<String> = match &index {
+            Some(index) => index.weight_map.values().cloned().collect(),
+            None => without_index(folder)?,
         };
         limited(INDEX, "number of files", names.len() as u64, FILES_MAX as u64)?;
         if let Some(name) = names.iter().find(|name| name.contains(['/', '\\']) || name.starts_with('.')) {
             return Err(malformed(INDEX, format!("file {name:?} is not a plain name")));
         }
-        let mut all = Self { files: Vec::new(), tensors: HashMap::new() };
+        let mut all = Self {
+            names: Vec::new(),
+            files: Vec::new(),
+            tensors: HashMap::new(),
+            missing: BTreeSet::new(),
+            unread: index.is_some() && !names.contains(SINGLE) && folder.join(SINGLE).exists(),
+            index: index.unwrap_or_default(),
+        };
         for name in names {
             all.add(folder, name)?;
         }
-        if let Some(index) = &index {
-            all.check_places(index)?;
+        match all.missing.first() {
+            Some(name) if all.files.is_empty() => {
+                let source = std::io::ErrorKind::NotFound.into();
+                Err(FilesError::Read { file: name.clone(), source })
+            }
+            _ => Ok(all),
         }
-        Ok(all)
+    }
+
+    /// What a user should know about the folder's files though nothing is wrong.
+    pub fn notes(&self) -> Vec<String> {
+        self.unread
+            .then(|| format!("{SINGLE} lies beside {INDEX}, which does not name it, and is not read"))
+            .into_iter()
+            .collect()
     }
 
     /// Maps one file and takes its tensors in.
-    fn add(&mut self, folder: &Path, name: &str) -> Result<(), FilesError> {
-        let file = MappedFile::open(&folder.join(name))
-            .map_err(|source| FilesError::Read { file: name.to_owned(), source })?;
-        if let Some(length) = file.first_chunk().map(|bytes| u64::from_le_bytes(*bytes)) {
-            limited(name, "size of the header", length, HEADER_BYTES_MAX)?;
+    fn add(&mut self, folder: &Path, name: String) -> Result<(), FilesError> {
+        let file = match MappedFile::open(&folder.join(&name)) {
+            Ok(file) => file,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                self.missing.insert(name);
+                return Ok(());
+            }
+            Err(source) => return Err(FilesError::Read { file: name, source }),
+        };
+        if let Some(what) = wrapping::stands_in(&file) {
+            return Err(malformed(&name, format!("it {what}")));
         }
-        let parsed = SafeTensors::deserialize(&file).map_err(|error| malformed(name, error.to_string()))?;
-        limited(name, "number of tensors", (self.tensors.len() + parsed.len()) as u64, TENSORS_MAX as u64)?;
+        if let Some(length) = file.first_chunk().map(|bytes| u64::from_le_bytes(*bytes)) {
+            limited(&name, "size of the header", length, HEADER_BYTES_MAX)?;
+        }
+        let parsed = SafeTensors::deserialize(&file).map_err(|error| malformed(&name, error.to_string()))?;
+        let count = self.tensors.values().map(Vec::len).sum::<usize>() + parsed.len();
+        limited(&name, "number of tensors", count as u64, TENSORS_MAX as u64)?;
         for (tensor, view) in parsed.iter() {
-            let dtype = match view.dtype() {
-                Dtype::F32 => StoredDtype::F32,
-                Dtype::F16 => StoredDtype::F16,
-                Dtype::BF16 => StoredDtype::Bf16,
-                other => {
-                    let reason = format!("tensor {tensor:?} has type {other:?}; read are F32, F16 and BF16");
-                    return Err(malformed(name, reason));
-                }
-            };
             let start = view.data().as_ptr() as usize - file.as_ptr() as usize;
             let range = start..start + view.data().len();
-            let entry = Entry { file: self.files.len(), dtype, shape: view.shape().to_vec(), range };
-            if self.tensors.insert(tensor.to_owned(), entry).is_some() {
-                return Err(malformed(name, format!("tensor {tensor:?} is in another file too")));
-            }
+            let entry =
+                Entry { file: self.files.len(), dtype: view.dtype(), shape: view.shape().to_vec(), range };
+            self.tensors.entry(tensor.to_owned()).or_default().push(entry);
         }
         self.files.push(file);
+        self.names.push(name);
         Ok(())
     }
 
-    /// Whether each tensor of the index lies in the file that the index says. Files were added in the order of
-    /// their names.
-    fn check_places(&self, index: &Index) -> Result<(), FilesError> {
-        let names: BTreeSet<&str> = index.weight_map.values().map(String::as_str).collect();
-        let number: HashMap<&str, usize> = names.into_iter().zip(0..).collect();
-        let lies = |(tensor, file): &(&String, &String)| {
-            self.tensors.get(*tensor).is_some_and(|entry| Some(&entry.file) == number.get(file.as_str()))
-        };
-        match index.weight_map.iter().find(|place| !lies(place)) {
-            Some((tensor, file)) => Err(malformed(INDEX, format!("tensor {tensor:?} is not in {file}"))),
-            None => Ok(()),
+    /// The entry of exactly this name: where the index says, else in the only file that has it.
+    fn entry(&self, name: &str) -> Result<&Entry, SourceError> {
+        let entries = self.tensors.get(name).map(Vec::as_slice).unwrap_or_default();
+        let said = self.index.weight_map.get(name);
+        if let Some(entry) = entries.iter().find(|entry| said == Some(&self.names[entry.file])) {
+            return Ok(entry);
         }
+        let unreadable = |reason| Err(SourceError::Unreadable { name: name.to_owned(), reason });
+        match (entries, said) {
+            ([entry], _) => Ok(entry),
+            ([first, second, ..], _) => {
+                let (first, second) = (&self.names[first.file], &self.names[second.file]);
+                unreadable(format!(
+                    "it is in {first} and in {second}, and {INDEX} does not say which to take"
+                ))
+            }
+            ([], Some(file)) if self.missing.contains(file) => {
+                unreadable(format!("{INDEX} names {file}, which is missing"))
+            }
+            ([], Some(file)) => unreadable(format!("{INDEX} says that it is in {file}, and it is not")),
+            ([], None) => Err(SourceError::Missing(name.to_owned())),
+        }
+    }
+
+    /// The entry of a decoder's tensor. A bare model saved alone lacks the `model.` of its names, and one inside of a
+    /// model that reads images, too, stands under `language_model`.
+    fn find(&self, name: &str) -> Result<&Entry, SourceError> {
+        let found = self.entry(name);
+        if found.is_ok() {
+            return found;
+        }
+        let bare = name.strip_prefix("model.").unwrap_or(name);
+        let others =
+            [bare.to_owned(), format!("language_model.{name}"), format!("model.language_model.{bare}")];
+        others
+            .iter()
+            .filter(|other| *other != name)
+            .find_map(|other| self.entry(other).ok())
+            .map_or(found, Ok)
+    }
+}
+
+/// The files of a folder that has no index: the only one, or shards that name their number themselves.
+fn without_index(folder: &Path) -> Result<BTreeSet<String>, FilesError> {
+    let single = || BTreeSet::from([SINGLE.to_owned()]);
+    if folder.join(SINGLE).exists() {
+        return Ok(single());
+    }
+    let Ok(entries) = std::fs::read_dir(folder) else { return Ok(single()) };
+    let names: BTreeSet<String> =
+        entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    let shards: BTreeSet<String> = names
+        .iter()
+        .filter(|name| name.starts_with("model-") && name.contains("-of-") && name.ends_with(".safetensors"))
+        .cloned()
+        .collect();
+    if !shards.is_empty() {
+        return Ok(shards);
+    }
+    let of = |ends: &[&str]| names.iter().find(|name| ends.iter().any(|end| name.ends_with(end)));
+    let instead =
+        of(&[".gguf"]).map(|name| format!("{name} is there: `millrace import` makes a model folder of it"));
+    let instead = instead
+        .or_else(|| {
+            of(&[".bin", ".pt", ".pth"]).map(|name| format!("{name} is there: save it as safetensors"))
+        })
+        .or_else(|| {
+            let named = of(&[".safetensors"])?;
+            Some(format!("{named} is there, which is neither that nor one of its shards"))
+        });
+    match instead {
+        Some(instead) => Err(malformed(SINGLE, format!("it is missing; {instead}"))),
+        None => Ok(single()),
     }
 }
 
@@ -172,9 +261,9 @@ fn read_index(folder: &Path) -> Result<Option<Index>, FilesError> {
         Err(error) => return Err(unreadable(error)),
     };
     limited(INDEX, "size in bytes", file.metadata().map_err(unreadable)?.len(), INDEX_BYTES_MAX)?;
-    let mut text = String::new();
-    file.take(INDEX_BYTES_MAX).read_to_string(&mut text).map_err(unreadable)?;
-    let index: Index = serde_json::from_str(&text).map_err(|error| malformed(INDEX, error.to_string()))?;
+    let mut bytes = Vec::new();
+    file.take(INDEX_BYTES_MAX).read_to_end(&mut bytes).map_err(unreadable)?;
+    let index: Index = json::parse(&bytes).map_err(|error| malformed(INDEX, error))?;
     if index.weight_map.is_empty() {
         return Err(malformed(INDEX, "weight_map names no tensor; at least 1 is needed".to_owned()));
     }
@@ -183,13 +272,28 @@ fn read_index(folder: &Path) -> Result<Option<Index>, FilesError> {
 
 impl TensorSource for Files {
     fn tensor(&self, name: &str) -> Result<StoredTensor<'_>, SourceError> {
-        let entry = self.tensors.get(name).ok_or_else(|| SourceError::Missing(name.to_owned()))?;
+        let entry = self.find(name).map_err(|error| match error {
+            SourceError::Missing(name) if self.unread => {
+                let reason = format!("{INDEX} does not name it; {SINGLE} beside the index is not read");
+                SourceError::Unreadable { name, reason }
+            }
+            other => other,
+        })?;
+        let dtype = match entry.dtype {
+            Dtype::F32 => StoredDtype::F32,
+            Dtype::F16 => StoredDtype::F16,
+            Dtype::BF16 => StoredDtype::Bf16,
+            other => {
+                let reason = format!("it has type {other:?}; read are F32, F16 and BF16");
+                return Err(SourceError::Unreadable { name: name.to_owned(), reason });
+            }
+        };
         let data = &self.files[entry.file][entry.range.clone()];
-        Ok(StoredTensor { dtype: entry.dtype, shape: entry.shape.clone(), data })
+        Ok(StoredTensor { dtype, shape: entry.shape.clone(), data })
     }
 
     fn has(&self, name: &str) -> bool {
-        self.tensors.contains_key(name)
+        self.find(name).is_ok()
     }
 }
 

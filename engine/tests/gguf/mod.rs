@@ -38,7 +38,7 @@ pub struct Model {
 }
 
 impl Model {
-    /// A model of `llama`, `qwen2` or `qwen3`; matrices in `format`, vectors in f32.
+    /// A model of `llama`, `qwen2`, `qwen3` or `gemma3`; matrices in `format`, vectors in f32.
     pub fn new(family: &str, format: GgmlDType, seed: u64) -> Self {
         let mut model = Self { metadata: metadata(family), tensors: Vec::new() };
         let mut random = Random(seed);
@@ -51,7 +51,8 @@ impl Model {
         let tokens = tokens().len();
         add("token_embd.weight".into(), "model.embed_tokens.weight".into(), &[tokens, HIDDEN]);
         add("output_norm.weight".into(), "model.norm.weight".into(), &[HIDDEN]);
-        if family != "qwen2" {
+        let tied = ["qwen2", "gemma3"].contains(&family);
+        if !tied {
             add("output.weight".into(), "lm_head.weight".into(), &[tokens, HIDDEN]);
         }
         let kv = KV_HEADS * HEAD_DIM;
@@ -71,7 +72,12 @@ impl Model {
             parts.push(("attn_k.bias", "self_attn.k_proj.bias", vec![kv]));
             parts.push(("attn_v.bias", "self_attn.v_proj.bias", vec![kv]));
         }
-        if family == "qwen3" {
+        if family == "gemma3" {
+            parts[1] = ("ffn_norm.weight", "pre_feedforward_layernorm.weight", vec![HIDDEN]);
+            parts.push(("post_attention_norm.weight", "post_attention_layernorm.weight", vec![HIDDEN]));
+            parts.push(("post_ffw_norm.weight", "post_feedforward_layernorm.weight", vec![HIDDEN]));
+        }
+        if ["qwen3", "gemma3"].contains(&family) {
             parts.push(("attn_q_norm.weight", "self_attn.q_norm.weight", vec![HEAD_DIM]));
             parts.push(("attn_k_norm.weight", "self_attn.k_norm.weight", vec![HEAD_DIM]));
         }
@@ -138,6 +144,7 @@ fn metadata(family: &str) -> Vec<(String, Value)> {
         ("tokenizer.ggml.add_bos_token", Value::Bool(false)),
         ("tokenizer.chat_template", text("{% for m in messages %}{{ m.content }}{% endfor %}")),
     ];
-    let own = own.into_iter().map(|(key, value)| (format!("{family}.{key}"), value));
+    let window = (family == "gemma3").then(|| ("attention.sliding_window", number(32)));
+    let own = own.into_iter().chain(window).map(|(key, value)| (format!("{family}.{key}"), value));
     shared.into_iter().map(|(key, value)| (key.to_owned(), value)).chain(own).collect()
 }

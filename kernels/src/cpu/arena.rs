@@ -4,7 +4,9 @@
 
 use super::scratch::{AttentionScratch, HEAD_DIM_MAX, Widened};
 use super::tile::{Held, LANES};
-use crate::ops::{ArenaPlan, BLOCK_TOKENS, Batch, BufferKind, KvDtype, KvPlan, PlanError, RowSpan, bound};
+use crate::ops::{
+    ArenaPlan, BLOCK_TOKENS, Batch, BufferKind, KvDtype, KvPlan, PlanError, RopePlan, RowSpan, bound,
+};
 use crate::precision::Precision;
 use crate::tensor::Aligned;
 
@@ -168,8 +170,8 @@ pub struct Arena {
     pub buffers: Vec<Activation>,
     /// Keys and values.
     pub cache: Cache,
-    /// `[positions_max][frequencies]` of (cosine, sine) rows: cosines, then sines.
-    pub rope: Aligned<f32>,
+    /// Position embeddings; the first is the plan's.
+    pub ropes: Vec<RopeTable>,
     /// The batch.
     pub step: Step,
     /// The batch's rows cut into runs, by the op at hand.
@@ -213,7 +215,7 @@ impl Arena {
             .map(|buffer| Activation::new(buffer.width, buffer.kind, plan.rows_max, left))
             .collect();
         let cache = Cache::new(plan.kv, cache);
-        let rope = rope_table(&plan);
+        let ropes = vec![RopeTable::new(&plan.rope, plan.positions_max)];
         let step = Step {
             tokens: Vec::with_capacity(plan.rows_max),
             spans: Vec::with_capacity(plan.rows_max),
@@ -227,7 +229,7 @@ impl Arena {
         Ok(Self {
             buffers,
             cache,
-            rope,
+            ropes,
             step,
             runs: Vec::with_capacity(plan.rows_max),
             attention,
@@ -293,20 +295,33 @@ impl Activation {
     }
 }
 
-fn rope_table(plan: &ArenaPlan) -> Aligned<f32> {
-    let frequencies = &plan.rope.inverse_frequencies;
-    let mut table = Aligned::zeroed(plan.positions_max * frequencies.len() * 2);
-    if frequencies.is_empty() {
-        return table;
-    }
-    for (position, row) in table.chunks_exact_mut(frequencies.len() * 2).enumerate() {
-        let (cosines, sines) = row.split_at_mut(frequencies.len());
-        for (index, &frequency) in frequencies.iter().enumerate() {
-            // Single precision on purpose: the model was trained with angles rounded like this.
-            let angle = position as f32 * frequency;
-            cosines[index] = angle.cos() * plan.rope.amplitude;
-            sines[index] = angle.sin() * plan.rope.amplitude;
+/// Cosines and sines of a position embedding.
+#[derive(Debug)]
+pub struct RopeTable {
+    /// Elements of a head that are turned.
+    pub turned: usize,
+    /// `[positions][2 (cosines, sines)][turned / 2]`
+    pub angles: Aligned<f32>,
+}
+
+impl RopeTable {
+    /// Computes the table.
+    pub fn new(rope: &RopePlan, positions: usize) -> Self {
+        let frequencies = &rope.inverse_frequencies;
+        let turned = frequencies.len() * 2;
+        let mut angles = Aligned::zeroed(positions * turned);
+        if turned == 0 {
+            return Self { turned, angles };
         }
+        for (position, row) in angles.chunks_exact_mut(turned).enumerate() {
+            let (cosines, sines) = row.split_at_mut(frequencies.len());
+            for (index, &frequency) in frequencies.iter().enumerate() {
+                // Single precision on purpose: the model was trained with angles rounded like this.
+                let angle = position as f32 * frequency;
+                cosines[index] = angle.cos() * rope.amplitude;
+                sines[index] = angle.sin() * rope.amplitude;
+            }
+        }
+        Self { turned, angles }
     }
-    table
 }

@@ -332,10 +332,25 @@ versions! {
     fn store(tile: &Finished<'_>, bias: &[f32], place: Place) = store_body;
 }
 
-/// Operand or values that a gated product writes: `silu(gate) * up`, the panels alternating between the two.
+/// What a gate goes through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gate {
+    /// `x * sigmoid(x)`.
+    Silu,
+    /// GELU with a hyperbolic tangent: `x * sigmoid(GELU_SLOPE * (x + GELU_CUBE * x^3))`.
+    Gelu,
+}
+
+/// `2 * sqrt(2 / pi)`.
+const GELU_SLOPE: f32 = 1.595_769_1;
+const GELU_CUBE: f32 = 0.044_715;
+
+/// Operand or values that a gated product writes: `gate(gate) * up`, the panels alternating between the two.
 /// Whole lanes are written: padded features are zero, and the rows are wide enough.
 #[derive(Clone, Copy)]
 pub struct Gated {
+    /// What the gate goes through.
+    pub gate: Gate,
     /// Instructions.
     pub isa: Isa,
     /// The rows.
@@ -363,8 +378,10 @@ impl Epilogue for Gated {
     fn finish(&self, _: usize, area: Area, tile: &Finished<'_>) {
         let place = (self.first(area), self.stride);
         match self.store {
-            ScatteredRows::F32(out) => gate_f32(self.isa, tile, out, place),
-            ScatteredRows::Bf16(out) => gate_bf16(self.isa, tile, out, place),
+            ScatteredRows::F32(out) if self.gate == Gate::Silu => silu_f32(self.isa, tile, out, place),
+            ScatteredRows::F32(out) => gelu_f32(self.isa, tile, out, place),
+            ScatteredRows::Bf16(out) if self.gate == Gate::Silu => silu_bf16(self.isa, tile, out, place),
+            ScatteredRows::Bf16(out) => gelu_bf16(self.isa, tile, out, place),
             ScatteredRows::F16(..) | ScatteredRows::Int8(..) => {
                 panic!("a part of a scaled row cannot be written")
             }
@@ -372,12 +389,14 @@ impl Epilogue for Gated {
     }
 }
 
+/// Writes the gated values; `exponent` is that of two in the sigmoid's denominator.
 #[inline(always)]
 fn gate_rows<T: Copy>(
     tile: &Finished<'_>,
     out: Scattered<T>,
     (first, stride): (usize, usize),
     convert: impl Fn(f32) -> T,
+    exponent: impl Fn(f32) -> f32,
 ) {
     for row in 0..tile.rows() {
         // SAFETY: each (row, feature) belongs to one tile of the dispatch.
@@ -385,7 +404,7 @@ fn gate_rows<T: Copy>(
         for (pair, out) in out.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
             let (gate, up) = (tile.values(row, 2 * pair), tile.values(row, 2 * pair + 1));
             for lane in 0..LANES {
-                let exponential = lanes::exp2(gate[lane] * -LOG2_E);
+                let exponential = lanes::exp2(exponent(gate[lane]));
                 out[lane] = convert(gate[lane] * up[lane] / (1.0 + exponential));
             }
         }
@@ -393,21 +412,51 @@ fn gate_rows<T: Copy>(
 }
 
 #[inline(always)]
-fn gate_f32_body(tile: &Finished<'_>, out: Scattered<f32>, place: (usize, usize)) {
-    gate_rows(tile, out, place, |value| value);
+fn silu(gate: f32) -> f32 {
+    gate * -LOG2_E
 }
 
 #[inline(always)]
-fn gate_bf16_body(tile: &Finished<'_>, out: Scattered<u16>, place: (usize, usize)) {
-    gate_rows(tile, out, place, lanes::bf16_bits);
+fn gelu(gate: f32) -> f32 {
+    (gate + GELU_CUBE * gate * gate * gate) * (-LOG2_E * GELU_SLOPE)
+}
+
+#[inline(always)]
+fn silu_f32_body(tile: &Finished<'_>, out: Scattered<f32>, place: (usize, usize)) {
+    gate_rows(tile, out, place, |value| value, silu);
+}
+
+#[inline(always)]
+fn silu_bf16_body(tile: &Finished<'_>, out: Scattered<u16>, place: (usize, usize)) {
+    gate_rows(tile, out, place, lanes::bf16_bits, silu);
+}
+
+#[inline(always)]
+fn gelu_f32_body(tile: &Finished<'_>, out: Scattered<f32>, place: (usize, usize)) {
+    gate_rows(tile, out, place, |value| value, gelu);
+}
+
+#[inline(always)]
+fn gelu_bf16_body(tile: &Finished<'_>, out: Scattered<u16>, place: (usize, usize)) {
+    gate_rows(tile, out, place, lanes::bf16_bits, gelu);
 }
 
 versions! {
-    /// Gated values in f32.
-    fn gate_f32(tile: &Finished<'_>, out: Scattered<f32>, place: (usize, usize)) = gate_f32_body;
+    /// Values gated with SiLU in f32.
+    fn silu_f32(tile: &Finished<'_>, out: Scattered<f32>, place: (usize, usize)) = silu_f32_body;
 }
 
 versions! {
-    /// Gated values in bf16.
-    fn gate_bf16(tile: &Finished<'_>, out: Scattered<u16>, place: (usize, usize)) = gate_bf16_body;
+    /// Values gated with SiLU in bf16.
+    fn silu_bf16(tile: &Finished<'_>, out: Scattered<u16>, place: (usize, usize)) = silu_bf16_body;
+}
+
+versions! {
+    /// Values gated with GELU in f32.
+    fn gelu_f32(tile: &Finished<'_>, out: Scattered<f32>, place: (usize, usize)) = gelu_f32_body;
+}
+
+versions! {
+    /// Values gated with GELU in bf16.
+    fn gelu_bf16(tile: &Finished<'_>, out: Scattered<u16>, place: (usize, usize)) = gelu_bf16_body;
 }

@@ -33,20 +33,21 @@ mod weigh;
 use std::num::NonZeroUsize;
 use std::time::Duration;
 
-use arena::{Activation, Arena, kv_block_bytes};
+use arena::{Activation, Arena, RopeTable, kv_block_bytes};
 use attention::AttentionOutput;
 use forms::Forms;
 use greedy::{Best, Greedy};
-use linear::{Gated, Values};
+use linear::{Gate, Gated, Values};
 pub use pack::Matrix;
 use pack::{MatrixSource, PANEL, pack};
-use rows::{HeadNorms, Norm, ScatteredRows};
+use rows::{Before, HeadNorms, Norm, ScatteredRows};
 use tile::{Held, left_held, weights_held};
 
 use crate::bounds::Bounds;
 use crate::isa::Isa;
 use crate::ops::{
-    ArenaPlan, AttentionShape, Batch, Buffer, KvDtype, KvPlan, Ops, PlanError, QUEUED_MAX, QkNorm, StepError,
+    ArenaPlan, AttentionShape, Batch, Buffer, HeadWork, KvDtype, KvPlan, Ops, PlanError, QUEUED_MAX, QkNorm,
+    RopePlan, StepError,
 };
 use crate::pool::{Pool, Scattered};
 pub use crate::precision::Precision;
@@ -181,6 +182,32 @@ impl Cpu {
         linear::product(pool, forms, matrix, (x, rows), &values);
     }
 
+    /// Product of operand rows with gate and up projection, into an operand.
+    fn gated_product(&mut self, gate_up: &Matrix, gate: Gate, (x, out): (Buffer, Buffer)) {
+        let (pool, forms, arena) = self.parts();
+        let rows = arena.step.rows;
+        let (x, out) = pair(&mut arena.buffers, x, out);
+        assert_eq!(out.width.next_multiple_of(PANEL) * 2, gate_up.rows, "width of a gated product");
+        let store = if out.is_scaled() {
+            ScatteredRows::F32(Scattered::new(&mut arena.unscaled))
+        } else {
+            ScatteredRows::new(out)
+        };
+        let gated = Gated { gate, isa: forms.isa, store, stride: out.stride };
+        linear::product(pool, forms, gate_up, (x, rows), &gated);
+        if out.is_scaled() {
+            rows::scale(pool, forms.isa, &arena.unscaled, out, rows);
+        }
+    }
+
+    /// Adds a branch to the residual stream.
+    fn add(&mut self, x: Buffer, before: Before<'_>, residual: Buffer) {
+        let (pool, forms, arena) = self.parts();
+        let two = arena.buffers.get_disjoint_mut([x.0, residual.0]).expect("two buffers of the plan");
+        let [x, residual] = two;
+        rows::add(pool, forms.isa, (x, residual), before, arena.step.rows);
+    }
+
     /// Chooses the next token of each narrowed row into the newest of the queued choices.
     fn choose(&mut self, head: &Matrix, x: Buffer, rows: &[SampleRow<'_>]) {
         let Self { pool, forms, arena, logits, sampling, greedy, chosen, queued, fed, .. } = self;
@@ -230,6 +257,7 @@ impl Ops for Cpu {
     type Matrix = Matrix;
     type Vector = Vector;
     const BESIDE: bool = false;
+    const EXTRAS: bool = true;
 
     fn matrix(&mut self, parts: &[HostTensor<'_>]) -> Result<Matrix, LoadError> {
         self.pack(&MatrixSource::Stacked(parts))
@@ -305,20 +333,11 @@ impl Ops for Cpu {
     }
 
     fn linear_silu_mul(&mut self, gate_up: &Matrix, x: Buffer, out: Buffer) {
-        let (pool, forms, arena) = self.parts();
-        let rows = arena.step.rows;
-        let (x, out) = pair(&mut arena.buffers, x, out);
-        assert_eq!(out.width.next_multiple_of(PANEL) * 2, gate_up.rows, "width of a gated product");
-        let store = if out.is_scaled() {
-            ScatteredRows::F32(Scattered::new(&mut arena.unscaled))
-        } else {
-            ScatteredRows::new(out)
-        };
-        let gated = Gated { isa: forms.isa, store, stride: out.stride };
-        linear::product(pool, forms, gate_up, (x, rows), &gated);
-        if out.is_scaled() {
-            rows::scale(pool, forms.isa, &arena.unscaled, out, rows);
-        }
+        self.gated_product(gate_up, Gate::Silu, (x, out));
+    }
+
+    fn linear_gelu_mul(&mut self, gate_up: &Matrix, x: Buffer, out: Buffer) {
+        self.gated_product(gate_up, Gate::Gelu, (x, out));
     }
 
     fn rope_cache(
@@ -328,9 +347,39 @@ impl Ops for Cpu {
         shape: &AttentionShape,
         norms: Option<QkNorm<'_, Vector>>,
     ) {
+        self.heads_cache(layer, qkv, shape, HeadWork { norms, whole: false, rope: Some(0) });
+    }
+
+    fn add_rope(&mut self, rope: &RopePlan) {
+        let (_, _, arena) = self.parts();
+        let turned = rope.inverse_frequencies.len() * 2;
+        assert!(turned <= arena.plan.kv.head_dim, "a position embedding turns no more than a head");
+        arena.ropes.push(RopeTable::new(rope, arena.plan.positions_max));
+    }
+
+    fn heads_cache(&mut self, layer: usize, qkv: Buffer, shape: &AttentionShape, work: HeadWork<'_, Vector>) {
         let (pool, forms, arena) = self.parts();
-        let norms = norms.map(|norms| HeadNorms { q: &norms.q.0, k: &norms.k.0, eps: norms.eps });
-        rows::rope_cache(pool, forms.isa, arena, (layer, qkv), (shape, norms));
+        let HeadWork { norms, whole, rope } = work;
+        let norms = norms.map(|norms| HeadNorms { q: &norms.q.0, k: &norms.k.0, eps: norms.eps, whole });
+        rows::rope_cache(pool, forms.isa, arena, (layer, qkv), (shape, norms, rope));
+    }
+
+    fn scale(&mut self, x: Buffer, factor: f32) {
+        let (pool, _, arena) = self.parts();
+        rows::multiply(pool, &mut arena.buffers[x.0], factor, arena.step.rows);
+    }
+
+    fn round(&mut self, x: Buffer, out: Buffer) {
+        let (pool, forms, arena) = self.parts();
+        rows::round(pool, forms.isa, pair(&mut arena.buffers, x, out), arena.step.rows);
+    }
+
+    fn norm_add(&mut self, x: Buffer, weight: &Vector, eps: f32, residual: Buffer) {
+        self.add(x, Before::Norm(&weight.0, eps), residual);
+    }
+
+    fn scaled_add(&mut self, x: Buffer, factor: f32, residual: Buffer) {
+        self.add(x, Before::Times(factor), residual);
     }
 
     fn attention(&mut self, layer: usize, qkv: Buffer, shape: &AttentionShape, out: Buffer) {

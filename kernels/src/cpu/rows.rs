@@ -151,6 +151,69 @@ pub fn scale(pool: &mut Pool, isa: Isa, values: &[f32], out: &mut Activation, ro
     });
 }
 
+/// Rounds rows of values into operands.
+pub fn round(pool: &mut Pool, isa: Isa, (x, out): (&Activation, &mut Activation), rows: usize) {
+    assert_eq!(x.width, out.width, "width of operands");
+    let (width, stride, values) = (x.width, out.stride, x.values());
+    let store = ScatteredRows::new(out);
+    each_row(pool, rows, |row| {
+        let values = &values[row * x.stride..][..width];
+        // SAFETY: each row belongs to one task.
+        unsafe {
+            match store {
+                ScatteredRows::F32(_) | ScatteredRows::Bf16(_) => store.put(isa, row * stride, values),
+                ScatteredRows::F16(..) | ScatteredRows::Int8(..) => store.scale(isa, (row, stride), values),
+            }
+        }
+    });
+}
+
+/// `values *= factor`, row by row.
+pub fn multiply(pool: &mut Pool, x: &mut Activation, factor: f32, rows: usize) {
+    let (width, stride) = (x.width, x.stride);
+    let values = Scattered::new(x.values_mut());
+    each_row(pool, rows, |row| {
+        // SAFETY: each row belongs to one task.
+        unsafe { values.range(row * stride, width) }.iter_mut().for_each(|value| *value *= factor);
+    });
+}
+
+/// What is done to a branch before it is added to the residual stream.
+#[derive(Clone, Copy)]
+pub enum Before<'a> {
+    /// Its RMS norm, with weight and what is added to the mean square.
+    Norm(&'a [f32], f32),
+    /// It is multiplied.
+    Times(f32),
+}
+
+/// `residual += before(x)`, row by row. The rows of `x` are lost.
+pub fn add(
+    pool: &mut Pool,
+    isa: Isa,
+    (x, residual): (&mut Activation, &mut Activation),
+    before: Before<'_>,
+    rows: usize,
+) {
+    assert_eq!(x.width, residual.width, "width of a branch");
+    let (width, from, to) = (x.width, x.stride, residual.stride);
+    let (x, residual) = (Scattered::new(x.values_mut()), Scattered::new(residual.values_mut()));
+    each_row(pool, rows, |row| {
+        // SAFETY: each row belongs to one task.
+        let (x, residual) = unsafe { (x.range(row * from, width), residual.range(row * to, width)) };
+        let factor = match before {
+            Before::Norm(weight, eps) => {
+                lanes::norm_in_place(isa, x, weight, eps);
+                1.0
+            }
+            Before::Times(factor) => factor,
+        };
+        for (sum, &value) in residual.iter_mut().zip(&*x) {
+            *sum += factor * value;
+        }
+    });
+}
+
 /// Norm weights of query and key heads.
 #[derive(Clone, Copy)]
 pub struct HeadNorms<'a> {
@@ -160,6 +223,21 @@ pub struct HeadNorms<'a> {
     pub k: &'a [f32],
     /// Added to the mean square.
     pub eps: f32,
+    /// Over all heads at once.
+    pub whole: bool,
+}
+
+impl HeadNorms<'_> {
+    /// Norms the queries and keys of a row.
+    fn apply(&self, isa: Isa, row: &mut [f32], (heads, dim): (usize, usize)) {
+        let (queries, keys) = row.split_at_mut(heads * dim);
+        for (part, weight) in [(queries, self.q), (keys, self.k)] {
+            let at_once = if self.whole { part.len() } else { dim };
+            for values in part.chunks_exact_mut(at_once) {
+                lanes::norm_in_place(isa, values, weight, self.eps);
+            }
+        }
+    }
 }
 
 /// Norms and turns heads, and fills the cache.
@@ -171,14 +249,14 @@ pub fn rope_cache(
     isa: Isa,
     arena: &mut Arena,
     (layer, qkv): (usize, Buffer),
-    (shape, norms): (&AttentionShape, Option<HeadNorms<'_>>),
+    (shape, norms, rope): (&AttentionShape, Option<HeadNorms<'_>>, Option<usize>),
 ) {
-    let Arena { plan, buffers, cache, rope, step, runs, .. } = arena;
+    let Arena { buffers, cache, ropes, step, runs, .. } = arena;
     let qkv = &mut buffers[qkv.0];
     let (heads, kv_heads, dim) = (shape.heads, shape.kv_heads, shape.head_dim);
     assert_eq!(qkv.width, (heads + 2 * kv_heads) * dim, "width of QKV");
     assert_eq!((kv_heads, dim), (cache.plan.kv_heads, cache.plan.head_dim), "shape of the cache");
-    let turned = plan.rope.inverse_frequencies.len() * 2;
+    let rope = rope.map(|rope| &ropes[rope]);
     let (stride, width) = (qkv.stride, qkv.width);
     let values = Scattered::new(qkv.values_mut());
     // Runs inside one block: two threads never write the same block.
@@ -203,13 +281,13 @@ pub fn rope_cache(
                 let position = run.position + index;
                 // SAFETY: each row belongs to one task.
                 let row = unsafe { values.range((run.row + index) * stride, width) };
-                let angles = &rope[position * turned..][..turned];
-                for (head, values) in row.chunks_exact_mut(dim).take(heads + kv_heads).enumerate() {
-                    if let Some(norms) = norms {
-                        let weight = if head < heads { norms.q } else { norms.k };
-                        lanes::norm_in_place(isa, values, weight, norms.eps);
-                    }
-                    lanes::turn(isa, values, angles);
+                let (turned, _) = row.split_at_mut((heads + kv_heads) * dim);
+                if let Some(norms) = norms {
+                    norms.apply(isa, turned, (heads, dim));
+                }
+                if let Some(rope) = rope {
+                    let angles = &rope.angles[position * rope.turned..][..rope.turned];
+                    turned.chunks_exact_mut(dim).for_each(|values| lanes::turn(isa, values, angles));
                 }
                 for head in 0..kv_heads {
                     let key = &row[(heads + head) * dim..][..dim];

@@ -10,6 +10,7 @@ use std::time::UNIX_EPOCH;
 use sha2::{Digest, Sha256};
 
 use super::ID;
+use millrace_engine::folder::wrapping;
 use millrace_engine::text::job::{JobLimits, REQUEST_BYTES_MAX, Reject, RequestLine, is_blank};
 
 /// Most requests of a file: what is kept per request to find equal ids is then at most 160 MiB.
@@ -48,7 +49,14 @@ pub(super) struct Input {
 
 impl Input {
     pub(super) fn open(path: &Path, limits: JobLimits) -> io::Result<Self> {
-        let file = BufReader::new(File::open(path)?);
+        let mut file = BufReader::new(File::open(path)?);
+        let head = file.fill_buf()?;
+        if let Some(what) = Some(head).filter(|head| !head.is_empty()).and_then(wrapping::stands_in) {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, format!("it {what}")));
+        }
+        if head.starts_with(wrapping::MARK) {
+            file.consume(wrapping::MARK.len());
+        }
         Ok(Self { file, limits, count: 0, owners: HashMap::new(), ended: false })
     }
 

@@ -112,6 +112,26 @@ fn answers_stand_in_the_inputs_order() {
 }
 
 #[test]
+fn a_byte_order_mark_is_read_over_and_utf_16_is_named() {
+    let plain = Files::new(&input(2));
+    plain.run("out.jsonl").unwrap();
+    let marked = Files::new(&format!("\u{feff}{}", input(2)));
+    marked.run("out.jsonl").unwrap();
+    let answers = |files: &Files| String::from_utf8(files.output("out.jsonl")).unwrap();
+    let choices = |text: &str| -> Vec<Value> {
+        text.lines()
+            .map(|line| serde_json::from_str::<Value>(line).unwrap()["response"]["body"]["choices"].clone())
+            .collect()
+    };
+    assert_eq!(choices(&answers(&marked)), choices(&answers(&plain)));
+    let wide = Files::new("");
+    let bytes: Vec<u8> = input(1).encode_utf16().flat_map(u16::to_le_bytes).collect();
+    fs::write(wide.path("in.jsonl"), bytes).unwrap();
+    let error = format!("{:#}", wide.run("out.jsonl").unwrap_err());
+    assert!(error.contains("UTF-16"), "{error}");
+}
+
+#[test]
 fn an_input_may_be_empty() {
     let files = Files::new("\n \n");
     assert_eq!(files.run("out.jsonl").unwrap().totals, Totals::default());

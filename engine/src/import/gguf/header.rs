@@ -68,13 +68,26 @@ impl<R: Read> Cursor<R> {
         Ok(u64::from_le_bytes(self.array(field)?))
     }
 
-    fn text(&mut self, field: &str, bytes_max: u64) -> Result<String, GgufError> {
+    fn bytes(&mut self, field: &str, bytes_max: u64) -> Result<Vec<u8>, GgufError> {
         let length = self.u64(field)?;
         limited(&format!("length of {field}"), length, bytes_max)?;
         self.expect(length, field)?;
         let mut bytes = vec![0; length as usize];
         self.fill(&mut bytes, field)?;
-        String::from_utf8(bytes).map_err(|error| {
+        Ok(bytes)
+    }
+
+    /// The string of a metadata entry. A description that is no UTF-8 harms nobody; one of the tokenizer does.
+    fn value(&mut self, key: &str) -> Result<String, GgufError> {
+        if key.starts_with("tokenizer.") {
+            return self.text(key, STRING_BYTES_MAX);
+        }
+        let bytes = self.bytes(key, STRING_BYTES_MAX)?;
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    }
+
+    fn text(&mut self, field: &str, bytes_max: u64) -> Result<String, GgufError> {
+        String::from_utf8(self.bytes(field, bytes_max)?).map_err(|error| {
             invalid(
                 field,
                 format!("not UTF-8 from byte {}", error.utf8_error().valid_up_to()),
@@ -136,7 +149,7 @@ fn read_scalar<R: Read>(cursor: &mut Cursor<R>, key: &str, kind: u32) -> Result<
             [1] => Value::Bool(true),
             [other] => return Err(invalid(key, other, "a bool is 0 or 1")),
         },
-        8 => Value::Text(cursor.text(key, STRING_BYTES_MAX)?),
+        8 => Value::Text(cursor.value(key)?),
         10 => Value::Integer(cursor.u64(key)?.into()),
         11 => Value::Integer(i64::from_le_bytes(cursor.array(key)?).into()),
         12 => Value::Float(f64::from_le_bytes(cursor.array(key)?)),
@@ -308,6 +321,7 @@ pub fn place(
             name: entry.name,
             shape: entry.shape,
             format: entry.format,
+            part: 0,
             offset,
             bytes,
         });

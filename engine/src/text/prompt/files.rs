@@ -1,10 +1,11 @@
-//! The bytes of a model folder's files: limits, byte order marks, and JSON as Python writes it.
+//! The bytes of a model folder's files: limits, and what is refused by its name.
 
 use std::path::Path;
 
 use serde_json::Value;
 
 use super::TextError;
+use crate::folder::{json, wrapping};
 
 /// Largest of the small JSON files; Mistral's `tokenizer_config.json` has about 200 KiB.
 const CONFIG_BYTES_MAX: u64 = 8 << 20;
@@ -28,18 +29,9 @@ pub(super) fn read(folder: &Path, file: &str, limit: u64) -> Result<Option<Vec<u
     if bytes > limit {
         return Err(TextError::TooLarge { file: file.into(), bytes, limit });
     }
-    let mut bytes = std::fs::read(&path).map_err(failed)?;
-    if bytes.starts_with(b"\xEF\xBB\xBF") {
-        bytes.drain(..3);
-    }
-    let malformed = |error: &str| TextError::Malformed { file: file.into(), error: error.into() };
-    if bytes.starts_with(&[0xFF, 0xFE]) || bytes.starts_with(&[0xFE, 0xFF]) {
-        return Err(malformed("it is UTF-16; write it as UTF-8"));
-    }
-    if bytes.starts_with(b"version https://git-lfs") {
-        return Err(malformed("it is a pointer of Git LFS, not the file; fetch it with `git lfs pull`"));
-    }
-    Ok(Some(bytes))
+    let bytes = std::fs::read(&path).map_err(failed)?;
+    let malformed = |what| TextError::Malformed { file: file.into(), error: format!("it {what}") };
+    wrapping::text_of(&bytes).map(|text| Some(text.to_vec())).map_err(malformed)
 }
 
 pub(super) fn read_text(folder: &Path, file: &str, limit: u64) -> Result<Option<String>, TextError> {
@@ -50,41 +42,12 @@ pub(super) fn read_text(folder: &Path, file: &str, limit: u64) -> Result<Option<
 }
 
 pub(super) fn read_json(folder: &Path, file: &str) -> Result<Option<Value>, TextError> {
-    let Some(text) = read_text(folder, file, CONFIG_BYTES_MAX)? else { return Ok(None) };
-    let value = serde_json::from_str::<Value>(&text);
-    // Python writes numbers that are none as words.
-    let value = value.or_else(|error| serde_json::from_str(&without_words(&text)).map_err(|_| error));
-    match value {
+    let Some(bytes) = read(folder, file, CONFIG_BYTES_MAX)? else { return Ok(None) };
+    match json::parse::<Value>(&bytes) {
         Ok(value @ Value::Object(_)) => Ok(Some(value)),
         Ok(_) => Err(TextError::Malformed { file: file.into(), error: "is not a JSON object".into() }),
-        Err(error) => Err(TextError::Malformed { file: file.into(), error: error.to_string() }),
+        Err(error) => Err(TextError::Malformed { file: file.into(), error }),
     }
-}
-
-/// `NaN`, `Infinity` and `-Infinity` outside of strings become `null`: no field that is read here may be one.
-fn without_words(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    let (mut rest, mut inside) = (text, false);
-    while let Some(c) = rest.chars().next() {
-        let word =
-            ["-Infinity", "Infinity", "NaN"].into_iter().find(|word| !inside && rest.starts_with(word));
-        let width = match (word, c) {
-            (Some(word), _) => {
-                out.push_str("null");
-                rest = &rest[word.len()..];
-                continue;
-            }
-            (None, '\\') if inside => 1 + rest[1..].chars().next().map_or(0, char::len_utf8),
-            (None, '"') => {
-                inside = !inside;
-                1
-            }
-            (None, c) => c.len_utf8(),
-        };
-        out.push_str(&rest[..width]);
-        rest = &rest[width..];
-    }
-    out
 }
 
 /// Why there is no `tokenizer.json`, and the command that makes one of what is there instead.
@@ -114,17 +77,5 @@ pub(super) fn check_versions(config: &Value) -> Result<(), TextError> {
             ),
         }),
         None => Ok(()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn words_that_python_writes_for_numbers_are_nothing() {
-        let text = r#"{"a": NaN, "b": [-Infinity, Infinity], "c": "NaN \" Infinity", "é": 1}"#;
-        let value: Value = serde_json::from_str(&without_words(text)).unwrap();
-        assert_eq!(value, serde_json::json!({"a": null, "b": [null, null], "c": "NaN \" Infinity", "é": 1}));
     }
 }
