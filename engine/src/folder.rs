@@ -53,7 +53,8 @@ pub fn io(path: &Path) -> impl FnOnce(std::io::Error) -> FolderError {
 /// Whether a file of this name belongs to a model: tensors, configuration, tokenizer. The rest of a folder
 /// (readme files, other formats) is never pulled.
 pub fn belongs(name: &str) -> bool {
-    const NAMES: [&str; 6] = [
+    const NAMES: [&str; 7] = [
+        "added_tokens.json",
         "config.json",
         "generation_config.json",
         "tokenizer.json",

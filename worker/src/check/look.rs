@@ -144,7 +144,7 @@ fn sample(text: &Text) -> Result<String, String> {
     let limits = JobLimits { max_model_len: 1 << 20, vocabulary: u32::MAX };
     let line = RequestLine::decode(0, "check".into(), body.to_string().as_bytes(), &limits);
     let request = line.request.map_err(|reject| reject.to_string())?;
-    let prompts = text.prompts(&request.input, 0).map_err(|reject| reject.to_string())?;
+    let prompts = text.prompts(&request, 0).map_err(|reject| reject.to_string())?;
     let tokens = prompts.into_iter().next().map(|prompt| prompt.tokens).unwrap_or_default();
     let mut rendered = String::new();
     let mut detokenizer = text.detokenizer(false);
