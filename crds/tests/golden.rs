@@ -131,12 +131,13 @@ fn job_headers() {
         (header::OUTPUT, "s3://jobs/out.jsonl"),
         (header::TRACEPARENT, "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),
         (header::CONTENT_TYPE, "application/jsonl"),
+        (header::UNKNOWN_FIELDS, "ignore"),
     ];
     let shown = |job: &JobHeaders| {
         json!({
             "id": job.id.as_str(), "deadline": job.deadline.map(|at| at.unix_timestamp()),
             "replySubject": job.reply_subject, "stream": job.stream, "input": job.input, "output": job.output,
-            "traceparent": job.traceparent, "jsonl": job.jsonl,
+            "traceparent": job.traceparent, "jsonl": job.jsonl, "ignoreUnknown": job.ignore_unknown,
         })
     };
     let full = JobHeaders::parse(headers, 7).expect("valid headers");
@@ -149,6 +150,7 @@ fn job_headers() {
         header::MODEL_DIGEST,
         header::QUEUE_WAIT_MS,
         header::RUN_MS,
+        header::IGNORED_FIELDS,
         header::TRACEPARENT,
     ];
     let of_dead_letters =
@@ -192,6 +194,7 @@ fn chat() -> ChatCompletion {
             finish_reason: FinishReason::Stop,
         }],
         usage: Usage { prompt_tokens: 9, completion_tokens: 1, total_tokens: 10 },
+        prompt_logprobs: None,
     }
 }
 
@@ -207,11 +210,12 @@ fn completion() -> TextCompletion {
             text: " solid".into(),
             logprobs: Some(TextLogprobs {
                 text_offset: vec![0],
-                token_logprobs: vec![-0.5],
+                token_logprobs: vec![Some(-0.5)],
                 tokens: vec![" solid".into()],
-                top_logprobs: vec![top],
+                top_logprobs: vec![Some(top)],
             }),
             finish_reason: FinishReason::Length,
+            prompt_logprobs: None,
         }],
         usage: Usage { prompt_tokens: 6, completion_tokens: 1, total_tokens: 7 },
     }
