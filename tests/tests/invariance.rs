@@ -126,6 +126,7 @@ fn requests() -> Vec<Request> {
                     frequency_penalty: if number % 7 == 2 { 0.5 } else { 0.0 },
                     logit_bias: if number % 7 == 3 { vec![(5, 2.0), (9, -3.0)] } else { Vec::new() },
                     logprobs: Some(number as u32 % 6),
+                    ..Sampling::default()
                 },
                 seed: number as u64 * 977,
                 prompt,
