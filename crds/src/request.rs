@@ -170,7 +170,7 @@ pub struct TextLogprobs {
     /// The tokens' names: their texts, `bytes:` and escapes where they are none, `token_id:` and the id where two of
     /// one place have one text.
     pub tokens: Vec<String>,
-    /// The logarithms of the most probable tokens and of the chosen one, most probable first; `null` for the first token
-    /// of an echoed prompt.
+    /// The logarithms of the most probable tokens and of the chosen one, most probable first; `null` for the first
+    /// token of an echoed prompt.
     pub top_logprobs: Vec<Option<serde_json::Map<String, Value>>>,
 }

@@ -404,9 +404,7 @@ async fn prompts_have_log_probabilities_in_vllms_form() {
     let choice = &line["response"]["body"]["choices"][0];
     assert_eq!((&choice["prompt_logprobs"], &choice["logprobs"]), (&expected, &Value::Null));
     assert_eq!(line["response"]["body"]["usage"]["completion_tokens"], 1);
-    let chat = body_of(&engine, one(&ASK.replace('}', "}").replacen('{', r#"{"prompt_logprobs":0,"#, 1)))
-        .await
-        .remove(0);
+    let chat = body_of(&engine, one(&ASK.replacen('{', r#"{"prompt_logprobs":0,"#, 1))).await.remove(0);
     assert_eq!(chat["response"]["body"]["prompt_logprobs"].as_array().unwrap().len(), 22);
 }
 

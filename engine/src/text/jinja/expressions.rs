@@ -10,7 +10,8 @@ fn deepest<'a>(parts: impl IntoIterator<Item = &'a Expr>) -> usize {
 }
 
 impl Arguments {
-    fn depth(&self) -> usize {
+    /// Of the deepest of them.
+    pub(super) fn depth(&self) -> usize {
         let spreads = self.spread.iter().chain(&self.spread_named).map(|expr| &**expr);
         deepest(self.positional.iter().chain(self.named.iter().map(|(_, value)| value)).chain(spreads))
     }

@@ -365,7 +365,7 @@ impl Parser {
             return raise(format!("no filter named '{name}' is supported"));
         }
         let arguments = if self.is_symbol("(") { self.arguments()? } else { Arguments::default() };
-        let depth = of.depth + 1;
+        let depth = of.depth.max(arguments.depth()) + 1;
         self.built(Expr { line, depth, kind: ExprKind::Filter(Box::new(of), name, arguments) })
     }
 

@@ -221,16 +221,7 @@ fn ordered(machine: &mut Machine<'_>, name: &str, of: &Value, given: &Given) -> 
         keyed.push((key, item));
     }
     match name {
-        "unique" => {
-            let mut seen = super::value::Dict::default();
-            keyed.iter().try_for_each(|(key, _)| key.check_key())?;
-            keyed.retain(|(key, _)| {
-                let fresh = seen.get(key).is_none();
-                seen.insert(key.clone(), Value::None);
-                fresh
-            });
-            Value::iterator(keyed.into_iter().map(|(_, item)| item).collect())
-        }
+        "unique" => unique(keyed),
         "min" | "max" => extreme(keyed, name),
         _ => {
             // Equals keep their order backwards too.
@@ -245,6 +236,17 @@ fn ordered(machine: &mut Machine<'_>, name: &str, of: &Value, given: &Given) -> 
             Value::list(keyed.into_iter().map(|(_, item)| item).collect())
         }
     }
+}
+
+fn unique(mut keyed: Vec<(Value, Value)>) -> Outcome<Value> {
+    let mut seen = super::value::Dict::default();
+    keyed.iter().try_for_each(|(key, _)| key.check_key())?;
+    keyed.retain(|(key, _)| {
+        let fresh = seen.get(key).is_none();
+        seen.insert(key.clone(), Value::None);
+        fresh
+    });
+    Value::iterator(keyed.into_iter().map(|(_, item)| item).collect())
 }
 
 /// What an item is ordered by: the attributes that a comma parts, where it is `sort`.

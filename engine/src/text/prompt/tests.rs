@@ -306,3 +306,22 @@ fn a_scored_prompt_is_chosen_token_by_token() {
         ([8, 9].as_slice(), Some(3))
     );
 }
+
+/// Recorded before the templates had an interpreter of their own: 64 chats and completions of a real model.
+#[test]
+fn the_real_models_prompts_are_what_they_were() {
+    use sha2::{Digest, Sha256};
+    let Some(folder) = smollm2() else { return };
+    let text = Text::open(&folder, "smollm2").unwrap();
+    let limits = crate::text::job::JobLimits { max_model_len: 8192, vocabulary: 49_152 };
+    let (mut count, mut hash) = (0, Sha256::new());
+    for (index, line) in include_str!("../../../../examples/prompts.jsonl").lines().enumerate() {
+        let line = crate::text::job::RequestLine::decode(index, String::new(), line.as_bytes(), &limits);
+        for prompt in text.prompts(&line.request.unwrap(), 0).unwrap() {
+            count += prompt.tokens.len();
+            prompt.tokens.iter().for_each(|token| hash.update(token.to_le_bytes()));
+        }
+    }
+    let hash = hex::encode(hash.finalize());
+    assert_eq!((count, &hash[..16]), (2836, "9392f395b8f84974"));
+}
