@@ -261,7 +261,7 @@ fn ends(folder: &Path) -> Vec<u32> {
 #[test]
 fn ends_are_found_by_key_and_by_text() {
     let llama3 = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"];
-    let harmony = ["<|return|>", "<|call|>", "<|end|>", "x"];
+    let harmony = ["<|return|>", "<|call|>", "<|end|>", "xy"];
     let plain = ["<|a|>", "<|b|>", "<|c|>", "<|d|>"];
     let cases: [([&str; 4], &[(&str, u32)], &[u32]); 5] = [
         (llama3, &[("eos_token_id", 1)], &[1, 258, 259]),

@@ -1,5 +1,5 @@
-//! `millrace-worker check`: a look at a model folder or a GGUF file, at what a worker would refuse at its start, without
-//! pulling weights.
+//! `millrace-worker check`: a look at a model folder or a GGUF file, at what a worker would refuse at its start,
+//! without pulling weights.
 //!
 //! The files that say how the model is built and how it reads text are fetched and opened by the engine's own code.
 //! Of the weights names, types and shapes are compared; their hashes are checked when they are pulled.

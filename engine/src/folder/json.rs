@@ -1,12 +1,13 @@
 //! JSON as Python writes and reads it: a model folder's files come from there.
 //!
-//! Python's `json` writes `NaN`, `Infinity` and `-Infinity`, and reads numbers beyond a double as infinite. Such a value
-//! becomes a string of that name: a field that nobody needs harms nobody, and one that has to be a number is refused
-//! with its value.
+//! Python's `json` writes `NaN`, `Infinity` and `-Infinity`, and reads numbers beyond a double as infinite. Such a
+//! value becomes a string of that name: a field that nobody needs harms nobody, and one that has to be a number is
+//! refused with its value.
 
 use std::borrow::Cow;
 
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use super::wrapping;
 
@@ -16,12 +17,16 @@ use super::wrapping;
 /// When they are no JSON; the message is the rest of a sentence that begins with the file's name.
 pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
     let text = wrapping::text_of(bytes)?;
-    let strict = serde_json::from_slice(text);
-    let Err(error) = strict else { return strict.map_err(|error| error.to_string()) };
-    match without_pythons_numbers(text) {
-        Cow::Borrowed(_) => Err(error.to_string()),
-        Cow::Owned(text) => serde_json::from_slice(&text).map_err(|error| error.to_string()),
-    }
+    let said = |error: serde_json::Error| error.to_string();
+    // As a value first: of a key that stands twice, the last counts, as in Python.
+    let value: Value = match serde_json::from_slice(text) {
+        Ok(value) => value,
+        Err(error) => match without_pythons_numbers(text) {
+            Cow::Borrowed(_) => return Err(said(error)),
+            Cow::Owned(text) => serde_json::from_slice(&text).map_err(said)?,
+        },
+    };
+    serde_json::from_value(value).map_err(said)
 }
 
 /// The text with each of Python's numbers that JSON lacks in quotes.
@@ -83,7 +88,7 @@ fn foreign_number(text: &[u8]) -> Option<usize> {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::{Value, json};
+    use serde_json::json;
 
     use super::*;
 
@@ -105,5 +110,7 @@ mod tests {
             assert!(error.contains("line 1"), "{error}");
         }
         assert_eq!(parse::<Value>(b"\xef\xbb\xbf{\"a\": 1}"), Ok(json!({"a": 1})));
+        let twice = parse::<std::collections::BTreeMap<String, u32>>(br#"{"a": 1, "a": 2}"#).expect("read");
+        assert_eq!(twice["a"], 2);
     }
 }

@@ -72,6 +72,8 @@ pub fn text_of(bytes: &[u8]) -> Result<&[u8], &'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::text::prompt::Text;
+    use crate::text::prompt::tiny::tiny_folder;
 
     #[test]
     fn a_mark_is_read_over_and_strangers_are_named() {
@@ -95,6 +97,20 @@ mod tests {
             let found = text_of(&bytes).expect_err(what);
             assert!(found.contains(what), "{found}");
         }
+    }
+
+    #[test]
+    fn the_text_side_opens_what_tools_write() {
+        let folder = tiny_folder();
+        let config = "\u{feff}{\"eos_token\": \"<|end|>\", \"model_max_length\": Infinity}";
+        std::fs::write(folder.path().join("tokenizer_config.json"), config).expect("written");
+        let tokenizer = std::fs::read(folder.path().join("tokenizer.json")).expect("there");
+        std::fs::write(folder.path().join("tokenizer.json"), [MARK, &tokenizer].concat()).expect("written");
+        assert_eq!(Text::open(folder.path(), "tiny").expect("opened").end_tokens(), [256]);
+        std::fs::write(folder.path().join("tokenizer.json"), "version https://git-lfs.github.com/spec/v1\n")
+            .expect("written");
+        let error = Text::open(folder.path(), "tiny").expect_err("a pointer").to_string();
+        assert!(error.starts_with("tokenizer.json: it is a Git LFS pointer"), "{error}");
     }
 
     #[test]

@@ -145,22 +145,9 @@ impl ModelLayout {
             let rule = format!("it must divide {heads}, the number of query heads");
             return Err(invalid(&key("attention.head_count_kv"), kv_heads, &rule).into());
         }
-        let window = gguf.integer(&key("attention.sliding_window"), u64::MAX)?;
         let layers = size("block_count", LAYERS_MAX)?;
-        let gemma = match family {
-            Family::Gemma3 => Some(Gemma {
-                window: required(window, &key("attention.sliding_window"))?,
-                local_theta: gguf.float(&key("rope.freq_base_swa"))?.unwrap_or(10_000.0),
-                score_scalar: if layers == GEMMA_27B_LAYERS { hidden / heads } else { head_dim },
-            }),
-            _ => None,
-        };
-        if let Some(window) = window.filter(|_| gemma.is_none()) {
-            notes.push(format!(
-                "{} is {window}: not applied, as llama.cpp does not for {name}",
-                key("attention.sliding_window")
-            ));
-        }
+        let score_scalar = if layers == GEMMA_27B_LAYERS { hidden / heads } else { head_dim };
+        let gemma = gemma((gguf, name), family, score_scalar, notes)?;
         let embedding = find(gguf, "token_embd.weight")?;
         let context = size("context_length", CONTEXT_MAX)?;
         let eps_key = key("attention.layer_norm_rms_epsilon");
@@ -325,6 +312,26 @@ fn wanted(gguf: &str, name: &str, shape: &[u64]) -> Wanted {
     let rotary = [".q_proj.", ".k_proj."].iter().any(|part| name.contains(part));
     let norm = name.ends_with("norm.weight");
     Wanted { gguf: gguf.into(), name: name.into(), shape: shape.to_vec(), rotary, norm }
+}
+
+/// What Gemma 3 has; the window of another family is not read, and that is said.
+fn gemma(
+    (gguf, name): (&Gguf, &str),
+    family: Family,
+    score_scalar: u64,
+    notes: &mut Vec<String>,
+) -> Result<Option<Gemma>, GgufError> {
+    let key = format!("{name}.attention.sliding_window");
+    let window = gguf.integer(&key, u64::MAX)?;
+    if family == Family::Gemma3 {
+        let window = required(window, &key)?;
+        let local_theta = gguf.float(&format!("{name}.rope.freq_base_swa"))?.unwrap_or(10_000.0);
+        return Ok(Some(Gemma { window, local_theta, score_scalar }));
+    }
+    if let Some(window) = window {
+        notes.push(format!("{key} is {window}: not applied, as llama.cpp does not for {name}"));
+    }
+    Ok(None)
 }
 
 fn find<'a>(gguf: &'a Gguf, name: &str) -> Result<&'a TensorInfo, ImportError> {

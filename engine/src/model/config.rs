@@ -1,9 +1,9 @@
 //! What a model's `config.json` says, checked: a decoder of one of the known [families](family).
 //!
-//! Fields that change nothing for inference are ignored, whatever they hold; fields that would change the arithmetic in
-//! a way the decoder does not do (another activation, biases in the MLP, quantised checkpoints) are refused, as is every
-//! size that contradicts another. An absent field has the default of its [`family`]. Each error names the field, its
-//! value and what it may be.
+//! Fields that change nothing for inference are ignored, whatever they hold; fields that would change the arithmetic
+//! in a way the decoder does not do (another activation, biases in the MLP, quantised checkpoints) are refused, as is
+//! every size that contradicts another. An absent field has the default of its [`family`]. Each error names the field,
+//! its value and what it may be.
 
 use std::fmt::Display;
 use std::path::Path;

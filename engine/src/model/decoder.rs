@@ -1,8 +1,9 @@
 //! A decoder of any supported family: its weights on a device, and the order of the ops in a step.
 //!
 //! Transformer with grouped-query attention and a gated MLP (Llama, <https://arxiv.org/abs/2307.09288>); the families
-//! differ in biases, the places of norms, windows, RoPE and constant factors, all of which the configuration says. It knows neither the backend nor who is in the batch, and never computes logits of a row that nobody
-//! samples: past the last attention only those rows go on.
+//! differ in biases, the places of norms, windows, RoPE and constant factors, all of which the configuration says. It
+//! knows neither the backend nor who is in the batch, and never computes logits of a row that nobody samples: past the
+//! last attention only those rows go on.
 
 use millrace_kernels::ops::{
     ArenaPlan, AttentionShape, Batch, Buffer, BufferKind, BufferPlan, HeadWork, KvDtype, KvPlan, KvScales,

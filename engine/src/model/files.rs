@@ -1,9 +1,9 @@
 //! The tensors of a local model folder: `model.safetensors`, or the shards that its index names.
 //!
 //! Files are mapped, not read: what is loaded goes from the page cache straight to the device's form. Refused:
-//! headers, tensors and files beyond the limits, shards outside of the folder, and data that do not fill a file exactly.
-//! What nobody asks for refuses nothing: a tensor of a type that is no float, one that lies in two files, or one that the
-//! index names and no file has, is an error when it is needed.
+//! headers, tensors and files beyond the limits, shards outside of the folder, and data that do not fill a file
+//! exactly. What nobody asks for refuses nothing: a tensor of a type that is no float, one that lies in two files, or
+//! one that the index names and no file has, is an error when it is needed.
 
 use std::collections::HashMap;
 use std::collections::{BTreeMap, BTreeSet};

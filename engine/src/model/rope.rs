@@ -61,7 +61,8 @@ pub enum RopeScaling {
         /// Factor on cosine and sine.
         amplitude: f32,
     },
-    /// Each frequency divided by a factor of its own: one set up to the original positions, another for longer contexts.
+    /// Each frequency divided by a factor of its own: one set up to the original positions, another for longer
+    /// contexts.
     Long {
         /// Of contexts up to `original_positions`.
         short: Vec<f32>,

@@ -36,6 +36,7 @@ impl Bare {
     ///
     /// # Errors
     /// When the folder is refused.
+    #[allow(dead_code, reason = "not every test loads by the folder's own configuration")]
     pub fn load(folder: &Path, kind: (Types, Isa), positions: usize) -> Result<Self> {
         Self::of(&DecoderConfig::read(folder)?, folder, kind, positions)
     }
@@ -93,14 +94,63 @@ impl Bare {
     }
 }
 
-/// The largest difference over the largest logit of the reference.
+/// How far logits are from those of a reference.
+#[derive(Debug, Clone, Copy)]
+pub struct Error {
+    /// The largest difference over the largest logit of the reference.
+    pub most: f32,
+    /// The root of the mean square of the differences, over that of the reference.
+    pub mean: f32,
+}
+
+impl std::fmt::Display for Error {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(formatter, "error {:.1e}, in the mean {:.1e}", self.most, self.mean)
+    }
+}
+
+impl Error {
+    /// Whether both are small enough.
+    pub fn within(&self, bound: Bound) -> bool {
+        self.most <= bound.most && self.mean <= bound.mean
+    }
+}
+
+/// Largest errors on tiny random weights.
+#[derive(Debug, Clone, Copy)]
+pub struct Bound {
+    /// Of [`Error::most`].
+    pub most: f32,
+    /// Of [`Error::mean`].
+    pub mean: f32,
+}
+
+impl Bound {
+    /// That of numeric types. In f32 and bf16 they follow from the arithmetic; int8 (seven bits and a sign on either
+    /// side of every product) and keys and values in 8 bits (three bits of mantissa) have in the mean twice what was
+    /// measured.
+    pub fn of(types: Types) -> Self {
+        let (most, mean) = match types {
+            F32 => (1e-4, 2e-5),
+            BF16 => (2e-2, 2e-2),
+            INT8 => (1e-1, 1e-1),
+            _ => (2e-1, 1.5e-1),
+        };
+        Self { most, mean }
+    }
+}
+
+/// Compares logits with those of a reference.
 ///
 /// # Panics
 /// When the lengths differ, or a logit is not finite.
-pub fn error(ours: &[f32], reference: &[f32]) -> f32 {
+pub fn error(ours: &[f32], reference: &[f32]) -> Error {
     assert_eq!(ours.len(), reference.len());
     assert!(ours.iter().chain(reference).all(|logit| logit.is_finite()));
     let largest = reference.iter().fold(0.0_f32, |most, logit| most.max(logit.abs()));
     let difference = ours.iter().zip(reference).fold(0.0_f32, |most, (a, b)| most.max((a - b).abs()));
-    difference / largest
+    let squares = |numbers: &mut dyn Iterator<Item = f32>| numbers.map(|n| f64::from(n).powi(2)).sum::<f64>();
+    let apart = squares(&mut ours.iter().zip(reference).map(|(a, b)| a - b));
+    let mean = (apart / squares(&mut reference.iter().copied())).sqrt() as f32;
+    Error { most: difference / largest, mean }
 }

@@ -9,6 +9,7 @@ use millrace_engine::folder::manifest::MANIFEST_NAME;
 use millrace_engine::model::binding::{names, shape_of};
 use millrace_engine::model::config::DecoderConfig;
 use millrace_engine::model::files::Files;
+use millrace_engine::model::rope::RopeScaling;
 use millrace_engine::model::source::TensorSource;
 use millrace_engine::text::job::{Input, JobLimits, RequestLine};
 use millrace_engine::text::prompt::Text;
@@ -21,6 +22,8 @@ const DEVICE: &str = "device";
 const FILES: &str = "files";
 const OTHERS: &str = "other files";
 const AGAIN: &str = "import the model again, or choose one of the supported architectures";
+/// Widths of heads that a GPU's kernels are made for.
+const GPU_HEADS: [usize; 4] = [64, 96, 128, 256];
 /// What the sample says.
 const SAID: &str = "Name the three states of matter.";
 /// Files that other tools keep a tokenizer in.
@@ -50,17 +53,30 @@ pub fn config(folder: &Path) -> (Vec<Check>, Option<DecoderConfig>) {
         said += &format!("; {slid} layers with a window of {windows:?}");
     }
     for rope in &config.ropes {
-        said += &format!("; RoPE of base {}, {:?}", rope.theta, rope.scaling);
+        said += &match &rope.scaling {
+            RopeScaling::None => format!("; RoPE of base {}", rope.theta),
+            scaling => format!("; RoPE of base {}, {scaling:?}", rope.theta),
+        };
     }
     said += if config.tied { "; the head is the embedding" } else { "; a head of its own" };
-    let extras = config.extras();
-    let device = if extras.is_empty() {
-        Check::ok(DEVICE, "a processor or a GPU can run it")
-    } else {
-        let found = format!("a GPU does not compute {} yet; a processor does", extras.join(", "));
-        Check::warn(DEVICE, found, "set engine.device to cpu")
-    };
+    let device = device(&config);
     (vec![Check::ok(CONFIG, said), device], Some(config))
+}
+
+/// What can run it.
+fn device(config: &DecoderConfig) -> Check {
+    const FIX: &str = "set engine.device to cpu";
+    let extras = config.extras();
+    if !extras.is_empty() {
+        let found = format!("a GPU does not compute {} yet; a processor does", extras.join(", "));
+        return Check::warn(DEVICE, found, FIX);
+    }
+    if !GPU_HEADS.contains(&config.head_dim) {
+        let found =
+            format!("a GPU takes heads of {GPU_HEADS:?}, not of {}; a processor does", config.head_dim);
+        return Check::warn(DEVICE, found, FIX);
+    }
+    Check::ok(DEVICE, "a processor or a GPU can run it")
 }
 
 /// Whether all tensors are there, in their shapes and in types that are read.
@@ -130,7 +146,16 @@ fn ends(text: &Text) -> Check {
         let found = format!("{template}; no token ends an answer");
         return Check::warn(TEXT, found, "name eos_token_id in generation_config.json");
     }
-    let found = format!("{template}; answers end at {}; defaults {:?}", ends.join(", "), text.defaults());
+    let defaults = text.defaults();
+    let found = format!(
+        "{template}; answers end at {}; temperature {}, top_p {}, top_k {}, min_p {}, repetition_penalty {} by default",
+        ends.join(", "),
+        defaults.temperature,
+        defaults.top_p,
+        defaults.top_k,
+        defaults.min_p,
+        defaults.repetition_penalty
+    );
     Check::ok(TEXT, found)
 }
 

@@ -63,7 +63,7 @@ fn a_whole_folder_is_described() {
         "of the text \"<|turn|>user: Name the three states of matter.\\n<|turn|>assistant: \"",
         "config.json (sizes and choices of the decoder)",
         "not read: README.md",
-        "a processor or a GPU can run it",
+        "a GPU takes heads of [64, 96, 128, 256], not of 4",
     ] {
         assert!(said.contains(part), "{said}\nlacks {part}");
     }

@@ -167,6 +167,10 @@ fn refusals_name_field_value_and_what_it_may_be() {
         assert!(error.starts_with("config.json: "), "{error}");
         assert!(error.contains(value) && error.contains(expected), "{changes}: {error}");
     }
+}
+
+#[test]
+fn what_is_no_configuration_is_refused() {
     let llama = |field| format!(r#"{{"model_type": "llama", "hidden_size": {field}}}"#);
     for broken in ["", "[]", "{}", &llama("-1"), &llama("1e99"), &llama("NaN")] {
         let error = DecoderConfig::parse(broken, None).expect_err(broken).to_string();

@@ -38,6 +38,8 @@ CASES = [
     ("phi3, long contexts", {"model_type": "phi3", **PARTIAL, "rope_scaling": LONG,
                              "original_max_position_embeddings": 16}, 128),
     ("smollm3", {"model_type": "smollm3", "num_hidden_layers": 5, "rope_theta": 2000.0}, 128),
+    ("smollm3, most layers without RoPE", {"model_type": "smollm3", "num_hidden_layers": 5,
+                                           "no_rope_layers": [0, 1, 0, 0, 0], "rope_theta": 50.0}, 128),
     ("smollm3, layers without RoPE have windows", {
         "model_type": "smollm3", "no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 7,
         "tie_word_embeddings": False}, 128),
