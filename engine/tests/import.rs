@@ -258,12 +258,15 @@ fn ends(folder: &Path) -> Vec<u32> {
     Text::open(folder, "tiny").expect("a tokenizer").end_tokens().to_vec()
 }
 
+/// Texts of four tokens, keys with their ids, and the ends that follow.
+type Ends<'a> = ([&'a str; 4], &'a [(&'a str, u32)], &'a [u32]);
+
 #[test]
 fn ends_are_found_by_key_and_by_text() {
     let llama3 = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"];
     let harmony = ["<|return|>", "<|call|>", "<|end|>", "xy"];
     let plain = ["<|a|>", "<|b|>", "<|c|>", "<|d|>"];
-    let cases: [([&str; 4], &[(&str, u32)], &[u32]); 5] = [
+    let cases: [Ends<'_>; 5] = [
         (llama3, &[("eos_token_id", 1)], &[1, 258, 259]),
         (plain, &[("eos_token_id", 1), ("eot_token_id", 258), ("fim_rep_token_id", 259)], &[1, 258, 259]),
         // An id beyond the vocabulary is no id.

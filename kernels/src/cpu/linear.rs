@@ -342,7 +342,7 @@ pub enum Gate {
 }
 
 /// `2 * sqrt(2 / pi)`.
-const GELU_SLOPE: f32 = 1.595_769_1;
+const GELU_SLOPE: f32 = 1.595_769;
 const GELU_CUBE: f32 = 0.044_715;
 
 /// Operand or values that a gated product writes: `gate(gate) * up`, the panels alternating between the two.
