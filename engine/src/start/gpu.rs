@@ -8,7 +8,6 @@ use super::{Engine, Setup, StartError};
 mod with_cuda {
     use millrace_crds::config::{Dtype, Quantization};
     use millrace_kernels::cpu::Precision;
-    pub use millrace_kernels::cuda::is_present;
     use millrace_kernels::cuda::{Cuda, CudaOptions};
 
     use super::super::{Hardware, refuse};
@@ -27,6 +26,10 @@ mod with_cuda {
             let hardware = Hardware::Cuda { index, name: ops.name().to_owned() };
             self.run(ops, (Precision::Bf16, hardware), |ops| ops.free_bytes().ok().map(|bytes| bytes as u64))
         }
+    }
+
+    pub fn is_present() -> bool {
+        millrace_kernels::cuda::is_present()
     }
 
     pub fn measure(index: usize) -> Result<Bounds, StartError> {
