@@ -166,7 +166,7 @@ mod tests {
         let error = outcome(OutcomeKind::Completed, "{}").lines_of(&job(false, &["a"])).unwrap_err();
         assert!(error.starts_with("job j: line 1 of the outcome: missing field"), "{error}");
         let error = outcome(OutcomeKind::Completed, "").lines_of(&job(false, &["a"])).unwrap_err();
-        assert_eq!(error, "job j: the outcome has 0 lines; a request has one");
+        assert_eq!(error, "job j: the outcome holds no line");
     }
 
     #[test]

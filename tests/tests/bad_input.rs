@@ -89,7 +89,10 @@ async fn malformed_lines_get_a_code_and_their_neighbours_their_answers() -> Resu
     let undisturbed = run.run(work("alone", "application/jsonl", &alone.join("\n")), None).await?;
     let table: Vec<Malformed> = malformed()
         .into_iter()
-        .filter(|bad| !bad.body.trim().is_empty() && !bad.body.contains('\n'))
+        // A byte order mark begins a body, not a line.
+        .filter(|bad| {
+            !bad.body.trim().is_empty() && !bad.body.contains('\n') && !bad.body.starts_with('\u{feff}')
+        })
         .collect();
     assert!(table.len() >= 60, "{} malformed requests", table.len());
     let mut crowded = Vec::new();
@@ -258,7 +261,7 @@ fn bad_files() -> Vec<FolderCase> {
             Set("config.json", "num_key_value_heads", json!(3)),
             &["num_key_value_heads is 3", "divisor"],
         ),
-        invalid(Set("config.json", "rope_scaling", json!({"type": "yarn"})), &["yarn", "llama3"]),
+        invalid(Set("config.json", "rope_scaling", json!({"type": "spiral"})), &["spiral"]),
         invalid(
             Set("config.json", "quantization_config", json!({"quant_method": "awq"})),
             &["awq", "absent"],

@@ -161,7 +161,7 @@ fn links_and_paths_lead_somewhere() {
     for (name, text) in documents() {
         let folder = root().join(&name).parent().expect("a folder").to_owned();
         let linked = text.split("](").skip(1).filter_map(|rest| rest.split(')').next());
-        let linked = linked.filter(|link| !link.contains("://") && !link.starts_with('#'));
+        let linked = linked.filter(|link| !link.contains("://") && !link.starts_with(['#', '[']));
         let linked = linked.map(|link| folder.join(link.split('#').next().unwrap_or(link)));
         let spans = text.split('`').skip(1).step_by(2).filter(|span| {
             let is_path = folders.iter().chain(&more).any(|folder| span.starts_with(folder));
