@@ -4,7 +4,8 @@
 //! it knows no sequence, no scheduler and no architecture. [`cpu::Cpu`] implements it for the processor at
 //! hand, `cuda::Cuda` for a GPU, behind the feature `cuda`. The invariant of every implementation: the bytes
 //! computed for a row depend on that row's own sequence alone, never on the other rows of a step, their number, or
-//! how a prompt was cut into chunks. Beside it stands what else needs the processor's own instructions: [`sha256`] of model files.
+//! how a prompt was cut into chunks. Beside it stands what else needs the processor's own instructions:
+//! [`sha256`] of model files.
 
 pub mod bounds;
 pub mod cpu;

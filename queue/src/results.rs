@@ -265,8 +265,8 @@ fn text<'a>(message: &'a Message, name: &str) -> Option<&'a str> {
     message.headers.as_ref()?.get(name).map(|value| value.as_str())
 }
 
-/// Fields with commas between them. Their names come from callers: what no header may hold is written as `?`, and a list
-/// that is too long ends early.
+/// Fields with commas between them. Their names come from callers: what no header may hold is written as `?`, and a
+/// list that is too long ends early.
 fn header_value(fields: &[String]) -> String {
     let safe = |c: char| if c.is_ascii_graphic() && c != ',' { c } else { '?' };
     let listed =

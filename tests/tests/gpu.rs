@@ -28,8 +28,8 @@ const POSITIONS: u32 = 1024;
 const PLENTY: u64 = 256 << 20;
 /// Blocks for the longest sequence and one or two more.
 const SCARCE_BLOCKS: u64 = 80;
-/// The GPU may lie so many times as far from the CPU as the CPU's own bf16 from its f32, which is measured beside it. On
-/// an H200 it was at most 2.5 times as far, and 7 more of 64 answers parted.
+/// The GPU may lie so many times as far from the CPU as the CPU's own bf16 from its f32, which is measured beside it.
+/// On an H200 it was at most 2.5 times as far, and 7 more of 64 answers parted.
 const APART: f32 = 4.0;
 /// Answers that may part beyond that: chance in a small number.
 const PART_MORE: usize = 12;

@@ -238,7 +238,7 @@ async fn finish_held<R: Run>(
             () = line.broken.cancelled() => return Err(ServeError::EngineStopped),
             delivery = queue.next() => {
                 if let Some(delivery) = delivery {
-                    hand_back_unrun(line, &delivery).await;
+                    attempt::hand_back_unrun(line, &delivery).await;
                 }
             }
         }
@@ -252,15 +252,6 @@ async fn finish_held<R: Run>(
     }
     let _ = tokio::time::timeout(HAND_BACK_TIMEOUT, line.broker.client().flush()).await;
     Ok(())
-}
-
-/// Hands back what arrived in a drain. Without a ledger a second delivery would count as a second attempt.
-async fn hand_back_unrun<R: Run>(line: &ServingLine<R>, delivery: &Delivery) {
-    let headers = JobHeaders::parse(delivery.header_pairs(), delivery.stream_sequence);
-    if let (1, Ok(headers)) = (delivery.delivered, headers) {
-        let _ = line.results.record(&headers.id, (0, 0), 0).await;
-    }
-    let _ = delivery.retry(Duration::from_millis(1)).await;
 }
 
 /// Takes one delivery to its end, whatever happens.

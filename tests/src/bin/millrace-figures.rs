@@ -1,8 +1,8 @@
 //! Measures this machine: the engine alone, the queue, crashes, the pull of weights, the demos.
 //!
 //! It runs the very programs that users run and reads their JSON, and prints one table with every bar. A bar that is
-//! missed says so, and a part that cannot run is named with its reason. `--write` keeps the figures as a result file and
-//! makes the page anew; the other ways in do the same with figures that other programs left.
+//! missed says so, and a part that cannot run is named with its reason. `--write` keeps the figures as a result file
+//! and makes the page anew; the other ways in do the same with figures that other programs left.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};

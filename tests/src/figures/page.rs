@@ -26,7 +26,8 @@ broker syncs each write. The pull hashes every byte; s5cmd, beside it on the sam
     Kind {
         name: "gpu",
         title: "On an NVIDIA GPU",
-        about: "`make gpu-kit` packs worker, tests and benchmarks; `run.sh` in the kit runs them on a host with a driver of
+        about: "\
+`make gpu-kit` packs worker, tests and benchmarks; `run.sh` in the kit runs them on a host with a driver of
 CUDA 13, and leaves `figures.json`. Weights are random, of the models' true shapes, temperature 0.6. *The list* is the
 256 requests of `examples/bench/nano-vllm-256.jsonl`; *one sequence* has 128 tokens in and 256 out. The limit is
 computed from the bandwidth that the same run measures. Shapes of attention are sequences x context, heads / heads of
@@ -37,7 +38,8 @@ show that an H100 would.",
     Kind {
         name: "race",
         title: "Beside other engines",
-        about: "`tests/race/run.sh KIT OUTPUT` runs one list on this engine and on others, on one GPU, one after the other, and
+        about: "\
+`tests/race/run.sh KIT OUTPUT` runs one list on this engine and on others, on one GPU, one after the other, and
 leaves `race.json`; [its README](../tests/race/README.md) has the terms. Ours runs before the others and again after
 them; a ratio is of the slower of the two.",
         how: "`tests/race/run.sh`",
@@ -45,7 +47,8 @@ them; a ratio is of the slower of the two.",
     Kind {
         name: "sim",
         title: "The autoscaler, in simulation",
-        about: "An hour of Azure traffic of 2023 (`sim/traces`) goes through the autoscaler's own function at its defaults, in
+        about: "\
+An hour of Azure traffic of 2023 (`sim/traces`) goes through the autoscaler's own function at its defaults, in
 virtual time: the figures do not depend on the machine. A worker takes 30 s to start, and jobs should wait at most 60 s.
 *KEDA tuned* is KEDA's rule with hindsight: of all settings of a grid that keep that wait at p95, the cheapest for this
 trace; *as a user sizes it* and *defaults* are without. *The bound* knows the future; *its plan as it runs* is that plan
@@ -67,7 +70,8 @@ in the same cluster. *Tuned likewise* is the autoscaler with the cheapest settin
 /// The head of the page.
 const HEAD: &str = "# Figures
 
-Generated from the result files in [figures/](figures/); edit neither. `make figures` measures this machine, `make bench`
+Generated from the result files in [figures/](figures/); edit neither. `make figures` measures this machine, \
+`make bench`
 does so without writing, and `make sim`, the GPU kit and the race leave result files of their own
 (`millrace-figures --render docs/figures` makes this page anew from those that are copied there). Each table names its
 machine, its day, the commit (with a `+` where the tree had changes) and the command.

@@ -5,10 +5,12 @@ use std::time::{Duration, Instant};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use super::{Held, HeldBy, OUTCOME_HEADER_BYTES_MAX, STORE_PAUSE, reach};
+use super::{Held, HeldBy, OUTCOME_HEADER_BYTES_MAX, STORE_PAUSE, ServingLine, reach};
 use crate::capacity::Taken;
 use crate::run::{Answer, Run, Work};
+use millrace_crds::job::JobHeaders;
 use millrace_queue::broker::Created;
+use millrace_queue::delivery::Delivery;
 use millrace_queue::fault::Fault;
 use millrace_queue::results::{Known, Outcome};
 
@@ -190,6 +192,15 @@ impl<R: Run> Held<'_, R> {
             Taken { tokens: answer.prompt_tokens + answer.output_tokens, sequences: answer.sequences };
         self.line.capacity.lock().unwrap_or_else(std::sync::PoisonError::into_inner).learn(taken);
     }
+}
+
+/// Hands back what arrived in a drain. Without a ledger a second delivery would count as a second attempt.
+pub(super) async fn hand_back_unrun<R: Run>(line: &ServingLine<R>, delivery: &Delivery) {
+    let headers = JobHeaders::parse(delivery.header_pairs(), delivery.stream_sequence);
+    if let (1, Ok(headers)) = (delivery.delivered, headers) {
+        let _ = line.results.record(&headers.id, (0, 0), 0).await;
+    }
+    let _ = delivery.retry(Duration::from_millis(1)).await;
 }
 
 fn late(deadline: OffsetDateTime) -> Fault {

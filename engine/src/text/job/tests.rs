@@ -74,7 +74,8 @@ fn all_parameters() {
         "store":true,"service_tier":"auto","best_of":1,"suffix":null,"include_stop_str_in_output":true,
         "min_tokens":2,"bad_words":["z"],
         "allowed_token_ids":[4,5],"truncate_prompt_tokens":-1,"prompt_logprobs":1,"return_tokens_as_token_ids":true,
-        "split_special_tokens":true,"skip_special_tokens":false,"add_special_tokens":false,"tools":[],"response_format":{"type":"text"}}"#;
+        "split_special_tokens":true,"skip_special_tokens":false,"add_special_tokens":false,"tools":[],
+         "response_format":{"type":"text"}}"#;
     let params = decode(body).unwrap().params;
     let expected = Params {
         n: 2,
