@@ -1,8 +1,8 @@
 //! The operator of Millrace: from an InferenceModel to its queue and its workers.
 //!
 //! One reconcile is a straight line: [`fetch`] (reads) -> [`validate`] (pure) -> [`millrace_autoscaler`] (pure)
-//! -> [`build`] (pure) -> [`apply`] (writes) -> [`status`] (pure, and one write). [`queue`] is the only file that creates
-//! streams and consumers; [`apply`], [`status`] and [`lease`] are the only ones that write to the API server.
+//! -> [`build`] (pure) -> [`apply`] (writes) -> [`status`] (pure, and one write). [`queue`] is the only file that
+//! creates streams and consumers; [`apply`], [`status`] and [`lease`] are the only ones that write to the API server.
 //! [`controller`] drives the line for each model, on every change and by the clock. [`load`] and [`wake`]
 //! listen to the broker beside it.
 //!
