@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use clap::Args;
-use copy::Folder;
+use copy::FolderAt;
 use millrace_crds::check::{Check, Grade};
 use millrace_engine::folder::manifest::{MANIFEST_BYTES_MAX, MANIFEST_NAME, Manifest};
 use millrace_engine::import::{self, ImportOptions};
@@ -62,7 +62,7 @@ async fn check(args: &CheckArgs) -> Vec<Check> {
         return gguf(args, path);
     }
     let reached = async {
-        let folder = Folder::open(uri, &args.store).await?;
+        let folder = FolderAt::open(uri, &args.store).await?;
         let sizes = folder.list().await?;
         Ok::<_, String>((folder, sizes))
     };
@@ -131,7 +131,7 @@ fn gguf(args: &CheckArgs, path: &Path) -> Vec<Check> {
     checks
 }
 
-async fn files(folder: &Folder, sizes: &BTreeMap<String, u64>) -> Check {
+async fn files(folder: &FolderAt, sizes: &BTreeMap<String, u64>) -> Check {
     let again = "import or upload the model again";
     if !sizes.contains_key(MANIFEST_NAME) {
         let fix = "upload it with `millrace import --to`, or pin model.digest; without either, nothing says \

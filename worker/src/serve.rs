@@ -17,33 +17,30 @@
 //! while broker or object store are away.
 
 mod attempt;
+mod line;
 mod pulse;
 
+pub use line::{LineParts, ServingLine};
+
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use millrace_crds::config::{ClassWeights, QueueConfig, ResultsConfig};
 use millrace_crds::job::JobHeaders;
-use millrace_crds::names::{JobId, ModelRef};
+use millrace_crds::names::JobId;
 use millrace_crds::result::{ErrorCode, OutcomeKind};
 use time::OffsetDateTime;
-use tokio::sync::{Notify, RwLock};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::capacity::Capacity;
 use crate::failpoint::reach;
-use crate::metrics::WorkerMetrics;
 use crate::run::Run;
-use crate::watchdog::Watch;
-use millrace_queue::broker::{Broker, BrokerError, Created};
-use millrace_queue::cancel::Cancels;
+use millrace_queue::broker::{BrokerError, Created};
 use millrace_queue::claim::Claims;
-use millrace_queue::delivery::{Delivery, PullTrouble, Queue};
+use millrace_queue::delivery::{Delivery, Queue};
 use millrace_queue::fault::{Disposition, Fault};
-use millrace_queue::results::{Known, Outcome, OutcomeEnvelope, Results, StoredOutcome, reason};
-use millrace_queue::tokens::Tokens;
+use millrace_queue::results::{Known, Outcome, OutcomeEnvelope, StoredOutcome, reason};
 use pulse::{HeldBy, Pulse, keep_alive};
 
 /// Deliveries after which a job is given up whatever its ledger says, in multiples of its attempts: the bound
@@ -55,65 +52,6 @@ const OUTCOME_HEADER_BYTES_MAX: usize = 8 << 10;
 const STORE_PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 /// After the drain's end, how long handing back may take.
 const HAND_BACK_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// Everything that a job passes on its way. One a worker.
-#[derive(Debug)]
-pub struct ServingLine<R> {
-    /// The engine's side.
-    pub run: R,
-    /// The connection.
-    pub broker: Broker,
-    /// The model that is served.
-    pub model: ModelRef,
-    /// Outcomes.
-    pub results: Results,
-    /// Token deltas.
-    pub tokens: Tokens,
-    /// Cancellations.
-    pub cancels: Cancels,
-    /// Claim checks.
-    pub claims: Claims,
-    /// Counters.
-    pub metrics: Arc<WorkerMetrics>,
-    /// What the watchdog sees.
-    pub watch: Watch,
-    /// Why no job can be pulled, if none can.
-    pub trouble: PullTrouble,
-    /// The queue's settings.
-    pub queue: QueueConfig,
-    /// Jobs that ended here since the start.
-    pub finished: AtomicU64,
-    alone: RwLock<()>,
-    capacity: std::sync::Mutex<Capacity>,
-    freed: Notify,
-    drain_over: CancellationToken,
-    broken: CancellationToken,
-}
-
-/// What a line is made from.
-#[derive(Debug)]
-pub struct LineParts<R> {
-    /// The engine's side.
-    pub run: R,
-    /// The connection.
-    pub broker: Broker,
-    /// The model that is served.
-    pub model: ModelRef,
-    /// This worker.
-    pub worker: millrace_crds::names::SubjectToken,
-    /// Digest of the model's files.
-    pub digest: String,
-    /// The queue's settings.
-    pub queue: QueueConfig,
-    /// Claim checks.
-    pub claims: Claims,
-    /// Counters.
-    pub metrics: Arc<WorkerMetrics>,
-    /// What the watchdog sees.
-    pub watch: Watch,
-    /// Where it is said why no job can be pulled.
-    pub trouble: PullTrouble,
-}
 
 /// Why serving ended other than by a drain.
 #[derive(Debug, thiserror::Error)]
@@ -135,39 +73,6 @@ enum Ended {
     AlreadyDone(OutcomeKind),
     /// Its outcome is stored and the ack was not confirmed: it comes again and is finished then.
     Unconfirmed(OutcomeKind),
-}
-
-impl<R: Run> ServingLine<R> {
-    /// A line that holds no job yet.
-    pub fn new(parts: LineParts<R>) -> Arc<Self> {
-        let LineParts { run, broker, model, worker, digest, queue, claims, metrics, watch, trouble } = parts;
-        let capacity = Capacity::new(run.limits()).into();
-        Arc::new(Self {
-            results: Results::new(broker.clone(), model.clone(), worker, digest),
-            tokens: Tokens::new(broker.clone(), model.clone()),
-            cancels: Cancels::default(),
-            finished: AtomicU64::new(0),
-            alone: RwLock::new(()),
-            freed: Notify::new(),
-            drain_over: CancellationToken::new(),
-            broken: CancellationToken::new(),
-            capacity,
-            run,
-            broker,
-            model,
-            claims,
-            metrics,
-            watch,
-            trouble,
-            queue,
-        })
-    }
-
-    fn free_slots(&self) -> usize {
-        let held = usize::try_from(self.metrics.held.get()).unwrap_or(0);
-        let waiting = self.run.load().waiting.load(Ordering::Relaxed);
-        self.capacity.lock().unwrap_or_else(std::sync::PoisonError::into_inner).free(held, waiting)
-    }
 }
 
 /// Pulls and runs jobs until `drain` is cancelled; then finishes what it holds within `drain_timeout` and

@@ -5,7 +5,7 @@
 //! texts of one message that the template cannot take in parts are joined with line feeds.
 
 use crate::text::jinja::json;
-use crate::text::jinja::value::{Dict, Value};
+use crate::text::jinja::value::{Dict, PyValue};
 use crate::text::job::{Chat, Json, Reject};
 
 /// What a template can take.
@@ -28,21 +28,21 @@ fn refuse(error: String) -> Reject {
     Reject::Template(error)
 }
 
-fn read(json: &Json) -> Result<Value, Reject> {
+fn read(json: &Json) -> Result<PyValue, Reject> {
     json::parse(&json.0).map_err(refuse)
 }
 
 /// A list of values.
-pub fn list(values: Vec<Value>) -> Result<Value, Reject> {
-    Value::list(values).map_err(|_| refuse("the messages nest too deep".into()))
+pub fn list(values: Vec<PyValue>) -> Result<PyValue, Reject> {
+    PyValue::list(values).map_err(|_| refuse("the messages nest too deep".into()))
 }
 
-fn dict(dict: Dict) -> Result<Value, Reject> {
-    Value::dict(dict).map_err(|_| refuse("the messages nest too deep".into()))
+fn dict(dict: Dict) -> Result<PyValue, Reject> {
+    PyValue::dict(dict).map_err(|_| refuse("the messages nest too deep".into()))
 }
 
 /// The variables that the request gives.
-pub fn variables(chat: &Chat) -> Result<Vec<(String, Value)>, Reject> {
+pub fn variables(chat: &Chat) -> Result<Vec<(String, PyValue)>, Reject> {
     let mut found = Vec::new();
     for (name, json) in [("tools", &chat.tools), ("documents", &chat.documents)] {
         if let Some(json) = json {
@@ -50,7 +50,7 @@ pub fn variables(chat: &Chat) -> Result<Vec<(String, Value)>, Reject> {
         }
     }
     if let Some(json) = &chat.variables
-        && let Value::Dict(dict) = read(json)?
+        && let PyValue::Dict(dict) = read(json)?
     {
         found.extend(dict.entries().iter().map(|(name, value)| (name.to_text(), value.clone())));
     }
@@ -58,30 +58,30 @@ pub fn variables(chat: &Chat) -> Result<Vec<(String, Value)>, Reject> {
 }
 
 /// The messages.
-pub fn messages(chat: &Chat, abilities: Abilities) -> Result<Vec<Value>, Reject> {
+pub fn messages(chat: &Chat, abilities: Abilities) -> Result<Vec<PyValue>, Reject> {
     chat.messages.iter().map(|json| message(json, abilities)).collect()
 }
 
-fn message(json: &Json, abilities: Abilities) -> Result<Value, Reject> {
-    let Value::Dict(given) = read(json)? else { return Err(refuse("a message is no object".into())) };
+fn message(json: &Json, abilities: Abilities) -> Result<PyValue, Reject> {
+    let PyValue::Dict(given) = read(json)? else { return Err(refuse("a message is no object".into())) };
     let reasoning = REASONING.iter().find_map(|name| given.get_text(name).filter(|value| says(value)));
     let mut made = Dict::default();
     if let Some(reasoning) = reasoning {
-        made.insert(Value::text("thinking"), reasoning.clone());
+        made.insert(PyValue::text("thinking"), reasoning.clone());
     }
     for (name, value) in given.entries() {
         let text = name.to_text();
         let value = match (text.as_str(), value) {
-            (_, Value::None) => continue,
-            ("tool_calls", Value::List(calls)) if calls.items.is_empty() => continue,
-            ("tool_calls", Value::List(calls)) => {
+            (_, PyValue::None) => continue,
+            ("tool_calls", PyValue::List(calls)) if calls.items.is_empty() => continue,
+            ("tool_calls", PyValue::List(calls)) => {
                 list(calls.items.iter().map(tool_call).collect::<Result<_, _>>()?)?
             }
-            ("content", Value::List(parts)) if !abilities.parts || parts.items.is_empty() => {
-                Value::text(joined(&parts.items))
+            ("content", PyValue::List(parts)) if !abilities.parts || parts.items.is_empty() => {
+                PyValue::text(joined(&parts.items))
             }
-            ("role", Value::Text(role)) if &**role == "developer" && !abilities.developer => {
-                Value::text("system")
+            ("role", PyValue::Text(role)) if &**role == "developer" && !abilities.developer => {
+                PyValue::text("system")
             }
             (name, _) if BOOKKEEPING.contains(&name) => continue,
             _ => value.clone(),
@@ -89,47 +89,47 @@ fn message(json: &Json, abilities: Abilities) -> Result<Value, Reject> {
         made.insert(name.clone(), value);
     }
     if let Some(reasoning) = reasoning {
-        made.insert(Value::text("reasoning_content"), reasoning.clone());
+        made.insert(PyValue::text("reasoning_content"), reasoning.clone());
     }
-    let is_assistant = made.get_text("role").is_some_and(|role| role.equals(&Value::text("assistant")));
+    let is_assistant = made.get_text("role").is_some_and(|role| role.equals(&PyValue::text("assistant")));
     if is_assistant && made.get_text("content").is_none() && made.get_text("tool_calls").is_none() {
-        made.insert(Value::text("content"), Value::text(""));
+        made.insert(PyValue::text("content"), PyValue::text(""));
     }
     dict(made)
 }
 
 /// Whether a value is more than nothing.
-fn says(value: &Value) -> bool {
-    !matches!(value, Value::None)
+fn says(value: &PyValue) -> bool {
+    !matches!(value, PyValue::None)
 }
 
 /// The texts of a message's parts.
-fn joined(parts: &[Value]) -> String {
-    let text = |part: &Value| match part {
-        Value::Dict(part) => part.get_text("text").map(Value::to_text).unwrap_or_default(),
+fn joined(parts: &[PyValue]) -> String {
+    let text = |part: &PyValue| match part {
+        PyValue::Dict(part) => part.get_text("text").map(PyValue::to_text).unwrap_or_default(),
         _ => String::new(),
     };
     parts.iter().map(text).collect::<Vec<_>>().join("\n")
 }
 
 /// A tool call with its arguments as values. Callers send them as JSON text, as they came out of a model.
-fn tool_call(call: &Value) -> Result<Value, Reject> {
-    let Value::Dict(given) = call else { return Ok(call.clone()) };
+fn tool_call(call: &PyValue) -> Result<PyValue, Reject> {
+    let PyValue::Dict(given) = call else { return Ok(call.clone()) };
     let mut made = Dict::default();
     for (name, value) in given.entries() {
         let value = match (name.to_text().as_str(), value) {
-            (_, Value::None) => continue,
-            ("function", Value::Dict(function)) => {
+            (_, PyValue::None) => continue,
+            ("function", PyValue::Dict(function)) => {
                 let mut inner = Dict::default();
                 for (name, value) in function.entries() {
                     let value = match (name.to_text().as_str(), value) {
-                        ("arguments", Value::Text(text)) if text.trim().is_empty() => {
-                            Value::dict(Dict::default()).ok()
+                        ("arguments", PyValue::Text(text)) if text.trim().is_empty() => {
+                            PyValue::dict(Dict::default()).ok()
                         }
-                        ("arguments", Value::Text(text)) => Some(json::parse(text).map_err(refuse)?),
+                        ("arguments", PyValue::Text(text)) => Some(json::parse(text).map_err(refuse)?),
                         _ => Some(value.clone()),
                     };
-                    inner.insert(name.clone(), value.unwrap_or(Value::None));
+                    inner.insert(name.clone(), value.unwrap_or(PyValue::None));
                 }
                 dict(inner)?
             }
@@ -141,28 +141,28 @@ fn tool_call(call: &Value) -> Result<Value, Reject> {
 }
 
 /// Puts a tag behind the text of the last message; gives the text.
-pub fn mark_end(messages: &mut [Value], tag: &str) -> Result<String, Reject> {
+pub fn mark_end(messages: &mut [PyValue], tag: &str) -> Result<String, Reject> {
     let nothing = || refuse("the final message, which is to be continued, has no text".into());
     let last = messages.last_mut().ok_or_else(nothing)?;
-    let Value::Dict(given) = &*last else { return Err(nothing()) };
+    let PyValue::Dict(given) = &*last else { return Err(nothing()) };
     let mut made = Dict::default();
     let mut found = None;
     for (name, value) in given.entries() {
         let value = match (name.to_text().as_str(), value) {
-            ("content", Value::Text(text)) => {
+            ("content", PyValue::Text(text)) => {
                 found = Some(text.to_string());
-                Value::text(format!("{text}{tag}"))
+                PyValue::text(format!("{text}{tag}"))
             }
-            ("content", Value::List(parts)) => {
+            ("content", PyValue::List(parts)) => {
                 let mut parts = parts.items.clone();
-                if let Some(Value::Dict(part)) = parts.last().cloned()
-                    && let Some(text) = part.get_text("text").map(Value::to_text)
+                if let Some(PyValue::Dict(part)) = parts.last().cloned()
+                    && let Some(text) = part.get_text("text").map(PyValue::to_text)
                 {
                     let mut tagged = Dict::default();
                     part.entries()
                         .iter()
                         .for_each(|(name, value)| tagged.insert(name.clone(), value.clone()));
-                    tagged.insert(Value::text("text"), Value::text(format!("{text}{tag}")));
+                    tagged.insert(PyValue::text("text"), PyValue::text(format!("{text}{tag}")));
                     parts.pop();
                     parts.push(dict(tagged)?);
                     found = Some(text);

@@ -36,17 +36,17 @@ mod tests;
 mod text;
 pub mod value;
 
-use value::Value;
+use value::PyValue;
 
 /// A parsed template.
 #[derive(Debug)]
 pub struct Program {
-    body: Vec<syntax::Node>,
+    body: Vec<syntax::Statement>,
 }
 
 /// Bounds of one rendering.
 #[derive(Debug, Clone, Copy)]
-pub struct Bounds {
+pub struct RenderBounds {
     /// Instructions: one for each statement and expression, and for each 64 bytes or 1 element that they work on.
     pub instructions: u64,
     /// Bytes of the output, and of each text on the way.
@@ -55,9 +55,9 @@ pub struct Bounds {
 
 /// What a template does not control: its variables and its clock.
 #[derive(Debug)]
-pub struct Context {
+pub struct RenderContext {
     /// By name; a later one hides an earlier one of its name.
-    pub variables: Vec<(String, Value)>,
+    pub variables: Vec<(String, PyValue)>,
     /// `strftime_now`, in Unix seconds.
     pub now: i64,
 }
@@ -65,7 +65,7 @@ pub struct Context {
 /// Why a template cannot be parsed or rendered.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message} (line {line} of the template)")]
-pub struct Fault {
+pub struct TemplateFault {
     /// What is wrong.
     pub message: String,
     /// Where, from 1.
@@ -92,8 +92,8 @@ impl Raised {
         self
     }
 
-    fn fault(self) -> Fault {
-        Fault { message: self.message, line: self.line.unwrap_or(1) }
+    fn fault(self) -> TemplateFault {
+        TemplateFault { message: self.message, line: self.line.unwrap_or(1) }
     }
 }
 
@@ -102,7 +102,7 @@ impl Program {
     ///
     /// # Errors
     /// When it is no template, or uses what is not known here.
-    pub fn parse(source: &str) -> Result<Program, Fault> {
+    pub fn parse(source: &str) -> Result<Program, TemplateFault> {
         let tokens = lexer::tokens(source).map_err(Raised::fault)?;
         let body = parser::Parser::new(tokens).template().map_err(Raised::fault)?;
         Ok(Program { body })
@@ -112,7 +112,7 @@ impl Program {
     ///
     /// # Errors
     /// What the template raises, and what exceeds the bounds.
-    pub fn render(&self, context: &Context, bounds: Bounds) -> Result<String, Fault> {
+    pub fn render(&self, context: &RenderContext, bounds: RenderBounds) -> Result<String, TemplateFault> {
         run::Machine::new(context, bounds).render(&self.body).map_err(Raised::fault)
     }
 }

@@ -3,23 +3,23 @@
 //! The marks are two characters of private use, as in transformers' `sanitize_control_tokens`. A template may cut text
 //! between them; a mark that stands alone is dropped.
 
-use crate::text::jinja::value::{Dict, Value};
+use crate::text::jinja::value::{Dict, PyValue};
 
 const BEGIN: char = '\u{F0000}';
 const END: char = '\u{F0001}';
 
 /// A value whose texts have marks around these tokens. Names of fields stay as they are.
-pub fn marked(value: &Value, tokens: &[&str]) -> Value {
-    let kept = |made: Option<Value>| made.unwrap_or_else(|| value.clone());
+pub fn marked(value: &PyValue, tokens: &[&str]) -> PyValue {
+    let kept = |made: Option<PyValue>| made.unwrap_or_else(|| value.clone());
     match value {
-        Value::Text(text) => Value::text(marked_text(text, tokens)),
-        Value::List(list) => {
-            kept(Value::list(list.items.iter().map(|item| marked(item, tokens)).collect()).ok())
+        PyValue::Text(text) => PyValue::text(marked_text(text, tokens)),
+        PyValue::List(list) => {
+            kept(PyValue::list(list.items.iter().map(|item| marked(item, tokens)).collect()).ok())
         }
-        Value::Dict(dict) => {
+        PyValue::Dict(dict) => {
             let mut made = Dict::default();
             dict.entries().iter().for_each(|(name, value)| made.insert(name.clone(), marked(value, tokens)));
-            kept(Value::dict(made).ok())
+            kept(PyValue::dict(made).ok())
         }
         other => other.clone(),
     }

@@ -6,8 +6,8 @@
 //! attempt renders the same text.
 
 use crate::text::conversation::{self, Abilities};
-use crate::text::jinja::value::Value;
-use crate::text::jinja::{Bounds, Context, Fault, Program, json};
+use crate::text::jinja::value::PyValue;
+use crate::text::jinja::{Program, RenderBounds, RenderContext, TemplateFault, json};
 use crate::text::job::{Chat, Reject};
 use crate::text::marks;
 
@@ -82,17 +82,22 @@ impl Template {
         })
     }
 
-    fn run(&self, messages: &[Value], variables: &[(String, Value)], created: i64) -> Result<String, Reject> {
-        let text = |token: &str| Value::text(token);
-        let mut all: Vec<(String, Value)> =
+    fn run(
+        &self,
+        messages: &[PyValue],
+        variables: &[(String, PyValue)],
+        created: i64,
+    ) -> Result<String, Reject> {
+        let text = |token: &str| PyValue::text(token);
+        let mut all: Vec<(String, PyValue)> =
             self.special_tokens.iter().map(|(name, token)| (name.clone(), text(token))).collect();
-        all.push(("tools".into(), Value::None));
-        all.push(("documents".into(), Value::None));
-        all.push(("add_generation_prompt".into(), Value::Bool(true)));
+        all.push(("tools".into(), PyValue::None));
+        all.push(("documents".into(), PyValue::None));
+        all.push(("add_generation_prompt".into(), PyValue::Bool(true)));
         all.push(("messages".into(), conversation::list(messages.to_vec())?));
         all.extend(variables.iter().cloned());
-        let bounds = Bounds { instructions: INSTRUCTIONS_MAX, bytes: OUTPUT_BYTES_MAX };
-        let context = Context { variables: all, now: created };
+        let bounds = RenderBounds { instructions: INSTRUCTIONS_MAX, bytes: OUTPUT_BYTES_MAX };
+        let context = RenderContext { variables: all, now: created };
         self.program.render(&context, bounds).map_err(|fault| Reject::Template(describe(&fault)))
     }
 
@@ -112,7 +117,7 @@ impl Template {
             messages.iter_mut().for_each(|message| *message = marks::marked(message, tokens));
             variables.iter_mut().for_each(|(_, value)| *value = marks::marked(value, tokens));
         }
-        variables.push(("add_generation_prompt".into(), Value::Bool(chat.add_generation_prompt)));
+        variables.push(("add_generation_prompt".into(), PyValue::Bool(chat.add_generation_prompt)));
         if !chat.continue_final_message {
             return self.run(&messages, &variables, created);
         }
@@ -140,7 +145,7 @@ fn cut_at_tag(mut rendered: String, last: &str) -> Result<String, Reject> {
 }
 
 /// The message of the template's author or of the renderer, with the line.
-fn describe(fault: &Fault) -> String {
+fn describe(fault: &TemplateFault) -> String {
     let message: String = fault.message.chars().take(ERROR_CHARS_MAX).collect();
     format!("{message} (line {} of the template)", fault.line)
 }

@@ -18,14 +18,14 @@ const SMALL_BYTES_MAX: u64 = 128 << 20;
 const HEADER_BYTES_MAX: u64 = 64 << 20;
 
 /// Where a folder lies.
-pub enum Folder {
+pub enum FolderAt {
     /// On this machine.
     Local(PathBuf),
     /// In an object store.
     Remote(Store, S3Uri),
 }
 
-impl Folder {
+impl FolderAt {
     /// Reaches the folder.
     pub async fn open(uri: &str, store: &StoreArgs) -> Result<Self, String> {
         if !uri.starts_with("s3://") {

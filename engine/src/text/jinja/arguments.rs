@@ -1,18 +1,18 @@
 //! The arguments of one call, bound to names as Python binds them.
 
-use super::value::Value;
+use super::value::PyValue;
 use super::{Outcome, raise};
 
 /// Arguments by place and by name.
 #[derive(Debug, Default, Clone)]
 pub struct Given {
-    pub positional: Vec<Value>,
-    pub named: Vec<(String, Value)>,
+    pub positional: Vec<PyValue>,
+    pub named: Vec<(String, PyValue)>,
 }
 
 impl Given {
     /// Arguments by place alone.
-    pub fn of(positional: Vec<Value>) -> Self {
+    pub fn of(positional: Vec<PyValue>) -> Self {
         Self { positional, named: Vec::new() }
     }
 
@@ -20,7 +20,7 @@ impl Given {
     ///
     /// # Errors
     /// When there are too many, or one has no such name.
-    pub fn bind<const N: usize>(&self, function: &str, names: [&str; N]) -> Outcome<[Option<Value>; N]> {
+    pub fn bind<const N: usize>(&self, function: &str, names: [&str; N]) -> Outcome<[Option<PyValue>; N]> {
         let mut values = [const { None }; N];
         if self.positional.len() > N {
             let count = self.positional.len();
@@ -42,7 +42,7 @@ impl Given {
     }
 
     /// As [`Given::bind`], for a function that takes no names.
-    pub fn places<const N: usize>(&self, function: &str) -> Outcome<[Option<Value>; N]> {
+    pub fn places<const N: usize>(&self, function: &str) -> Outcome<[Option<PyValue>; N]> {
         if !self.named.is_empty() {
             return raise(format!("{function}() takes no keyword arguments"));
         }
@@ -51,27 +51,27 @@ impl Given {
 }
 
 /// A text argument.
-pub fn text(function: &str, value: &Value) -> Outcome<std::rc::Rc<str>> {
+pub fn text(function: &str, value: &PyValue) -> Outcome<std::rc::Rc<str>> {
     match value {
-        Value::Text(text) => Ok(text.clone()),
-        Value::Undefined(message) => raise(&**message),
+        PyValue::Text(text) => Ok(text.clone()),
+        PyValue::Undefined(message) => raise(&**message),
         other => raise(format!("{function}: expected str, found {}", other.type_name())),
     }
 }
 
 /// A text argument that may be absent or `None`.
-pub fn optional_text(function: &str, value: Option<&Value>) -> Outcome<Option<std::rc::Rc<str>>> {
+pub fn optional_text(function: &str, value: Option<&PyValue>) -> Outcome<Option<std::rc::Rc<str>>> {
     match value {
-        None | Some(Value::None) => Ok(None),
+        None | Some(PyValue::None) => Ok(None),
         Some(value) => text(function, value).map(Some),
     }
 }
 
 /// A whole number argument.
-pub fn integer(function: &str, value: Option<&Value>, default: i128) -> Outcome<i128> {
+pub fn integer(function: &str, value: Option<&PyValue>, default: i128) -> Outcome<i128> {
     match value {
         None => Ok(default),
-        Some(Value::Undefined(message)) => raise(&**message),
+        Some(PyValue::Undefined(message)) => raise(&**message),
         Some(value) => match value.as_int() {
             Some(number) => Ok(number),
             None => raise(format!(

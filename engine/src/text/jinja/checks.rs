@@ -2,8 +2,8 @@
 
 use super::arguments::Given;
 use super::operators::{binary, compare};
-use super::syntax::{Comparison, Operator};
-use super::value::Value;
+use super::syntax::{BinaryOp, CompareOp};
+use super::value::PyValue;
 use super::{Outcome, filters, raise, text};
 
 const NAMES: [&str; 39] = [
@@ -54,7 +54,7 @@ pub fn is_known(name: &str) -> bool {
 }
 
 /// Runs a test.
-pub fn check(name: &str, of: &Value, given: &Given) -> Outcome<bool> {
+pub fn check(name: &str, of: &PyValue, given: &Given) -> Outcome<bool> {
     let [argument] = given.bind(name, [if name == "divisibleby" { "num" } else { "other" }])?;
     let needed = || match &argument {
         Some(argument) => Ok(argument.clone()),
@@ -63,67 +63,71 @@ pub fn check(name: &str, of: &Value, given: &Given) -> Outcome<bool> {
     let compared = |comparison| compare(comparison, of, &needed()?);
     Ok(match name {
         "odd" | "even" | "divisibleby" => {
-            let by = if name == "divisibleby" { needed()? } else { Value::Int(2) };
-            let rest = binary(Operator::Modulo, of, &by, 0)?;
-            rest.equals(&Value::Int(i128::from(name == "odd")))
+            let by = if name == "divisibleby" { needed()? } else { PyValue::Int(2) };
+            let rest = binary(BinaryOp::Modulo, of, &by, 0)?;
+            rest.equals(&PyValue::Int(i128::from(name == "odd")))
         }
-        "defined" => !matches!(of, Value::Undefined(_)),
-        "undefined" => matches!(of, Value::Undefined(_)),
-        "filter" => matches!(of, Value::Text(name) if filters::is_known(name)),
-        "test" => matches!(of, Value::Text(name) if is_known(name)),
-        "none" => matches!(of, Value::None),
-        "boolean" => matches!(of, Value::Bool(_)),
-        "false" => matches!(of, Value::Bool(false)),
-        "true" => matches!(of, Value::Bool(true)),
-        "integer" => matches!(of, Value::Int(_)),
-        "float" => matches!(of, Value::Float(_)),
-        "number" => matches!(of, Value::Int(_) | Value::Float(_) | Value::Bool(_)),
-        "string" => matches!(of, Value::Text(_)),
-        "mapping" => matches!(of, Value::Dict(_)),
+        "defined" => !matches!(of, PyValue::Undefined(_)),
+        "undefined" => matches!(of, PyValue::Undefined(_)),
+        "filter" => matches!(of, PyValue::Text(name) if filters::is_known(name)),
+        "test" => matches!(of, PyValue::Text(name) if is_known(name)),
+        "none" => matches!(of, PyValue::None),
+        "boolean" => matches!(of, PyValue::Bool(_)),
+        "false" => matches!(of, PyValue::Bool(false)),
+        "true" => matches!(of, PyValue::Bool(true)),
+        "integer" => matches!(of, PyValue::Int(_)),
+        "float" => matches!(of, PyValue::Float(_)),
+        "number" => matches!(of, PyValue::Int(_) | PyValue::Float(_) | PyValue::Bool(_)),
+        "string" => matches!(of, PyValue::Text(_)),
+        "mapping" => matches!(of, PyValue::Dict(_)),
         "sequence" => {
             matches!(
                 of,
-                Value::Text(_) | Value::List(_) | Value::Dict(_) | Value::Range(..) | Value::Undefined(_)
+                PyValue::Text(_)
+                    | PyValue::List(_)
+                    | PyValue::Dict(_)
+                    | PyValue::Range(..)
+                    | PyValue::Undefined(_)
             )
         }
         "iterable" => {
-            !matches!(of, Value::None) && (of.length().is_some() || matches!(of, Value::Iterator(_)))
+            !matches!(of, PyValue::None) && (of.length().is_some() || matches!(of, PyValue::Iterator(_)))
         }
         "callable" => {
             matches!(
                 of,
-                Value::Macro(_)
-                    | Value::Function(_)
-                    | Value::Method(_)
-                    | Value::Loop(_)
-                    | Value::Undefined(_)
+                PyValue::Macro(_)
+                    | PyValue::Function(_)
+                    | PyValue::Method(_)
+                    | PyValue::Loop(_)
+                    | PyValue::Undefined(_)
             )
         }
         "lower" => text::is(&of.to_text(), "islower"),
         "upper" => text::is(&of.to_text(), "isupper"),
         "escaped" => false,
         "sameas" => same(of, &needed()?),
-        "in" => compared(Comparison::In)?,
-        "==" | "eq" | "equalto" => compared(Comparison::Equal)?,
-        "!=" | "ne" => compared(Comparison::Unequal)?,
-        ">" | "gt" | "greaterthan" => compared(Comparison::Greater)?,
-        ">=" | "ge" => compared(Comparison::GreaterOrEqual)?,
-        "<" | "lt" | "lessthan" => compared(Comparison::Less)?,
-        "<=" | "le" => compared(Comparison::LessOrEqual)?,
+        "in" => compared(CompareOp::In)?,
+        "==" | "eq" | "equalto" => compared(CompareOp::Equal)?,
+        "!=" | "ne" => compared(CompareOp::Unequal)?,
+        ">" | "gt" | "greaterthan" => compared(CompareOp::Greater)?,
+        ">=" | "ge" => compared(CompareOp::GreaterOrEqual)?,
+        "<" | "lt" | "lessthan" => compared(CompareOp::Less)?,
+        "<=" | "le" => compared(CompareOp::LessOrEqual)?,
         other => return raise(format!("no test named '{other}'")),
     })
 }
 
 /// `is` of Python, as far as it does not depend on where values lie.
-fn same(a: &Value, b: &Value) -> bool {
+fn same(a: &PyValue, b: &PyValue) -> bool {
     match (a, b) {
-        (Value::Bool(_), Value::Bool(_)) | (Value::None, Value::None) | (Value::Int(_), Value::Int(_)) => {
-            a.equals(b)
-        }
-        (Value::Text(a), Value::Text(b)) => a == b,
-        (Value::List(a), Value::List(b)) => std::rc::Rc::ptr_eq(a, b),
-        (Value::Dict(a), Value::Dict(b)) => std::rc::Rc::ptr_eq(a, b),
-        (Value::Namespace(a), Value::Namespace(b)) => a == b,
+        (PyValue::Bool(_), PyValue::Bool(_))
+        | (PyValue::None, PyValue::None)
+        | (PyValue::Int(_), PyValue::Int(_)) => a.equals(b),
+        (PyValue::Text(a), PyValue::Text(b)) => a == b,
+        (PyValue::List(a), PyValue::List(b)) => std::rc::Rc::ptr_eq(a, b),
+        (PyValue::Dict(a), PyValue::Dict(b)) => std::rc::Rc::ptr_eq(a, b),
+        (PyValue::Namespace(a), PyValue::Namespace(b)) => a == b,
         _ => false,
     }
 }

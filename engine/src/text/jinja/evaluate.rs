@@ -5,7 +5,7 @@ use std::rc::Rc;
 use super::arguments::{Given, integer, text};
 use super::run::Machine;
 use super::syntax::{Arguments, Expr, ExprKind, Literal};
-use super::value::{Dict, Value, View, range_length};
+use super::value::{Dict, PyValue, View, range_length};
 use super::{Outcome, Raised, checks, clock, filters, methods, operators, raise};
 
 /// Functions of the environment.
@@ -24,7 +24,7 @@ pub fn check_attribute(name: &str) -> Outcome<()> {
 }
 
 impl<'p> Machine<'p> {
-    pub(super) fn evaluate(&mut self, expr: &'p Expr) -> Outcome<Value> {
+    pub(super) fn evaluate(&mut self, expr: &'p Expr) -> Outcome<PyValue> {
         self.enter()?;
         let value = match &expr.kind {
             ExprKind::Call(..) => self.call_with(expr, None),
@@ -34,19 +34,19 @@ impl<'p> Machine<'p> {
         value.map_err(|raised| raised.at(expr.line))
     }
 
-    fn kind(&mut self, kind: &'p ExprKind) -> Outcome<Value> {
+    fn kind(&mut self, kind: &'p ExprKind) -> Outcome<PyValue> {
         match kind {
             ExprKind::Literal(literal) => Ok(match literal {
-                Literal::None => Value::None,
-                Literal::Bool(value) => Value::Bool(*value),
-                Literal::Int(value) => Value::Int(*value),
-                Literal::Float(value) => Value::Float(*value),
-                Literal::Text(text) => Value::text(text.as_str()),
+                Literal::None => PyValue::None,
+                Literal::Bool(value) => PyValue::Bool(*value),
+                Literal::Int(value) => PyValue::Int(*value),
+                Literal::Float(value) => PyValue::Float(*value),
+                Literal::Text(text) => PyValue::text(text.as_str()),
             }),
             ExprKind::Name(name) => Ok(self.name(name)),
-            ExprKind::Body => Ok(self.bodies.last().cloned().unwrap_or(Value::None)),
-            ExprKind::List(parts) => Value::list(self.all(parts)?),
-            ExprKind::Tuple(parts) => Value::tuple(self.all(parts)?),
+            ExprKind::Body => Ok(self.bodies.last().cloned().unwrap_or(PyValue::None)),
+            ExprKind::List(parts) => PyValue::list(self.all(parts)?),
+            ExprKind::Tuple(parts) => PyValue::tuple(self.all(parts)?),
             ExprKind::Dict(parts) => self.dict(parts),
             ExprKind::Attribute(of, name) => {
                 let of = self.evaluate(of)?;
@@ -63,7 +63,7 @@ impl<'p> Machine<'p> {
                     *value = part.as_ref().map(|part| self.evaluate(part)).transpose()?;
                 }
                 self.spend_on(&of)?;
-                if let Value::Undefined(message) = &of {
+                if let PyValue::Undefined(message) = &of {
                     return raise(&**message);
                 }
                 operators::slice(&of, values)
@@ -76,15 +76,15 @@ impl<'p> Machine<'p> {
             ExprKind::Test(of, name, arguments) => {
                 let of = self.evaluate(of)?;
                 let given = self.given(arguments)?;
-                checks::check(name, &of, &given).map(Value::Bool)
+                checks::check(name, &of, &given).map(PyValue::Bool)
             }
             other => self.operation(other),
         }
     }
 
-    fn operation(&mut self, kind: &'p ExprKind) -> Outcome<Value> {
+    fn operation(&mut self, kind: &'p ExprKind) -> Outcome<PyValue> {
         match kind {
-            ExprKind::Not(of) => Ok(Value::Bool(!self.evaluate(of)?.is_true())),
+            ExprKind::Not(of) => Ok(PyValue::Bool(!self.evaluate(of)?.is_true())),
             ExprKind::Negative(of) => operators::signed(&self.evaluate(of)?, true),
             ExprKind::Positive(of) => operators::signed(&self.evaluate(of)?, false),
             ExprKind::And(left, right) => {
@@ -108,18 +108,18 @@ impl<'p> Machine<'p> {
                     let right = self.evaluate(right)?;
                     self.spend_on(&right)?;
                     if !operators::compare(*comparison, &left, &right)? {
-                        return Ok(Value::Bool(false));
+                        return Ok(PyValue::Bool(false));
                     }
                     left = right;
                 }
-                Ok(Value::Bool(true))
+                Ok(PyValue::Bool(true))
             }
             ExprKind::Concat(parts) => {
                 let mut out = String::new();
                 for part in parts {
                     out.push_str(&self.evaluate(part)?.to_text());
                 }
-                self.bounded(Value::text(out))
+                self.bounded(PyValue::text(out))
             }
             ExprKind::Conditional(then, test, other) => {
                 if self.evaluate(test)?.is_true() {
@@ -127,7 +127,7 @@ impl<'p> Machine<'p> {
                 }
                 match other {
                     Some(other) => self.evaluate(other),
-                    None => Ok(Value::undefined(
+                    None => Ok(PyValue::undefined(
                         "the inline if-expression evaluated to false and no else was given",
                     )),
                 }
@@ -136,44 +136,44 @@ impl<'p> Machine<'p> {
         }
     }
 
-    fn all(&mut self, parts: &'p [Expr]) -> Outcome<Vec<Value>> {
+    fn all(&mut self, parts: &'p [Expr]) -> Outcome<Vec<PyValue>> {
         parts.iter().map(|part| self.evaluate(part)).collect()
     }
 
-    fn dict(&mut self, parts: &'p [(Expr, Expr)]) -> Outcome<Value> {
+    fn dict(&mut self, parts: &'p [(Expr, Expr)]) -> Outcome<PyValue> {
         let mut dict = Dict::default();
         for (key, value) in parts {
             let key = self.evaluate(key)?;
             key.check_key()?;
             dict.insert(key, self.evaluate(value)?);
         }
-        Value::dict(dict)
+        PyValue::dict(dict)
     }
 
-    fn name(&self, name: &str) -> Value {
+    fn name(&self, name: &str) -> PyValue {
         match self.lookup(name) {
             Some(value) => value.clone(),
             None => match FUNCTIONS.iter().find(|function| **function == name) {
-                Some(function) => Value::Function(function),
-                None => Value::undefined(format!("'{name}' is undefined")),
+                Some(function) => PyValue::Function(function),
+                None => PyValue::undefined(format!("'{name}' is undefined")),
             },
         }
     }
 
     /// Takes instructions for work on the whole of a value.
-    pub(super) fn spend_on(&mut self, value: &Value) -> Outcome<()> {
+    pub(super) fn spend_on(&mut self, value: &PyValue) -> Outcome<()> {
         match value {
-            Value::Text(text) => self.spend(text.len() / 64),
-            Value::List(list) => self.spend(list.items.len()),
-            Value::Dict(dict) | Value::View(_, dict) => self.spend(dict.entries().len() / 8),
-            Value::Range(start, stop, step) => self.spend(range_length(*start, *stop, *step)),
+            PyValue::Text(text) => self.spend(text.len() / 64),
+            PyValue::List(list) => self.spend(list.items.len()),
+            PyValue::Dict(dict) | PyValue::View(_, dict) => self.spend(dict.entries().len() / 8),
+            PyValue::Range(start, stop, step) => self.spend(range_length(*start, *stop, *step)),
             _ => Ok(()),
         }
     }
 
     /// A value that was made, unless it is too large.
-    pub(super) fn bounded(&mut self, value: Value) -> Outcome<Value> {
-        if let Value::Text(text) = &value
+    pub(super) fn bounded(&mut self, value: PyValue) -> Outcome<PyValue> {
+        if let PyValue::Text(text) = &value
             && text.len() > self.bounds.bytes
         {
             return raise(format!("a text of more than {} bytes", self.bounds.bytes));
@@ -183,11 +183,11 @@ impl<'p> Machine<'p> {
     }
 
     /// `of.name`: the attribute, else the item.
-    pub(super) fn attribute(&mut self, of: &Value, name: &str) -> Outcome<Value> {
+    pub(super) fn attribute(&mut self, of: &PyValue, name: &str) -> Outcome<PyValue> {
         let found = match of {
-            Value::Undefined(message) => return raise(&**message),
-            Value::Namespace(number) => self.namespaces[*number].get_text(name).cloned(),
-            Value::Loop(round) => round.attribute(name)?,
+            PyValue::Undefined(message) => return raise(&**message),
+            PyValue::Namespace(number) => self.namespaces[*number].get_text(name).cloned(),
+            PyValue::Loop(round) => round.attribute(name)?,
             _ => None,
         };
         Ok(found
@@ -197,18 +197,18 @@ impl<'p> Machine<'p> {
     }
 
     /// `of[item]`: the item, else the attribute.
-    pub(super) fn item(&mut self, of: &Value, item: &Value) -> Outcome<Value> {
-        if let Value::Undefined(message) = of {
+    pub(super) fn item(&mut self, of: &PyValue, item: &PyValue) -> Outcome<PyValue> {
+        if let PyValue::Undefined(message) = of {
             return raise(&**message);
         }
-        if matches!(of, Value::Text(_)) {
+        if matches!(of, PyValue::Text(_)) {
             self.spend_on(of)?;
         }
         if let Some(value) = operators::element(of, item) {
             return Ok(value);
         }
         match item {
-            Value::Text(name) => {
+            PyValue::Text(name) => {
                 let name = name.clone();
                 self.attribute(of, &name)
             }
@@ -226,7 +226,7 @@ impl<'p> Machine<'p> {
             given.positional.extend(self.evaluate(spread)?.iterate()?);
         }
         if let Some(spread) = &arguments.spread_named {
-            let Value::Dict(dict) = self.evaluate(spread)? else {
+            let PyValue::Dict(dict) = self.evaluate(spread)? else {
                 return raise("argument after ** must be a mapping");
             };
             for (key, value) in dict.entries() {
@@ -237,7 +237,7 @@ impl<'p> Machine<'p> {
     }
 
     /// A call; with `caller` from a `{% call %}` block.
-    pub(super) fn call_with(&mut self, expr: &'p Expr, caller: Option<Value>) -> Outcome<Value> {
+    pub(super) fn call_with(&mut self, expr: &'p Expr, caller: Option<PyValue>) -> Outcome<PyValue> {
         let ExprKind::Call(callee, arguments) = &expr.kind else { return raise("expected a call") };
         let callee = self.evaluate(callee)?;
         let mut given = self.given(arguments)?;
@@ -245,21 +245,21 @@ impl<'p> Machine<'p> {
         self.call(&callee, given).map_err(|raised| raised.at(expr.line))
     }
 
-    fn call(&mut self, callee: &Value, given: Given) -> Outcome<Value> {
+    fn call(&mut self, callee: &PyValue, given: Given) -> Outcome<PyValue> {
         match callee {
-            Value::Undefined(message) => raise(&**message),
-            Value::Function(name) => self.function(name, &given),
-            Value::Macro(number) => self.call_macro(*number, given),
-            Value::Method(method) => {
+            PyValue::Undefined(message) => raise(&**message),
+            PyValue::Function(name) => self.function(name, &given),
+            PyValue::Macro(number) => self.call_macro(*number, given),
+            PyValue::Method(method) => {
                 let (of, name) = &**method;
                 self.spend_on(of)?;
-                if let Value::Loop(round) = of {
+                if let PyValue::Loop(round) = of {
                     return self.call_loop(round.number, round.index, name, given.positional);
                 }
                 let value = methods::call(of, name, &given, self.bounds.bytes)?;
                 self.bounded(value)
             }
-            Value::Loop(round) => match (round.recursive, given.positional.as_slice()) {
+            PyValue::Loop(round) => match (round.recursive, given.positional.as_slice()) {
                 (Some(number), [items]) => self.run_again(number, items, round.depth),
                 _ => raise("the loop must have the 'recursive' marker to be called"),
             },
@@ -268,7 +268,13 @@ impl<'p> Machine<'p> {
     }
 
     /// `loop.cycle(...)` and `loop.changed(...)`.
-    fn call_loop(&mut self, number: usize, index: usize, name: &str, values: Vec<Value>) -> Outcome<Value> {
+    fn call_loop(
+        &mut self,
+        number: usize,
+        index: usize,
+        name: &str,
+        values: Vec<PyValue>,
+    ) -> Outcome<PyValue> {
         if name == "cycle" {
             let Some(count) = std::num::NonZeroUsize::new(values.len()) else {
                 return raise("no items for cycling given");
@@ -279,19 +285,19 @@ impl<'p> Machine<'p> {
             last.len() == values.len() && last.iter().zip(&values).all(|(a, b)| a.equals(b))
         });
         self.changed[number] = Some(values);
-        Ok(Value::Bool(!same))
+        Ok(PyValue::Bool(!same))
     }
 
-    fn call_macro(&mut self, number: usize, given: Given) -> Outcome<Value> {
+    fn call_macro(&mut self, number: usize, given: Given) -> Outcome<PyValue> {
         let closure = self.closures[number];
         let Given { positional, named } = given;
         let node = closure.node;
-        let mut arguments: Vec<Option<Value>> = vec![None; node.parameters.len()];
+        let mut arguments: Vec<Option<PyValue>> = vec![None; node.parameters.len()];
         let mut places = positional.into_iter();
         for (slot, value) in arguments.iter_mut().zip(places.by_ref()) {
             *slot = Some(value);
         }
-        let rest: Vec<Value> = places.collect();
+        let rest: Vec<PyValue> = places.collect();
         let (mut extra, mut caller) = (Dict::default(), None);
         for (name, value) in named {
             match node.parameters.iter().position(|(parameter, _)| *parameter == name) {
@@ -300,7 +306,7 @@ impl<'p> Machine<'p> {
                 }
                 Some(at) => arguments[at] = Some(value),
                 None if name == "caller" => caller = Some(value),
-                None if node.names.contains(&"kwargs") => extra.insert(Value::text(name), value),
+                None if node.names.contains(&"kwargs") => extra.insert(PyValue::text(name), value),
                 None => return raise(format!("macro '{}' takes no keyword argument '{name}'", node.name)),
             }
         }
@@ -313,9 +319,9 @@ impl<'p> Machine<'p> {
             extras.push((
                 *name,
                 match *name {
-                    "varargs" => Value::tuple(rest.clone())?,
-                    "kwargs" => Value::dict(std::mem::take(&mut extra))?,
-                    _ => caller.take().unwrap_or_else(|| Value::undefined("No caller defined")),
+                    "varargs" => PyValue::tuple(rest.clone())?,
+                    "kwargs" => PyValue::dict(std::mem::take(&mut extra))?,
+                    _ => caller.take().unwrap_or_else(|| PyValue::undefined("No caller defined")),
                 },
             ));
         }
@@ -328,22 +334,22 @@ impl<'p> Machine<'p> {
         self.run_macro(closure, arguments, extras)
     }
 
-    fn function(&mut self, name: &str, given: &Given) -> Outcome<Value> {
+    fn function(&mut self, name: &str, given: &Given) -> Outcome<PyValue> {
         match name {
             "range" => range(given),
             "strftime_now" => {
                 let [format] = given.bind(name, ["format"])?;
-                let format = text(name, &format.unwrap_or(Value::None))?;
-                clock::strftime(self.context.now, &format).map(Value::text)
+                let format = text(name, &format.unwrap_or(PyValue::None))?;
+                clock::strftime(self.context.now, &format).map(PyValue::text)
             }
             "raise_exception" => {
                 let [message] = given.bind(name, ["message"])?;
-                Err(Raised { message: message.unwrap_or(Value::None).to_text(), line: None })
+                Err(Raised { message: message.unwrap_or(PyValue::None).to_text(), line: None })
             }
             _ => {
                 let mut dict = Dict::default();
                 for part in &given.positional {
-                    if let Value::Dict(part) = part {
+                    if let PyValue::Dict(part) = part {
                         part.entries()
                             .iter()
                             .for_each(|(key, value)| dict.insert(key.clone(), value.clone()));
@@ -359,23 +365,23 @@ impl<'p> Machine<'p> {
                     }
                 }
                 for (name, value) in &given.named {
-                    dict.insert(Value::text(name.as_str()), value.clone());
+                    dict.insert(PyValue::text(name.as_str()), value.clone());
                 }
                 if name == "dict" {
-                    return Value::dict(dict);
+                    return PyValue::dict(dict);
                 }
                 for (key, _) in dict.entries() {
                     check_attribute(&key.to_text())?;
                 }
                 // Only a dictionary's own nesting is checked.
-                Value::dict(Dict::default())?;
+                PyValue::dict(Dict::default())?;
                 self.namespaces.push(dict);
-                Ok(Value::Namespace(self.namespaces.len() - 1))
+                Ok(PyValue::Namespace(self.namespaces.len() - 1))
             }
         }
     }
 
-    fn filter(&mut self, name: &str, of: Value, given: Given) -> Outcome<Value> {
+    fn filter(&mut self, name: &str, of: PyValue, given: Given) -> Outcome<PyValue> {
         self.spend_on(&of)?;
         let value = filters::apply(self, name, of, given)?;
         self.bounded(value)
@@ -383,23 +389,23 @@ impl<'p> Machine<'p> {
 }
 
 /// `of[name]` where the attribute is not there.
-fn named(of: &Value, name: &str) -> Option<Value> {
+fn named(of: &PyValue, name: &str) -> Option<PyValue> {
     match of {
-        Value::Dict(dict) => dict.get_text(name).cloned(),
+        PyValue::Dict(dict) => dict.get_text(name).cloned(),
         _ => None,
     }
 }
 
-fn missing(of: &Value, name: &str) -> Value {
+fn missing(of: &PyValue, name: &str) -> PyValue {
     match of {
-        Value::None => Value::undefined(format!("'None' has no attribute '{name}'")),
-        other => Value::undefined(format!("'{} object' has no attribute '{name}'", other.type_name())),
+        PyValue::None => PyValue::undefined(format!("'None' has no attribute '{name}'")),
+        other => PyValue::undefined(format!("'{} object' has no attribute '{name}'", other.type_name())),
     }
 }
 
-fn range(given: &Given) -> Outcome<Value> {
+fn range(given: &Given) -> Outcome<PyValue> {
     let [a, b, c] = given.places("range")?;
-    let bound = |value: &Option<Value>, default| {
+    let bound = |value: &Option<PyValue>, default| {
         let number = integer("range", value.as_ref(), default)?;
         if i64::try_from(number).is_ok() {
             Ok(number)
@@ -420,16 +426,16 @@ fn range(given: &Given) -> Outcome<Value> {
     if length > RANGE_MAX {
         return raise(format!("range too big: the sandbox allows {RANGE_MAX} elements, not {length}"));
     }
-    Ok(Value::Range(start, stop, step))
+    Ok(PyValue::Range(start, stop, step))
 }
 
 impl super::run::Round {
     /// What a template reads of `loop`.
-    fn attribute(self: &Rc<Self>, name: &str) -> Outcome<Option<Value>> {
-        let int = |number: usize| Some(Value::Int(number as i128));
+    fn attribute(self: &Rc<Self>, name: &str) -> Outcome<Option<PyValue>> {
+        let int = |number: usize| Some(PyValue::Int(number as i128));
         let neighbour = |at: Option<usize>, what: &str| {
             let item = at.and_then(|at| self.items.get(at)).cloned();
-            Some(item.unwrap_or_else(|| Value::undefined(format!("there is no {what} item"))))
+            Some(item.unwrap_or_else(|| PyValue::undefined(format!("there is no {what} item"))))
         };
         let length = self.items.len();
         Ok(match name {
@@ -438,19 +444,21 @@ impl super::run::Round {
             "revindex" => int(length - self.index),
             "revindex0" => int(length - self.index - 1),
             "length" => int(length),
-            "first" => Some(Value::Bool(self.index == 0)),
-            "last" => Some(Value::Bool(self.index + 1 == length)),
+            "first" => Some(PyValue::Bool(self.index == 0)),
+            "last" => Some(PyValue::Bool(self.index + 1 == length)),
             "depth" => int(self.depth + 1),
             "depth0" => int(self.depth),
             "previtem" => neighbour(self.index.checked_sub(1), "previous"),
             "nextitem" => neighbour(Some(self.index + 1), "next"),
-            "cycle" | "changed" => Some(Value::Method(Rc::new((Value::Loop(self.clone()), name.to_owned())))),
+            "cycle" | "changed" => {
+                Some(PyValue::Method(Rc::new((PyValue::Loop(self.clone()), name.to_owned()))))
+            }
             _ => None,
         })
     }
 }
 
 /// All items of a mapping, for filters that want pairs.
-pub fn items(dict: &Rc<Dict>) -> Outcome<Vec<Value>> {
-    Value::View(View::Items, dict.clone()).iterate()
+pub fn items(dict: &Rc<Dict>) -> Outcome<Vec<PyValue>> {
+    PyValue::View(View::Items, dict.clone()).iterate()
 }

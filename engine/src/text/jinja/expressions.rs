@@ -1,8 +1,8 @@
 //! Tokens to expressions, with Jinja2's order of operators.
 
-use super::lexer::Token;
+use super::lexer::Lexeme;
 use super::parser::{DEPTH_MAX, Parser};
-use super::syntax::{Arguments, Comparison, Expr, ExprKind, Literal, Operator};
+use super::syntax::{Arguments, BinaryOp, CompareOp, Expr, ExprKind, Literal};
 use super::{Outcome, raise};
 
 fn deepest<'a>(parts: impl IntoIterator<Item = &'a Expr>) -> usize {
@@ -61,7 +61,7 @@ impl Parser {
     }
 
     fn tuple_ends(&self, ends: &[&str]) -> bool {
-        matches!(self.current(), Token::PrintEnd | Token::BlockEnd | Token::Symbol(")"))
+        matches!(self.current(), Lexeme::PrintEnd | Lexeme::BlockEnd | Lexeme::Symbol(")"))
             || ends.iter().any(|name| self.is_name(name))
     }
 
@@ -131,18 +131,18 @@ impl Parser {
         let mut others = Vec::new();
         loop {
             let operator = match self.current() {
-                Token::Symbol("==") => Comparison::Equal,
-                Token::Symbol("!=") => Comparison::Unequal,
-                Token::Symbol("<") => Comparison::Less,
-                Token::Symbol("<=") => Comparison::LessOrEqual,
-                Token::Symbol(">") => Comparison::Greater,
-                Token::Symbol(">=") => Comparison::GreaterOrEqual,
-                Token::Name(name) if name == "in" => Comparison::In,
-                Token::Name(name)
-                    if name == "not" && matches!(self.following(), Token::Name(n) if n == "in") =>
+                Lexeme::Symbol("==") => CompareOp::Equal,
+                Lexeme::Symbol("!=") => CompareOp::Unequal,
+                Lexeme::Symbol("<") => CompareOp::Less,
+                Lexeme::Symbol("<=") => CompareOp::LessOrEqual,
+                Lexeme::Symbol(">") => CompareOp::Greater,
+                Lexeme::Symbol(">=") => CompareOp::GreaterOrEqual,
+                Lexeme::Name(name) if name == "in" => CompareOp::In,
+                Lexeme::Name(name)
+                    if name == "not" && matches!(self.following(), Lexeme::Name(n) if n == "in") =>
                 {
                     self.next();
-                    Comparison::NotIn
+                    CompareOp::NotIn
                 }
                 _ => break,
             };
@@ -160,8 +160,8 @@ impl Parser {
         let mut left = self.concatenation()?;
         loop {
             let operator = match self.current() {
-                Token::Symbol("+") => Operator::Add,
-                Token::Symbol("-") => Operator::Subtract,
+                Lexeme::Symbol("+") => BinaryOp::Add,
+                Lexeme::Symbol("-") => BinaryOp::Subtract,
                 _ => return Ok(left),
             };
             let line = self.line();
@@ -191,10 +191,10 @@ impl Parser {
         let mut left = self.power()?;
         loop {
             let operator = match self.current() {
-                Token::Symbol("*") => Operator::Multiply,
-                Token::Symbol("/") => Operator::Divide,
-                Token::Symbol("//") => Operator::FloorDivide,
-                Token::Symbol("%") => Operator::Modulo,
+                Lexeme::Symbol("*") => BinaryOp::Multiply,
+                Lexeme::Symbol("/") => BinaryOp::Divide,
+                Lexeme::Symbol("//") => BinaryOp::FloorDivide,
+                Lexeme::Symbol("%") => BinaryOp::Modulo,
                 _ => return Ok(left),
             };
             let line = self.line();
@@ -210,7 +210,7 @@ impl Parser {
             let line = self.line();
             self.next();
             let right = self.unary(true)?;
-            left = self.make2(line, (left, right), |a, b| ExprKind::Binary(Operator::Power, a, b))?;
+            left = self.make2(line, (left, right), |a, b| ExprKind::Binary(BinaryOp::Power, a, b))?;
         }
         Ok(left)
     }
@@ -238,9 +238,9 @@ impl Parser {
     fn primary(&mut self) -> Outcome<Expr> {
         let line = self.line();
         let kind = match self.current() {
-            Token::Symbol("[") => return self.list(),
-            Token::Symbol("{") => return self.dict(),
-            Token::Symbol("(") => {
+            Lexeme::Symbol("[") => return self.list(),
+            Lexeme::Symbol("{") => return self.dict(),
+            Lexeme::Symbol("(") => {
                 self.next();
                 let inner = if self.is_symbol(")") {
                     self.make(line, 0, ExprKind::Tuple(Vec::new()))?
@@ -250,22 +250,22 @@ impl Parser {
                 self.expect_symbol(")")?;
                 return Ok(inner);
             }
-            Token::Name(_) | Token::Text(_) | Token::Int(_) | Token::Float(_) => match self.next() {
-                Token::Name(name) => match name.as_str() {
+            Lexeme::Name(_) | Lexeme::Text(_) | Lexeme::Int(_) | Lexeme::Float(_) => match self.next() {
+                Lexeme::Name(name) => match name.as_str() {
                     "true" | "True" => ExprKind::Literal(Literal::Bool(true)),
                     "false" | "False" => ExprKind::Literal(Literal::Bool(false)),
                     "none" | "None" => ExprKind::Literal(Literal::None),
                     _ => self.read(name)?,
                 },
-                Token::Text(mut text) => {
-                    while let Token::Text(more) = self.current() {
+                Lexeme::Text(mut text) => {
+                    while let Lexeme::Text(more) = self.current() {
                         text.push_str(more);
                         self.next();
                     }
                     ExprKind::Literal(Literal::Text(text))
                 }
-                Token::Int(value) => ExprKind::Literal(Literal::Int(value)),
-                Token::Float(value) => ExprKind::Literal(Literal::Float(value)),
+                Lexeme::Int(value) => ExprKind::Literal(Literal::Int(value)),
+                Lexeme::Float(value) => ExprKind::Literal(Literal::Float(value)),
                 _ => return self.unexpected("an expression"),
             },
             _ => return self.unexpected("an expression"),
@@ -316,24 +316,24 @@ impl Parser {
         loop {
             let line = self.line();
             expr = match self.current() {
-                Token::Symbol(".") => {
+                Lexeme::Symbol(".") => {
                     self.next();
                     match self.next() {
-                        Token::Name(name) => self.make1(line, expr, |of| ExprKind::Attribute(of, name))?,
-                        Token::Int(number) => {
+                        Lexeme::Name(name) => self.make1(line, expr, |of| ExprKind::Attribute(of, name))?,
+                        Lexeme::Int(number) => {
                             let item = self.make(line, 0, ExprKind::Literal(Literal::Int(number)))?;
                             self.make2(line, (expr, item), ExprKind::Item)?
                         }
                         _ => return raise("expected name or number"),
                     }
                 }
-                Token::Symbol("[") => {
+                Lexeme::Symbol("[") => {
                     self.next();
                     let item = self.subscript(expr, line)?;
                     self.expect_symbol("]")?;
                     item
                 }
-                Token::Symbol("(") => self.call(expr)?,
+                Lexeme::Symbol("(") => self.call(expr)?,
                 _ => return Ok(expr),
             };
         }
@@ -373,15 +373,15 @@ impl Parser {
     fn filters(&mut self, mut expr: Expr) -> Outcome<Expr> {
         loop {
             expr = match self.current() {
-                Token::Symbol("|") => {
+                Lexeme::Symbol("|") => {
                     self.next();
                     self.filter(expr)?
                 }
-                Token::Name(name) if name == "is" => {
+                Lexeme::Name(name) if name == "is" => {
                     self.next();
                     self.test(expr)?
                 }
-                Token::Symbol("(") => self.call(expr)?,
+                Lexeme::Symbol("(") => self.call(expr)?,
                 _ => return Ok(expr),
             };
         }
@@ -392,10 +392,14 @@ impl Parser {
         let negated = self.skip_name("not");
         let name = self.test_name()?;
         let arguments = match self.current() {
-            Token::Symbol("(") => self.arguments()?,
-            Token::Name(word) if matches!(word.as_str(), "else" | "or" | "and") => Arguments::default(),
-            Token::Name(word) if word == "is" => return raise("You cannot chain multiple tests with is"),
-            Token::Name(_) | Token::Text(_) | Token::Int(_) | Token::Float(_) | Token::Symbol("[" | "{") => {
+            Lexeme::Symbol("(") => self.arguments()?,
+            Lexeme::Name(word) if matches!(word.as_str(), "else" | "or" | "and") => Arguments::default(),
+            Lexeme::Name(word) if word == "is" => return raise("You cannot chain multiple tests with is"),
+            Lexeme::Name(_)
+            | Lexeme::Text(_)
+            | Lexeme::Int(_)
+            | Lexeme::Float(_)
+            | Lexeme::Symbol("[" | "{") => {
                 let argument = self.primary()?;
                 Arguments { positional: vec![self.postfix(argument)?], ..Arguments::default() }
             }
@@ -420,7 +424,7 @@ impl Parser {
                 break;
             }
             let is_named =
-                matches!(self.current(), Token::Name(_)) && *self.following() == Token::Symbol("=");
+                matches!(self.current(), Lexeme::Name(_)) && *self.following() == Lexeme::Symbol("=");
             let is_last = found.spread.is_some() || found.spread_named.is_some();
             if self.skip_symbol("**") {
                 found.spread_named = Some(Box::new(self.expression(true)?));

@@ -2,7 +2,7 @@
 
 use super::arguments::{Given, integer, text};
 use super::run::Machine;
-use super::value::Value;
+use super::value::PyValue;
 use super::{Outcome, evaluate, format, json, operators, raise, sequences};
 
 /// Filters of this file.
@@ -42,30 +42,30 @@ pub fn is_known(name: &str) -> bool {
 }
 
 /// Runs a filter.
-pub fn apply(machine: &mut Machine<'_>, name: &str, of: Value, given: Given) -> Outcome<Value> {
+pub fn apply(machine: &mut Machine<'_>, name: &str, of: PyValue, given: Given) -> Outcome<PyValue> {
     if sequences::NAMES.contains(&name) {
         return sequences::apply(machine, name, of, given);
     }
     match name {
         "default" | "d" => {
             let [default, boolean] = given.bind(name, ["default_value", "boolean"])?;
-            let replace = matches!(of, Value::Undefined(_))
+            let replace = matches!(of, PyValue::Undefined(_))
                 || (boolean.is_some_and(|boolean| boolean.is_true()) && !of.is_true());
-            Ok(if replace { default.unwrap_or_else(|| Value::text("")) } else { of })
+            Ok(if replace { default.unwrap_or_else(|| PyValue::text("")) } else { of })
         }
         "tojson" => json::tojson(&of, &given),
         "items" => match &of {
-            Value::Undefined(_) => Value::iterator(Vec::new()),
-            Value::Dict(dict) => Value::iterator(evaluate::items(dict)?),
+            PyValue::Undefined(_) => PyValue::iterator(Vec::new()),
+            PyValue::Dict(dict) => PyValue::iterator(evaluate::items(dict)?),
             _ => raise("Can only get item pairs from a mapping."),
         },
         "attr" => {
             let [attribute] = given.bind(name, ["name"])?;
-            let attribute = text(name, &attribute.unwrap_or(Value::None))?;
+            let attribute = text(name, &attribute.unwrap_or(PyValue::None))?;
             match &of {
                 // The item of a mapping is none of its attributes.
-                Value::Dict(_) => Ok(super::methods::attribute(&of, &attribute).unwrap_or_else(|| {
-                    Value::undefined(format!("'dict object' has no attribute '{attribute}'"))
+                PyValue::Dict(_) => Ok(super::methods::attribute(&of, &attribute).unwrap_or_else(|| {
+                    PyValue::undefined(format!("'dict object' has no attribute '{attribute}'"))
                 })),
                 other => machine.attribute(other, &attribute),
             }
@@ -73,26 +73,26 @@ pub fn apply(machine: &mut Machine<'_>, name: &str, of: Value, given: Given) -> 
         "abs" | "float" | "int" | "round" | "filesizeformat" => number(name, &of, &given),
         "format" => {
             let arguments = if given.named.is_empty() {
-                Value::tuple(given.positional)?
+                PyValue::tuple(given.positional)?
             } else if given.positional.is_empty() {
                 let mut dict = super::value::Dict::default();
-                given.named.into_iter().for_each(|(name, value)| dict.insert(Value::text(name), value));
-                Value::dict(dict)?
+                given.named.into_iter().for_each(|(name, value)| dict.insert(PyValue::text(name), value));
+                PyValue::dict(dict)?
             } else {
                 return raise("can't handle positional and keyword arguments at the same time");
             };
-            format::percent(&of.to_text(), &arguments).map(Value::text)
+            format::percent(&of.to_text(), &arguments).map(PyValue::text)
         }
         _ => on_text(name, &of, &given, machine.bounds.bytes),
     }
 }
 
-fn on_text(name: &str, of: &Value, given: &Given, bytes_max: usize) -> Outcome<Value> {
+fn on_text(name: &str, of: &PyValue, given: &Given, bytes_max: usize) -> Outcome<PyValue> {
     let this = of.to_text();
     let made = match name {
         "capitalize" | "lower" | "upper" => super::text::cased(&this, name),
         "string" | "safe" => match of {
-            Value::Text(_) => return Ok(of.clone()),
+            PyValue::Text(_) => return Ok(of.clone()),
             _ => this,
         },
         "e" | "escape" | "forceescape" => escape(&this),
@@ -101,7 +101,7 @@ fn on_text(name: &str, of: &Value, given: &Given, bytes_max: usize) -> Outcome<V
         "wordcount" => {
             let words =
                 this.split(|c: char| c != '_' && !c.is_alphanumeric()).filter(|word| !word.is_empty());
-            return Ok(Value::Int(words.count() as i128));
+            return Ok(PyValue::Int(words.count() as i128));
         }
         "trim" => {
             let [chars] = given.bind(name, ["chars"])?;
@@ -110,20 +110,20 @@ fn on_text(name: &str, of: &Value, given: &Given, bytes_max: usize) -> Outcome<V
         }
         "center" => {
             let [width] = given.bind(name, ["width"])?;
-            let given = Given::of(vec![width.unwrap_or(Value::Int(80))]);
+            let given = Given::of(vec![width.unwrap_or(PyValue::Int(80))]);
             return super::text::call(&this, "center", &given, bytes_max);
         }
         "replace" => {
             let [old, new, count] = given.bind(name, ["old", "new", "count"])?;
-            let part = |value: Option<Value>| value.map(|value| value.to_text()).unwrap_or_default();
-            let count = count.filter(|count| !matches!(count, Value::None));
+            let part = |value: Option<PyValue>| value.map(|value| value.to_text()).unwrap_or_default();
+            let count = count.filter(|count| !matches!(count, PyValue::None));
             let count = integer(name, count.as_ref(), -1)?;
             super::text::replace(&this, &part(old), &part(new), (count, bytes_max))?
         }
         "indent" => indent(of, given, bytes_max)?,
         _ => truncate(&this, given)?,
     };
-    Ok(Value::text(made))
+    Ok(PyValue::text(made))
 }
 
 fn escape(this: &str) -> String {
@@ -173,13 +173,13 @@ fn strip_tags(this: &str) -> String {
     rest.split(super::text::is_space).filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ")
 }
 
-fn indent(of: &Value, given: &Given, bytes_max: usize) -> Outcome<String> {
+fn indent(of: &PyValue, given: &Given, bytes_max: usize) -> Outcome<String> {
     let [width, first, blank] = given.bind("indent", ["width", "first", "blank"])?;
-    let Value::Text(this) = of else {
+    let PyValue::Text(this) = of else {
         return raise(format!("indent: expected str, found {}", of.type_name()));
     };
     let margin = match &width {
-        Some(Value::Text(margin)) => margin.to_string(),
+        Some(PyValue::Text(margin)) => margin.to_string(),
         other => {
             let width = usize::try_from(integer("indent", other.as_ref(), 4)?.max(0)).unwrap_or(usize::MAX);
             if width > bytes_max {
@@ -188,7 +188,7 @@ fn indent(of: &Value, given: &Given, bytes_max: usize) -> Outcome<String> {
             " ".repeat(width)
         }
     };
-    let is_true = |value: Option<Value>| value.is_some_and(|value| value.is_true());
+    let is_true = |value: Option<PyValue>| value.is_some_and(|value| value.is_true());
     let (first, blank) = (is_true(first), is_true(blank));
     let whole = format!("{this}\n");
     let lines = super::text::lines(&whole, false);
@@ -212,7 +212,7 @@ fn truncate(this: &str, given: &Given) -> Outcome<String> {
     let [length, kill, end, leeway] = given.bind("truncate", ["length", "killwords", "end", "leeway"])?;
     let end = end.map_or_else(|| "...".to_owned(), |end| end.to_text());
     let length = integer("truncate", length.as_ref(), 255)?;
-    let leeway = integer("truncate", leeway.as_ref().filter(|value| !matches!(value, Value::None)), 5)?;
+    let leeway = integer("truncate", leeway.as_ref().filter(|value| !matches!(value, PyValue::None)), 5)?;
     let ends = end.chars().count() as i128;
     if length < ends {
         return raise(format!("expected length >= {ends}, got {length}"));
@@ -229,30 +229,30 @@ fn truncate(this: &str, given: &Given) -> Outcome<String> {
     Ok(format!("{kept}{end}"))
 }
 
-fn number(name: &str, of: &Value, given: &Given) -> Outcome<Value> {
+fn number(name: &str, of: &PyValue, given: &Given) -> Outcome<PyValue> {
     match name {
         "abs" => match of {
-            Value::Float(value) => Ok(Value::Float(value.abs())),
+            PyValue::Float(value) => Ok(PyValue::Float(value.abs())),
             other => match other.as_int() {
-                Some(value) => Ok(Value::Int(value.abs())),
+                Some(value) => Ok(PyValue::Int(value.abs())),
                 None => raise(format!("bad operand type for abs(): '{}'", other.type_name())),
             },
         },
         "float" => {
             let [default] = given.bind(name, ["default"])?;
-            if let Value::Undefined(message) = of {
+            if let PyValue::Undefined(message) = of {
                 return raise(&**message);
             }
-            Ok(to_float(of).map_or_else(|| default.unwrap_or(Value::Float(0.0)), Value::Float))
+            Ok(to_float(of).map_or_else(|| default.unwrap_or(PyValue::Float(0.0)), PyValue::Float))
         }
         "int" => {
             let [default, base] = given.bind(name, ["default", "base"])?;
-            if let Value::Undefined(message) = of {
+            if let PyValue::Undefined(message) = of {
                 return raise(&**message);
             }
             let base = u32::try_from(integer(name, base.as_ref(), 10)?).unwrap_or(10);
             let whole = match of {
-                Value::Text(text) => parse_int(text, base),
+                PyValue::Text(text) => parse_int(text, base),
                 other => other.as_int(),
             };
             let whole = whole.or_else(|| {
@@ -260,7 +260,7 @@ fn number(name: &str, of: &Value, given: &Given) -> Outcome<Value> {
                     .filter(|value| value.is_finite() && value.abs() < 1e38)
                     .map(|value| value.trunc() as i128)
             });
-            Ok(whole.map_or_else(|| default.unwrap_or(Value::Int(0)), Value::Int))
+            Ok(whole.map_or_else(|| default.unwrap_or(PyValue::Int(0)), PyValue::Int))
         }
         "round" => round(of, given),
         _ => file_size(of, given),
@@ -293,9 +293,9 @@ fn parse_int(text: &str, base: u32) -> Option<i128> {
     i128::from_str_radix(size, base).ok().map(|size| sign * size)
 }
 
-fn to_float(value: &Value) -> Option<f64> {
+fn to_float(value: &PyValue) -> Option<f64> {
     match value {
-        Value::Text(text) => {
+        PyValue::Text(text) => {
             let text = digits(text)?.to_ascii_lowercase();
             text.parse().ok()
         }
@@ -303,7 +303,7 @@ fn to_float(value: &Value) -> Option<f64> {
     }
 }
 
-fn round(of: &Value, given: &Given) -> Outcome<Value> {
+fn round(of: &PyValue, given: &Given) -> Outcome<PyValue> {
     let [precision, method] = given.bind("round", ["precision", "method"])?;
     let precision = integer("round", precision.as_ref(), 0)?.clamp(-300, 300) as i32;
     let method = method.map_or_else(|| "common".to_owned(), |method| method.to_text());
@@ -313,26 +313,26 @@ fn round(of: &Value, given: &Given) -> Outcome<Value> {
     let scale = 10f64.powi(precision);
     match method.as_str() {
         "common" => match (of.as_int(), precision) {
-            (Some(whole), 0..) => Ok(Value::Int(whole)),
+            (Some(whole), 0..) => Ok(PyValue::Int(whole)),
             // Rounding by decimal digits goes to the even one of two that are as near.
             (_, 0..) => {
                 let digits = usize::try_from(precision).unwrap_or(0);
                 let rounded = format!("{value:.digits$}");
-                Ok(Value::Float(rounded.parse().unwrap_or(value)))
+                Ok(PyValue::Float(rounded.parse().unwrap_or(value)))
             }
             (whole, _) => {
                 let size = 10f64.powi(-precision);
                 let rounded = (value / size).round_ties_even() * size;
-                Ok(if whole.is_some() { Value::Int(rounded as i128) } else { Value::Float(rounded) })
+                Ok(if whole.is_some() { PyValue::Int(rounded as i128) } else { PyValue::Float(rounded) })
             }
         },
-        "ceil" => Ok(Value::Float((value * scale).ceil() / scale)),
-        "floor" => Ok(Value::Float((value * scale).floor() / scale)),
+        "ceil" => Ok(PyValue::Float((value * scale).ceil() / scale)),
+        "floor" => Ok(PyValue::Float((value * scale).floor() / scale)),
         _ => raise("method must be common, ceil or floor"),
     }
 }
 
-fn file_size(of: &Value, given: &Given) -> Outcome<Value> {
+fn file_size(of: &PyValue, given: &Given) -> Outcome<PyValue> {
     let [binary] = given.bind("filesizeformat", ["binary"])?;
     let Some(bytes) = to_float(of) else {
         return raise(format!("could not convert to float: {}", of.to_text()));
@@ -354,10 +354,10 @@ fn file_size(of: &Value, given: &Given) -> Outcome<Value> {
         }
         format!("{:.1} {letter}{}", base * bytes / unit, if binary { "iB" } else { "B" })
     };
-    Ok(Value::text(made))
+    Ok(PyValue::text(made))
 }
 
 /// `a + b`, for `sum`.
-pub fn add(a: &Value, b: &Value, bytes_max: usize) -> Outcome<Value> {
-    operators::binary(super::syntax::Operator::Add, a, b, bytes_max)
+pub fn add(a: &PyValue, b: &PyValue, bytes_max: usize) -> Outcome<PyValue> {
+    operators::binary(super::syntax::BinaryOp::Add, a, b, bytes_max)
 }

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use super::arguments::Given;
 use super::print;
-use super::value::Value;
+use super::value::PyValue;
 use super::{Outcome, operators, raise};
 
 /// Widest field and most digits.
@@ -25,9 +25,9 @@ struct Spec {
 }
 
 /// `template % arguments`.
-pub fn percent(template: &str, arguments: &Value) -> Outcome<String> {
+pub fn percent(template: &str, arguments: &PyValue) -> Outcome<String> {
     let tuple = match arguments {
-        Value::List(list) if list.tuple => list.items.clone(),
+        PyValue::List(list) if list.tuple => list.items.clone(),
         other => vec![other.clone()],
     };
     let (mut values, mut by_name) = (tuple.into_iter(), false);
@@ -39,7 +39,7 @@ pub fn percent(template: &str, arguments: &Value) -> Outcome<String> {
         let mut source = None;
         if let Some(named) = rest.strip_prefix('(') {
             let Some((name, after)) = named.split_once(')') else { return raise("incomplete format key") };
-            let Value::Dict(dict) = arguments else { return raise("format requires a mapping") };
+            let PyValue::Dict(dict) = arguments else { return raise("format requires a mapping") };
             let Some(value) = dict.get_text(name) else { return raise(format!("'{name}'")) };
             (source, by_name, rest) = (Some(value.clone()), true, after);
         }
@@ -75,16 +75,16 @@ pub fn percent(template: &str, arguments: &Value) -> Outcome<String> {
     out.push_str(rest);
     let all_used = values.next().is_none()
         || by_name
-        || matches!(arguments, Value::Dict(_) | Value::List(_) if !is_tuple(arguments));
+        || matches!(arguments, PyValue::Dict(_) | PyValue::List(_) if !is_tuple(arguments));
     if all_used { Ok(out) } else { raise("not all arguments converted during string formatting") }
 }
 
-fn is_tuple(value: &Value) -> bool {
-    matches!(value, Value::List(list) if list.tuple)
+fn is_tuple(value: &PyValue) -> bool {
+    matches!(value, PyValue::List(list) if list.tuple)
 }
 
 /// Digits, or `*` for the next value.
-fn number(rest: &mut &str, next: &mut dyn FnMut() -> Outcome<Value>) -> Outcome<Option<usize>> {
+fn number(rest: &mut &str, next: &mut dyn FnMut() -> Outcome<PyValue>) -> Outcome<Option<usize>> {
     if let Some(after) = rest.strip_prefix('*') {
         *rest = after;
         return match next()?.as_int().and_then(|width| usize::try_from(width).ok()) {
@@ -104,14 +104,14 @@ fn number(rest: &mut &str, next: &mut dyn FnMut() -> Outcome<Value>) -> Outcome<
     }
 }
 
-fn percent_value(kind: char, value: &Value, mut spec: Spec, out: &mut String) -> Outcome<()> {
+fn percent_value(kind: char, value: &PyValue, mut spec: Spec, out: &mut String) -> Outcome<()> {
     spec.align.get_or_insert('>');
     let text = match kind {
         's' => value.to_text(),
         'r' => repr(value),
         'a' => ascii(&repr(value)),
         'c' => match (value, value.as_int()) {
-            (Value::Text(text), _) if text.chars().count() == 1 => text.to_string(),
+            (PyValue::Text(text), _) if text.chars().count() == 1 => text.to_string(),
             (_, Some(code)) => match u32::try_from(code).ok().and_then(char::from_u32) {
                 Some(c) => c.to_string(),
                 None => return raise("%c arg not in range(0x110000)"),
@@ -120,7 +120,7 @@ fn percent_value(kind: char, value: &Value, mut spec: Spec, out: &mut String) ->
         },
         'd' | 'i' | 'u' => {
             let whole = match value {
-                Value::Float(number) if number.is_finite() => Some(number.trunc() as i128),
+                PyValue::Float(number) if number.is_finite() => Some(number.trunc() as i128),
                 other => other.as_int(),
             };
             let Some(whole) = whole else {
@@ -130,7 +130,7 @@ fn percent_value(kind: char, value: &Value, mut spec: Spec, out: &mut String) ->
                 ));
             };
             spec.kind = Some('d');
-            return write_number(&Value::Int(whole), &spec, out);
+            return write_number(&PyValue::Int(whole), &spec, out);
         }
         'x' | 'X' | 'o' if value.as_int().is_some() => {
             spec.kind = Some(kind);
@@ -141,7 +141,7 @@ fn percent_value(kind: char, value: &Value, mut spec: Spec, out: &mut String) ->
                 return raise(format!("must be real number, not {}", value.type_name()));
             };
             spec.kind = Some(kind);
-            return write_number(&Value::Float(number), &spec, out);
+            return write_number(&PyValue::Float(number), &spec, out);
         }
         'x' | 'X' | 'o' => {
             return raise(format!("%{kind} format: an integer is required, not {}", value.type_name()));
@@ -158,7 +158,7 @@ fn percent_value(kind: char, value: &Value, mut spec: Spec, out: &mut String) ->
     Ok(())
 }
 
-fn repr(value: &Value) -> String {
+fn repr(value: &PyValue) -> String {
     let mut out = String::new();
     value.write_repr(&mut out);
     out
@@ -194,9 +194,9 @@ fn pad(sign: &str, body: &str, spec: &Spec, out: &mut String) {
     out.extend(std::iter::repeat_n(fill, missing - left - inner));
 }
 
-fn write_number(value: &Value, spec: &Spec, out: &mut String) -> Outcome<()> {
+fn write_number(value: &PyValue, spec: &Spec, out: &mut String) -> Outcome<()> {
     let (negative, mut body) = match (value, spec.kind) {
-        (_, Some('e' | 'E' | 'f' | 'F' | 'g' | 'G' | '%')) | (Value::Float(_), _) => {
+        (_, Some('e' | 'E' | 'f' | 'F' | 'g' | 'G' | '%')) | (PyValue::Float(_), _) => {
             let number = value.as_float().unwrap_or(0.0);
             (number.is_sign_negative() && !number.is_nan(), float_digits(number.abs(), spec)?)
         }
@@ -345,9 +345,9 @@ fn fill(template: &str, given: &Given, counter: &mut usize, level: usize) -> Out
         let value = lookup(name, given, counter)?;
         let value = match conversion {
             None => value,
-            Some("s") => Value::text(value.to_text()),
-            Some("r") => Value::text(repr(&value)),
-            Some("a") => Value::text(ascii(&repr(&value))),
+            Some("s") => PyValue::text(value.to_text()),
+            Some("r") => PyValue::text(repr(&value)),
+            Some("a") => PyValue::text(ascii(&repr(&value))),
             Some(other) => return raise(format!("Unknown conversion specifier '{other}'")),
         };
         let spec = fill(spec, given, counter, level + 1)?;
@@ -358,7 +358,7 @@ fn fill(template: &str, given: &Given, counter: &mut usize, level: usize) -> Out
 }
 
 /// `name`, `0`, or nothing for the next one; then `.attribute` and `[item]`.
-fn lookup(name: &str, given: &Given, counter: &mut usize) -> Outcome<Value> {
+fn lookup(name: &str, given: &Given, counter: &mut usize) -> Outcome<PyValue> {
     let end = name.find(['.', '[']).unwrap_or(name.len());
     let (first, mut rest) = name.split_at(end);
     let place = if first.is_empty() {
@@ -382,7 +382,7 @@ fn lookup(name: &str, given: &Given, counter: &mut usize) -> Outcome<Value> {
             }
         };
         let number = key.parse::<i128>().ok().filter(|_| rest.starts_with('['));
-        let item = number.map_or_else(|| Value::text(key), Value::Int);
+        let item = number.map_or_else(|| PyValue::text(key), PyValue::Int);
         let Some(inner) = operators::element(&value, &item) else {
             return raise(format!("format: '{key}' is not there"));
         };
@@ -391,24 +391,24 @@ fn lookup(name: &str, given: &Given, counter: &mut usize) -> Outcome<Value> {
     Ok(value)
 }
 
-fn write_value(value: &Value, text: &str, out: &mut String) -> Outcome<()> {
+fn write_value(value: &PyValue, text: &str, out: &mut String) -> Outcome<()> {
     if text.is_empty() {
         out.push_str(&value.to_text());
         return Ok(());
     }
     let spec = parse_spec(text)?;
     match value {
-        Value::Int(_) | Value::Float(_) => write_number(value, &spec, out),
-        Value::Bool(_) if spec.kind.is_some_and(|kind| kind != 's') => {
-            write_number(&Value::Int(value.as_int().unwrap_or(0)), &spec, out)
+        PyValue::Int(_) | PyValue::Float(_) => write_number(value, &spec, out),
+        PyValue::Bool(_) if spec.kind.is_some_and(|kind| kind != 's') => {
+            write_number(&PyValue::Int(value.as_int().unwrap_or(0)), &spec, out)
         }
-        Value::Text(_) | Value::Bool(_) if matches!(spec.kind, None | Some('s')) => {
+        PyValue::Text(_) | PyValue::Bool(_) if matches!(spec.kind, None | Some('s')) => {
             let text = value.to_text();
             let text = spec.precision.map_or_else(|| text.clone(), |most| text.chars().take(most).collect());
             pad("", &text, &Spec { align: spec.align.or(Some('<')), ..spec }, out);
             Ok(())
         }
-        Value::Text(_) => {
+        PyValue::Text(_) => {
             raise(format!("Unknown format code '{}' for object of type 'str'", spec.kind.unwrap_or('s')))
         }
         other => raise(format!("unsupported format string passed to {}.__format__", other.type_name())),

@@ -4,7 +4,7 @@
 use std::fmt::Write as _;
 
 use super::arguments::{Given, optional_text};
-use super::value::{Dict, Value};
+use super::value::{Dict, PyValue};
 use super::{Outcome, print, raise};
 
 /// Widest indentation of `tojson`.
@@ -12,39 +12,39 @@ const INDENT_MAX: i128 = 64;
 
 /// Values that `serde_json` has read. What it read as a float and was an integer stays a float here: [`parse`] reads
 /// such numbers from the text.
-impl From<&serde_json::Value> for Value {
-    fn from(json: &serde_json::Value) -> Value {
+impl From<&serde_json::Value> for PyValue {
+    fn from(json: &serde_json::Value) -> PyValue {
         match json {
-            serde_json::Value::Null => Value::None,
-            serde_json::Value::Bool(value) => Value::Bool(*value),
+            serde_json::Value::Null => PyValue::None,
+            serde_json::Value::Bool(value) => PyValue::Bool(*value),
             serde_json::Value::Number(number) => match (number.as_i64(), number.as_u64(), number.as_f64()) {
-                (Some(value), _, _) => Value::Int(value.into()),
-                (_, Some(value), _) => Value::Int(value.into()),
-                (_, _, value) => Value::Float(value.unwrap_or(f64::NAN)),
+                (Some(value), _, _) => PyValue::Int(value.into()),
+                (_, Some(value), _) => PyValue::Int(value.into()),
+                (_, _, value) => PyValue::Float(value.unwrap_or(f64::NAN)),
             },
-            serde_json::Value::String(text) => Value::text(text.as_str()),
+            serde_json::Value::String(text) => PyValue::text(text.as_str()),
             serde_json::Value::Array(items) => {
                 // `serde_json` reads at most 128 levels, which is below the limit of values.
-                Value::list(items.iter().map(Value::from).collect()).unwrap_or(Value::None)
+                PyValue::list(items.iter().map(PyValue::from).collect()).unwrap_or(PyValue::None)
             }
             serde_json::Value::Object(map) => {
                 let mut dict = Dict::default();
                 for (name, value) in map {
-                    dict.insert(Value::text(name.as_str()), Value::from(value));
+                    dict.insert(PyValue::text(name.as_str()), PyValue::from(value));
                 }
-                Value::dict(dict).unwrap_or(Value::None)
+                PyValue::dict(dict).unwrap_or(PyValue::None)
             }
         }
     }
 }
 
 /// The filter `tojson`: `json.dumps` with transformers' arguments.
-pub fn tojson(value: &Value, given: &Given) -> Outcome<Value> {
+pub fn tojson(value: &PyValue, given: &Given) -> Outcome<PyValue> {
     let [ascii, indent, separators, sort] =
         given.bind("tojson", ["ensure_ascii", "indent", "separators", "sort_keys"])?;
     let indent = match indent {
-        None | Some(Value::None) => None,
-        Some(Value::Text(text)) => Some(text.to_string()),
+        None | Some(PyValue::None) => None,
+        Some(PyValue::Text(text)) => Some(text.to_string()),
         Some(other) => match other.as_int() {
             Some(width) if width <= INDENT_MAX => Some(" ".repeat(usize::try_from(width).unwrap_or(0))),
             Some(width) => return raise(format!("tojson: indent {width} is above {INDENT_MAX}")),
@@ -52,8 +52,8 @@ pub fn tojson(value: &Value, given: &Given) -> Outcome<Value> {
         },
     };
     let (item, key) = match separators {
-        None | Some(Value::None) if indent.is_some() => (",".into(), ": ".into()),
-        None | Some(Value::None) => (", ".into(), ": ".into()),
+        None | Some(PyValue::None) if indent.is_some() => (",".into(), ": ".into()),
+        None | Some(PyValue::None) => (", ".into(), ": ".into()),
         Some(pair) => {
             let pair = pair.iterate()?;
             let [item, key] = pair.as_slice() else {
@@ -64,11 +64,11 @@ pub fn tojson(value: &Value, given: &Given) -> Outcome<Value> {
             (text(item)?, text(key)?)
         }
     };
-    let is_true = |value: Option<Value>| value.is_some_and(|value| value.is_true());
+    let is_true = |value: Option<PyValue>| value.is_some_and(|value| value.is_true());
     let mut writer =
         Writer { ascii: is_true(ascii), sort: is_true(sort), indent, item, key, out: String::new() };
     writer.write(value, 0)?;
-    Ok(Value::text(writer.out))
+    Ok(PyValue::text(writer.out))
 }
 
 struct Writer {
@@ -95,11 +95,11 @@ impl Writer {
         self.line(depth);
     }
 
-    fn write(&mut self, value: &Value, depth: usize) -> Outcome<()> {
+    fn write(&mut self, value: &PyValue, depth: usize) -> Outcome<()> {
         match value {
-            Value::Text(text) => self.quote(text),
-            Value::List(list) if list.items.is_empty() => self.out.push_str("[]"),
-            Value::List(list) => {
+            PyValue::Text(text) => self.quote(text),
+            PyValue::List(list) if list.items.is_empty() => self.out.push_str("[]"),
+            PyValue::List(list) => {
                 self.out.push('[');
                 for (at, item) in list.items.iter().enumerate() {
                     self.next(at, depth + 1);
@@ -108,12 +108,12 @@ impl Writer {
                 self.line(depth);
                 self.out.push(']');
             }
-            Value::Dict(dict) if dict.entries().is_empty() => self.out.push_str("{}"),
-            Value::Dict(dict) => {
+            PyValue::Dict(dict) if dict.entries().is_empty() => self.out.push_str("{}"),
+            PyValue::Dict(dict) => {
                 self.out.push('{');
-                let mut entries: Vec<&(Value, Value)> = dict.entries().iter().collect();
+                let mut entries: Vec<&(PyValue, PyValue)> = dict.entries().iter().collect();
                 if self.sort {
-                    let mut less = |a: &&(Value, Value), b: &&(Value, Value)| {
+                    let mut less = |a: &&(PyValue, PyValue), b: &&(PyValue, PyValue)| {
                         Ok(a.0.order(&b.0, "<")?.is_some_and(|o| o.is_lt()))
                     };
                     entries = super::value::sorted(entries, &mut less)?;
@@ -121,7 +121,7 @@ impl Writer {
                 for (at, (key, value)) in entries.into_iter().enumerate() {
                     self.next(at, depth + 1);
                     match key {
-                        Value::Text(text) => self.quote(text),
+                        PyValue::Text(text) => self.quote(text),
                         other => {
                             let mut plain = Writer { out: String::new(), indent: None, ..Writer::plain() };
                             plain.write_plain(other)?;
@@ -150,14 +150,14 @@ impl Writer {
         }
     }
 
-    fn write_plain(&mut self, value: &Value) -> Outcome<()> {
+    fn write_plain(&mut self, value: &PyValue) -> Outcome<()> {
         match value {
-            Value::None => self.out.push_str("null"),
-            Value::Bool(value) => self.out.push_str(if *value { "true" } else { "false" }),
-            Value::Int(value) => {
+            PyValue::None => self.out.push_str("null"),
+            PyValue::Bool(value) => self.out.push_str(if *value { "true" } else { "false" }),
+            PyValue::Int(value) => {
                 let _ = write!(self.out, "{value}");
             }
-            Value::Float(value) => self.out.push_str(&match *value {
+            PyValue::Float(value) => self.out.push_str(&match *value {
                 value if value.is_nan() => "NaN".to_owned(),
                 value if value.is_infinite() && value > 0.0 => "Infinity".to_owned(),
                 value if value.is_infinite() => "-Infinity".to_owned(),
@@ -195,7 +195,7 @@ impl Writer {
 ///
 /// # Errors
 /// When an integer does not fit into 127 bits; the message names its first digits.
-pub fn parse(text: &str) -> Result<Value, String> {
+pub fn parse(text: &str) -> Result<PyValue, String> {
     let mut reader = Reader { text, at: 0 };
     reader.value().map_err(|raised| raised.message)
 }
@@ -263,20 +263,20 @@ impl<'a> Reader<'a> {
         serde_json::from_str(quoted).or_else(|error| raise(error.to_string()))
     }
 
-    fn value(&mut self) -> Outcome<Value> {
+    fn value(&mut self) -> Outcome<PyValue> {
         match self.peek() {
-            b'"' => self.string().map(Value::text),
+            b'"' => self.string().map(PyValue::text),
             b'[' => {
                 self.at += 1;
                 let mut items = Vec::new();
                 if self.peek() == b']' {
                     self.at += 1;
-                    return Value::list(items);
+                    return PyValue::list(items);
                 }
                 loop {
                     items.push(self.value()?);
                     if self.closes(b']') {
-                        return Value::list(items);
+                        return PyValue::list(items);
                     }
                 }
             }
@@ -285,29 +285,29 @@ impl<'a> Reader<'a> {
                 let mut dict = Dict::default();
                 if self.peek() == b'}' {
                     self.at += 1;
-                    return Value::dict(dict);
+                    return PyValue::dict(dict);
                 }
                 loop {
                     self.peek();
                     let name = self.string()?;
                     self.peek();
                     self.at += 1;
-                    dict.insert(Value::text(name), self.value()?);
+                    dict.insert(PyValue::text(name), self.value()?);
                     if self.closes(b'}') {
-                        return Value::dict(dict);
+                        return PyValue::dict(dict);
                     }
                 }
             }
             _ => match self.token() {
-                "null" => Ok(Value::None),
-                "true" => Ok(Value::Bool(true)),
-                "false" => Ok(Value::Bool(false)),
+                "null" => Ok(PyValue::None),
+                "true" => Ok(PyValue::Bool(true)),
+                "false" => Ok(PyValue::Bool(false)),
                 number if number.contains(['.', 'e', 'E']) => match number.parse() {
-                    Ok(value) => Ok(Value::Float(value)),
+                    Ok(value) => Ok(PyValue::Float(value)),
                     Err(_) => raise("not a number"),
                 },
                 number => match number.parse() {
-                    Ok(value) => Ok(Value::Int(value)),
+                    Ok(value) => Ok(PyValue::Int(value)),
                     Err(_) => {
                         let shown: String = number.chars().take(40).collect();
                         raise(format!("the integer {shown} does not fit into 127 bits"))

@@ -5,7 +5,7 @@ use super::{Outcome, Raised};
 
 /// A token of a template.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Token {
+pub enum Lexeme {
     /// Text between tags.
     Data(String),
     BlockBegin,
@@ -26,8 +26,8 @@ const SYMBOLS: [&str; 26] = [
     "=", ".", ":", "|", ",", ";",
 ];
 
-/// The tokens with their lines; the last one is [`Token::End`].
-pub fn tokens(source: &str) -> Outcome<Vec<(Token, usize)>> {
+/// The tokens with their lines; the last one is [`Lexeme::End`].
+pub fn tokens(source: &str) -> Outcome<Vec<(Lexeme, usize)>> {
     let mut source = source.replace("\r\n", "\n").replace('\r', "\n");
     if source.ends_with('\n') {
         source.pop();
@@ -35,7 +35,7 @@ pub fn tokens(source: &str) -> Outcome<Vec<(Token, usize)>> {
     let mut lexer = Lexer { rest: &source, line: 1, line_begins: true, tokens: Vec::new() };
     match lexer.template() {
         Ok(()) => {
-            lexer.push(Token::End);
+            lexer.push(Lexeme::End);
             Ok(lexer.tokens)
         }
         Err(raised) => Err(raised.at(lexer.line)),
@@ -47,7 +47,7 @@ struct Lexer<'a> {
     line: usize,
     /// Whether what was read last ended with a line feed.
     line_begins: bool,
-    tokens: Vec<(Token, usize)>,
+    tokens: Vec<(Lexeme, usize)>,
 }
 
 fn fail<T>(message: impl Into<String>) -> Outcome<T> {
@@ -55,7 +55,7 @@ fn fail<T>(message: impl Into<String>) -> Outcome<T> {
 }
 
 impl<'a> Lexer<'a> {
-    fn push(&mut self, token: Token) {
+    fn push(&mut self, token: Lexeme) {
         self.tokens.push((token, self.line));
     }
 
@@ -84,12 +84,12 @@ impl<'a> Lexer<'a> {
                     self.raw()?;
                 }
                 ("{%", None) => {
-                    self.push(Token::BlockBegin);
+                    self.push(Lexeme::BlockBegin);
                     self.tag("%}")?;
                 }
                 ("{#", _) => self.comment()?,
                 _ => {
-                    self.push(Token::PrintBegin);
+                    self.push(Lexeme::PrintBegin);
                     self.tag("}}")?;
                 }
             }
@@ -114,7 +114,7 @@ impl<'a> Lexer<'a> {
             _ => text,
         };
         if !kept.is_empty() {
-            self.tokens.push((Token::Data(kept.to_owned()), line));
+            self.tokens.push((Lexeme::Data(kept.to_owned()), line));
         }
     }
 
@@ -175,7 +175,7 @@ impl<'a> Lexer<'a> {
         loop {
             self.advance(self.rest.len() - self.rest.trim_start_matches(is_space).len());
             if open.is_empty() && self.end(close) {
-                self.push(if close == "%}" { Token::BlockEnd } else { Token::PrintEnd });
+                self.push(if close == "%}" { Lexeme::BlockEnd } else { Lexeme::PrintEnd });
                 return Ok(());
             }
             let Some(c) = self.rest.chars().next() else { return fail("unexpected end of template") };
@@ -185,7 +185,7 @@ impl<'a> Lexer<'a> {
                 let end = self.rest.find(|c: char| c != '_' && !c.is_alphanumeric());
                 let line = self.line;
                 let name = self.advance(end.unwrap_or(self.rest.len())).to_owned();
-                self.tokens.push((Token::Name(name), line));
+                self.tokens.push((Lexeme::Name(name), line));
             } else if matches!(c, '"' | '\'') {
                 self.text(c)?;
             } else {
@@ -193,7 +193,7 @@ impl<'a> Lexer<'a> {
                     return fail(format!("unexpected char {c:?}"));
                 };
                 balance(symbol, &mut open)?;
-                self.push(Token::Symbol(symbol));
+                self.push(Lexeme::Symbol(symbol));
                 self.advance(symbol.len());
             }
         }
@@ -210,7 +210,7 @@ impl<'a> Lexer<'a> {
         let line = self.line;
         let whole = self.advance(end + 2);
         let text = unescape(&whole[1..=end])?;
-        self.tokens.push((Token::Text(text), line));
+        self.tokens.push((Lexeme::Text(text), line));
         Ok(())
     }
 
@@ -227,7 +227,7 @@ impl<'a> Lexer<'a> {
             let Ok(value) = i128::from_str_radix(&text, radix) else {
                 return fail("the number is no integer");
             };
-            self.push(Token::Int(value));
+            self.push(Lexeme::Int(value));
             return Ok(());
         }
         let whole = self.digits(0, 10);
@@ -242,9 +242,9 @@ impl<'a> Lexer<'a> {
         }
         let text = self.advance(end).replace('_', "");
         let token = if end == whole {
-            text.parse().ok().map(Token::Int)
+            text.parse().ok().map(Lexeme::Int)
         } else {
-            text.parse().ok().map(Token::Float)
+            text.parse().ok().map(Lexeme::Float)
         };
         let Some(token) = token else { return fail("the number is too large") };
         self.push(token);

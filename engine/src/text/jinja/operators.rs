@@ -1,15 +1,15 @@
 //! Arithmetic, subscripts and slices, as Python has them.
 
-use super::syntax::{Comparison, Operator};
-use super::value::{Value, range_length};
+use super::syntax::{BinaryOp, CompareOp};
+use super::value::{PyValue, range_length};
 use super::{Outcome, format, raise};
 
 /// Elements of a list that a template makes.
 const ELEMENTS_MAX: usize = 1 << 20;
 
-fn unsupported<T>(symbol: &str, left: &Value, right: &Value) -> Outcome<T> {
+fn unsupported<T>(symbol: &str, left: &PyValue, right: &PyValue) -> Outcome<T> {
     for value in [left, right] {
-        if let Value::Undefined(message) = value {
+        if let PyValue::Undefined(message) = value {
             return raise(&**message);
         }
     }
@@ -21,25 +21,27 @@ fn unsupported<T>(symbol: &str, left: &Value, right: &Value) -> Outcome<T> {
 }
 
 /// `left operator right`. `bytes_max` bounds texts.
-pub fn binary(operator: Operator, left: &Value, right: &Value, bytes_max: usize) -> Outcome<Value> {
+pub fn binary(operator: BinaryOp, left: &PyValue, right: &PyValue, bytes_max: usize) -> Outcome<PyValue> {
     match (operator, left, right) {
-        (Operator::Modulo, Value::Text(text), arguments) => format::percent(text, arguments).map(Value::text),
-        (Operator::Add, Value::Text(a), Value::Text(b)) => {
-            bounded(a.len() + b.len(), bytes_max)?;
-            Ok(Value::text([&**a, &**b].concat()))
+        (BinaryOp::Modulo, PyValue::Text(text), arguments) => {
+            format::percent(text, arguments).map(PyValue::text)
         }
-        (Operator::Add, Value::Text(_), other) if !matches!(other, Value::Undefined(_)) => {
+        (BinaryOp::Add, PyValue::Text(a), PyValue::Text(b)) => {
+            bounded(a.len() + b.len(), bytes_max)?;
+            Ok(PyValue::text([&**a, &**b].concat()))
+        }
+        (BinaryOp::Add, PyValue::Text(_), other) if !matches!(other, PyValue::Undefined(_)) => {
             raise(format!("can only concatenate str (not \"{}\") to str", other.type_name()))
         }
-        (Operator::Add, Value::List(a), Value::List(b)) if a.tuple == b.tuple => {
+        (BinaryOp::Add, PyValue::List(a), PyValue::List(b)) if a.tuple == b.tuple => {
             bounded(a.items.len() + b.items.len(), ELEMENTS_MAX)?;
             let items = [a.items.as_slice(), b.items.as_slice()].concat();
-            if a.tuple { Value::tuple(items) } else { Value::list(items) }
+            if a.tuple { PyValue::tuple(items) } else { PyValue::list(items) }
         }
-        (Operator::Multiply, Value::Text(_) | Value::List(_), count) if count.as_int().is_some() => {
+        (BinaryOp::Multiply, PyValue::Text(_) | PyValue::List(_), count) if count.as_int().is_some() => {
             repeat(left, count.as_int().unwrap_or(0), bytes_max)
         }
-        (Operator::Multiply, count, Value::Text(_) | Value::List(_)) if count.as_int().is_some() => {
+        (BinaryOp::Multiply, count, PyValue::Text(_) | PyValue::List(_)) if count.as_int().is_some() => {
             repeat(right, count.as_int().unwrap_or(0), bytes_max)
         }
         _ => arithmetic(operator, left, right),
@@ -54,37 +56,37 @@ fn bounded(size: usize, limit: usize) -> Outcome<()> {
     }
 }
 
-fn repeat(value: &Value, count: i128, bytes_max: usize) -> Outcome<Value> {
+fn repeat(value: &PyValue, count: i128, bytes_max: usize) -> Outcome<PyValue> {
     let count = usize::try_from(count.max(0)).unwrap_or(usize::MAX);
     match value {
-        Value::Text(text) => {
+        PyValue::Text(text) => {
             bounded(text.len().saturating_mul(count), bytes_max)?;
-            Ok(Value::text(text.repeat(if text.is_empty() { 0 } else { count })))
+            Ok(PyValue::text(text.repeat(if text.is_empty() { 0 } else { count })))
         }
-        Value::List(list) => {
+        PyValue::List(list) => {
             bounded(list.items.len().saturating_mul(count), ELEMENTS_MAX)?;
             let count = if list.items.is_empty() { 0 } else { count };
             let items = std::iter::repeat_n(&list.items, count).flatten().cloned().collect();
-            if list.tuple { Value::tuple(items) } else { Value::list(items) }
+            if list.tuple { PyValue::tuple(items) } else { PyValue::list(items) }
         }
-        other => unsupported("*", other, &Value::Int(0)),
+        other => unsupported("*", other, &PyValue::Int(0)),
     }
 }
 
-fn arithmetic(operator: Operator, left: &Value, right: &Value) -> Outcome<Value> {
+fn arithmetic(operator: BinaryOp, left: &PyValue, right: &PyValue) -> Outcome<PyValue> {
     let symbol = match operator {
-        Operator::Add => "+",
-        Operator::Subtract => "-",
-        Operator::Multiply => "*",
-        Operator::Divide => "/",
-        Operator::FloorDivide => "//",
-        Operator::Modulo => "%",
-        Operator::Power => "** or pow()",
+        BinaryOp::Add => "+",
+        BinaryOp::Subtract => "-",
+        BinaryOp::Multiply => "*",
+        BinaryOp::Divide => "/",
+        BinaryOp::FloorDivide => "//",
+        BinaryOp::Modulo => "%",
+        BinaryOp::Power => "** or pow()",
     };
     let Some((a, b)) = left.as_float().zip(right.as_float()) else { return unsupported(symbol, left, right) };
-    let divides = matches!(operator, Operator::Divide | Operator::FloorDivide | Operator::Modulo);
+    let divides = matches!(operator, BinaryOp::Divide | BinaryOp::FloorDivide | BinaryOp::Modulo);
     if divides && b == 0.0 {
-        return raise(if operator == Operator::Divide {
+        return raise(if operator == BinaryOp::Divide {
             "division by zero"
         } else {
             "integer division or modulo by zero"
@@ -92,28 +94,28 @@ fn arithmetic(operator: Operator, left: &Value, right: &Value) -> Outcome<Value>
     }
     if let (Some(a), Some(b)) = (left.as_int(), right.as_int()) {
         let whole = match operator {
-            Operator::Add => a.checked_add(b),
-            Operator::Subtract => a.checked_sub(b),
-            Operator::Multiply => a.checked_mul(b),
-            Operator::FloorDivide => a.checked_div_euclid(b).map(|_| floor_divide(a, b)),
-            Operator::Modulo => Some(a - floor_divide(a, b) * b),
-            Operator::Power if b >= 0 => u32::try_from(b).ok().and_then(|b| a.checked_pow(b)),
-            Operator::Divide => return Ok(Value::Float(a as f64 / b as f64)),
-            Operator::Power => return Ok(Value::Float((a as f64).powf(b as f64))),
+            BinaryOp::Add => a.checked_add(b),
+            BinaryOp::Subtract => a.checked_sub(b),
+            BinaryOp::Multiply => a.checked_mul(b),
+            BinaryOp::FloorDivide => a.checked_div_euclid(b).map(|_| floor_divide(a, b)),
+            BinaryOp::Modulo => Some(a - floor_divide(a, b) * b),
+            BinaryOp::Power if b >= 0 => u32::try_from(b).ok().and_then(|b| a.checked_pow(b)),
+            BinaryOp::Divide => return Ok(PyValue::Float(a as f64 / b as f64)),
+            BinaryOp::Power => return Ok(PyValue::Float((a as f64).powf(b as f64))),
         };
         return match whole {
-            Some(value) => Ok(Value::Int(value)),
+            Some(value) => Ok(PyValue::Int(value)),
             None => raise(format!("{a} {symbol} {b} exceeds 127 bits")),
         };
     }
-    Ok(Value::Float(match operator {
-        Operator::Add => a + b,
-        Operator::Subtract => a - b,
-        Operator::Multiply => a * b,
-        Operator::Divide => a / b,
-        Operator::FloorDivide => (a / b).floor(),
-        Operator::Modulo => a - (a / b).floor() * b,
-        Operator::Power => a.powf(b),
+    Ok(PyValue::Float(match operator {
+        BinaryOp::Add => a + b,
+        BinaryOp::Subtract => a - b,
+        BinaryOp::Multiply => a * b,
+        BinaryOp::Divide => a / b,
+        BinaryOp::FloorDivide => (a / b).floor(),
+        BinaryOp::Modulo => a - (a / b).floor() * b,
+        BinaryOp::Power => a.powf(b),
     }))
 }
 
@@ -123,11 +125,11 @@ fn floor_divide(a: i128, b: i128) -> i128 {
 }
 
 /// `-value` and `+value`.
-pub fn signed(value: &Value, negative: bool) -> Outcome<Value> {
+pub fn signed(value: &PyValue, negative: bool) -> Outcome<PyValue> {
     match (value, value.as_int()) {
-        (Value::Float(number), _) => Ok(Value::Float(if negative { -number } else { *number })),
-        (_, Some(number)) => Ok(Value::Int(if negative { -number } else { number })),
-        (Value::Undefined(message), _) => raise(&**message),
+        (PyValue::Float(number), _) => Ok(PyValue::Float(if negative { -number } else { *number })),
+        (_, Some(number)) => Ok(PyValue::Int(if negative { -number } else { number })),
+        (PyValue::Undefined(message), _) => raise(&**message),
         _ => raise(format!(
             "bad operand type for unary {}: '{}'",
             if negative { '-' } else { '+' },
@@ -137,17 +139,17 @@ pub fn signed(value: &Value, negative: bool) -> Outcome<Value> {
 }
 
 /// One comparison.
-pub fn compare(comparison: Comparison, left: &Value, right: &Value) -> Outcome<bool> {
+pub fn compare(comparison: CompareOp, left: &PyValue, right: &PyValue) -> Outcome<bool> {
     use std::cmp::Ordering::{Equal, Greater, Less};
     Ok(match comparison {
-        Comparison::Equal => left.equals(right),
-        Comparison::Unequal => !left.equals(right),
-        Comparison::In => right.contains(left)?,
-        Comparison::NotIn => !right.contains(left)?,
-        Comparison::Less => left.order(right, "<")? == Some(Less),
-        Comparison::Greater => left.order(right, ">")? == Some(Greater),
-        Comparison::LessOrEqual => matches!(left.order(right, "<=")?, Some(Less | Equal)),
-        Comparison::GreaterOrEqual => matches!(left.order(right, ">=")?, Some(Greater | Equal)),
+        CompareOp::Equal => left.equals(right),
+        CompareOp::Unequal => !left.equals(right),
+        CompareOp::In => right.contains(left)?,
+        CompareOp::NotIn => !right.contains(left)?,
+        CompareOp::Less => left.order(right, "<")? == Some(Less),
+        CompareOp::Greater => left.order(right, ">")? == Some(Greater),
+        CompareOp::LessOrEqual => matches!(left.order(right, "<=")?, Some(Less | Equal)),
+        CompareOp::GreaterOrEqual => matches!(left.order(right, ">=")?, Some(Greater | Equal)),
     })
 }
 
@@ -159,28 +161,28 @@ fn place(index: i128, length: usize) -> Option<usize> {
 }
 
 /// `value[item]`, where the value holds it.
-pub fn element(value: &Value, item: &Value) -> Option<Value> {
+pub fn element(value: &PyValue, item: &PyValue) -> Option<PyValue> {
     match (value, item.as_int()) {
-        (Value::Dict(dict), _) => dict.get(item).cloned(),
-        (Value::List(list), Some(index)) => place(index, list.items.len()).map(|at| list.items[at].clone()),
-        (Value::Text(text), Some(index)) => {
+        (PyValue::Dict(dict), _) => dict.get(item).cloned(),
+        (PyValue::List(list), Some(index)) => place(index, list.items.len()).map(|at| list.items[at].clone()),
+        (PyValue::Text(text), Some(index)) => {
             let at = place(index, text.chars().count())?;
-            text.chars().nth(at).map(|c| Value::text(c.to_string()))
+            text.chars().nth(at).map(|c| PyValue::text(c.to_string()))
         }
-        (Value::Range(start, stop, step), Some(index)) => {
+        (PyValue::Range(start, stop, step), Some(index)) => {
             let at = place(index, range_length(*start, *stop, *step))?;
-            Some(Value::Int(start + at as i128 * step))
+            Some(PyValue::Int(start + at as i128 * step))
         }
         _ => None,
     }
 }
 
 /// `value[start:stop:step]`.
-pub fn slice(value: &Value, parts: [Option<Value>; 3]) -> Outcome<Value> {
+pub fn slice(value: &PyValue, parts: [Option<PyValue>; 3]) -> Outcome<PyValue> {
     let mut numbers = [None; 3];
     for (number, part) in numbers.iter_mut().zip(parts) {
         *number = match part {
-            None | Some(Value::None) => None,
+            None | Some(PyValue::None) => None,
             Some(part) => match part.as_int() {
                 Some(number) => Some(number),
                 None => return raise("slice indices must be integers or None"),
@@ -189,20 +191,20 @@ pub fn slice(value: &Value, parts: [Option<Value>; 3]) -> Outcome<Value> {
     }
     let picks = |length: usize| picks(numbers, length);
     match value {
-        Value::Text(text) => {
+        PyValue::Text(text) => {
             let chars: Vec<char> = text.chars().collect();
-            Ok(Value::text(picks(chars.len())?.into_iter().map(|at| chars[at]).collect::<String>()))
+            Ok(PyValue::text(picks(chars.len())?.into_iter().map(|at| chars[at]).collect::<String>()))
         }
-        Value::List(list) => {
+        PyValue::List(list) => {
             let items = picks(list.items.len())?.into_iter().map(|at| list.items[at].clone()).collect();
-            if list.tuple { Value::tuple(items) } else { Value::list(items) }
+            if list.tuple { PyValue::tuple(items) } else { PyValue::list(items) }
         }
         // Python gives a range; its elements are the same.
-        Value::Range(..) => {
+        PyValue::Range(..) => {
             let items = value.iterate()?;
-            Value::list(picks(items.len())?.into_iter().map(|at| items[at].clone()).collect())
+            PyValue::list(picks(items.len())?.into_iter().map(|at| items[at].clone()).collect())
         }
-        other => Ok(Value::undefined(format!("'{} object' has no such slice", other.type_name()))),
+        other => Ok(PyValue::undefined(format!("'{} object' has no such slice", other.type_name()))),
     }
 }
 

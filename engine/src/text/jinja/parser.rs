@@ -1,7 +1,7 @@
 //! Tokens to statements. Expressions stand in [`super::expressions`].
 
-use super::lexer::Token;
-use super::syntax::{Arguments, Expr, ExprKind, For, Macro, Node, Target};
+use super::lexer::Lexeme;
+use super::syntax::{Arguments, AssignTarget, Expr, ExprKind, For, Macro, Statement};
 use super::{Outcome, Raised, checks, filters, raise};
 
 /// Blocks within blocks; an expression's parts within parts. Python's own limit is of this order.
@@ -12,7 +12,7 @@ const UNSUPPORTED_GLOBALS: [&str; 3] = ["lipsum", "cycler", "joiner"];
 
 /// Reads statements.
 pub struct Parser {
-    tokens: Vec<(Token, usize)>,
+    tokens: Vec<(Lexeme, usize)>,
     at: usize,
     pub(super) depth: usize,
     loops: usize,
@@ -21,13 +21,13 @@ pub struct Parser {
 }
 
 impl Parser {
-    /// Of tokens that end with [`Token::End`].
-    pub fn new(tokens: Vec<(Token, usize)>) -> Self {
+    /// Of tokens that end with [`Lexeme::End`].
+    pub fn new(tokens: Vec<(Lexeme, usize)>) -> Self {
         Self { tokens, at: 0, depth: 0, loops: 0, names: Vec::new() }
     }
 
     /// Reads a whole template.
-    pub fn template(mut self) -> Outcome<Vec<Node>> {
+    pub fn template(mut self) -> Outcome<Vec<Statement>> {
         match self.body(&[]) {
             Ok((body, _)) => Ok(body),
             Err(raised) => Err(raised.at(self.line())),
@@ -38,26 +38,26 @@ impl Parser {
         self.tokens[self.at].1
     }
 
-    pub(super) fn current(&self) -> &Token {
+    pub(super) fn current(&self) -> &Lexeme {
         &self.tokens[self.at].0
     }
 
-    pub(super) fn following(&self) -> &Token {
+    pub(super) fn following(&self) -> &Lexeme {
         &self.tokens[(self.at + 1).min(self.tokens.len() - 1)].0
     }
 
-    pub(super) fn next(&mut self) -> Token {
+    pub(super) fn next(&mut self) -> Lexeme {
         let token = self.current().clone();
         self.at = (self.at + 1).min(self.tokens.len() - 1);
         token
     }
 
     pub(super) fn is_symbol(&self, symbol: &str) -> bool {
-        matches!(self.current(), Token::Symbol(found) if *found == symbol)
+        matches!(self.current(), Lexeme::Symbol(found) if *found == symbol)
     }
 
     pub(super) fn is_name(&self, name: &str) -> bool {
-        matches!(self.current(), Token::Name(found) if found == name)
+        matches!(self.current(), Lexeme::Name(found) if found == name)
     }
 
     pub(super) fn skip_symbol(&mut self, symbol: &str) -> bool {
@@ -82,23 +82,23 @@ impl Parser {
 
     pub(super) fn unexpected<T>(&self, expected: &str) -> Outcome<T> {
         let found = match self.current() {
-            Token::Data(_) => "text".to_owned(),
-            Token::BlockBegin => "{%".into(),
-            Token::BlockEnd => "%}".into(),
-            Token::PrintBegin => "{{".into(),
-            Token::PrintEnd => "}}".into(),
-            Token::Name(name) => format!("'{name}'"),
-            Token::Text(_) => "a string".into(),
-            Token::Int(_) | Token::Float(_) => "a number".into(),
-            Token::Symbol(symbol) => format!("'{symbol}'"),
-            Token::End => "the end of the template".into(),
+            Lexeme::Data(_) => "text".to_owned(),
+            Lexeme::BlockBegin => "{%".into(),
+            Lexeme::BlockEnd => "%}".into(),
+            Lexeme::PrintBegin => "{{".into(),
+            Lexeme::PrintEnd => "}}".into(),
+            Lexeme::Name(name) => format!("'{name}'"),
+            Lexeme::Text(_) => "a string".into(),
+            Lexeme::Int(_) | Lexeme::Float(_) => "a number".into(),
+            Lexeme::Symbol(symbol) => format!("'{symbol}'"),
+            Lexeme::End => "the end of the template".into(),
         };
         Err(Raised { message: format!("expected {expected}, found {found}"), line: Some(self.line()) })
     }
 
     pub(super) fn name(&mut self) -> Outcome<String> {
         match self.next() {
-            Token::Name(name) => Ok(name),
+            Lexeme::Name(name) => Ok(name),
             _ => {
                 self.at = self.at.saturating_sub(1);
                 self.unexpected("a name")
@@ -108,7 +108,7 @@ impl Parser {
 
     fn block_end(&mut self) -> Outcome<()> {
         match self.current() {
-            Token::BlockEnd => {
+            Lexeme::BlockEnd => {
                 self.next();
                 Ok(())
             }
@@ -118,7 +118,7 @@ impl Parser {
 
     /// Reads up to one of the tags that end a body; gives its name and stands behind it. Without such tags, up to
     /// the end of the template.
-    fn body(&mut self, ends: &[&str]) -> Outcome<(Vec<Node>, String)> {
+    fn body(&mut self, ends: &[&str]) -> Outcome<(Vec<Statement>, String)> {
         self.depth += 1;
         if self.depth > DEPTH_MAX {
             return raise(format!("blocks nest deeper than {DEPTH_MAX}"));
@@ -126,24 +126,24 @@ impl Parser {
         let mut nodes = Vec::new();
         loop {
             match self.current() {
-                Token::End if ends.is_empty() => {
+                Lexeme::End if ends.is_empty() => {
                     self.depth -= 1;
                     return Ok((nodes, String::new()));
                 }
-                Token::Data(_) => {
-                    if let Token::Data(text) = self.next() {
-                        nodes.push(Node::Text(text));
+                Lexeme::Data(_) => {
+                    if let Lexeme::Data(text) = self.next() {
+                        nodes.push(Statement::Text(text));
                     }
                 }
-                Token::PrintBegin => {
+                Lexeme::PrintBegin => {
                     self.next();
-                    nodes.push(Node::Print(self.tuple(true, &[])?));
+                    nodes.push(Statement::Print(self.tuple(true, &[])?));
                     match self.current() {
-                        Token::PrintEnd => self.next(),
+                        Lexeme::PrintEnd => self.next(),
                         _ => return self.unexpected("}}"),
                     };
                 }
-                Token::BlockBegin => {
+                Lexeme::BlockBegin => {
                     self.next();
                     let line = self.line();
                     let name = self.name()?;
@@ -160,13 +160,13 @@ impl Parser {
     }
 
     /// Reads a body from behind its opening tag's head.
-    fn block(&mut self, ends: &[&str]) -> Outcome<(Vec<Node>, String)> {
+    fn block(&mut self, ends: &[&str]) -> Outcome<(Vec<Statement>, String)> {
         self.skip_symbol(":");
         self.block_end()?;
         self.body(ends)
     }
 
-    fn statement(&mut self, name: &str, line: usize, nodes: &mut Vec<Node>) -> Outcome<()> {
+    fn statement(&mut self, name: &str, line: usize, nodes: &mut Vec<Statement>) -> Outcome<()> {
         let node = match name {
             "if" => self.conditional()?,
             "for" => self.loops(line)?,
@@ -174,31 +174,31 @@ impl Parser {
             "with" => self.with(line)?,
             "macro" => {
                 let name = self.name()?;
-                Node::Macro(self.macro_body(name, "endmacro", None)?)
+                Statement::Macro(self.macro_body(name, "endmacro", None)?)
             }
             "call" => self.call_block()?,
             "filter" => {
                 let filter = self.filter_chain(true)?;
-                Node::FilterBlock(filter, self.block(&["endfilter"])?.0)
+                Statement::FilterBlock(filter, self.block(&["endfilter"])?.0)
             }
-            "generation" => Node::Scope(self.block(&["endgeneration"])?.0),
+            "generation" => Statement::Scope(self.block(&["endgeneration"])?.0),
             "block" => {
                 let name = self.name()?;
                 self.skip_name("scoped");
                 let body = self.block(&["endblock"])?.0;
                 self.skip_name(&name);
-                Node::Scope(body)
+                Statement::Scope(body)
             }
             "print" => {
-                while *self.current() != Token::BlockEnd {
-                    nodes.push(Node::Print(self.expression(true)?));
+                while *self.current() != Lexeme::BlockEnd {
+                    nodes.push(Statement::Print(self.expression(true)?));
                     self.skip_symbol(",");
                 }
                 return Ok(());
             }
             "break" | "continue" if self.loops == 0 => return raise(format!("'{name}' outside of a loop")),
-            "break" => Node::Break,
-            "continue" => Node::Continue,
+            "break" => Statement::Break,
+            "continue" => Statement::Continue,
             "extends" | "include" | "import" | "from" => {
                 return raise(format!("'{name}': a chat template cannot load another template"));
             }
@@ -208,7 +208,7 @@ impl Parser {
         Ok(())
     }
 
-    fn conditional(&mut self) -> Outcome<Node> {
+    fn conditional(&mut self) -> Outcome<Statement> {
         let mut branches = Vec::new();
         loop {
             let test = self.tuple(false, &[])?;
@@ -216,13 +216,13 @@ impl Parser {
             branches.push((test, body));
             match end.as_str() {
                 "elif" => {}
-                "else" => return Ok(Node::If(branches, self.block(&["endif"])?.0)),
-                _ => return Ok(Node::If(branches, Vec::new())),
+                "else" => return Ok(Statement::If(branches, self.block(&["endif"])?.0)),
+                _ => return Ok(Statement::If(branches, Vec::new())),
             }
         }
     }
 
-    fn loops(&mut self, line: usize) -> Outcome<Node> {
+    fn loops(&mut self, line: usize) -> Outcome<Statement> {
         let target = self.target(false)?;
         if !self.skip_name("in") {
             return self.unexpected("'in'");
@@ -234,21 +234,21 @@ impl Parser {
         let (body, end) = self.block(&["endfor", "else"])?;
         self.loops -= 1;
         let otherwise = if end == "else" { self.block(&["endfor"])?.0 } else { Vec::new() };
-        Ok(Node::For(For { target, iterable, filter, recursive, body, otherwise, line }))
+        Ok(Statement::For(For { target, iterable, filter, recursive, body, otherwise, line }))
     }
 
-    fn assignment(&mut self, line: usize) -> Outcome<Node> {
+    fn assignment(&mut self, line: usize) -> Outcome<Statement> {
         let target = self.target(true)?;
         if self.skip_symbol("=") {
-            return Ok(Node::Set(target, self.tuple(true, &[])?, line));
+            return Ok(Statement::Set(target, self.tuple(true, &[])?, line));
         }
         let filter = self.filter_chain(false)?;
-        Ok(Node::SetBlock(target, filter, self.block(&["endset"])?.0, line))
+        Ok(Statement::SetBlock(target, filter, self.block(&["endset"])?.0, line))
     }
 
-    fn with(&mut self, line: usize) -> Outcome<Node> {
+    fn with(&mut self, line: usize) -> Outcome<Statement> {
         let mut values = Vec::new();
-        while *self.current() != Token::BlockEnd {
+        while *self.current() != Lexeme::BlockEnd {
             if !values.is_empty() {
                 self.expect_symbol(",")?;
             }
@@ -256,17 +256,17 @@ impl Parser {
             self.expect_symbol("=")?;
             values.push((target, self.expression(true)?));
         }
-        Ok(Node::With(values, self.block(&["endwith"])?.0, line))
+        Ok(Statement::With(values, self.block(&["endwith"])?.0, line))
     }
 
-    fn call_block(&mut self) -> Outcome<Node> {
+    fn call_block(&mut self) -> Outcome<Statement> {
         let parameters = if self.is_symbol("(") { Some(self.parameters()?) } else { None };
         let call = self.expression(true)?;
         if !matches!(call.kind, ExprKind::Call(..)) {
             return self.unexpected("a call");
         }
         let caller = self.macro_body("caller".into(), "endcall", Some(parameters.unwrap_or_default()))?;
-        Ok(Node::CallBlock(call, caller))
+        Ok(Statement::CallBlock(call, caller))
     }
 
     fn macro_body(
@@ -311,7 +311,7 @@ impl Parser {
     }
 
     /// `a`, `a, b`, `(a, (b, c))`, and where allowed `a.b`.
-    fn target(&mut self, with_attribute: bool) -> Outcome<Target> {
+    fn target(&mut self, with_attribute: bool) -> Outcome<AssignTarget> {
         let mut targets = Vec::new();
         let mut tuple = false;
         loop {
@@ -324,16 +324,16 @@ impl Parser {
                     return raise(format!("can't assign to '{name}'"));
                 }
                 if with_attribute && self.skip_symbol(".") {
-                    targets.push(Target::Attribute(name, self.name()?));
+                    targets.push(AssignTarget::Attribute(name, self.name()?));
                 } else {
-                    targets.push(Target::Name(name));
+                    targets.push(AssignTarget::Name(name));
                 }
             }
             if !self.skip_symbol(",") {
                 break;
             }
             tuple = true;
-            if !matches!(self.current(), Token::Name(name) if name != "in") && !self.is_symbol("(") {
+            if !matches!(self.current(), Lexeme::Name(name) if name != "in") && !self.is_symbol("(") {
                 break;
             }
         }
@@ -341,7 +341,7 @@ impl Parser {
             Some(only) if !tuple && targets.is_empty() => Ok(only),
             last => {
                 targets.extend(last);
-                Ok(Target::Tuple(targets))
+                Ok(AssignTarget::Tuple(targets))
             }
         }
     }

@@ -2,14 +2,14 @@
 
 use std::fmt::Write as _;
 
-use super::value::{Value, View};
+use super::value::{PyValue, View};
 
-impl Value {
+impl PyValue {
     /// `str()`.
     pub fn to_text(&self) -> String {
         match self {
-            Value::Text(text) => text.to_string(),
-            Value::Undefined(_) => String::new(),
+            PyValue::Text(text) => text.to_string(),
+            PyValue::Undefined(_) => String::new(),
             other => {
                 let mut out = String::new();
                 other.write_repr(&mut out);
@@ -21,27 +21,27 @@ impl Value {
     /// `repr()`.
     pub fn write_repr(&self, out: &mut String) {
         let _ = match self {
-            Value::Undefined(_) => write!(out, "Undefined"),
-            Value::None => write!(out, "None"),
-            Value::Bool(true) => write!(out, "True"),
-            Value::Bool(false) => write!(out, "False"),
-            Value::Int(value) => write!(out, "{value}"),
-            Value::Float(value) => write!(out, "{}", float(*value)),
-            Value::Text(text) => {
+            PyValue::Undefined(_) => write!(out, "Undefined"),
+            PyValue::None => write!(out, "None"),
+            PyValue::Bool(true) => write!(out, "True"),
+            PyValue::Bool(false) => write!(out, "False"),
+            PyValue::Int(value) => write!(out, "{value}"),
+            PyValue::Float(value) => write!(out, "{}", float(*value)),
+            PyValue::Text(text) => {
                 quote(text, out);
                 Ok(())
             }
-            Value::List(list) if list.tuple && list.items.len() == 1 => {
+            PyValue::List(list) if list.tuple && list.items.len() == 1 => {
                 out.push('(');
                 list.items[0].write_repr(out);
                 write!(out, ",)")
             }
-            Value::List(list) => {
+            PyValue::List(list) => {
                 let (open, close) = if list.tuple { ('(', ')') } else { ('[', ']') };
                 write_items(&list.items, (open, close), out);
                 Ok(())
             }
-            Value::Dict(dict) => {
+            PyValue::Dict(dict) => {
                 out.push('{');
                 for (at, (key, value)) in dict.entries().iter().enumerate() {
                     out.push_str(if at == 0 { "" } else { ", " });
@@ -51,22 +51,22 @@ impl Value {
                 }
                 write!(out, "}}")
             }
-            Value::View(View::Keys | View::Values | View::Items, _) => {
+            PyValue::View(View::Keys | View::Values | View::Items, _) => {
                 let _ = write!(out, "{}(", self.type_name());
                 write_items(&self.iterate().unwrap_or_default(), ('[', ']'), out);
                 write!(out, ")")
             }
-            Value::Range(start, stop, 1) => write!(out, "range({start}, {stop})"),
-            Value::Range(start, stop, step) => write!(out, "range({start}, {stop}, {step})"),
-            Value::Loop(round) => write!(out, "<LoopContext {}/{}>", round.index + 1, round.items.len()),
+            PyValue::Range(start, stop, 1) => write!(out, "range({start}, {stop})"),
+            PyValue::Range(start, stop, step) => write!(out, "range({start}, {stop}, {step})"),
+            PyValue::Loop(round) => write!(out, "<LoopContext {}/{}>", round.index + 1, round.items.len()),
             // Python shows addresses here.
-            Value::Method(method) => write!(out, "<built-in method {}>", method.1),
+            PyValue::Method(method) => write!(out, "<built-in method {}>", method.1),
             other => write!(out, "<{}>", other.type_name()),
         };
     }
 }
 
-fn write_items(items: &[Value], (open, close): (char, char), out: &mut String) {
+fn write_items(items: &[PyValue], (open, close): (char, char), out: &mut String) {
     out.push(open);
     for (at, item) in items.iter().enumerate() {
         out.push_str(if at == 0 { "" } else { ", " });

@@ -2,9 +2,9 @@
 
 use std::rc::Rc;
 
-use super::syntax::{For, Macro, Node, Target};
-use super::value::{Dict, Value};
-use super::{Bounds, Context, Outcome, evaluate, raise};
+use super::syntax::{AssignTarget, For, Macro, Statement};
+use super::value::{Dict, PyValue};
+use super::{Outcome, RenderBounds, RenderContext, evaluate, raise};
 
 /// Statements and expressions within each other while a template runs, calls of macros included.
 const DEPTH_MAX: usize = 400;
@@ -20,7 +20,7 @@ pub enum Flow {
 /// One turn of a loop, as the template sees it.
 #[derive(Debug)]
 pub struct Round {
-    pub items: Rc<Vec<Value>>,
+    pub items: Rc<Vec<PyValue>>,
     pub index: usize,
     /// From 0.
     pub depth: usize,
@@ -39,13 +39,13 @@ pub struct Closure<'p> {
 
 struct Scope<'p> {
     parent: Option<usize>,
-    variables: Vec<(&'p str, Value)>,
+    variables: Vec<(&'p str, PyValue)>,
 }
 
 /// A template that runs.
 pub struct Machine<'p> {
-    pub(super) context: &'p Context,
-    pub(super) bounds: Bounds,
+    pub(super) context: &'p RenderContext,
+    pub(super) bounds: RenderBounds,
     pub(super) fuel: u64,
     pub(super) depth: usize,
     scopes: Vec<Scope<'p>>,
@@ -56,14 +56,14 @@ pub struct Machine<'p> {
     pub(super) recursive: Vec<(&'p For, usize)>,
     pub(super) namespaces: Vec<Dict>,
     /// What `loop.changed` saw last, by loop.
-    pub(super) changed: Vec<Option<Vec<Value>>>,
+    pub(super) changed: Vec<Option<Vec<PyValue>>>,
     /// Texts of the blocks that filters stand over.
-    pub(super) bodies: Vec<Value>,
+    pub(super) bodies: Vec<PyValue>,
     out: String,
 }
 
 impl<'p> Machine<'p> {
-    pub fn new(context: &'p Context, bounds: Bounds) -> Self {
+    pub fn new(context: &'p RenderContext, bounds: RenderBounds) -> Self {
         Self {
             context,
             bounds,
@@ -81,7 +81,7 @@ impl<'p> Machine<'p> {
         }
     }
 
-    pub fn render(mut self, body: &'p [Node]) -> Outcome<String> {
+    pub fn render(mut self, body: &'p [Statement]) -> Outcome<String> {
         self.body(body)?;
         Ok(self.out)
     }
@@ -114,7 +114,7 @@ impl<'p> Machine<'p> {
         Ok(())
     }
 
-    pub(super) fn lookup(&self, name: &str) -> Option<&Value> {
+    pub(super) fn lookup(&self, name: &str) -> Option<&PyValue> {
         let mut at = Some(self.scope);
         while let Some(scope) = at.and_then(|at| self.scopes.get(at)) {
             if let Some((_, value)) = scope.variables.iter().rev().find(|(other, _)| *other == name) {
@@ -125,7 +125,7 @@ impl<'p> Machine<'p> {
         self.context.variables.iter().rev().find(|(other, _)| other == name).map(|(_, value)| value)
     }
 
-    fn define(&mut self, name: &'p str, value: Value) {
+    fn define(&mut self, name: &'p str, value: PyValue) {
         let scope = &mut self.scopes[self.scope];
         match scope.variables.iter_mut().find(|(other, _)| *other == name) {
             Some((_, old)) => *old = value,
@@ -155,7 +155,7 @@ impl<'p> Machine<'p> {
         result.map(|()| inner)
     }
 
-    fn body(&mut self, nodes: &'p [Node]) -> Outcome<Flow> {
+    fn body(&mut self, nodes: &'p [Statement]) -> Outcome<Flow> {
         for node in nodes {
             self.enter()?;
             let flow = self.node(node);
@@ -168,18 +168,18 @@ impl<'p> Machine<'p> {
         Ok(Flow::Next)
     }
 
-    fn node(&mut self, node: &'p Node) -> Outcome<Flow> {
+    fn node(&mut self, node: &'p Statement) -> Outcome<Flow> {
         match node {
-            Node::Text(text) => self.write(text)?,
-            Node::Print(expr) => {
+            Statement::Text(text) => self.write(text)?,
+            Statement::Print(expr) => {
                 let value = self.evaluate(expr)?;
                 match &value {
-                    Value::Text(text) => self.write(text),
+                    PyValue::Text(text) => self.write(text),
                     other => self.write(&other.to_text()),
                 }
                 .map_err(|raised| raised.at(expr.line))?;
             }
-            Node::If(branches, otherwise) => {
+            Statement::If(branches, otherwise) => {
                 for (test, body) in branches {
                     if self.evaluate(test)?.is_true() {
                         return self.body(body);
@@ -187,51 +187,58 @@ impl<'p> Machine<'p> {
                 }
                 return self.body(otherwise);
             }
-            Node::For(node) => {
+            Statement::For(node) => {
                 let iterable = self.evaluate(&node.iterable)?;
                 return self.run_loop(node, &iterable, 0).map(|()| Flow::Next);
             }
-            Node::Set(target, expr, line) => {
+            Statement::Set(target, expr, line) => {
                 let value = self.evaluate(expr)?;
                 self.assign(target, value).map_err(|raised| raised.at(*line))?;
             }
-            Node::SetBlock(target, filter, body, line) => {
+            Statement::SetBlock(target, filter, body, line) => {
                 let text = self.filtered(filter, body)?;
                 self.assign(target, text).map_err(|raised| raised.at(*line))?;
             }
-            Node::FilterBlock(filter, body) => {
+            Statement::FilterBlock(filter, body) => {
                 let text = self.filtered(filter, body)?.to_text();
                 self.write(&text).map_err(|raised| raised.at(filter.line))?;
             }
-            Node::With(values, body, line) => self.with(values, body).map_err(|raised| raised.at(*line))?,
-            Node::Macro(node) => {
+            Statement::With(values, body, line) => {
+                self.with(values, body).map_err(|raised| raised.at(*line))?
+            }
+            Statement::Macro(node) => {
                 let value = self.close_over(node);
                 self.kept = self.kept.max(self.scope);
                 self.define(&node.name, value);
             }
-            Node::CallBlock(call, caller) => {
+            Statement::CallBlock(call, caller) => {
                 let caller = self.close_over(caller);
                 let text = self.call_with(call, Some(caller))?.to_text();
                 self.write(&text).map_err(|raised| raised.at(call.line))?;
             }
-            Node::Scope(body) => {
+            Statement::Scope(body) => {
                 let parent = self.scope;
                 self.scoped(parent, |machine| machine.body(body))?;
             }
-            Node::Break => return Ok(Flow::Break),
-            Node::Continue => return Ok(Flow::Continue),
+            Statement::Break => return Ok(Flow::Break),
+            Statement::Continue => return Ok(Flow::Continue),
         }
         Ok(Flow::Next)
     }
 
-    fn close_over(&mut self, node: &'p Macro) -> Value {
+    fn close_over(&mut self, node: &'p Macro) -> PyValue {
         self.closures.push(Closure { node, scope: self.scope });
-        Value::Macro(self.closures.len() - 1)
+        PyValue::Macro(self.closures.len() - 1)
     }
 
-    fn with(&mut self, values: &'p [(Target, super::syntax::Expr)], body: &'p [Node]) -> Outcome<()> {
+    fn with(
+        &mut self,
+        values: &'p [(AssignTarget, super::syntax::Expr)],
+        body: &'p [Statement],
+    ) -> Outcome<()> {
         // The values do not see each other.
-        let found: Vec<Value> = values.iter().map(|(_, expr)| self.evaluate(expr)).collect::<Outcome<_>>()?;
+        let found: Vec<PyValue> =
+            values.iter().map(|(_, expr)| self.evaluate(expr)).collect::<Outcome<_>>()?;
         let parent = self.scope;
         self.scoped(parent, |machine| {
             for ((target, _), value) in values.iter().zip(found) {
@@ -242,27 +249,27 @@ impl<'p> Machine<'p> {
     }
 
     /// The text of a block, through its filters. The block has variables of its own.
-    fn filtered(&mut self, filter: &'p super::syntax::Expr, body: &'p [Node]) -> Outcome<Value> {
+    fn filtered(&mut self, filter: &'p super::syntax::Expr, body: &'p [Statement]) -> Outcome<PyValue> {
         let parent = self.scope;
         let text =
             self.captured(|machine| machine.scoped(parent, |machine| machine.body(body).map(|_| ())))?;
-        self.bodies.push(Value::text(text));
+        self.bodies.push(PyValue::text(text));
         let value = self.evaluate(filter);
         self.bodies.pop();
         value
     }
 
-    fn assign(&mut self, target: &'p Target, value: Value) -> Outcome<()> {
+    fn assign(&mut self, target: &'p AssignTarget, value: PyValue) -> Outcome<()> {
         match target {
-            Target::Name(name) => self.define(name, value),
-            Target::Attribute(name, attribute) => match self.lookup(name) {
-                Some(&Value::Namespace(number)) => {
+            AssignTarget::Name(name) => self.define(name, value),
+            AssignTarget::Attribute(name, attribute) => match self.lookup(name) {
+                Some(&PyValue::Namespace(number)) => {
                     evaluate::check_attribute(attribute)?;
-                    self.namespaces[number].insert(Value::text(attribute.as_str()), value);
+                    self.namespaces[number].insert(PyValue::text(attribute.as_str()), value);
                 }
                 _ => return raise("cannot assign attribute on non-namespace object"),
             },
-            Target::Tuple(targets) => {
+            AssignTarget::Tuple(targets) => {
                 let values = value.iterate()?;
                 if values.len() != targets.len() {
                     let problem = if values.len() < targets.len() { "not enough" } else { "too many" };
@@ -276,7 +283,7 @@ impl<'p> Machine<'p> {
         Ok(())
     }
 
-    fn run_loop(&mut self, node: &'p For, iterable: &Value, depth: usize) -> Outcome<()> {
+    fn run_loop(&mut self, node: &'p For, iterable: &PyValue, depth: usize) -> Outcome<()> {
         let mut items = iterable.iterate().map_err(|raised| raised.at(node.line))?;
         let parent = self.scope;
         if let Some(filter) = &node.filter {
@@ -304,7 +311,7 @@ impl<'p> Machine<'p> {
             self.spend(1)?;
             let round = Round { items: items.clone(), index, depth, number, recursive };
             let flow = self.scoped(parent, |machine| {
-                machine.define("loop", Value::Loop(Rc::new(round)));
+                machine.define("loop", PyValue::Loop(Rc::new(round)));
                 machine.assign(&node.target, items[index].clone()).map_err(|raised| raised.at(node.line))?;
                 machine.body(&node.body)
             })?;
@@ -316,21 +323,21 @@ impl<'p> Machine<'p> {
     }
 
     /// `loop(items)`.
-    pub(super) fn run_again(&mut self, number: usize, items: &Value, depth: usize) -> Outcome<Value> {
+    pub(super) fn run_again(&mut self, number: usize, items: &PyValue, depth: usize) -> Outcome<PyValue> {
         let (node, parent) = self.recursive[number];
         let outer = std::mem::replace(&mut self.scope, parent);
         let text = self.captured(|machine| machine.run_loop(node, items, depth + 1));
         self.scope = outer;
-        text.map(Value::text)
+        text.map(PyValue::text)
     }
 
     /// Runs a macro. An argument that is not given takes its default, which sees those before it.
     pub(super) fn run_macro(
         &mut self,
         closure: Closure<'p>,
-        arguments: Vec<Option<Value>>,
-        extras: Vec<(&'static str, Value)>,
-    ) -> Outcome<Value> {
+        arguments: Vec<Option<PyValue>>,
+        extras: Vec<(&'static str, PyValue)>,
+    ) -> Outcome<PyValue> {
         if closure.scope >= self.scopes.len() {
             return raise("a caller is gone when its call has ended");
         }
@@ -340,7 +347,7 @@ impl<'p> Machine<'p> {
                     let value = match (argument, default) {
                         (Some(value), _) => value,
                         (None, Some(default)) => machine.evaluate(default)?,
-                        (None, None) => Value::undefined(format!("parameter '{name}' was not provided")),
+                        (None, None) => PyValue::undefined(format!("parameter '{name}' was not provided")),
                     };
                     machine.define(name, value);
                 }
@@ -351,6 +358,6 @@ impl<'p> Machine<'p> {
             })
         })?;
         self.spend(text.len() / 64)?;
-        Ok(Value::text(text))
+        Ok(PyValue::text(text))
     }
 }

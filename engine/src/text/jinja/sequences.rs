@@ -2,7 +2,7 @@
 
 use super::arguments::{Given, integer};
 use super::run::Machine;
-use super::value::{Value, sorted};
+use super::value::{PyValue, sorted};
 use super::{Outcome, checks, evaluate, filters, raise};
 
 /// Filters of this file.
@@ -32,27 +32,27 @@ pub const NAMES: [&str; 22] = [
 ];
 
 /// Runs a filter.
-pub fn apply(machine: &mut Machine<'_>, name: &str, of: Value, given: Given) -> Outcome<Value> {
+pub fn apply(machine: &mut Machine<'_>, name: &str, of: PyValue, given: Given) -> Outcome<PyValue> {
     match name {
         "length" | "count" => match of.length() {
-            Some(length) => Ok(Value::Int(length as i128)),
+            Some(length) => Ok(PyValue::Int(length as i128)),
             None => raise(format!("object of type '{}' has no len()", of.type_name())),
         },
-        "list" => Value::list(of.iterate()?),
+        "list" => PyValue::list(of.iterate()?),
         "first" => Ok(of
             .take_first()
             .or_else(|| {
-                if matches!(of, Value::Iterator(_)) { None } else { Some(of.iterate()) }?
+                if matches!(of, PyValue::Iterator(_)) { None } else { Some(of.iterate()) }?
                     .ok()?
                     .into_iter()
                     .next()
             })
             .map_or_else(|| checked(&of, "No first item, sequence was empty."), Ok)?),
-        "last" if matches!(of, Value::Iterator(_)) => raise("'generator' object is not reversible"),
+        "last" if matches!(of, PyValue::Iterator(_)) => raise("'generator' object is not reversible"),
         "last" => of.iterate()?.pop().map_or_else(|| checked(&of, "No last item, sequence was empty."), Ok),
         "reverse" => match &of {
-            Value::Text(text) => Ok(Value::text(text.chars().rev().collect::<String>())),
-            other => Value::iterator(other.iterate()?.into_iter().rev().collect()),
+            PyValue::Text(text) => Ok(PyValue::text(text.chars().rev().collect::<String>())),
+            other => PyValue::iterator(other.iterate()?.into_iter().rev().collect()),
         },
         "join" => join(machine, &of, &given),
         "map" => map(machine, &of, given),
@@ -60,7 +60,7 @@ pub fn apply(machine: &mut Machine<'_>, name: &str, of: Value, given: Given) -> 
         "sort" | "dictsort" | "groupby" | "unique" | "min" | "max" => ordered(machine, name, &of, &given),
         "sum" => {
             let [attribute, start] = given.bind(name, ["attribute", "start"])?;
-            let mut sum = start.unwrap_or(Value::Int(0));
+            let mut sum = start.unwrap_or(PyValue::Int(0));
             for item in of.iterate()? {
                 let item = path(machine, &item, attribute.as_ref())?;
                 sum = filters::add(&sum, &item, machine.bounds.bytes)?;
@@ -72,22 +72,22 @@ pub fn apply(machine: &mut Machine<'_>, name: &str, of: Value, given: Given) -> 
     }
 }
 
-fn checked(of: &Value, message: &str) -> Outcome<Value> {
-    if !matches!(of, Value::Iterator(_)) {
+fn checked(of: &PyValue, message: &str) -> Outcome<PyValue> {
+    if !matches!(of, PyValue::Iterator(_)) {
         of.iterate()?;
     }
-    Ok(Value::undefined(message))
+    Ok(PyValue::undefined(message))
 }
 
 /// The attribute of an item that a path names, such as `function.name` or `0`.
-fn path(machine: &mut Machine<'_>, item: &Value, attribute: Option<&Value>) -> Outcome<Value> {
+fn path(machine: &mut Machine<'_>, item: &PyValue, attribute: Option<&PyValue>) -> Outcome<PyValue> {
     let mut value = item.clone();
     match attribute {
-        None | Some(Value::None) => {}
-        Some(Value::Text(names)) => {
+        None | Some(PyValue::None) => {}
+        Some(PyValue::Text(names)) => {
             for name in names.split('.') {
-                let number = name.parse::<u32>().ok().map(|number| Value::Int(number.into()));
-                value = machine.item(&value, &number.unwrap_or_else(|| Value::text(name)))?;
+                let number = name.parse::<u32>().ok().map(|number| PyValue::Int(number.into()));
+                value = machine.item(&value, &number.unwrap_or_else(|| PyValue::text(name)))?;
             }
         }
         Some(other) => value = machine.item(&value, other)?,
@@ -95,7 +95,7 @@ fn path(machine: &mut Machine<'_>, item: &Value, attribute: Option<&Value>) -> O
     Ok(value)
 }
 
-fn join(machine: &mut Machine<'_>, of: &Value, given: &Given) -> Outcome<Value> {
+fn join(machine: &mut Machine<'_>, of: &PyValue, given: &Given) -> Outcome<PyValue> {
     let [separator, attribute] = given.bind("join", ["d", "attribute"])?;
     let separator = separator.map(|separator| separator.to_text()).unwrap_or_default();
     let mut out = String::new();
@@ -106,10 +106,10 @@ fn join(machine: &mut Machine<'_>, of: &Value, given: &Given) -> Outcome<Value> 
             return raise(format!("a text of more than {} bytes", machine.bounds.bytes));
         }
     }
-    Ok(Value::text(out))
+    Ok(PyValue::text(out))
 }
 
-fn map(machine: &mut Machine<'_>, of: &Value, mut given: Given) -> Outcome<Value> {
+fn map(machine: &mut Machine<'_>, of: &PyValue, mut given: Given) -> Outcome<PyValue> {
     let mut made = Vec::new();
     if given.positional.is_empty() && given.named.iter().any(|(name, _)| name == "attribute") {
         let [attribute, default] = given.bind("map", ["attribute", "default"])?;
@@ -117,11 +117,13 @@ fn map(machine: &mut Machine<'_>, of: &Value, mut given: Given) -> Outcome<Value
             machine.spend(1)?;
             let value = path(machine, &item, attribute.as_ref())?;
             made.push(match (&value, &default) {
-                (Value::Undefined(_), Some(default)) if !matches!(default, Value::None) => default.clone(),
+                (PyValue::Undefined(_), Some(default)) if !matches!(default, PyValue::None) => {
+                    default.clone()
+                }
                 _ => value,
             });
         }
-        return Value::iterator(made);
+        return PyValue::iterator(made);
     }
     if given.positional.is_empty() {
         return raise("map requires a filter argument");
@@ -138,12 +140,12 @@ fn map(machine: &mut Machine<'_>, of: &Value, mut given: Given) -> Outcome<Value
         machine.depth -= 1;
         made.push(machine.bounded(value)?);
     }
-    Value::iterator(made)
+    PyValue::iterator(made)
 }
 
-fn select(machine: &mut Machine<'_>, name: &str, of: &Value, mut given: Given) -> Outcome<Value> {
+fn select(machine: &mut Machine<'_>, name: &str, of: &PyValue, mut given: Given) -> Outcome<PyValue> {
     if !of.is_true() {
-        return Value::iterator(Vec::new());
+        return PyValue::iterator(Vec::new());
     }
     let mut attribute = None;
     if name.ends_with("attr") {
@@ -164,18 +166,18 @@ fn select(machine: &mut Machine<'_>, name: &str, of: &Value, mut given: Given) -
         };
         kept.extend((holds == wanted).then_some(item));
     }
-    Value::iterator(kept)
+    PyValue::iterator(kept)
 }
 
-fn lower(value: Value, case_sensitive: bool) -> Value {
+fn lower(value: PyValue, case_sensitive: bool) -> PyValue {
     match &value {
-        Value::Text(text) if !case_sensitive => Value::text(text.to_lowercase()),
+        PyValue::Text(text) if !case_sensitive => PyValue::text(text.to_lowercase()),
         _ => value,
     }
 }
 
-fn ordered(machine: &mut Machine<'_>, name: &str, of: &Value, given: &Given) -> Outcome<Value> {
-    let is_true = |value: &Option<Value>| value.as_ref().is_some_and(Value::is_true);
+fn ordered(machine: &mut Machine<'_>, name: &str, of: &PyValue, given: &Given) -> Outcome<PyValue> {
+    let is_true = |value: &Option<PyValue>| value.as_ref().is_some_and(PyValue::is_true);
     let (mut reverse, mut by_value, mut default) = (false, false, None);
     let (attribute, case) = match name {
         "sort" => {
@@ -205,7 +207,7 @@ fn ordered(machine: &mut Machine<'_>, name: &str, of: &Value, given: &Given) -> 
         }
     };
     let items = match of {
-        Value::Dict(dict) if name == "dictsort" => evaluate::items(dict)?,
+        PyValue::Dict(dict) if name == "dictsort" => evaluate::items(dict)?,
         other if name == "dictsort" => {
             return raise(format!("'{}' object has no attribute 'items'", other.type_name()));
         }
@@ -215,7 +217,7 @@ fn ordered(machine: &mut Machine<'_>, name: &str, of: &Value, given: &Given) -> 
     for item in items {
         machine.spend(1)?;
         let key = match (&item, name) {
-            (Value::List(pair), "dictsort") => lower(pair.items[usize::from(by_value)].clone(), case),
+            (PyValue::List(pair), "dictsort") => lower(pair.items[usize::from(by_value)].clone(), case),
             _ => key_of(machine, &item, (attribute.as_ref(), name == "sort"), (case, default.as_ref()))?,
         };
         keyed.push((key, item));
@@ -225,7 +227,7 @@ fn ordered(machine: &mut Machine<'_>, name: &str, of: &Value, given: &Given) -> 
         "min" | "max" => extreme(keyed, name),
         _ => {
             // Equals keep their order backwards too.
-            let mut less = |a: &(Value, Value), b: &(Value, Value)| {
+            let mut less = |a: &(PyValue, PyValue), b: &(PyValue, PyValue)| {
                 let order = a.0.order(&b.0, "<")?;
                 Ok(order.is_some_and(|order| if reverse { order.is_gt() } else { order.is_lt() }))
             };
@@ -233,47 +235,48 @@ fn ordered(machine: &mut Machine<'_>, name: &str, of: &Value, given: &Given) -> 
             if name == "groupby" {
                 return grouped(machine, keyed, (attribute.as_ref(), default.as_ref()));
             }
-            Value::list(keyed.into_iter().map(|(_, item)| item).collect())
+            PyValue::list(keyed.into_iter().map(|(_, item)| item).collect())
         }
     }
 }
 
-fn unique(mut keyed: Vec<(Value, Value)>) -> Outcome<Value> {
+fn unique(mut keyed: Vec<(PyValue, PyValue)>) -> Outcome<PyValue> {
     let mut seen = super::value::Dict::default();
     keyed.iter().try_for_each(|(key, _)| key.check_key())?;
     keyed.retain(|(key, _)| {
         let fresh = seen.get(key).is_none();
-        seen.insert(key.clone(), Value::None);
+        seen.insert(key.clone(), PyValue::None);
         fresh
     });
-    Value::iterator(keyed.into_iter().map(|(_, item)| item).collect())
+    PyValue::iterator(keyed.into_iter().map(|(_, item)| item).collect())
 }
 
 /// What an item is ordered by: the attributes that a comma parts, where it is `sort`.
 fn key_of(
     machine: &mut Machine<'_>,
-    item: &Value,
-    (attribute, several): (Option<&Value>, bool),
-    (case, default): (bool, Option<&Value>),
-) -> Outcome<Value> {
+    item: &PyValue,
+    (attribute, several): (Option<&PyValue>, bool),
+    (case, default): (bool, Option<&PyValue>),
+) -> Outcome<PyValue> {
     match attribute {
-        Some(Value::Text(names)) if several => {
-            let parts =
-                names.split(',').map(|name| Ok(lower(path(machine, item, Some(&Value::text(name)))?, case)));
-            Value::list(parts.collect::<Outcome<_>>()?)
+        Some(PyValue::Text(names)) if several => {
+            let parts = names
+                .split(',')
+                .map(|name| Ok(lower(path(machine, item, Some(&PyValue::text(name)))?, case)));
+            PyValue::list(parts.collect::<Outcome<_>>()?)
         }
         attribute => {
             let key = path(machine, item, attribute)?;
             Ok(match (&key, default) {
-                (Value::Undefined(_), Some(default)) => lower(default.clone(), case),
+                (PyValue::Undefined(_), Some(default)) => lower(default.clone(), case),
                 _ => lower(key, case),
             })
         }
     }
 }
 
-fn extreme(keyed: Vec<(Value, Value)>, name: &str) -> Outcome<Value> {
-    let mut best: Option<(Value, Value)> = None;
+fn extreme(keyed: Vec<(PyValue, PyValue)>, name: &str) -> Outcome<PyValue> {
+    let mut best: Option<(PyValue, PyValue)> = None;
     for (key, item) in keyed {
         let better = match &best {
             None => true,
@@ -286,15 +289,15 @@ fn extreme(keyed: Vec<(Value, Value)>, name: &str) -> Outcome<Value> {
             best = Some((key, item));
         }
     }
-    Ok(best.map_or_else(|| Value::undefined("No aggregated item, sequence was empty."), |(_, item)| item))
+    Ok(best.map_or_else(|| PyValue::undefined("No aggregated item, sequence was empty."), |(_, item)| item))
 }
 
 fn grouped(
     machine: &mut Machine<'_>,
-    keyed: Vec<(Value, Value)>,
-    (attribute, default): (Option<&Value>, Option<&Value>),
-) -> Outcome<Value> {
-    let mut groups: Vec<(Value, Vec<Value>)> = Vec::new();
+    keyed: Vec<(PyValue, PyValue)>,
+    (attribute, default): (Option<&PyValue>, Option<&PyValue>),
+) -> Outcome<PyValue> {
+    let mut groups: Vec<(PyValue, Vec<PyValue>)> = Vec::new();
     for (key, item) in keyed {
         match groups.last_mut() {
             Some((last, items)) if last.equals(&key) => items.push(item),
@@ -305,20 +308,20 @@ fn grouped(
     for (_, items) in groups {
         // The group is named as its first item writes it.
         let name = match (path(machine, &items[0], attribute)?, default) {
-            (Value::Undefined(_), Some(default)) => default.clone(),
+            (PyValue::Undefined(_), Some(default)) => default.clone(),
             (name, _) => name,
         };
-        made.push(Value::tuple(vec![name, Value::list(items)?])?);
+        made.push(PyValue::tuple(vec![name, PyValue::list(items)?])?);
     }
-    Value::list(made)
+    PyValue::list(made)
 }
 
 /// `slice` and `batch`.
-fn groups(name: &str, of: &Value, given: &Given) -> Outcome<Value> {
+fn groups(name: &str, of: &PyValue, given: &Given) -> Outcome<PyValue> {
     let [count, fill] =
         given.bind(name, [if name == "slice" { "slices" } else { "linecount" }, "fill_with"])?;
     let count = usize::try_from(integer(name, count.as_ref(), 0)?).unwrap_or(0);
-    let fill = fill.filter(|fill| !matches!(fill, Value::None));
+    let fill = fill.filter(|fill| !matches!(fill, PyValue::None));
     if count == 0 || count > 1 << 16 {
         return raise(format!("{name}: {count} is not from 1 to 65536"));
     }
@@ -330,9 +333,9 @@ fn groups(name: &str, of: &Value, given: &Given) -> Outcome<Value> {
             if let Some(fill) = &fill {
                 part.resize(count, fill.clone());
             }
-            made.push(Value::list(part)?);
+            made.push(PyValue::list(part)?);
         }
-        return Value::iterator(made);
+        return PyValue::iterator(made);
     }
     let (each, longer) = (items.len() / count, items.len() % count);
     let mut rest = items.as_slice();
@@ -340,14 +343,14 @@ fn groups(name: &str, of: &Value, given: &Given) -> Outcome<Value> {
         let (part, after) = rest.split_at(each + usize::from(number < longer));
         let mut part = part.to_vec();
         part.extend(fill.clone().filter(|_| number >= longer));
-        made.push(Value::list(part)?);
+        made.push(PyValue::list(part)?);
         rest = after;
     }
-    Value::iterator(made)
+    PyValue::iterator(made)
 }
 
-fn url_encode(of: &Value) -> Outcome<Value> {
-    let quote = |value: &Value, path: bool| {
+fn url_encode(of: &PyValue) -> Outcome<PyValue> {
+    let quote = |value: &PyValue, path: bool| {
         let mut out = String::new();
         for byte in value.to_text().bytes() {
             match byte {
@@ -362,9 +365,9 @@ fn url_encode(of: &Value) -> Outcome<Value> {
         out
     };
     let pairs = match of {
-        Value::Dict(dict) => evaluate::items(dict)?,
-        Value::List(list) => list.items.clone(),
-        other => return Ok(Value::text(quote(other, true))),
+        PyValue::Dict(dict) => evaluate::items(dict)?,
+        PyValue::List(list) => list.items.clone(),
+        other => return Ok(PyValue::text(quote(other, true))),
     };
     let mut parts = Vec::new();
     for pair in pairs {
@@ -372,5 +375,5 @@ fn url_encode(of: &Value) -> Outcome<Value> {
         let [key, value] = pair.as_slice() else { return raise("urlencode: a pair must have two elements") };
         parts.push(format!("{}={}", quote(key, false), quote(value, false)));
     }
-    Ok(Value::text(parts.join("&")))
+    Ok(PyValue::text(parts.join("&")))
 }

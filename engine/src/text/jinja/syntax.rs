@@ -20,7 +20,7 @@ pub struct Expr {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Operator {
+pub enum BinaryOp {
     Add,
     Subtract,
     Multiply,
@@ -31,7 +31,7 @@ pub enum Operator {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Comparison {
+pub enum CompareOp {
     Equal,
     Unequal,
     Less,
@@ -58,10 +58,10 @@ pub enum ExprKind {
     Not(Box<Expr>),
     Negative(Box<Expr>),
     Positive(Box<Expr>),
-    Binary(Operator, Box<Expr>, Box<Expr>),
+    Binary(BinaryOp, Box<Expr>, Box<Expr>),
     And(Box<Expr>, Box<Expr>),
     Or(Box<Expr>, Box<Expr>),
-    Compare(Box<Expr>, Vec<(Comparison, Expr)>),
+    Compare(Box<Expr>, Vec<(CompareOp, Expr)>),
     Concat(Vec<Expr>),
     /// `then if test else other`.
     Conditional(Box<Expr>, Box<Expr>, Option<Box<Expr>>),
@@ -82,42 +82,42 @@ pub struct Arguments {
 
 /// What a value is assigned to.
 #[derive(Debug)]
-pub enum Target {
+pub enum AssignTarget {
     Name(String),
-    Tuple(Vec<Target>),
+    Tuple(Vec<AssignTarget>),
     /// `namespace.attribute`.
     Attribute(String, String),
 }
 
 /// A statement, with the line of its tag where it can fail by itself.
 #[derive(Debug)]
-pub enum Node {
+pub enum Statement {
     Text(String),
     Print(Expr),
-    If(Vec<(Expr, Vec<Node>)>, Vec<Node>),
+    If(Vec<(Expr, Vec<Statement>)>, Vec<Statement>),
     For(For),
-    Set(Target, Expr, usize),
+    Set(AssignTarget, Expr, usize),
     /// `{% set x %}body{% endset %}`, with the filters over [`ExprKind::Body`].
-    SetBlock(Target, Expr, Vec<Node>, usize),
-    With(Vec<(Target, Expr)>, Vec<Node>, usize),
+    SetBlock(AssignTarget, Expr, Vec<Statement>, usize),
+    With(Vec<(AssignTarget, Expr)>, Vec<Statement>, usize),
     Macro(Macro),
     /// The call, and its `caller`.
     CallBlock(Expr, Macro),
-    FilterBlock(Expr, Vec<Node>),
+    FilterBlock(Expr, Vec<Statement>),
     /// A body with variables of its own.
-    Scope(Vec<Node>),
+    Scope(Vec<Statement>),
     Break,
     Continue,
 }
 
 #[derive(Debug)]
 pub struct For {
-    pub target: Target,
+    pub target: AssignTarget,
     pub iterable: Expr,
     pub filter: Option<Expr>,
     pub recursive: bool,
-    pub body: Vec<Node>,
-    pub otherwise: Vec<Node>,
+    pub body: Vec<Statement>,
+    pub otherwise: Vec<Statement>,
     pub line: usize,
 }
 
@@ -126,7 +126,7 @@ pub struct Macro {
     pub name: String,
     /// Names, and the defaults of the last of them.
     pub parameters: Vec<(String, Option<Expr>)>,
-    pub body: Vec<Node>,
+    pub body: Vec<Statement>,
     /// What its body refers to beyond its parameters: `varargs`, `kwargs` and `caller` are taken only then.
     pub names: Vec<&'static str>,
 }

@@ -5,19 +5,19 @@ use serde_json::Value as Json;
 use super::*;
 
 const NOW: i64 = 1_795_428_123;
-const BOUNDS: Bounds = Bounds { instructions: 4_000_000, bytes: 8 << 20 };
+const BOUNDS: RenderBounds = RenderBounds { instructions: 4_000_000, bytes: 8 << 20 };
 
 /// The variables of the golden file, with every digit.
-fn context() -> Context {
+fn context() -> RenderContext {
     let golden = include_str!("../../../tests/golden/jinja/expected.json");
-    let Ok(Value::Dict(dict)) = json::parse(json::field(golden, "context").unwrap()) else {
+    let Ok(PyValue::Dict(dict)) = json::parse(json::field(golden, "context").unwrap()) else {
         panic!("no context")
     };
     let variables = dict.entries().iter().map(|(name, value)| (name.to_text(), value.clone())).collect();
-    Context { variables, now: NOW }
+    RenderContext { variables, now: NOW }
 }
 
-fn render(source: &str) -> Result<String, Fault> {
+fn render(source: &str) -> Result<String, TemplateFault> {
     Program::parse(source)?.render(&context(), BOUNDS)
 }
 

@@ -1,7 +1,7 @@
 //! Python's methods of text. Places are counted in characters.
 
 use super::arguments::{Given, integer, optional_text, text};
-use super::value::Value;
+use super::value::PyValue;
 use super::{Outcome, format, print, raise};
 
 /// All of them but `encode`, `maketrans` and `translate`.
@@ -58,21 +58,21 @@ pub fn is_space(c: char) -> bool {
 }
 
 /// Calls a method of a text. `bytes_max` bounds the text that comes out.
-pub fn call(this: &str, name: &str, given: &Given, bytes_max: usize) -> Outcome<Value> {
-    let made = |made: String| Ok(Value::text(made));
+pub fn call(this: &str, name: &str, given: &Given, bytes_max: usize) -> Outcome<PyValue> {
+    let made = |made: String| Ok(PyValue::text(made));
     match name {
-        "format" => format::braces(this, given).map(Value::text),
+        "format" => format::braces(this, given).map(PyValue::text),
         "format_map" => {
             let [mapping] = given.places(name)?;
-            let Some(Value::Dict(dict)) = mapping else { return raise("format_map: expected a mapping") };
+            let Some(PyValue::Dict(dict)) = mapping else { return raise("format_map: expected a mapping") };
             let named = dict.entries().iter().map(|(key, value)| (key.to_text(), value.clone())).collect();
-            format::braces(this, &Given { positional: Vec::new(), named }).map(Value::text)
+            format::braces(this, &Given { positional: Vec::new(), named }).map(PyValue::text)
         }
         "join" => {
             let [parts] = given.places(name)?;
             let mut out = String::new();
-            for (at, part) in parts.unwrap_or(Value::None).iterate()?.iter().enumerate() {
-                let Value::Text(part) = part else {
+            for (at, part) in parts.unwrap_or(PyValue::None).iterate()?.iter().enumerate() {
+                let PyValue::Text(part) = part else {
                     let found = part.type_name();
                     return raise(format!("sequence item {at}: expected str instance, {found} found"));
                 };
@@ -87,8 +87,8 @@ pub fn call(this: &str, name: &str, given: &Given, bytes_max: usize) -> Outcome<
         "replace" => {
             let [old, new, count] = given.bind(name, ["old", "new", "count"])?;
             let (old, new) =
-                (text(name, &old.unwrap_or(Value::None))?, text(name, &new.unwrap_or(Value::None))?);
-            replace(this, &old, &new, (integer(name, count.as_ref(), -1)?, bytes_max)).map(Value::text)
+                (text(name, &old.unwrap_or(PyValue::None))?, text(name, &new.unwrap_or(PyValue::None))?);
+            replace(this, &old, &new, (integer(name, count.as_ref(), -1)?, bytes_max)).map(PyValue::text)
         }
         "center" | "ljust" | "rjust" | "zfill" | "expandtabs" => pad(this, name, given, bytes_max),
         "find" | "rfind" | "index" | "rindex" | "count" | "startswith" | "endswith" => {
@@ -104,14 +104,14 @@ pub fn call(this: &str, name: &str, given: &Given, bytes_max: usize) -> Outcome<
         }
         "removeprefix" | "removesuffix" => {
             let [part] = given.places(name)?;
-            let part = text(name, &part.unwrap_or(Value::None))?;
+            let part = text(name, &part.unwrap_or(PyValue::None))?;
             let cut =
                 if name == "removeprefix" { this.strip_prefix(&*part) } else { this.strip_suffix(&*part) };
             made(cut.unwrap_or(this).to_owned())
         }
         _ => {
             let [] = given.places(name)?;
-            if name.starts_with("is") { Ok(Value::Bool(is(this, name))) } else { made(cased(this, name)) }
+            if name.starts_with("is") { Ok(PyValue::Bool(is(this, name))) } else { made(cased(this, name)) }
         }
     }
 }
@@ -223,7 +223,7 @@ pub fn replace(this: &str, old: &str, new: &str, (count, bytes_max): (i128, usiz
     Ok(this.replacen(old, new, count))
 }
 
-fn pad(this: &str, name: &str, given: &Given, bytes_max: usize) -> Outcome<Value> {
+fn pad(this: &str, name: &str, given: &Given, bytes_max: usize) -> Outcome<PyValue> {
     let [width, fill] =
         given.bind(name, [if name == "expandtabs" { "tabsize" } else { "width" }, "fillchar"])?;
     let fill = optional_text(name, fill.as_ref())?;
@@ -238,7 +238,7 @@ fn pad(this: &str, name: &str, given: &Given, bytes_max: usize) -> Outcome<Value
         return raise(format!("a text of more than {bytes_max} bytes"));
     }
     if name == "expandtabs" {
-        return Ok(Value::text(expand_tabs(this, width)));
+        return Ok(PyValue::text(expand_tabs(this, width)));
     }
     let missing = width.saturating_sub(this.chars().count());
     let left = match name {
@@ -252,7 +252,7 @@ fn pad(this: &str, name: &str, given: &Given, bytes_max: usize) -> Outcome<Value
         Some(number) if name == "zfill" => format!("{}{left}{number}", &this[..1]),
         _ => format!("{left}{this}{right}"),
     };
-    Ok(Value::text(made))
+    Ok(PyValue::text(made))
 }
 
 fn expand_tabs(this: &str, size: usize) -> String {
@@ -278,10 +278,10 @@ fn expand_tabs(this: &str, size: usize) -> String {
 fn part<'a>(
     this: &'a str,
     name: &str,
-    start: Option<Value>,
-    stop: Option<Value>,
+    start: Option<PyValue>,
+    stop: Option<PyValue>,
 ) -> Outcome<Option<(&'a str, i128)>> {
-    let given = |value: Option<Value>| value.filter(|value| !matches!(value, Value::None));
+    let given = |value: Option<PyValue>| value.filter(|value| !matches!(value, PyValue::None));
     let (start, stop) = (given(start), given(stop));
     if start.is_none() && stop.is_none() {
         return Ok(Some((this, 0)));
@@ -297,13 +297,13 @@ fn part<'a>(
     Ok(Some((&this[byte(start)..byte(stop)], start)))
 }
 
-fn search(this: &str, name: &str, given: &Given) -> Outcome<Value> {
+fn search(this: &str, name: &str, given: &Given) -> Outcome<PyValue> {
     let [what, start, stop] = given.places(name)?;
-    let what = what.unwrap_or(Value::None);
+    let what = what.unwrap_or(PyValue::None);
     let part = part(this, name, start, stop)?;
     if matches!(name, "startswith" | "endswith") {
         let options = match &what {
-            Value::List(list) if list.tuple => list.items.clone(),
+            PyValue::List(list) if list.tuple => list.items.clone(),
             other => vec![other.clone()],
         };
         for option in options {
@@ -313,10 +313,10 @@ fn search(this: &str, name: &str, given: &Given) -> Outcome<Value> {
                 _ => part.ends_with(&*option),
             };
             if part.as_ref().is_some_and(fits) {
-                return Ok(Value::Bool(true));
+                return Ok(PyValue::Bool(true));
             }
         }
-        return Ok(Value::Bool(false));
+        return Ok(PyValue::Bool(false));
     }
     let what = text(name, &what)?;
     if name == "count" {
@@ -324,28 +324,28 @@ fn search(this: &str, name: &str, given: &Given) -> Outcome<Value> {
             "" => part.chars().count() + 1,
             what => part.matches(what).count(),
         });
-        return Ok(Value::Int(count as i128));
+        return Ok(PyValue::Int(count as i128));
     }
     let found = part.and_then(|(part, begins)| {
         let at = if name.starts_with('r') { part.rfind(&*what) } else { part.find(&*what) };
         at.map(|at| begins + part[..at].chars().count() as i128)
     });
     match found {
-        Some(at) => Ok(Value::Int(at)),
+        Some(at) => Ok(PyValue::Int(at)),
         None if name.ends_with("index") => raise("substring not found"),
-        None => Ok(Value::Int(-1)),
+        None => Ok(PyValue::Int(-1)),
     }
 }
 
-fn split(this: &str, name: &str, given: &Given) -> Outcome<Value> {
-    let texts = |parts: Vec<&str>| Value::list(parts.into_iter().map(Value::text).collect());
+fn split(this: &str, name: &str, given: &Given) -> Outcome<PyValue> {
+    let texts = |parts: Vec<&str>| PyValue::list(parts.into_iter().map(PyValue::text).collect());
     if name == "splitlines" {
         let [keep] = given.bind(name, ["keepends"])?;
         return texts(lines(this, keep.is_some_and(|keep| keep.is_true())));
     }
     if name.ends_with("partition") {
         let [separator] = given.places(name)?;
-        let separator = text(name, &separator.unwrap_or(Value::None))?;
+        let separator = text(name, &separator.unwrap_or(PyValue::None))?;
         if separator.is_empty() {
             return raise("empty separator");
         }
@@ -356,7 +356,7 @@ fn split(this: &str, name: &str, given: &Given) -> Outcome<Value> {
             None if right => ["", "", this],
             None => [this, "", ""],
         };
-        return Value::tuple(parts.map(Value::text).into());
+        return PyValue::tuple(parts.map(PyValue::text).into());
     }
     let [separator, most] = given.bind(name, ["sep", "maxsplit"])?;
     let separator = optional_text(name, separator.as_ref())?;

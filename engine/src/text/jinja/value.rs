@@ -13,7 +13,7 @@ const NESTING_MAX: usize = 256;
 
 /// A value. Clones share their contents.
 #[derive(Debug, Clone)]
-pub enum Value {
+pub enum PyValue {
     /// What is not there, with the sentence that its use raises.
     Undefined(Rc<str>),
     /// `None`.
@@ -45,7 +45,7 @@ pub enum Value {
     /// A function of the environment.
     Function(&'static str),
     /// A method with its value.
-    Method(Rc<(Value, String)>),
+    Method(Rc<(PyValue, String)>),
 }
 
 /// Part of a mapping.
@@ -63,7 +63,7 @@ pub enum View {
 #[derive(Debug)]
 pub struct List {
     /// Its elements.
-    pub items: Vec<Value>,
+    pub items: Vec<PyValue>,
     /// A tuple differs from a list in its text and its equality.
     pub tuple: bool,
     depth: usize,
@@ -72,14 +72,14 @@ pub struct List {
 /// Elements that are taken one after the other.
 #[derive(Debug)]
 pub struct Stream {
-    items: RefCell<VecDeque<Value>>,
+    items: RefCell<VecDeque<PyValue>>,
     depth: usize,
 }
 
 /// A mapping.
 #[derive(Debug, Default)]
 pub struct Dict {
-    entries: Vec<(Value, Value)>,
+    entries: Vec<(PyValue, PyValue)>,
     /// Where text keys stand.
     index: HashMap<Rc<str>, usize>,
     depth: usize,
@@ -87,85 +87,85 @@ pub struct Dict {
 
 impl Dict {
     /// Sets a key; one that is there keeps its place.
-    pub fn insert(&mut self, key: Value, value: Value) {
+    pub fn insert(&mut self, key: PyValue, value: PyValue) {
         self.depth = self.depth.max(key.depth()).max(value.depth());
         if let Some(at) = self.find(&key) {
             self.entries[at].1 = value;
             return;
         }
-        if let Value::Text(text) = &key {
+        if let PyValue::Text(text) = &key {
             self.index.insert(text.clone(), self.entries.len());
         }
         self.entries.push((key, value));
     }
 
-    fn find(&self, key: &Value) -> Option<usize> {
+    fn find(&self, key: &PyValue) -> Option<usize> {
         match key {
-            Value::Text(text) => self.index.get(text).copied(),
+            PyValue::Text(text) => self.index.get(text).copied(),
             key => self.entries.iter().position(|(other, _)| other.equals(key)),
         }
     }
 
     /// The value of a key.
-    pub fn get(&self, key: &Value) -> Option<&Value> {
+    pub fn get(&self, key: &PyValue) -> Option<&PyValue> {
         self.find(key).map(|at| &self.entries[at].1)
     }
 
     /// The value of a text key.
-    pub fn get_text(&self, key: &str) -> Option<&Value> {
+    pub fn get_text(&self, key: &str) -> Option<&PyValue> {
         self.index.get(key).map(|&at| &self.entries[at].1)
     }
 
     /// Its entries in order.
-    pub fn entries(&self) -> &[(Value, Value)] {
+    pub fn entries(&self) -> &[(PyValue, PyValue)] {
         &self.entries
     }
 }
 
-impl Value {
+impl PyValue {
     /// Text.
-    pub fn text(text: impl Into<Rc<str>>) -> Value {
-        Value::Text(text.into())
+    pub fn text(text: impl Into<Rc<str>>) -> PyValue {
+        PyValue::Text(text.into())
     }
 
     /// What is not there.
-    pub fn undefined(message: impl Into<Rc<str>>) -> Value {
-        Value::Undefined(message.into())
+    pub fn undefined(message: impl Into<Rc<str>>) -> PyValue {
+        PyValue::Undefined(message.into())
     }
 
     /// A list, unless it nests too deep.
-    pub(crate) fn list(items: Vec<Value>) -> Outcome<Value> {
+    pub(crate) fn list(items: Vec<PyValue>) -> Outcome<PyValue> {
         Self::sequence(items, false)
     }
 
     /// A tuple, unless it nests too deep.
-    pub(crate) fn tuple(items: Vec<Value>) -> Outcome<Value> {
+    pub(crate) fn tuple(items: Vec<PyValue>) -> Outcome<PyValue> {
         Self::sequence(items, true)
     }
 
-    fn sequence(items: Vec<Value>, tuple: bool) -> Outcome<Value> {
-        let depth = nested(items.iter().map(Value::depth).max().unwrap_or(0))?;
-        Ok(Value::List(Rc::new(List { items, tuple, depth })))
+    fn sequence(items: Vec<PyValue>, tuple: bool) -> Outcome<PyValue> {
+        let depth = nested(items.iter().map(PyValue::depth).max().unwrap_or(0))?;
+        Ok(PyValue::List(Rc::new(List { items, tuple, depth })))
     }
 
     /// What can be gone through once.
-    pub(crate) fn iterator(items: Vec<Value>) -> Outcome<Value> {
-        let depth = nested(items.iter().map(Value::depth).max().unwrap_or(0))?;
-        Ok(Value::Iterator(Rc::new(Stream { items: RefCell::new(items.into()), depth })))
+    pub(crate) fn iterator(items: Vec<PyValue>) -> Outcome<PyValue> {
+        let depth = nested(items.iter().map(PyValue::depth).max().unwrap_or(0))?;
+        Ok(PyValue::Iterator(Rc::new(Stream { items: RefCell::new(items.into()), depth })))
     }
 
     /// A mapping, unless it nests too deep.
-    pub(crate) fn dict(mut dict: Dict) -> Outcome<Value> {
+    pub(crate) fn dict(mut dict: Dict) -> Outcome<PyValue> {
         dict.depth = nested(dict.depth)?;
-        Ok(Value::Dict(Rc::new(dict)))
+        Ok(PyValue::Dict(Rc::new(dict)))
     }
 
     fn depth(&self) -> usize {
         match self {
-            Value::List(list) => list.depth,
-            Value::Dict(dict) | Value::View(_, dict) => dict.depth + 1,
-            Value::Iterator(stream) => stream.depth,
-            Value::Method(method) => method.0.depth() + 1,
+            PyValue::List(list) => list.depth,
+            PyValue::Dict(dict) | PyValue::View(_, dict) => dict.depth + 1,
+            PyValue::Iterator(stream) => stream.depth,
+            PyValue::Method(method) => method.0.depth() + 1,
             _ => 0,
         }
     }
@@ -173,35 +173,35 @@ impl Value {
     /// Python's name of its type.
     pub fn type_name(&self) -> &'static str {
         match self {
-            Value::Undefined(_) => "Undefined",
-            Value::None => "NoneType",
-            Value::Bool(_) => "bool",
-            Value::Int(_) => "int",
-            Value::Float(_) => "float",
-            Value::Text(_) => "str",
-            Value::List(list) if list.tuple => "tuple",
-            Value::List(_) => "list",
-            Value::Dict(_) => "dict",
-            Value::View(View::Keys, _) => "dict_keys",
-            Value::View(View::Values, _) => "dict_values",
-            Value::View(View::Items, _) => "dict_items",
-            Value::Range(..) => "range",
-            Value::Iterator(_) => "generator",
-            Value::Namespace(_) => "Namespace",
-            Value::Loop(_) => "LoopContext",
-            Value::Macro(_) => "Macro",
-            Value::Function(_) => "function",
-            Value::Method(_) => "method",
+            PyValue::Undefined(_) => "Undefined",
+            PyValue::None => "NoneType",
+            PyValue::Bool(_) => "bool",
+            PyValue::Int(_) => "int",
+            PyValue::Float(_) => "float",
+            PyValue::Text(_) => "str",
+            PyValue::List(list) if list.tuple => "tuple",
+            PyValue::List(_) => "list",
+            PyValue::Dict(_) => "dict",
+            PyValue::View(View::Keys, _) => "dict_keys",
+            PyValue::View(View::Values, _) => "dict_values",
+            PyValue::View(View::Items, _) => "dict_items",
+            PyValue::Range(..) => "range",
+            PyValue::Iterator(_) => "generator",
+            PyValue::Namespace(_) => "Namespace",
+            PyValue::Loop(_) => "LoopContext",
+            PyValue::Macro(_) => "Macro",
+            PyValue::Function(_) => "function",
+            PyValue::Method(_) => "method",
         }
     }
 
     /// Whether it counts as true.
     pub fn is_true(&self) -> bool {
         match self {
-            Value::Undefined(_) | Value::None => false,
-            Value::Bool(value) => *value,
-            Value::Int(value) => *value != 0,
-            Value::Float(value) => *value != 0.0,
+            PyValue::Undefined(_) | PyValue::None => false,
+            PyValue::Bool(value) => *value,
+            PyValue::Int(value) => *value != 0,
+            PyValue::Float(value) => *value != 0.0,
             _ => self.length().is_none_or(|length| length > 0),
         }
     }
@@ -209,12 +209,12 @@ impl Value {
     /// `len()`, of what has one.
     pub fn length(&self) -> Option<usize> {
         match self {
-            Value::Undefined(_) => Some(0),
-            Value::Text(text) => Some(text.chars().count()),
-            Value::List(list) => Some(list.items.len()),
-            Value::Dict(dict) | Value::View(_, dict) => Some(dict.entries.len()),
-            Value::Range(start, stop, step) => Some(range_length(*start, *stop, *step)),
-            Value::Loop(round) => Some(round.items.len()),
+            PyValue::Undefined(_) => Some(0),
+            PyValue::Text(text) => Some(text.chars().count()),
+            PyValue::List(list) => Some(list.items.len()),
+            PyValue::Dict(dict) | PyValue::View(_, dict) => Some(dict.entries.len()),
+            PyValue::Range(start, stop, step) => Some(range_length(*start, *stop, *step)),
+            PyValue::Loop(round) => Some(round.items.len()),
             _ => None,
         }
     }
@@ -222,8 +222,8 @@ impl Value {
     /// As a number, where it is an integer or a Boolean.
     pub fn as_int(&self) -> Option<i128> {
         match self {
-            Value::Int(value) => Some(*value),
-            Value::Bool(value) => Some(i128::from(*value)),
+            PyValue::Int(value) => Some(*value),
+            PyValue::Bool(value) => Some(i128::from(*value)),
             _ => None,
         }
     }
@@ -231,30 +231,30 @@ impl Value {
     /// As a number.
     pub fn as_float(&self) -> Option<f64> {
         match self {
-            Value::Float(value) => Some(*value),
+            PyValue::Float(value) => Some(*value),
             other => other.as_int().map(|value| value as f64),
         }
     }
 
     /// `==`.
-    pub fn equals(&self, other: &Value) -> bool {
+    pub fn equals(&self, other: &PyValue) -> bool {
         match (self, other) {
-            (Value::Undefined(_), Value::Undefined(_)) | (Value::None, Value::None) => true,
-            (Value::Text(a), Value::Text(b)) => a == b,
-            (Value::List(a), Value::List(b)) => {
+            (PyValue::Undefined(_), PyValue::Undefined(_)) | (PyValue::None, PyValue::None) => true,
+            (PyValue::Text(a), PyValue::Text(b)) => a == b,
+            (PyValue::List(a), PyValue::List(b)) => {
                 a.tuple == b.tuple
                     && a.items.len() == b.items.len()
                     && a.items.iter().zip(&b.items).all(|(a, b)| a.equals(b))
             }
-            (Value::Dict(a), Value::Dict(b)) => {
+            (PyValue::Dict(a), PyValue::Dict(b)) => {
                 a.entries.len() == b.entries.len()
                     && a.entries
                         .iter()
                         .all(|(key, value)| b.get(key).is_some_and(|other| other.equals(value)))
             }
-            (Value::Range(a, b, c), Value::Range(d, e, f)) => (a, b, c) == (d, e, f),
-            (Value::Namespace(a), Value::Namespace(b)) | (Value::Macro(a), Value::Macro(b)) => a == b,
-            (Value::Function(a), Value::Function(b)) => a == b,
+            (PyValue::Range(a, b, c), PyValue::Range(d, e, f)) => (a, b, c) == (d, e, f),
+            (PyValue::Namespace(a), PyValue::Namespace(b)) | (PyValue::Macro(a), PyValue::Macro(b)) => a == b,
+            (PyValue::Function(a), PyValue::Function(b)) => a == b,
             (a, b) => match (a.as_int(), b.as_int()) {
                 (Some(a), Some(b)) => a == b,
                 _ => a.as_float().zip(b.as_float()).is_some_and(|(a, b)| a == b),
@@ -266,11 +266,11 @@ impl Value {
     ///
     /// # Errors
     /// When Python does not compare the two.
-    pub(crate) fn order(&self, other: &Value, operator: &str) -> Outcome<Option<Ordering>> {
+    pub(crate) fn order(&self, other: &PyValue, operator: &str) -> Outcome<Option<Ordering>> {
         match (self, other) {
-            (Value::Undefined(message), _) | (_, Value::Undefined(message)) => raise(&**message),
-            (Value::Text(a), Value::Text(b)) => Ok(Some(a.cmp(b))),
-            (Value::List(a), Value::List(b)) if a.tuple == b.tuple => {
+            (PyValue::Undefined(message), _) | (_, PyValue::Undefined(message)) => raise(&**message),
+            (PyValue::Text(a), PyValue::Text(b)) => Ok(Some(a.cmp(b))),
+            (PyValue::List(a), PyValue::List(b)) if a.tuple == b.tuple => {
                 for (a, b) in a.items.iter().zip(&b.items) {
                     if !a.equals(b) {
                         return a.order(b, operator);
@@ -294,35 +294,38 @@ impl Value {
     ///
     /// # Errors
     /// When Python cannot go through it.
-    pub(crate) fn iterate(&self) -> Outcome<Vec<Value>> {
+    pub(crate) fn iterate(&self) -> Outcome<Vec<PyValue>> {
         Ok(match self {
-            Value::Undefined(_) => Vec::new(),
-            Value::Text(text) => {
+            PyValue::Undefined(_) => Vec::new(),
+            PyValue::Text(text) => {
                 let mut buffer = [0; 4];
-                text.chars().map(|c| Value::text(&*c.encode_utf8(&mut buffer))).collect()
+                text.chars().map(|c| PyValue::text(&*c.encode_utf8(&mut buffer))).collect()
             }
-            Value::List(list) => list.items.clone(),
-            Value::Dict(dict) | Value::View(View::Keys, dict) => {
+            PyValue::List(list) => list.items.clone(),
+            PyValue::Dict(dict) | PyValue::View(View::Keys, dict) => {
                 dict.entries.iter().map(|(key, _)| key.clone()).collect()
             }
-            Value::View(View::Values, dict) => dict.entries.iter().map(|(_, value)| value.clone()).collect(),
-            Value::View(View::Items, dict) => {
-                let pair = |(key, value): &(Value, Value)| Value::tuple(vec![key.clone(), value.clone()]);
+            PyValue::View(View::Values, dict) => {
+                dict.entries.iter().map(|(_, value)| value.clone()).collect()
+            }
+            PyValue::View(View::Items, dict) => {
+                let pair =
+                    |(key, value): &(PyValue, PyValue)| PyValue::tuple(vec![key.clone(), value.clone()]);
                 dict.entries.iter().map(pair).collect::<Outcome<_>>()?
             }
-            Value::Range(start, stop, step) => {
+            PyValue::Range(start, stop, step) => {
                 let length = range_length(*start, *stop, *step);
-                (0..length).map(|at| Value::Int(start + at as i128 * step)).collect()
+                (0..length).map(|at| PyValue::Int(start + at as i128 * step)).collect()
             }
-            Value::Iterator(stream) => std::mem::take(&mut *stream.items.borrow_mut()).into(),
+            PyValue::Iterator(stream) => std::mem::take(&mut *stream.items.borrow_mut()).into(),
             other => return raise(format!("'{}' object is not iterable", other.type_name())),
         })
     }
 
     /// Takes the first element of what can be gone through once.
-    pub(crate) fn take_first(&self) -> Option<Value> {
+    pub(crate) fn take_first(&self) -> Option<PyValue> {
         match self {
-            Value::Iterator(stream) => stream.items.borrow_mut().pop_front(),
+            PyValue::Iterator(stream) => stream.items.borrow_mut().pop_front(),
             _ => None,
         }
     }
@@ -331,14 +334,14 @@ impl Value {
     ///
     /// # Errors
     /// When Python cannot look into it.
-    pub(crate) fn contains(&self, item: &Value) -> Outcome<bool> {
+    pub(crate) fn contains(&self, item: &PyValue) -> Outcome<bool> {
         match (self, item) {
-            (Value::Text(text), Value::Text(part)) => Ok(text.contains(&**part)),
-            (Value::Text(_), other) => {
+            (PyValue::Text(text), PyValue::Text(part)) => Ok(text.contains(&**part)),
+            (PyValue::Text(_), other) => {
                 let found = other.type_name();
                 raise(format!("'in <string>' requires string as left operand, not {found}"))
             }
-            (Value::Dict(dict) | Value::View(View::Keys, dict), key) => {
+            (PyValue::Dict(dict) | PyValue::View(View::Keys, dict), key) => {
                 key.check_key()?;
                 Ok(dict.get(key).is_some())
             }
@@ -352,8 +355,8 @@ impl Value {
     /// Refuses what cannot be a mapping's key.
     pub(crate) fn check_key(&self) -> Outcome<()> {
         match self {
-            Value::List(list) if list.tuple => list.items.iter().try_for_each(Value::check_key),
-            Value::List(_) | Value::Dict(_) => raise(format!("unhashable type: '{}'", self.type_name())),
+            PyValue::List(list) if list.tuple => list.items.iter().try_for_each(PyValue::check_key),
+            PyValue::List(_) | PyValue::Dict(_) => raise(format!("unhashable type: '{}'", self.type_name())),
             _ => Ok(()),
         }
     }

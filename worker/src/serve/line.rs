@@ -1,0 +1,113 @@
+//! The serving line: everything that a job passes on its way, made once a worker.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use millrace_crds::config::QueueConfig;
+use millrace_crds::names::{ModelRef, SubjectToken};
+use millrace_queue::broker::Broker;
+use millrace_queue::cancel::Cancels;
+use millrace_queue::claim::Claims;
+use millrace_queue::delivery::PullTrouble;
+use millrace_queue::results::Results;
+use millrace_queue::tokens::Tokens;
+use tokio::sync::{Notify, RwLock};
+use tokio_util::sync::CancellationToken;
+
+use crate::capacity::Capacity;
+use crate::metrics::WorkerMetrics;
+use crate::run::Run;
+use crate::watchdog::Watch;
+
+/// Everything that a job passes on its way. One a worker.
+#[derive(Debug)]
+pub struct ServingLine<R> {
+    /// The engine's side.
+    pub run: R,
+    /// The connection.
+    pub broker: Broker,
+    /// The model that is served.
+    pub model: ModelRef,
+    /// Outcomes.
+    pub results: Results,
+    /// Token deltas.
+    pub tokens: Tokens,
+    /// Cancellations.
+    pub cancels: Cancels,
+    /// Claim checks.
+    pub claims: Claims,
+    /// Counters.
+    pub metrics: Arc<WorkerMetrics>,
+    /// What the watchdog sees.
+    pub watch: Watch,
+    /// Why no job can be pulled, if none can.
+    pub trouble: PullTrouble,
+    /// The queue's settings.
+    pub queue: QueueConfig,
+    /// Jobs that ended here since the start.
+    pub finished: AtomicU64,
+    pub(super) alone: RwLock<()>,
+    pub(super) capacity: std::sync::Mutex<Capacity>,
+    pub(super) freed: Notify,
+    pub(super) drain_over: CancellationToken,
+    pub(super) broken: CancellationToken,
+}
+
+/// What a line is made from.
+#[derive(Debug)]
+pub struct LineParts<R> {
+    /// The engine's side.
+    pub run: R,
+    /// The connection.
+    pub broker: Broker,
+    /// The model that is served.
+    pub model: ModelRef,
+    /// This worker.
+    pub worker: SubjectToken,
+    /// Digest of the model's files.
+    pub digest: String,
+    /// The queue's settings.
+    pub queue: QueueConfig,
+    /// Claim checks.
+    pub claims: Claims,
+    /// Counters.
+    pub metrics: Arc<WorkerMetrics>,
+    /// What the watchdog sees.
+    pub watch: Watch,
+    /// Where it is said why no job can be pulled.
+    pub trouble: PullTrouble,
+}
+
+impl<R: Run> ServingLine<R> {
+    /// A line that holds no job yet.
+    pub fn new(parts: LineParts<R>) -> Arc<Self> {
+        let LineParts { run, broker, model, worker, digest, queue, claims, metrics, watch, trouble } = parts;
+        let capacity = Capacity::new(run.limits()).into();
+        Arc::new(Self {
+            results: Results::new(broker.clone(), model.clone(), worker, digest),
+            tokens: Tokens::new(broker.clone(), model.clone()),
+            cancels: Cancels::default(),
+            finished: AtomicU64::new(0),
+            alone: RwLock::new(()),
+            freed: Notify::new(),
+            drain_over: CancellationToken::new(),
+            broken: CancellationToken::new(),
+            capacity,
+            run,
+            broker,
+            model,
+            claims,
+            metrics,
+            watch,
+            trouble,
+            queue,
+        })
+    }
+
+    /// Jobs that may be pulled.
+    pub(super) fn free_slots(&self) -> usize {
+        let held = usize::try_from(self.metrics.held.get()).unwrap_or(0);
+        let waiting = self.run.load().waiting.load(Ordering::Relaxed);
+        self.capacity.lock().unwrap_or_else(std::sync::PoisonError::into_inner).free(held, waiting)
+    }
+}
