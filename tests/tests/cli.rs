@@ -434,3 +434,30 @@ async fn prompts_come_from_standard_input() -> Result<()> {
     assert!(!Path::new("stdin").exists());
     Ok(())
 }
+
+/// A message that is no outcome, and an outcome whose body is gone, are named and counted; the others are collected.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_record_that_cannot_be_read_hides_no_other() -> Result<()> {
+    let Some(scene) = Scene::new()? else { return Ok(()) };
+    scene.ends(0, &["provision"]).await?;
+    let _worker = scene.worker(false).await?;
+    scene.ends(0, &["submit", "--prompt", "first", "--wait"]).await?;
+    let context = jetstream::new(scene.server.connect().await?);
+    let stray = scene.model.result_subject(&"stray".parse()?);
+    context.publish(stray, "stray".into()).await?.await?;
+    let mut map = HeaderMap::new();
+    map.insert(header::OUTCOME, "completed");
+    let gone = r#"{"output":"s3://nowhere/gone","bytes":3,"sha256":"00"}"#;
+    let subject = scene.model.result_subject(&"gone".parse()?);
+    context.publish_with_headers(subject, map, gone.into()).await?.await?;
+    scene.ends(0, &["submit", "--prompt", "last", "--wait"]).await?;
+
+    // Port 9 of this machine answers nobody: the store is away.
+    let store = ["--s3-endpoint", "http://127.0.0.1:9", "--s3-region", "none"];
+    let output = scene.run(&[&["results"], &store[..]].concat()).await?;
+    let (lines, told) = (String::from_utf8(output.stdout)?, String::from_utf8(output.stderr)?);
+    assert_eq!((output.status.code(), lines.lines().count()), (Some(1), 2), "{lines}\n{told}");
+    assert!(told.contains("job stray: header Millrace-Outcome") && told.contains("job gone: "), "{told}");
+    assert!(told.contains("2 malformed"), "{told}");
+    Ok(())
+}

@@ -1,12 +1,18 @@
-//! The queue at its edges: sizes that meet the broker's limit, hand-backs in a drain, attempts that fail beside others.
+//! The queue at its edges: sizes that meet the broker's limit, hand-backs in a drain, attempts that fail beside others,
+//! a store that takes no writes, logins.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::Result;
+use async_nats::jetstream::stream::{Config, DiscardPolicy};
+use millrace_crds::config::NatsConfig;
 use millrace_crds::job::header;
 use millrace_crds::result::ErrorCode;
+use millrace_queue::broker::Broker;
+use millrace_tests::nats::{self, NatsServer};
 use millrace_tests::scripted::{Bench, text, until};
+use millrace_tests::tools;
 
 /// A body that begins with a word and fills a message of the broker but for `room` bytes.
 fn body(bench: &Bench, word: &str, room: usize) -> String {
@@ -85,5 +91,50 @@ async fn a_last_attempt_runs_beside_others_unless_a_process_died() -> Result<()>
     assert_eq!(kind, "dead");
     assert!(message.contains("attempt 3"), "{message}");
     assert_eq!(worker.runner.at_once.load(Ordering::SeqCst), 1, "the neighbour still runs");
+    Ok(())
+}
+
+/// While RESULTS takes no writes a computed answer is kept, not computed again.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_is_kept_until_results_takes_it() -> Result<()> {
+    let Some(bench) = Bench::start().await? else { return Ok(()) };
+    let mut stream = bench.context.get_stream(bench.model.results_stream()).await?;
+    let open = stream.info().await?.config.clone();
+    // One message, which is there already, and no room for another.
+    bench.context.publish(bench.model.cancel_subject(&"other".parse()?), "".into()).await?.await?;
+    let full = Config { max_messages: 1, discard: DiscardPolicy::New, ..open.clone() };
+    bench.context.update_stream(full).await?;
+    let worker = bench.worker("w").await?;
+    bench.publish("kept", "echo", &[]).await?;
+    until("the job ran", || worker.runner.runs.load(Ordering::SeqCst) == 1).await;
+    // Longer than an ack wait and its backoff, after which it would come again.
+    tokio::time::sleep(bench.queue.ack_wait.0 * 2).await;
+    bench.context.update_stream(open).await?;
+    assert_eq!(bench.outcome("kept").await?.payload.as_ref(), b"echo");
+    bench.until_empty().await?;
+    assert_eq!(worker.runner.runs.load(Ordering::SeqCst), 1);
+    Ok(())
+}
+
+/// The client library parses user and password of an address and does not use them; the worker's connection does.
+#[tokio::test(flavor = "multi_thread")]
+async fn user_and_password_in_the_address_get_in() -> Result<()> {
+    if !tools::have(&[nats::PROGRAM]) {
+        return Ok(());
+    }
+    let server = NatsServer::start_with("authorization { user: me, password: \"a@b\" }")?;
+    let connected = async |login: &str| -> Result<bool> {
+        let config = NatsConfig {
+            servers: vec![server.url().replace("://", &format!("://{login}@"))],
+            credentials_file: None,
+            ca_file: None,
+            monitor: None,
+            provision: false,
+        };
+        let broker = Broker::connect(&config, &"w".parse()?).await?;
+        Ok(tokio::time::timeout(Duration::from_secs(2), broker.ready()).await.is_ok())
+    };
+    assert!(connected("me:a%40b").await?);
+    assert!(!connected("me:wrong").await?);
     Ok(())
 }

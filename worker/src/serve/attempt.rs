@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use super::{Held, HeldBy, OUTCOME_HEADER_BYTES_MAX, STORE_PAUSE, ServingLine, reach};
+use super::{HAND_BACK_TIMEOUT, Held, HeldBy, OUTCOME_HEADER_BYTES_MAX, STORE_PAUSE, ServingLine, reach};
 use crate::capacity::Taken;
 use crate::run::{Answer, Run, Work};
 use millrace_crds::job::JobHeaders;
@@ -198,7 +198,8 @@ impl<R: Run> Held<'_, R> {
 pub(super) async fn hand_back_unrun<R: Run>(line: &ServingLine<R>, delivery: &Delivery) {
     let headers = JobHeaders::parse(delivery.header_pairs(), delivery.stream_sequence);
     if let (1, Ok(headers)) = (delivery.delivered, headers) {
-        let _ = line.results.record(&headers.id, (0, 0), 0).await;
+        // A broker that does not answer must not hold the drain up.
+        let _ = tokio::time::timeout(HAND_BACK_TIMEOUT, line.results.record(&headers.id, (0, 0), 0)).await;
     }
     let _ = delivery.retry(Duration::from_millis(1)).await;
 }
