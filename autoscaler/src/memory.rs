@@ -3,10 +3,10 @@
 //! Bounded in size, whole as JSON, and a pure function of the readings so far. Fractions are kept to a
 //! millionth, which JSON carries exactly, so that a decision can be derived again from its log.
 
+use millrace_crds::scaling::{REPLICAS_LIMIT, ScalingSpec};
 use serde::{Deserialize, Serialize};
 
 use super::inputs::{QueueReading, Reading, WorkerReading};
-use millrace_crds::scaling::{REPLICAS_LIMIT, ScalingSpec};
 
 /// The arrival rate is an exponential mean over this span, or over two starts where they take longer: long enough
 /// that chance does not stop a worker whose restart costs as much as it saves, and short enough that the workers of

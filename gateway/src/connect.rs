@@ -10,7 +10,7 @@ use async_nats::jetstream::stream::Stream;
 use async_nats::jetstream::{self, Context};
 use async_nats::{Client, ConnectErrorKind, ConnectOptions};
 use millrace_crds::names::ModelRef;
-use millrace_queue::broker::login;
+use millrace_queue::broker::with_login;
 
 use crate::args::Global;
 use crate::failure::Failure;
@@ -84,12 +84,8 @@ async fn options(global: &Global) -> Result<ConnectOptions, Failure> {
         .request_timeout(Some(REPLY_TIMEOUT))
         .custom_inbox_prefix(&global.inbox_prefix)
         .max_reconnects(None);
-    let addresses = servers(&global.server).into_iter().filter_map(|server| server.parse().ok());
-    options = match addresses.into_iter().find_map(|address| login(&address)) {
-        Some((user, Some(password))) => options.user_and_password(user, password),
-        Some((token, None)) => options.token(token),
-        None => options,
-    };
+    let addresses: Vec<_> = servers(&global.server).iter().filter_map(|server| server.parse().ok()).collect();
+    options = with_login(options, &addresses);
     if let Some(path) = &global.ca {
         std::fs::metadata(path).map_err(|e| Failure::file(format!("--ca {}", path.display()), e))?;
         options = options.add_root_certificates(path.clone()).require_tls(true);

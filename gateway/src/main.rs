@@ -60,8 +60,8 @@ async fn run(cli: &Cli) -> Result<Verdict, Failure> {
         Command::Dead(args) => dead::run(global, &args.command).await,
         Command::Queue(args) => queue::run(global, args).await,
         Command::Provision(args) => provision::run(global, args).await,
-        Command::Import(args) => worker::run("import", &args.words),
-        Command::Check(args) => worker::run("check", &args.words),
+        Command::Import(args) => worker::run("import", global, &args.words),
+        Command::Check(args) => worker::run("check", global, &args.words),
         Command::Doctor(args) => doctor::run(global, args).await,
     }
 }

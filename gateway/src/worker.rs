@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 
 use millrace_crds::check::Check;
 
-use crate::args::DoctorArgs;
+use crate::args::{DoctorArgs, Global};
 use crate::failure::{Failure, Verdict};
 
 const PROGRAM: &str = "millrace-worker";
@@ -28,9 +28,10 @@ fn missing(error: &std::io::Error) -> String {
 ///
 /// # Errors
 /// [`Failure::Usage`] when it refuses what it was given; it has said why.
-pub fn run(command: &str, words: &[OsString]) -> Result<Verdict, Failure> {
+pub fn run(command: &str, global: &Global, words: &[OsString]) -> Result<Verdict, Failure> {
     let status = Command::new(program())
         .arg(command)
+        .args(global.json.then_some("--json"))
         .args(words)
         .status()
         .map_err(|error| Failure::Usage(missing(&error)))?;

@@ -14,6 +14,7 @@ use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 use kube::api::DynamicObject;
 use kube_runtime::reflector::ObjectRef;
+use millrace_autoscaler::QueueReading;
 use millrace_crds::load::LoadReport;
 use millrace_crds::model::MODEL_LABEL;
 use millrace_crds::names::ModelRef;
@@ -24,7 +25,6 @@ use crate::load::LoadBook;
 use crate::names;
 use crate::pod_monitors::PodMonitors;
 use crate::queue::{QueueClient, QueueError};
-use millrace_autoscaler::QueueReading;
 
 /// The objects of a model that are there, by kind.
 #[derive(Debug, Clone, Default)]

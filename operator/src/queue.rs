@@ -12,6 +12,7 @@ use async_nats::jetstream::{self, Context, ErrorCode, consumer};
 use async_nats::{Client, ConnectOptions, Event};
 use futures::future::try_join_all;
 use k8s_openapi::jiff::Timestamp;
+use millrace_autoscaler::{ClassReading, QueueReading};
 use millrace_crds::config::{QueueConfig, ResultsConfig};
 use millrace_crds::drift;
 use millrace_crds::names::{Class, ModelRef};
@@ -19,7 +20,6 @@ use millrace_crds::streams;
 use tokio::sync::watch;
 
 use crate::config;
-use millrace_autoscaler::{ClassReading, QueueReading};
 
 /// How long one request may take. A reconcile makes a few in a row, and other models wait behind it.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
+use millrace_autoscaler::{Decision, Memory, Reading, WorkerState};
 use millrace_crds::model::status::{
     ColdStartStatus, DecisionInputs, HISTORY_MAX, InferenceModelStatus, ScalingDecision, ScalingStatus,
     StartPhases,
@@ -17,7 +18,6 @@ use millrace_crds::scaling::ScalingSpec;
 use crate::fetch::Facts;
 use crate::validate::Sizing;
 use crate::workers;
-use millrace_autoscaler::{Decision, Memory, Reading, WorkerState};
 
 /// A cache that does not show a change after this time never will: somebody undid it.
 const CACHE_LAG_MAX_MS: u64 = 10_000;

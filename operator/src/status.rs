@@ -11,6 +11,7 @@ use k8s_openapi::jiff::Timestamp;
 use kube::api::{Api, Patch, PatchParams};
 use kube::{Client, Resource, ResourceExt};
 use kube_runtime::events::{Event, EventType, Recorder, Reporter};
+use millrace_autoscaler::QueueReading;
 use millrace_crds::load::Phase;
 use millrace_crds::model::InferenceModel;
 use millrace_crds::model::reason::{ConditionType, Reason};
@@ -26,7 +27,6 @@ use crate::queue::QueueError;
 use crate::scaling::{ScalingState, Sized};
 use crate::validate::{Plan, Sizing, SpecRefusal};
 use crate::workers::{self, Trouble};
-use millrace_autoscaler::QueueReading;
 
 /// Pause between two writes of numbers that change all the time.
 const NUMBERS_PAUSE: Duration = Duration::from_secs(5);

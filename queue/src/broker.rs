@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use async_nats::jetstream::ErrorCode;
 use async_nats::jetstream::publish::PublishAck;
 use async_nats::jetstream::response::Response;
-use async_nats::{Client, ConnectOptions, Event, HeaderMap, Message, Request, StatusCode};
+use async_nats::{Client, ConnectOptions, Event, HeaderMap, Message, Request, ServerAddr, StatusCode};
 use bytes::Bytes;
 use millrace_crds::config::NatsConfig;
 use millrace_crds::names::SubjectToken;
@@ -102,11 +102,10 @@ impl Broker {
             .iter()
             .map(|server| {
                 server
-                    .parse::<async_nats::ServerAddr>()
+                    .parse::<ServerAddr>()
                     .map_err(|error| wrong("servers", format!("{server:?} is not an address: {error}")))
             })
             .collect::<Result<Vec<_>, _>>()?;
-        let login = addresses.iter().find_map(login);
         let (sender, connections) = watch::channel(0);
         let sender = Arc::new(sender);
         let mut options = ConnectOptions::new()
@@ -124,11 +123,7 @@ impl Broker {
                 let sender = sender.clone();
                 async move { on_event(&event, &sender) }
             });
-        options = match login {
-            Some((user, Some(password))) => options.user_and_password(user, password),
-            Some((token, None)) => options.token(token),
-            None => options,
-        };
+        options = with_login(options, &addresses);
         if let Some(path) = &config.credentials_file {
             options = options
                 .credentials_file(path)
@@ -297,8 +292,17 @@ impl Patience {
     }
 }
 
-/// The user and password of an address, or its token. The client library parses these and does not use them.
-pub fn login(address: &async_nats::ServerAddr) -> Option<(String, Option<String>)> {
+/// Logs in as the first address with a user says: by user and password, or by a token. The client library parses these
+/// and does not use them.
+pub fn with_login(options: ConnectOptions, addresses: &[ServerAddr]) -> ConnectOptions {
+    match addresses.iter().find_map(login) {
+        Some((user, Some(password))) => options.user_and_password(user, password),
+        Some((token, None)) => options.token(token),
+        None => options,
+    }
+}
+
+fn login(address: &ServerAddr) -> Option<(String, Option<String>)> {
     let decoded = |text: &str| percent_decode_str(text).decode_utf8_lossy().into_owned();
     Some((decoded(address.username()?), address.password().map(decoded)))
 }

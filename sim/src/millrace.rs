@@ -1,13 +1,13 @@
 //! The autoscaler itself as a policy: readings are made from the view, and [`decide`] does the rest.
 
-use millrace_crds::names::Class;
-use millrace_crds::scaling::ScalingSpec;
-
-use super::cluster::{PolicyView, ScalingPolicy, SimWorker};
 use millrace_autoscaler::{
     ClassReading, DecisionRecord, Memory, QueueReading, Reading, WorkerLoad, WorkerReading, WorkerState,
     decide,
 };
+use millrace_crds::names::Class;
+use millrace_crds::scaling::ScalingSpec;
+
+use super::cluster::{PolicyView, ScalingPolicy, SimWorker};
 
 /// Time between two decisions.
 pub const PERIOD_MS: u64 = 2_000;

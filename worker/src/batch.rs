@@ -20,15 +20,15 @@ use clap::Args;
 use futures::stream::{self, TryStreamExt};
 use millrace_crds::config::{Dtype, EngineConfig, ModelConfig, Quantization, StoreConfig};
 use millrace_crds::units::Bytes;
-use sha2::{Digest, Sha256};
-
-use crate::weights;
-use input::Input;
 use millrace_engine::schedule::handle::EngineHandle;
 use millrace_engine::start::Engine;
 use millrace_engine::text::generate::{AnswerError, Requests, Totals};
 use millrace_engine::text::job::JobLimits;
 use millrace_engine::text::prompt::Text;
+use sha2::{Digest, Sha256};
+
+use crate::weights;
+use input::Input;
 use output::{Output, State};
 
 /// What the ids of answers begin with, in place of a job's id.

@@ -7,13 +7,14 @@
 use std::fmt;
 use std::process::ExitCode;
 
-use crate::config::WorkerConfigError;
-use crate::weights::PullError;
 use millrace_engine::folder::FolderError;
 use millrace_engine::import::ImportError;
 use millrace_engine::start::StartError;
 use millrace_engine::text::prompt::TextError;
 use millrace_queue::store::StoreError;
+
+use crate::config::WorkerConfigError;
+use crate::weights::PullError;
 
 /// The exit codes, as `--help` prints them.
 pub const EXIT_CODES: &str = "\

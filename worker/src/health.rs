@@ -14,12 +14,12 @@ use axum::response::IntoResponse;
 use axum::routing::get;
 
 use millrace_crds::load::ColdStart;
-
-use crate::metrics::WorkerMetrics;
-use crate::watchdog::Watch;
 use millrace_engine::schedule::handle::EngineHandle;
 use millrace_queue::broker::Broker;
 use millrace_queue::delivery::PullTrouble;
+
+use crate::metrics::WorkerMetrics;
+use crate::watchdog::Watch;
 
 /// What the pages show. Cheap to clone.
 #[derive(Debug, Clone)]

@@ -2,11 +2,11 @@
 
 use anyhow::Context;
 use millrace_crds::config::WorkerConfig;
-
-use crate::weights::Folder;
 use millrace_engine::schedule::handle::EngineHandle;
 use millrace_engine::start::Engine;
 use millrace_engine::text::prompt::Text;
+
+use crate::weights::Folder;
 
 /// A model that runs.
 #[derive(Debug)]

@@ -9,6 +9,8 @@ use std::time::Duration;
 use millrace_crds::load::ColdStart;
 use millrace_crds::names::{Class, ModelRef};
 use millrace_crds::result::OutcomeKind;
+use millrace_engine::schedule::handle::{EngineLoad, Limits};
+use millrace_queue::fault::Fault;
 use prometheus::core::Collector;
 use prometheus::{
     Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
@@ -16,8 +18,6 @@ use prometheus::{
 };
 
 use crate::run::Answer;
-use millrace_engine::schedule::handle::{EngineLoad, Limits};
-use millrace_queue::fault::Fault;
 
 /// Seconds, from a millisecond to an hour: vLLM's request buckets, finer below.
 const SECONDS: [f64; 22] = [

@@ -6,12 +6,12 @@ use std::time::{Duration, Instant};
 
 use millrace_crds::load::{LoadReport, Phase};
 use millrace_crds::names::{ModelRef, SubjectToken};
+use millrace_engine::schedule::handle::{EngineHandle, EngineLoad};
+use millrace_queue::broker::Broker;
 use tokio::time::MissedTickBehavior;
 
 use crate::health::Health;
 use crate::metrics::WorkerMetrics;
-use millrace_engine::schedule::handle::{EngineHandle, EngineLoad};
-use millrace_queue::broker::Broker;
 
 /// Pause between two reports.
 const PERIOD: Duration = Duration::from_secs(1);

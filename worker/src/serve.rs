@@ -30,17 +30,17 @@ use millrace_crds::config::{ClassWeights, QueueConfig, ResultsConfig};
 use millrace_crds::job::JobHeaders;
 use millrace_crds::names::JobId;
 use millrace_crds::result::{ErrorCode, OutcomeKind};
+use millrace_queue::broker::{BrokerError, Created};
+use millrace_queue::claim::Claims;
+use millrace_queue::delivery::{Delivery, Queue};
+use millrace_queue::fault::{Disposition, Fault};
+use millrace_queue::results::{Known, Outcome, OutcomeEnvelope, StoredOutcome, reason};
 use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::failpoint::reach;
 use crate::run::Run;
-use millrace_queue::broker::{BrokerError, Created};
-use millrace_queue::claim::Claims;
-use millrace_queue::delivery::{Delivery, Queue};
-use millrace_queue::fault::{Disposition, Fault};
-use millrace_queue::results::{Known, Outcome, OutcomeEnvelope, StoredOutcome, reason};
 use pulse::{HeldBy, Pulse, keep_alive};
 
 /// Deliveries after which a job is given up whatever its ledger says, in multiples of its attempts: the bound

@@ -15,6 +15,13 @@ use anyhow::{Context, bail, ensure};
 use millrace_crds::config::WorkerConfig;
 use millrace_crds::load::{ColdStart, Phase};
 use millrace_crds::names::SubjectToken;
+use millrace_engine::schedule::handle::EngineHandle;
+use millrace_engine::schedule::request::{Event, Request, Sampling};
+use millrace_queue::broker::Broker;
+use millrace_queue::claim::Claims;
+use millrace_queue::monitor::{self, Fsync};
+use millrace_queue::provision::{Mode, Provisioned, provision};
+use millrace_queue::store::{Store, StoreError};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -27,13 +34,6 @@ use crate::serve::{LineParts, ServingLine, serve};
 use crate::watchdog::{self, Watch};
 use crate::weights::{Folder, PullError};
 use crate::{config, failpoint, telemetry, weights};
-use millrace_engine::schedule::handle::EngineHandle;
-use millrace_engine::schedule::request::{Event, Request, Sampling};
-use millrace_queue::broker::Broker;
-use millrace_queue::claim::Claims;
-use millrace_queue::monitor::{self, Fsync};
-use millrace_queue::provision::{Mode, Provisioned, provision};
-use millrace_queue::store::{Store, StoreError};
 
 /// Threads of the async side. The engine has its own; the queue's work is small beside it.
 const ASYNC_THREADS: usize = 2;

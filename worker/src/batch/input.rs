@@ -7,11 +7,11 @@ use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
 use std::time::UNIX_EPOCH;
 
+use millrace_engine::folder::wrapping;
+use millrace_engine::text::job::{JobLimits, REQUEST_BYTES_MAX, Reject, RequestLine, is_blank};
 use sha2::{Digest, Sha256};
 
 use super::ID;
-use millrace_engine::folder::wrapping;
-use millrace_engine::text::job::{JobLimits, REQUEST_BYTES_MAX, Reject, RequestLine, is_blank};
 
 /// Most requests of a file: what is kept per request to find equal ids is then at most 160 MiB.
 pub(super) const LINES_MAX: usize = 5_000_000;

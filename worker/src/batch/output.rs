@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use millrace_crds::result::OutputLine;
+use millrace_engine::text::completion::to_json;
 use serde::{Deserialize, Serialize};
 
 use super::ID;
-use millrace_engine::text::completion::to_json;
 
 /// A power failure costs at most the answers of this time; a killed process costs none that is written.
 const SYNC_INTERVAL: Duration = Duration::from_secs(1);

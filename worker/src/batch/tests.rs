@@ -4,14 +4,14 @@ use std::fs;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use millrace_engine::schedule::handle::{Limits, channel};
+use millrace_engine::schedule::request::{Event, Finish, SequenceUsage, Token};
+use millrace_engine::text::prompt::tiny::{END, tiny};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::*;
-use millrace_engine::schedule::handle::{Limits, channel};
-use millrace_engine::schedule::request::{Event, Finish, SequenceUsage, Token};
-use millrace_engine::text::prompt::tiny::{END, tiny};
 
 const LIMITS: Limits =
     Limits { max_model_len: 512, max_sequences: 3, block_tokens: 16, kv_blocks: 64, vocabulary: 258 };

@@ -2,17 +2,17 @@
 
 use std::time::{Duration, Instant};
 
+use millrace_crds::job::JobHeaders;
+use millrace_queue::broker::Created;
+use millrace_queue::delivery::Delivery;
+use millrace_queue::fault::Fault;
+use millrace_queue::results::{Known, Outcome};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use super::{HAND_BACK_TIMEOUT, Held, HeldBy, OUTCOME_HEADER_BYTES_MAX, STORE_PAUSE, ServingLine, reach};
 use crate::capacity::Taken;
 use crate::run::{Answer, Run, Work};
-use millrace_crds::job::JobHeaders;
-use millrace_queue::broker::Created;
-use millrace_queue::delivery::Delivery;
-use millrace_queue::fault::Fault;
-use millrace_queue::results::{Known, Outcome};
 
 /// A begun attempt, as the ledger has it.
 #[derive(Debug, Clone, Copy)]

@@ -5,12 +5,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use millrace_crds::names::JobId;
+use millrace_queue::cancel::Cancel;
+use millrace_queue::delivery::Delivery;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use super::ServingLine;
 use crate::run::Run;
-use millrace_queue::cancel::Cancel;
-use millrace_queue::delivery::Delivery;
 
 /// Keep-alives per ack wait.
 const BEATS: u32 = 3;

@@ -17,6 +17,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures::{StreamExt, TryStreamExt};
+use millrace_engine::folder::hash::{PART_BYTES, PartDigests, hash_part, map_part, of_chunks};
+use millrace_engine::folder::manifest::FileEntry;
+use millrace_engine::folder::{compare, io};
+use millrace_queue::store::{Head, S3Uri, Store, StoreError};
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::{Errno, retry_on_intr};
 use sha2::{Digest, Sha256};
@@ -24,10 +28,6 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::task::{JoinSet, spawn_blocking};
 
 use super::PullError;
-use millrace_engine::folder::hash::{PART_BYTES, PartDigests, hash_part, map_part, of_chunks};
-use millrace_engine::folder::manifest::FileEntry;
-use millrace_engine::folder::{compare, io};
-use millrace_queue::store::{Head, S3Uri, Store, StoreError};
 
 /// Parts of one request at most. Long requests cost the server less; what breaks off is not asked for again, so
 /// that they cost no more when they fail.

@@ -15,16 +15,16 @@ use std::sync::Arc;
 
 use futures::{StreamExt, TryStreamExt};
 use millrace_crds::config::ModelConfig;
-use sha2::{Digest, Sha256};
-use tokio::sync::Semaphore;
-
-use super::download::{Download, REQUESTS_AT_ONCE, Shared};
-use super::{Folder, PullError, pull_threads};
 use millrace_engine::folder::manifest::{
     FileEntry, MANIFEST_BYTES_MAX, MANIFEST_NAME, Manifest, ModelDigest,
 };
 use millrace_engine::folder::{FolderError, belongs, check_files, compare, io, read_manifest};
 use millrace_queue::store::{S3Uri, Store, StoreError};
+use sha2::{Digest, Sha256};
+use tokio::sync::Semaphore;
+
+use super::download::{Download, REQUESTS_AT_ONCE, Shared};
+use super::{Folder, PullError, pull_threads};
 
 /// The mark of a folder whose bytes have all reached the disk.
 const SETTLED_NAME: &str = ".settled";
