@@ -13,7 +13,7 @@ use crate::tools;
 /// The GGUF file's place in the tools' cache.
 pub const GGUF: &str = "models/SmolLM2-135M-Instruct.Q4_1.gguf";
 /// The imported folder's place. The number grows when the importer writes something else.
-const FOLDER: &str = "models/smollm2-135m-instruct-bf16-2";
+const FOLDER: &str = "models/smollm2-135m-instruct-bf16-3";
 
 /// One job a line.
 const EXAMPLES: &str = include_str!("../../examples/prompts.jsonl");

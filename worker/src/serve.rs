@@ -302,8 +302,11 @@ impl<R: Run> Held<'_, R> {
         if starts >= limit || self.delivery.delivered > limit.saturating_mul(DELIVERIES_PER_ATTEMPT_MAX) {
             self.attempt = starts.max(1);
             let worker = known.ledger.as_ref().map_or("unknown", |(record, _)| record.worker.as_str());
+            let unended = known.ledger.as_ref().map_or(starts, |(record, _)| record.unended());
             let message = format!(
-                "{starts} attempts of {limit} were begun and none ended; the last one on worker {worker}"
+                "{starts} attempts of {limit} were begun in {} deliveries, {unended} of them without an end; the \
+                 last one on worker {worker}",
+                self.delivery.delivered
             );
             let job = &self.headers.id;
             return Ok(Outcome::failed(OutcomeKind::Dead, job, ErrorCode::WorkerLost, &message));

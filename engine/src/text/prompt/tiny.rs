@@ -67,7 +67,7 @@ pub fn smollm2() -> Option<PathBuf> {
     let cache = std::env::var_os("MILLRACE_CACHE")
         .map(PathBuf::from)
         .or_else(|| std::env::home_dir().map(|home| home.join(".cache/millrace")))?;
-    let folder = cache.join("models/smollm2-135m-instruct-bf16-2");
+    let folder = cache.join("models/smollm2-135m-instruct-bf16-3");
     if !folder.join("tokenizer.json").exists() {
         eprintln!("SKIPPED: {} is not there", folder.display());
         return None;
