@@ -158,6 +158,19 @@ pub enum KvCacheDtype {
     Fp8E4m3,
 }
 
+/// For how much of a sequence's output blocks of the KV cache are set aside when it is admitted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum OutputReserve {
+    /// What outputs before it came to: the cache is full of sequences, and few are computed again.
+    #[default]
+    Learned,
+    /// All that it may generate (`max_tokens`): none is ever computed again.
+    Full,
+    /// One token: as many sequences as have blocks, and many are computed again.
+    None,
+}
+
 /// The engine's sizes. All memory is taken at start.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
@@ -189,6 +202,8 @@ pub struct EngineConfig {
     /// Size of the KV cache; overrides `kvCacheFraction`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kv_cache_bytes: Option<Bytes>,
+    /// For how much of a sequence's output KV blocks are set aside when it is admitted.
+    pub output_reserve: OutputReserve,
     /// Reuse the KV blocks of equal prompt prefixes.
     pub prefix_cache: bool,
     /// Threads of the CPU backend; all cores when absent.
@@ -211,6 +226,7 @@ impl Default for EngineConfig {
             max_batch_tokens: None,
             kv_cache_fraction: 0.5,
             kv_cache_bytes: None,
+            output_reserve: OutputReserve::Learned,
             prefix_cache: true,
             threads: None,
             step_timeout: Span::seconds(60),

@@ -90,8 +90,6 @@ pub enum StartError {
 /// Choices that the worker's configuration does not show: for tests, and for bulk runs.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Tuning {
-    /// See [`SchedulerPolicy::output_reserve`].
-    pub output_reserve: f32,
     /// See [`SchedulerPolicy::longest_first_window`].
     pub longest_first_window: usize,
     /// Instructions to use; the widest that the processor has when absent.
@@ -104,7 +102,7 @@ pub struct Tuning {
 
 impl Default for Tuning {
     fn default() -> Self {
-        Self { output_reserve: 1.0, longest_first_window: 1, isa: None, graphs: true, overlap: None }
+        Self { longest_first_window: 1, isa: None, graphs: true, overlap: None }
     }
 }
 
@@ -322,7 +320,7 @@ impl Setup<'_> {
         let policy = SchedulerPolicy {
             max_sequences: step.sequences as usize,
             max_batch_tokens: step.tokens as usize,
-            output_reserve: tuning.output_reserve,
+            output_reserve: config.output_reserve,
             longest_first_window: tuning.longest_first_window,
         };
         let blocks = Blocks::new(sizes.arena.kv_blocks, BLOCK_TOKENS, config.prefix_cache);

@@ -12,6 +12,7 @@ use anyhow::{Context, Result};
 use futures::future::join_all;
 use millrace_crds::config::{EngineConfig, WorkerConfig};
 use millrace_crds::job::{JobHeaders, header};
+use millrace_crds::names::Class;
 use millrace_crds::result::ErrorCode;
 use millrace_crds::units::Bytes;
 use millrace_engine::start::Engine;
@@ -63,6 +64,7 @@ fn engine() -> Result<(EngineRun, TempDir)> {
 fn work(id: &str, content: &str, body: &str) -> Work {
     let headers = JobHeaders::parse([(header::JOB_ID, id), (header::CONTENT_TYPE, content)], 1);
     Work {
+        class: Class::Normal,
         headers: headers.expect("valid headers"),
         published: OffsetDateTime::UNIX_EPOCH,
         body: body.to_owned().into(),

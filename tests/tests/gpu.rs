@@ -7,7 +7,7 @@
 use std::io::Write;
 
 use anyhow::{Context, Result, ensure};
-use millrace_crds::config::{Device, Dtype, EngineConfig, KvCacheDtype};
+use millrace_crds::config::{Device, Dtype, EngineConfig, KvCacheDtype, OutputReserve};
 use millrace_crds::units::Bytes;
 use millrace_engine::model::config::DecoderConfig;
 use millrace_engine::model::files::Files;
@@ -138,14 +138,10 @@ fn engine(
         max_batch_tokens: Some(at.budget),
         prefix_cache: at.prefix_cache,
         kv_cache_bytes: Some(Bytes(kv_cache_bytes)),
+        output_reserve: if at.scarce { OutputReserve::None } else { OutputReserve::Full },
         ..EngineConfig::default()
     };
-    let tuning = Tuning {
-        output_reserve: if at.scarce { 0.0 } else { 1.0 },
-        graphs: at.graphs,
-        overlap: (!at.overlap).then_some(false),
-        ..Tuning::default()
-    };
+    let tuning = Tuning { graphs: at.graphs, overlap: (!at.overlap).then_some(false), ..Tuning::default() };
     Ok(Engine::start(&model, &Files::read(folder.path())?, &settings, tuning, Box::new(()))?)
 }
 

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result};
-use millrace_crds::config::{Device, Dtype, EngineConfig, KvCacheDtype, Quantization};
+use millrace_crds::config::{Device, Dtype, EngineConfig, KvCacheDtype, OutputReserve, Quantization};
 use millrace_crds::units::Bytes;
 use millrace_engine::model::config::DecoderConfig;
 use millrace_engine::model::files::Files;
@@ -195,11 +195,11 @@ fn run(
         max_batch_tokens: Some(at.budget),
         prefix_cache: at.prefix_cache,
         kv_cache_bytes: Some(Bytes(kv_cache_bytes)),
+        output_reserve: if at.scarce { OutputReserve::None } else { OutputReserve::Full },
         threads: Some(2),
         ..EngineConfig::default()
     };
     let tuning = Tuning {
-        output_reserve: if at.scarce { 0.0 } else { 1.0 },
         longest_first_window: if at.scarce { 8 } else { 1 },
         isa: Some(arithmetic.isa),
         overlap: Some(at.overlap),

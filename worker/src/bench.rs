@@ -188,7 +188,6 @@ fn start(
         max_sequences: Some(args.concurrency),
         max_batch_tokens: Some(args.max_batch_tokens.max(args.concurrency).max(16)),
         kv_cache_bytes,
-        kv_cache_fraction: 0.85,
         prefix_cache: args.prefix_cache,
         threads: args.threads,
         ..EngineConfig::default()

@@ -1,7 +1,7 @@
 //! How many more jobs the worker may hold: a guess at what the free KV blocks can take. Pure.
 //!
 //! What a job needs is only known once it is pulled and tokenized, so the guess is a running mean of what
-//! recent jobs took, careful at first. The engine corrects it: while sequences wait for room there, nothing
+//! recent jobs took. The engine corrects it: while sequences wait for room there, nothing
 //! is pulled beyond a small reserve that hides the broker's round trip.
 
 use millrace_engine::schedule::handle::Limits;
@@ -10,8 +10,8 @@ use millrace_engine::schedule::handle::Limits;
 pub const JOBS_HELD_MAX: usize = 2048;
 /// Share of the newest job in the running means.
 const NEWEST: f64 = 0.1;
-/// Of the model's length, what a job is taken to need before any was seen.
-const FIRST_SHARE: f64 = 0.25;
+/// Tokens that a job is taken to need before any was seen, and never more than a quarter of the model's length.
+const FIRST_TOKENS: f64 = 256.0;
 /// Jobs held beyond what runs, as a share of the batch: they replace finished ones without a round trip.
 const RESERVE_SHARE: usize = 8;
 /// At least this many.
@@ -37,7 +37,8 @@ pub struct Taken {
 impl Capacity {
     /// No job was seen yet.
     pub fn new(limits: Limits) -> Self {
-        let blocks = f64::from(limits.max_model_len) * FIRST_SHARE / f64::from(limits.block_tokens.max(1));
+        let tokens = FIRST_TOKENS.min(f64::from(limits.max_model_len) / 4.0);
+        let blocks = tokens / f64::from(limits.block_tokens.max(1));
         Self { limits, blocks_mean: blocks.max(1.0), sequences_mean: 1.0 }
     }
 
@@ -77,9 +78,9 @@ mod tests {
     }
 
     #[test]
-    fn careful_first_then_as_learnt() {
+    fn small_jobs_first_then_as_learnt() {
         let mut capacity = Capacity::new(limits());
-        assert_eq!(capacity.free(0, 0), 16 + 2, "a quarter of 4096 tokens is 64 blocks; 16 fit");
+        assert_eq!(capacity.free(0, 0), 64 + 8, "256 tokens are 16 blocks; as many fit as run at once");
         for _ in 0..100 {
             capacity.learn(Taken { tokens: 40, sequences: 1 });
         }

@@ -7,11 +7,13 @@ use std::future::Future;
 
 use bytes::Bytes;
 use millrace_crds::job::JobHeaders;
+use millrace_crds::names::Class;
 use millrace_crds::tokens::TokenDelta;
 use time::OffsetDateTime;
 use tokio::sync::mpsc;
 
 use millrace_engine::schedule::handle::{EngineHandle, EngineLoad, Limits};
+use millrace_engine::schedule::request::Urgency;
 use millrace_engine::text::generate;
 use millrace_engine::text::job::{Job, JobLimits};
 use millrace_engine::text::prompt::Text;
@@ -20,6 +22,8 @@ use millrace_queue::fault::Fault;
 /// One attempt's input.
 #[derive(Debug, Clone)]
 pub struct Work {
+    /// The class that the job was published with.
+    pub class: Class,
     /// What the job's headers say.
     pub headers: JobHeaders,
     /// When the broker stored the job: the answer's timestamp, equal for every attempt.
@@ -80,9 +84,10 @@ impl EngineRun {
 impl Run for EngineRun {
     async fn run(&self, work: Work, deltas: Option<mpsc::Sender<TokenDelta>>) -> Result<Answer, Fault> {
         let limits = JobLimits::from(self.engine.limits());
+        let engine = self.engine.with_urgency(urgency(&work));
         let job = decode(work, limits).await?;
         let (sequences, ignored_fields) = (job.sequences() as u64, job.ignored_fields.clone());
-        let completion = generate::generate(job, &self.text, &self.engine, deltas).await.map_err(fault_of)?;
+        let completion = generate::generate(job, &self.text, &engine, deltas).await.map_err(fault_of)?;
         Ok(Answer {
             body: completion.body,
             prompt_tokens: completion.prompt_tokens,
@@ -103,11 +108,18 @@ impl Run for EngineRun {
     }
 }
 
+/// What the engine serves first: the job's class, then its deadline.
+fn urgency(work: &Work) -> Urgency {
+    let deadline = work.headers.deadline.map(|deadline| deadline.unix_timestamp_nanos() / 1_000_000);
+    let deadline_ms = deadline.and_then(|ms| i64::try_from(ms).ok()).unwrap_or(i64::MAX);
+    Urgency { class: work.class, deadline_ms }
+}
+
 /// Bodies up to this size are decoded in place: shorter than the way to another thread and back.
 const DECODE_INLINE_BYTES_MAX: usize = 64 << 10;
 
 async fn decode(work: Work, limits: JobLimits) -> Result<Job, Fault> {
-    let Work { headers, published, body } = work;
+    let Work { headers, published, body, .. } = work;
     let created = published.unix_timestamp();
     let decoded = if body.len() <= DECODE_INLINE_BYTES_MAX {
         Job::decode(headers, created, &body, &limits)

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::sync::mpsc;
 
-use super::request::{Event, Refusal, Request};
+use super::request::{Event, Refusal, Request, Urgency};
 
 /// Requests that may wait between the async side and the engine's thread; more submitters wait.
 pub const SUBMIT_QUEUE: usize = 256;
@@ -72,8 +72,6 @@ pub struct EngineLoad {
     pub steps: AtomicU64,
     /// KV blocks that sequences hold.
     pub kv_blocks_used: AtomicU64,
-    /// KV blocks that running and waiting sequences may still come to hold at their ends.
-    pub kv_blocks_reserved: AtomicU64,
     /// Sequences in the running batch.
     pub running: AtomicU64,
     /// Sequences that wait.
@@ -100,6 +98,8 @@ impl EngineLoad {
 pub struct Submission {
     /// What to run.
     pub request: Request,
+    /// What is served first.
+    pub urgency: Urgency,
     /// Where its events go. A closed channel means cancelled.
     pub events: mpsc::Sender<Event>,
 }
@@ -110,6 +110,7 @@ pub struct EngineHandle {
     limits: Limits,
     load: Arc<EngineLoad>,
     submissions: mpsc::Sender<Submission>,
+    urgency: Urgency,
 }
 
 /// The inside end, for the engine's thread (or a test's fake).
@@ -125,13 +126,21 @@ pub struct EngineInbox {
 pub fn channel(limits: Limits) -> (EngineHandle, EngineInbox) {
     let (sender, submissions) = mpsc::channel(SUBMIT_QUEUE);
     let load = Arc::new(EngineLoad::default());
-    (EngineHandle { limits, load: load.clone(), submissions: sender }, EngineInbox { submissions, load })
+    let handle =
+        EngineHandle { limits, load: load.clone(), submissions: sender, urgency: Urgency::default() };
+    (handle, EngineInbox { submissions, load })
 }
 
 impl EngineHandle {
     /// What the engine's sizes allow.
     pub fn limits(&self) -> Limits {
         self.limits
+    }
+
+    /// A handle whose submissions have this urgency.
+    #[must_use]
+    pub fn with_urgency(&self, urgency: Urgency) -> Self {
+        Self { urgency, ..self.clone() }
     }
 
     /// Counters and gauges.
@@ -147,7 +156,7 @@ impl EngineHandle {
     pub fn submit_blocking(&self, request: Request) -> Result<Generation, Refusal> {
         self.limits.admit(&request)?;
         let (events, receiver) = mpsc::channel(request.max_tokens as usize + 1);
-        let submission = Submission { request, events };
+        let submission = Submission { request, urgency: self.urgency, events };
         self.submissions.blocking_send(submission).map_err(|_| Refusal::Stopped)?;
         Ok(Generation { events: receiver })
     }
@@ -159,7 +168,7 @@ impl EngineHandle {
     pub async fn submit(&self, request: Request) -> Result<Generation, Refusal> {
         self.limits.admit(&request)?;
         let (events, receiver) = mpsc::channel(request.max_tokens as usize + 1);
-        let submission = Submission { request, events };
+        let submission = Submission { request, urgency: self.urgency, events };
         self.submissions.send(submission).await.map_err(|_| Refusal::Stopped)?;
         Ok(Generation { events: receiver })
     }

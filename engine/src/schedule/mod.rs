@@ -8,6 +8,7 @@
 
 pub mod blocks;
 pub mod handle;
+pub mod lengths;
 pub mod request;
 pub mod runner;
 pub mod sampler;
@@ -148,9 +149,9 @@ impl<O: Ops> Core<O> {
         true
     }
 
-    fn submit(&mut self, Submission { request, events }: Submission) {
+    fn submit(&mut self, Submission { request, urgency, events }: Submission) {
         let block_tokens = self.scheduler.blocks().block_tokens();
-        let slot = self.scheduler.submit(Sequence::new(request, block_tokens)) as usize;
+        let slot = self.scheduler.submit(Sequence::new(request, block_tokens), urgency) as usize;
         if slot >= self.listeners.len() {
             self.listeners.resize(slot + 1, None);
         }
@@ -243,10 +244,9 @@ impl<O: Ops> Core<O> {
 
     fn report(&self) {
         let set = |value: &AtomicU64, to: u64| value.store(to, Ordering::Relaxed);
-        let EngineLoad { kv_blocks_used, kv_blocks_reserved, running, waiting, .. } = &*self.inbox.load;
+        let EngineLoad { kv_blocks_used, running, waiting, .. } = &*self.inbox.load;
         let (blocks, counters) = (self.scheduler.blocks(), self.scheduler.counters());
         set(kv_blocks_used, (blocks.total() - blocks.free()) as u64);
-        set(kv_blocks_reserved, self.scheduler.blocks_reserved() as u64);
         set(running, self.scheduler.running().len() as u64);
         set(waiting, self.scheduler.waiting().len() as u64);
         let EngineLoad { prompt_tokens, cached_tokens, output_tokens, preemptions, .. } = &*self.inbox.load;

@@ -1,5 +1,6 @@
 //! What the engine is asked and what it answers: tokens only, no text.
 
+use millrace_crds::names::Class;
 use millrace_kernels::sampling::TOP_LOGPROBS_MAX;
 
 /// One sequence to generate.
@@ -22,6 +23,22 @@ impl Request {
     /// The most probable continuation of a prompt, of exactly `max_tokens` tokens: no token ends it.
     pub fn greedy(prompt: Vec<u32>, max_tokens: u32) -> Self {
         Self { prompt, max_tokens, stop_tokens: Vec::new(), sampling: Sampling::default(), seed: 0 }
+    }
+}
+
+/// What is served first: a class before those below it, and within a class an earlier deadline. Equals are served in
+/// the order in which they came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Urgency {
+    /// The class of service.
+    pub class: Class,
+    /// When the answer is wanted, in Unix milliseconds; the greatest number where nobody said.
+    pub deadline_ms: i64,
+}
+
+impl Default for Urgency {
+    fn default() -> Self {
+        Self { class: Class::default(), deadline_ms: i64::MAX }
     }
 }
 

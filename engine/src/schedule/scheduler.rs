@@ -1,38 +1,42 @@
 //! Who runs in the next step: continuous batching with chunked prefill under one token budget.
 //!
 //! A step holds the decodes first, then prefill chunks of the sequences that run, then those of newly
-//! admitted ones, until the token budget is spent. A waiting sequence is admitted, oldest first, when the
-//! blocks that it may need fit beside those promised to the running ones. With `output_reserve` = 1 the
-//! promise is the worst case and nothing is ever preempted; below 1 more sequences run at once, and when
-//! blocks run out the youngest one gives its blocks back and is computed again later (its output does not
-//! change by that: results do not depend on chunks or batch mates).
+//! admitted ones, until the token budget is spent. Sequences wait and run in the order of their turns: by class, by
+//! deadline, then as they came. The first one that waits is admitted when the blocks that it may need fit beside those
+//! promised to the running ones ([`OutputReserve`]). When blocks run out all the same, the last of the running ones
+//! gives its blocks back and is computed again later (its output does not change by that: results do not depend on
+//! chunks or batch mates). It also gives way where a sequence of a higher class has no place.
+//!
+//! None starves: once `ADMISSIONS_AHEAD_MAX` sequences were admitted beyond those that were there when it came, a
+//! sequence's turn comes before all others, and it gives way to none.
 //!
 //! A step may be decided while the one before is in flight: tokens of that one are then awaited. Its blocks may be
 //! shared, given back and taken again at once, for steps run in the order in which they are decided.
 //!
-//! Invariants: a sequence is in exactly one of `waiting` and `running`; the oldest running sequence is never
-//! preempted, so each one ends; blocks filled in a step are shared only by later steps. Pure.
+//! Invariants: a sequence is in exactly one of `waiting` and `running`, and each of them is in the order of turns; the
+//! first running sequence is never preempted for blocks, so each one ends; blocks filled in a step are shared only by
+//! later steps. Pure.
+
+mod admission;
 
 use std::collections::VecDeque;
 
+use millrace_crds::config::OutputReserve;
+
+use admission::LOOK_AHEAD_MAX;
+
 use super::blocks::{Blocks, Chain};
-use super::request::Finish;
+use super::lengths::OutputLengths;
+use super::request::{Finish, Urgency};
 use super::sampler;
-use super::sequence::Sequence;
+use super::sequence::{Sequence, Turn};
 
 /// Index of a sequence that waits or runs. Reused after it ended.
 pub type Slot = u32;
 
-/// Steps for which a sequence lets others finish computing a prefix that it shares. Enough for a prompt of
-/// 32,000 tokens in chunks of 512; beyond it the sequence computes the prefix itself.
-const DEFERRALS_MAX: u32 = 64;
-
-/// Sequences that may be admitted before an older one when the window looks ahead. Bounds the wait that
-/// reordering can add to one sequence.
-const BYPASSES_MAX: u32 = 64;
-
-/// Waiting sequences that are looked at in one step. Bounds the host's work when thousands wait.
-const LOOK_AHEAD_MAX: usize = 64;
+/// Sequences that came later, or were preempted, and may be admitted before one that waits, because they are more
+/// urgent.
+pub const ADMISSIONS_AHEAD_MAX: u64 = 512;
 
 /// The scheduler's sizes and choices.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -41,11 +45,10 @@ pub struct SchedulerPolicy {
     pub max_sequences: usize,
     /// Most tokens in a step, at least `max_sequences`.
     pub max_batch_tokens: usize,
-    /// Share of the output that a sequence may still generate for which blocks are set aside, 0 to 1.
-    /// At 1 no sequence is preempted.
-    pub output_reserve: f32,
-    /// Of this many waiting sequences the one with most output to come is admitted first; 1 is strictly
-    /// first come, first served. Pays in bulk runs: the last steps then have fuller batches.
+    /// For how much output blocks are set aside when a sequence is admitted.
+    pub output_reserve: OutputReserve,
+    /// Of this many waiting sequences of the same turn the one with most output to come is admitted first; 1 is
+    /// strictly first come, first served. Pays in bulk runs: the last steps then have fuller batches.
     pub longest_first_window: usize,
 }
 
@@ -80,18 +83,14 @@ pub struct Scheduler {
     blocks: Blocks,
     slots: Vec<Option<Sequence>>,
     free_slots: Vec<Slot>,
+    /// In the order of turns; within a turn those that were preempted first.
     waiting: VecDeque<Slot>,
-    /// In the order of admission.
+    /// In the order of turns; within a turn in that of admission.
     running: Vec<Slot>,
+    lengths: OutputLengths,
+    /// Admissions in all.
+    admissions: u64,
     counters: Counters,
-}
-
-/// Whether a waiting sequence comes in now.
-enum Admission {
-    Admitted,
-    /// Another sequence computes what it could share, or the step in flight its last token.
-    Deferred,
-    NoRoom,
 }
 
 impl Scheduler {
@@ -101,7 +100,6 @@ impl Scheduler {
     /// When the policy's sizes contradict each other; the configuration is checked before.
     pub fn new(policy: SchedulerPolicy, blocks: Blocks) -> Self {
         assert!(policy.max_sequences >= 1 && policy.max_batch_tokens >= policy.max_sequences);
-        assert!((0.0..=1.0).contains(&policy.output_reserve));
         assert!((1..=LOOK_AHEAD_MAX).contains(&policy.longest_first_window));
         let running = Vec::with_capacity(policy.max_sequences);
         Self {
@@ -111,12 +109,17 @@ impl Scheduler {
             free_slots: Vec::new(),
             waiting: VecDeque::new(),
             running,
+            lengths: OutputLengths::default(),
+            admissions: 0,
             counters: Counters::default(),
         }
     }
 
-    /// Puts a sequence at the end of the queue. It fits alone: `Limits::admit` has seen to it.
-    pub fn submit(&mut self, sequence: Sequence) -> Slot {
+    /// Queues a sequence behind those that are as urgent. It fits alone: `Limits::admit` has seen to it.
+    pub fn submit(&mut self, mut sequence: Sequence, urgency: Urgency) -> Slot {
+        let turn = Turn::By(urgency);
+        sequence.turn = turn;
+        sequence.due_at = self.admissions + self.waiting.len() as u64 + ADMISSIONS_AHEAD_MAX;
         assert!(sequence.blocks_max(self.blocks.block_tokens()) <= self.blocks.total());
         let slot = match self.free_slots.pop() {
             Some(slot) => slot,
@@ -126,7 +129,8 @@ impl Scheduler {
             }
         };
         self.slots[slot as usize] = Some(sequence);
-        self.waiting.push_back(slot);
+        let behind = self.waiting.partition_point(|&other| self.sequence(other).turn <= turn);
+        self.waiting.insert(behind, slot);
         slot
     }
 
@@ -146,6 +150,8 @@ impl Scheduler {
     /// Fills `step` with the next step's chunks; none when nothing is to do.
     pub fn schedule(&mut self, step: &mut Vec<Chunk>) {
         step.clear();
+        self.call_due();
+        self.make_way();
         let mut budget = self.policy.max_batch_tokens;
         let mut index = 0;
         while index < self.running.len() {
@@ -214,7 +220,12 @@ impl Scheduler {
     /// Adds a generated token to a sequence; says whether the sequence ends with it.
     pub fn append(&mut self, slot: Slot, token: u32) -> Option<Finish> {
         let block_tokens = self.blocks.block_tokens();
-        self.slots[slot as usize].as_mut().expect("a running sequence").append(token, block_tokens)
+        let sequence = self.slots[slot as usize].as_mut().expect("a running sequence");
+        let finish = sequence.append(token, block_tokens);
+        if finish.is_some() {
+            self.lengths.record(sequence.output().len());
+        }
+        finish
     }
 
     /// The sequence in a slot.
@@ -222,7 +233,7 @@ impl Scheduler {
         self.slots[slot as usize].as_ref().expect("the slot is in use")
     }
 
-    /// Running sequences, in the order of admission.
+    /// Running sequences, in the order of their turns.
     pub fn running(&self) -> &[Slot] {
         &self.running
     }
@@ -242,12 +253,6 @@ impl Scheduler {
         self.counters
     }
 
-    /// Blocks that running and waiting sequences may hold at their ends.
-    pub fn blocks_reserved(&self) -> usize {
-        let block_tokens = self.blocks.block_tokens();
-        self.slots.iter().flatten().map(|sequence| sequence.blocks_max(block_tokens)).sum()
-    }
-
     fn push_chunk(&mut self, slot: Slot, budget: &mut usize, step: &mut Vec<Chunk>) {
         let sequence = self.sequence(slot);
         let rows = sequence.pending().min(*budget);
@@ -256,7 +261,7 @@ impl Scheduler {
         *budget -= rows;
     }
 
-    /// Sees to it that a sequence has a block for each of its tokens, preempting younger ones if it must.
+    /// Sees to it that a sequence has a block for each of its tokens, preempting those behind it if it must.
     /// False when it had to give way itself.
     fn grow(&mut self, slot: Slot) -> bool {
         let needed = self.sequence(slot).length().div_ceil(self.blocks.block_tokens());
@@ -266,21 +271,22 @@ impl Scheduler {
                 continue;
             }
             assert!(self.running.len() > 1, "a sequence that runs alone fits");
-            let youngest = *self.running.last().expect("at least this one runs");
-            self.preempt(youngest);
-            if youngest == slot {
+            if self.preempt_last() == slot {
                 return false;
             }
         }
         true
     }
 
-    /// Puts the youngest running sequence back to the front of the queue, without blocks.
-    fn preempt(&mut self, slot: Slot) {
-        assert_eq!(self.running.pop(), Some(slot), "the youngest goes first");
+    /// Puts the last running sequence back to the queue, before those that are as urgent, without blocks.
+    fn preempt_last(&mut self) -> Slot {
+        let slot = self.running.pop().expect("at least one runs");
         self.release_blocks(slot);
-        self.waiting.push_front(slot);
+        let turn = self.sequence(slot).turn;
+        let before = self.waiting.partition_point(|&other| self.sequence(other).turn < turn);
+        self.waiting.insert(before, slot);
         self.counters.preemptions += 1;
+        slot
     }
 
     fn release_blocks(&mut self, slot: Slot) {
@@ -289,135 +295,6 @@ impl Scheduler {
             self.blocks.release(id);
         }
         (sequence.computed, sequence.registered, sequence.chain) = (0, 0, Some(Chain::ROOT));
-    }
-
-    fn admit(&mut self, budget: &mut usize, step: &mut Vec<Chunk>) {
-        let mut index = 0;
-        while *budget > 0
-            && self.running.len() < self.policy.max_sequences
-            && index < self.waiting.len().min(LOOK_AHEAD_MAX)
-        {
-            self.bring_longest_to(index);
-            let slot = self.waiting[index];
-            match self.try_admit(slot) {
-                Admission::Admitted => {
-                    self.waiting.remove(index);
-                    for &older in self.waiting.iter().take(index) {
-                        let older = self.slots[older as usize].as_mut().expect("a waiting sequence");
-                        older.bypassed += 1;
-                    }
-                    self.push_chunk(slot, budget, step);
-                }
-                Admission::Deferred => index += 1,
-                Admission::NoRoom => return,
-            }
-        }
-    }
-
-    /// Moves the sequence with most output to come, of the window that starts at `first`, to `first`. A
-    /// sequence that was passed over often enough, or has run before, stays where it is.
-    fn bring_longest_to(&mut self, first: usize) {
-        let window = self.policy.longest_first_window.min(self.waiting.len() - first);
-        let head = self.sequence(self.waiting[first]);
-        if window < 2 || head.bypassed >= BYPASSES_MAX || head.admitted {
-            return;
-        }
-        let mut best = (first, head.remaining());
-        for index in first + 1..first + window {
-            let remaining = self.sequence(self.waiting[index]).remaining();
-            if remaining > best.1 {
-                best = (index, remaining);
-            }
-        }
-        let slot = self.waiting.remove(best.0).expect("an index inside the queue");
-        for index in first..best.0 {
-            let passed = self.waiting[index];
-            self.slots[passed as usize].as_mut().expect("a waiting sequence").bypassed += 1;
-        }
-        self.waiting.insert(first, slot);
-    }
-
-    fn try_admit(&mut self, slot: Slot) -> Admission {
-        let block_tokens = self.blocks.block_tokens();
-        let sequence = self.sequence(slot);
-        if sequence.pending() == 0 {
-            // It was preempted, and ends with the token that it awaits.
-            return Admission::Deferred;
-        }
-        let (hits, held) = self.prefix_hits(sequence);
-        if self.computes_soon(sequence, hits) && sequence.deferred < DEFERRALS_MAX {
-            self.slots[slot as usize].as_mut().expect("a waiting sequence").deferred += 1;
-            return Admission::Deferred;
-        }
-        let promised = |s: &Sequence| s.blocks_promised(block_tokens, self.policy.output_reserve);
-        let outstanding: usize = self
-            .running
-            .iter()
-            .map(|&running| self.sequence(running))
-            .map(|running| promised(running).saturating_sub(running.table.len()))
-            .sum();
-        if self.blocks.free() < outstanding + promised(sequence) - held {
-            return Admission::NoRoom;
-        }
-        self.take_blocks(slot, hits);
-        self.running.push(slot);
-        Admission::Admitted
-    }
-
-    /// Blocks of a waiting sequence's prefix that are known, and how many of those some sequence holds.
-    fn prefix_hits(&self, sequence: &Sequence) -> (usize, usize) {
-        let block_tokens = self.blocks.block_tokens();
-        let (mut hits, mut held, mut chain) = (0, 0, Chain::ROOT);
-        while hits < sequence.blocks_matchable(block_tokens) {
-            let tokens = sequence.block(hits, block_tokens);
-            let Some((id, next)) = self.blocks.find(sequence.hashes[hits], chain, tokens) else { break };
-            hits += 1;
-            held += usize::from(!self.blocks.is_free(id));
-            chain = next;
-        }
-        (hits, held)
-    }
-
-    /// Whether a running sequence is about to compute the first block that this one misses.
-    fn computes_soon(&self, sequence: &Sequence, hits: usize) -> bool {
-        let block_tokens = self.blocks.block_tokens();
-        if !self.blocks.caching() || hits >= sequence.blocks_matchable(block_tokens) {
-            return false;
-        }
-        let wanted = Some(&sequence.hashes[hits]);
-        self.running.iter().map(|&slot| self.sequence(slot)).any(|running| {
-            running.pending() > 1
-                && running.chain.is_some()
-                && running.registered <= hits
-                && running.hashes.get(hits) == wanted
-        })
-    }
-
-    /// Shares the known blocks of a prefix and takes new ones for the rest of the tokens.
-    fn take_blocks(&mut self, slot: Slot, hits: usize) {
-        let block_tokens = self.blocks.block_tokens();
-        let sequence = self.slots[slot as usize].as_mut().expect("a waiting sequence");
-        assert!(sequence.table.is_empty() && sequence.computed == 0);
-        let mut chain = Chain::ROOT;
-        for index in 0..hits {
-            let tokens = sequence.block(index, block_tokens);
-            let found = self.blocks.find(sequence.hashes[index], chain, tokens);
-            let (id, next) = found.expect("the blocks were found a moment ago");
-            self.blocks.share(id);
-            sequence.table.push(id);
-            chain = next;
-        }
-        (sequence.computed, sequence.registered, sequence.chain) = (hits * block_tokens, hits, Some(chain));
-        while sequence.table.len() * block_tokens < sequence.length() {
-            sequence.table.push(self.blocks.allocate().expect("admission has counted the blocks"));
-        }
-        if !sequence.admitted {
-            sequence.admitted = true;
-            sequence.cached = sequence.computed.min(sequence.prompt_len());
-            sequence.prompt_counted = sequence.cached;
-            self.counters.prompt_tokens += sequence.cached as u64;
-            self.counters.cached_tokens += sequence.cached as u64;
-        }
     }
 }
 

@@ -6,10 +6,19 @@
 //! has a place in the cache and may be computed in the step that follows, but it is not known. Pure.
 
 use super::blocks::{BlockId, Chain, PREFIX_ROOT, PrefixHash, extend_hash};
-use super::request::{Finish, Request, Sampling, SequenceUsage};
+use super::request::{Finish, Request, Sampling, SequenceUsage, Urgency};
 
 /// Added to the logit of a token that must or must not be chosen: beyond all logits, and far from infinite.
 const DECISIVE: f32 = 1e30;
+
+/// A sequence's place among those that wait or run: what is less goes first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Turn {
+    /// It has waited while many others were admitted.
+    Due,
+    /// By what was said of it.
+    By(Urgency),
+}
 
 /// One request on its way.
 #[derive(Debug)]
@@ -48,8 +57,12 @@ pub struct Sequence {
     pub(super) admitted: bool,
     /// Steps for which it let others compute a prefix that it shares.
     pub(super) deferred: u32,
-    /// Later sequences that were admitted before it.
+    /// Others of its turn that the longest-first window admitted before it.
     pub(super) bypassed: u32,
+    /// Its place among those that wait or run.
+    pub(super) turn: Turn,
+    /// How many sequences have been admitted when its turn comes whatever its urgency.
+    pub(super) due_at: u64,
 }
 
 impl Sequence {
@@ -88,6 +101,8 @@ impl Sequence {
             admitted: false,
             deferred: 0,
             bypassed: 0,
+            turn: Turn::By(Urgency::default()),
+            due_at: u64::MAX,
         };
         sequence.hash_full_blocks(block_tokens);
         sequence.bar_words();
@@ -142,6 +157,11 @@ impl Sequence {
         self.prompt_len
     }
 
+    /// Tokens generated, with the one that is awaited.
+    pub fn generated(&self) -> usize {
+        self.length() - self.prompt_len
+    }
+
     /// The tokens generated so far.
     pub fn output(&self) -> &[u32] {
         &self.tokens[self.prompt_len..]
@@ -163,11 +183,10 @@ impl Sequence {
         &self.table
     }
 
-    /// KV blocks that it holds at its end, if it generates `share` (0 to 1) of the tokens it may. One token
-    /// more than there are now is always counted: a sequence that is let in can make progress.
-    pub(super) fn blocks_promised(&self, block_tokens: usize, share: f32) -> usize {
-        let growth = ((self.remaining() as f32 * share).ceil() as usize).max(1).min(self.remaining());
-        (self.length() + growth).div_ceil(block_tokens)
+    /// KV blocks that it holds after so many tokens more, or at its end if that comes before. One token more than
+    /// there are now is always counted: a sequence that is let in can make progress.
+    pub(super) fn blocks_after(&self, tokens: usize, block_tokens: usize) -> usize {
+        (self.length() + tokens.max(1).min(self.remaining())).div_ceil(block_tokens)
     }
 
     /// KV blocks that it holds at its end if it generates all the tokens it may.

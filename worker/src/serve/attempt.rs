@@ -135,7 +135,8 @@ impl<R: Run> Held<'_, R> {
                 Ok(body) => break body,
             }
         };
-        let work = Work { headers: self.headers.clone(), published: self.delivery.published, body };
+        let Delivery { class, published, .. } = *self.delivery;
+        let work = Work { class, headers: self.headers.clone(), published, body };
         self.pulse.set(HeldBy::Engine);
         reach("before_run");
         let limit = self.line.queue.attempt_timeout.0;

@@ -4,6 +4,7 @@
 use super::*;
 use crate::schedule::blocks::{PREFIX_ROOT, PrefixHash, extend_hash};
 use crate::schedule::request::{Request, Sampling};
+use millrace_crds::names::Class;
 
 const BLOCK_TOKENS: usize = 4;
 
@@ -27,6 +28,8 @@ struct World {
     step: Vec<Chunk>,
     /// Whether a step is decided while the one before is in flight.
     overlap: bool,
+    /// Whether sequences differ in class and deadline.
+    classes: bool,
     in_flight: Vec<Chunk>,
     /// Tokens that the step in flight gives, which the device knows before the scheduler.
     chosen: Vec<u32>,
@@ -40,7 +43,12 @@ struct World {
 }
 
 fn policy() -> SchedulerPolicy {
-    SchedulerPolicy { max_sequences: 6, max_batch_tokens: 13, output_reserve: 1.0, longest_first_window: 1 }
+    SchedulerPolicy {
+        max_sequences: 6,
+        max_batch_tokens: 13,
+        output_reserve: OutputReserve::Full,
+        longest_first_window: 1,
+    }
 }
 
 fn request(prompt: Vec<u32>, max_tokens: u32) -> Request {
@@ -54,6 +62,7 @@ impl World {
             content: vec![[None; BLOCK_TOKENS]; blocks],
             step: Vec::new(),
             overlap: false,
+            classes: false,
             in_flight: Vec::new(),
             chosen: Vec::new(),
             in_vain: 0,
@@ -73,9 +82,17 @@ impl World {
         let fork = self.random.below(prompt_len + 1);
         let tail = self.random.below(3) as u32;
         let prompt = (0..prompt_len).map(|at| if at < fork { family } else { tail }).collect();
-        let slot = self.scheduler.submit(Sequence::new(request(prompt, max_tokens as u32), BLOCK_TOKENS));
+        let sequence = Sequence::new(request(prompt, max_tokens as u32), BLOCK_TOKENS);
+        let urgency = if self.classes { self.urgency() } else { Urgency::default() };
+        let slot = self.scheduler.submit(sequence, urgency);
         self.live.push(slot);
         self.ages.push(0);
+    }
+
+    fn urgency(&mut self) -> Urgency {
+        let class = Class::ALL[self.random.below(3)];
+        let deadline_ms = [5, 9, i64::MAX][self.random.below(3)];
+        Urgency { class, deadline_ms }
     }
 
     fn remove(&mut self, slot: Slot) {
@@ -173,6 +190,11 @@ impl World {
         }
         let used = references.iter().filter(|&&count| count > 0).count();
         assert_eq!(used + blocks.free(), blocks.total());
+        let turns = |slots: &mut dyn Iterator<Item = Slot>| -> Vec<Turn> {
+            slots.map(|slot| self.scheduler.sequence(slot).turn).collect()
+        };
+        assert!(turns(&mut self.scheduler.running().iter().copied()).is_sorted());
+        assert!(turns(&mut self.scheduler.waiting()).is_sorted());
         let (running, waiting) = (self.scheduler.running().len(), self.scheduler.waiting().len());
         assert_eq!(running + waiting, self.live.len());
         for age in &mut self.ages {
@@ -213,17 +235,19 @@ fn random_work_keeps_every_invariant() {
         let policy = SchedulerPolicy {
             max_sequences: [1, 3, 6][seed as usize % 3],
             max_batch_tokens: [6, 13, 64][seed as usize / 3 % 3],
-            output_reserve: [1.0, 0.0, 0.5, 1.0][seed as usize % 4],
+            output_reserve: [OutputReserve::Full, OutputReserve::None, OutputReserve::Learned]
+                [seed as usize / 2 % 3],
             longest_first_window: [1, 4][seed as usize / 4 % 2],
         };
         let caching = seed % 5 != 0;
         let mut world = World::new(policy, 18 + seed as usize % 7, caching, seed);
         world.overlap = seed / 8 % 2 == 1;
+        world.classes = seed / 16 % 2 == 1;
         world.run(5_000);
         assert!(world.overlap || world.in_vain == 0, "every token is taken");
         let counters = world.scheduler.counters();
         assert!(world.ended > 100, "the world does real work");
-        if policy.output_reserve >= 1.0 {
+        if policy.output_reserve == OutputReserve::Full && !world.classes {
             assert_eq!(counters.preemptions, 0, "worst cases are reserved");
         }
         if !caching {
@@ -250,10 +274,23 @@ fn finish(world: &mut World) -> Vec<Slot> {
 }
 
 fn submit(world: &mut World, prompt: Vec<u32>, max_tokens: u32) -> Slot {
-    let slot = world.scheduler.submit(Sequence::new(request(prompt, max_tokens), BLOCK_TOKENS));
+    queue_up(world, Urgency::default(), request(prompt, max_tokens))
+}
+
+/// Of this urgency, and as long as it may be.
+fn submit_as(world: &mut World, urgency: Urgency, prompt: Vec<u32>, max_tokens: u32) -> Slot {
+    queue_up(world, urgency, Request { stop_tokens: Vec::new(), ..request(prompt, max_tokens) })
+}
+
+fn queue_up(world: &mut World, urgency: Urgency, request: Request) -> Slot {
+    let slot = world.scheduler.submit(Sequence::new(request, BLOCK_TOKENS), urgency);
     world.live.push(slot);
     world.ages.push(0);
     slot
+}
+
+fn of(class: Class) -> Urgency {
+    Urgency { class, ..Urgency::default() }
 }
 
 #[test]
@@ -327,7 +364,7 @@ fn the_window_admits_the_longest_output_first_and_bounds_the_wait() {
 
 #[test]
 fn the_youngest_gives_way_and_is_computed_again() {
-    let policy = SchedulerPolicy { output_reserve: 0.0, ..policy() };
+    let policy = SchedulerPolicy { output_reserve: OutputReserve::None, ..policy() };
     let mut world = World::new(policy, 4, false, 1);
     let old = submit(&mut world, vec![1; 7], 9);
     let young = submit(&mut world, vec![2; 7], 9);
@@ -376,7 +413,7 @@ fn a_token_goes_to_no_other_sequence_in_the_slot() {
     let mut world = World::new(policy(), 32, false, 1);
     let scheduler = &mut world.scheduler;
     let sequence = || Sequence::new(request(vec![1; 3], 9), BLOCK_TOKENS);
-    let slot = scheduler.submit(sequence());
+    let slot = scheduler.submit(sequence(), Urgency::default());
     queue(scheduler);
     let mut next = Vec::new();
     scheduler.schedule(&mut next);
@@ -384,7 +421,7 @@ fn a_token_goes_to_no_other_sequence_in_the_slot() {
     scheduler.remove(slot);
     scheduler.advance(&next);
     assert_eq!(next, [Chunk { slot, start: 3, rows: 1, samples: true }], "computed in vain");
-    assert_eq!(scheduler.submit(sequence()), slot);
+    assert_eq!(scheduler.submit(sequence(), Urgency::default()), slot);
     assert!(!scheduler.awaits(slot, 0));
     queue(scheduler);
     assert!(scheduler.awaits(slot, 0) && !scheduler.awaits(slot, 1));
@@ -399,8 +436,8 @@ fn a_penalty_needs_the_tokens_so_far() {
     {
         let mut world = World::new(policy(), 32, false, 1);
         let scheduler = &mut world.scheduler;
-        let slot = scheduler
-            .submit(Sequence::new(Request { sampling, ..request(vec![1; 3], max_tokens) }, BLOCK_TOKENS));
+        let request = Request { sampling, ..request(vec![1; 3], max_tokens) };
+        let slot = scheduler.submit(Sequence::new(request, BLOCK_TOKENS), Urgency::default());
         let step = queue(scheduler);
         assert_eq!(scheduler.needs_tokens(&step), needed);
         scheduler.append(slot, 5);
@@ -410,7 +447,7 @@ fn a_penalty_needs_the_tokens_so_far() {
 
 #[test]
 fn a_preempted_sequence_still_gets_its_token() {
-    let policy = SchedulerPolicy { output_reserve: 0.0, ..policy() };
+    let policy = SchedulerPolicy { output_reserve: OutputReserve::None, ..policy() };
     let mut world = World::new(policy, 4, false, 1);
     let old = submit(&mut world, vec![1; 7], 9);
     let young = submit(&mut world, vec![2; 7], 2);
@@ -425,4 +462,100 @@ fn a_preempted_sequence_still_gets_its_token() {
     assert_eq!((scheduler.running(), scheduler.counters().preemptions), (&[old][..], 1));
     assert!(scheduler.awaits(young, 1));
     assert_eq!(scheduler.append(young, 6), Some(Finish::Length), "without being computed again");
+}
+
+#[test]
+fn a_higher_class_and_an_earlier_deadline_go_first() {
+    let policy = SchedulerPolicy { max_sequences: 1, ..policy() };
+    let mut world = World::new(policy, 32, false, 1);
+    let by = |deadline_ms| Urgency { deadline_ms, ..Urgency::default() };
+    let running = submit_as(&mut world, of(Class::High), vec![1; 3], 3);
+    world.step();
+    let low = submit_as(&mut world, of(Class::Low), vec![1; 3], 3);
+    let whenever = submit(&mut world, vec![1; 3], 3);
+    let late = submit_as(&mut world, by(9), vec![1; 3], 3);
+    let early = submit_as(&mut world, by(5), vec![1; 3], 3);
+    let high = submit_as(&mut world, of(Class::High), vec![1; 3], 3);
+    assert_eq!(finish(&mut world), [running, high, early, late, whenever, low]);
+    assert_eq!(world.scheduler.counters().preemptions, 0, "they waited for no more than their turn");
+}
+
+#[test]
+fn lower_classes_give_way_where_a_higher_one_has_no_place() {
+    // By places, and by blocks: 8 of them, of which the two low ones hold 6.
+    for max_sequences in [2, 6] {
+        let mut world = World::new(SchedulerPolicy { max_sequences, ..policy() }, 8, false, 1);
+        let first = submit_as(&mut world, of(Class::Low), vec![1; 8], 4);
+        let second = submit_as(&mut world, of(Class::Low), vec![2; 4], 8);
+        world.step();
+        world.step();
+        assert_eq!(world.scheduler.running(), [first, second]);
+        let high = submit_as(&mut world, of(Class::High), vec![3; 10], 6);
+        let normal = submit(&mut world, vec![4; 16], 12);
+        world.step();
+        assert_eq!(world.scheduler.running(), [high, first], "the last one gave way, and only that one");
+        assert_eq!(world.scheduler.waiting().collect::<Vec<_>>(), [normal, second]);
+        assert_eq!(finish(&mut world).len(), 4);
+    }
+}
+
+#[test]
+fn equals_and_what_would_not_be_enough_stay() {
+    let mut world = World::new(policy(), 8, false, 1);
+    let high = submit_as(&mut world, of(Class::High), vec![1; 10], 6);
+    let low = submit_as(&mut world, of(Class::Low), vec![2; 4], 4);
+    world.step();
+    world.step();
+    let other = submit_as(&mut world, of(Class::High), vec![3; 20], 8);
+    world.step();
+    assert_eq!(world.scheduler.running(), [high, low], "the low one's blocks would not do");
+    assert_eq!(world.scheduler.waiting().collect::<Vec<_>>(), [other]);
+}
+
+/// Urgent ones keep coming, faster than they can run: the bound of the module's head.
+#[test]
+fn none_starves() {
+    let policy = SchedulerPolicy { max_sequences: 2, ..policy() };
+    let mut world = World::new(policy, 32, false, 1);
+    submit_as(&mut world, of(Class::High), vec![1; 3], 3);
+    let low = submit_as(&mut world, of(Class::Low), vec![1; 3], 3);
+    let mut admitted = 0;
+    while !world.scheduler.running().contains(&low) {
+        while world.live.len() < 8 {
+            submit_as(&mut world, of(Class::High), vec![1; 3], 3);
+        }
+        world.step();
+        admitted = world.scheduler.admissions;
+    }
+    // Beyond the bound: the one that came before, what a step had admitted by then, and itself.
+    assert!((ADMISSIONS_AHEAD_MAX..=ADMISSIONS_AHEAD_MAX + 4).contains(&admitted), "{admitted}");
+    submit_as(&mut world, of(Class::High), vec![1; 3], 3);
+    world.step();
+    assert!(world.scheduler.running().contains(&low), "it gives way to none");
+}
+
+/// 64 chats that may be as long as the cache allows, and end after about 12 tokens, beside the same with a limit that
+/// fits: the most that run at once.
+#[test]
+fn chats_without_a_limit_run_nearly_as_many_at_once() {
+    let most = |max_tokens: u32, output_reserve: OutputReserve| {
+        let policy = SchedulerPolicy { max_sequences: 64, max_batch_tokens: 512, output_reserve, ..policy() };
+        let mut world = World::new(policy, 256, false, 1);
+        let mut at_once = 0;
+        for _ in 0..40 {
+            for _ in world.live.len()..64 {
+                submit(&mut world, vec![1; 8], max_tokens);
+            }
+            world.step();
+            at_once = at_once.max(world.scheduler.running().len());
+        }
+        finish(&mut world);
+        (at_once, world.scheduler.counters().preemptions)
+    };
+    let (with_limit, _) = most(16, OutputReserve::Full);
+    let (reserved, _) = most(1000, OutputReserve::Full);
+    let (learned, preemptions) = most(1000, OutputReserve::Learned);
+    assert!(reserved <= 2, "{reserved}");
+    assert!(learned * 10 >= with_limit * 9, "{learned} beside {with_limit}");
+    assert!(preemptions <= 4, "{preemptions}");
 }

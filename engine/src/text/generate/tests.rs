@@ -53,7 +53,7 @@ impl Engine {
 
 /// Runs one sequence as the engine does: up to a stop token, the limit, or its cancellation.
 fn run(submission: Submission, script: &Script, cancelled: &AtomicUsize) {
-    let Submission { request, events } = submission;
+    let Submission { request, events, .. } = submission;
     let mut finish = Finish::Length;
     for id in script(&request).into_iter().take(request.max_tokens as usize) {
         let logprobs = request.sampling.logprobs.map(|top| Logprobs {
