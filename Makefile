@@ -45,7 +45,9 @@ test: ## all tests that take a few minutes, with real processes
 	cargo test --locked --workspace --no-fail-fast
 
 soak: tools kube build ## the long runs: 2000 jobs, 3 workers and 200 kills; 500 models under one operator
-	MILLRACE_SOAK=1 cargo test --release --locked --workspace --test crash --test kube_operator -- --nocapture
+	MILLRACE_SOAK=1 bash -o pipefail -c 'cargo test --release --locked --workspace --test crash --test kube_operator \
+		-- --nocapture 2>&1 | tee target/soak.log'
+	target/release/millrace-figures --soak target/soak.log --write docs/figures
 
 fuzz: ## each reader of outside input for MILLRACE_FUZZ_S seconds (60), guided by coverage
 	scripts/fuzz

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use millrace_crds::names::Class;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::cluster::QueueHarness;
 use crate::jobs::{NewJob, OutcomeLog, Pipeline};
@@ -70,6 +70,20 @@ pub struct ChaosReport {
     pub worker_stops: usize,
     /// From the first publish to the last outcome.
     pub elapsed: Duration,
+}
+
+impl ChaosReport {
+    /// The numbers of it, as `figures::soak` reads them.
+    pub fn numbers(&self, plan: &ChaosPlan) -> Value {
+        json!({
+            "jobs": plan.jobs,
+            "outcomes": self.record.outcomes.len(),
+            "redelivered": self.record.redelivered(),
+            "worker_kills": self.worker_kills,
+            "broker_kills": self.broker_kills,
+            "elapsed_s": self.elapsed.as_secs_f64(),
+        })
+    }
 }
 
 /// Greedy and sampled jobs of many lengths and all classes; long enough to be caught in the middle.

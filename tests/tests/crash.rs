@@ -41,16 +41,9 @@ async fn nothing_is_lost_and_nothing_is_done_twice() -> Result<()> {
     let plan = if std::env::var_os("MILLRACE_SOAK").is_some() { SOAK } else { SHORT };
     let report = chaos::run(plan, Random::from_environment("crash", 20_261_123)).await?;
     let (redelivered, kinds) = (report.record.redelivered(), report.record.kinds());
+    eprintln!("{}", report.numbers(&plan));
     let attempts = report.record.outcomes.values().map(|outcome| outcome.attempt).max().unwrap_or(0);
-    eprintln!(
-        "{} jobs, {} worker kills, {} broker kills, {} worker stops: {redelivered} redelivered, \
-         {kinds:?} completed, rejected and dead, after {attempts} attempts at most, {:.1} s",
-        plan.jobs,
-        report.worker_kills,
-        report.broker_kills,
-        report.worker_stops,
-        report.elapsed.as_secs_f64(),
-    );
+    eprintln!("{} worker stops, {kinds:?} completed, rejected and dead, {attempts} attempts at most", report.worker_stops);
     let done = [report.worker_kills, report.broker_kills, report.worker_stops];
     let planned = [plan.worker_kills, plan.broker_kills, plan.worker_stops];
     assert_eq!(done, planned, "faults that really happened");

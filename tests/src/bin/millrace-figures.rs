@@ -13,7 +13,7 @@ use millrace_tests::cluster::QueueHarness;
 use millrace_tests::figures::{self, Figure, ResultFile, page, soak};
 use millrace_tests::random::Random;
 use millrace_tests::{chaos, model, overhead, pulling, tools};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 /// The requests of the comparison with other engines.
 const REQUESTS: &str = "examples/bench/cpu-64.jsonl";
@@ -163,14 +163,7 @@ async fn queue() -> Result<Vec<Figure>> {
 async fn crashes() -> Result<Vec<Figure>> {
     let plan = chaos::SHORT;
     let report = chaos::run(plan, Random::from_environment("crashes", 20_261_123)).await?;
-    Ok(soak::crashes(&json!({
-        "jobs": plan.jobs,
-        "outcomes": report.record.outcomes.len(),
-        "redelivered": report.record.redelivered(),
-        "worker_kills": report.worker_kills,
-        "broker_kills": report.broker_kills,
-        "elapsed_s": report.elapsed.as_secs_f64(),
-    })))
+    Ok(soak::crashes(&report.numbers(&plan)))
 }
 
 async fn pull() -> Result<Vec<Figure>> {
