@@ -54,11 +54,6 @@ pub enum StartError {
     /// The sizes, as the device sees them.
     #[error("engine: {0}")]
     Plan(#[from] PlanError),
-    /// The model needs what the device does not compute.
-    #[error(
-        "the model needs {0}, which are computed on a processor and not on a GPU yet; set engine.device to cpu"
-    )]
-    Extras(String),
     /// A field of the engine's configuration.
     #[error("engine.{field} is {value}; it must be {expected}")]
     Field {
@@ -96,13 +91,15 @@ pub struct Tuning {
     pub isa: Option<Isa>,
     /// Whether a GPU captures steps of decodes.
     pub graphs: bool,
+    /// Whether a GPU runs the kernels for chips with little shared memory, whatever it has.
+    pub small_gpu: bool,
     /// Whether the next step is queued while one runs; by default where steps run beside the engine's thread.
     pub overlap: Option<bool>,
 }
 
 impl Default for Tuning {
     fn default() -> Self {
-        Self { longest_first_window: 1, isa: None, graphs: true, overlap: None }
+        Self { longest_first_window: 1, isa: None, graphs: true, small_gpu: false, overlap: None }
     }
 }
 
@@ -298,10 +295,6 @@ impl Setup<'_> {
         available: impl FnOnce(&O) -> Option<u64>,
     ) -> Result<Engine, StartError> {
         let Self { model, source, config, step, tuning, observer } = self;
-        let extras = model.extras();
-        if !O::EXTRAS && !extras.is_empty() {
-            return Err(StartError::Extras(extras.join(", ")));
-        }
         let kv_dtype = kv_dtype(config, precision)?;
         let decoder = Decoder::load(model, source, &mut ops, kv_dtype)?;
         let block_bytes = ops.kv_block_bytes(&kv_plan(model, 1, kv_dtype));

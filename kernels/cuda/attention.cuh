@@ -22,7 +22,7 @@ constexpr uint32_t PAGE_TOKENS = 16;
 /// A context is cut at multiples of this many positions; partial results are merged in ascending order.
 constexpr uint32_t SPLIT_KEYS = 512;
 
-/// Query heads per key-value head: the greatest group.
+/// Query heads that a unit of decode takes at most: a greater group is cut into parts.
 constexpr uint32_t GROUP_MAX = 8;
 
 /// Keys of one step of the online softmax.
@@ -30,6 +30,11 @@ __host__ __device__ constexpr uint32_t tile_keys(uint32_t head_dim) { return hea
 
 /// Query rows times heads of the group that one CTA of a prefill kernel computes.
 __host__ __device__ constexpr uint32_t prefill_tile_rows(uint32_t head_dim) { return head_dim > 128 ? 64 : 128; }
+
+/// The same of the kernels `attention_prefill_small_*`.
+__host__ __device__ constexpr uint32_t prefill_small_tile_rows(uint32_t head_dim) {
+    return head_dim > 128 ? 32 : head_dim > 96 ? 64 : 128;
+}
 
 // ---- The cache --------------------------------------------------------------------------------------------
 //
@@ -99,7 +104,8 @@ struct DecodeItem {
 // for splits 0 to `AttentionCounts::run_splits - 1` (as many as there are), and each split after them. List the longest
 // first: the warps deal them out in order.
 
-/// One tile of a span: packed rows `[tile, tile + 1) * prefill_tile_rows(head_dim)` of the `rows * group` ones, where
+/// One tile of a span: packed rows `[tile, tile + 1)` times the kernel's `prefill_tile_rows(head_dim)` (or
+/// `prefill_small_tile_rows`) of the `rows * group` ones, where
 /// packed row `i` is row `i / group`, query head `kv_head * group + i % group`. List the tiles with the longest
 /// contexts first: the kernels deal them out in order.
 struct PrefillTile {
@@ -136,9 +142,14 @@ struct AttentionArguments {
     uint32_t* counters;
     uint32_t query_stride;
     uint32_t out_stride;
+    /// Key-value heads, each with a group of query heads. For decodes a head of the cache may stand for several: each
+    /// then has an equal part of its group.
     uint32_t kv_heads;
-    /// Query heads per key-value head, 1 to GROUP_MAX.
+    /// Query heads of each of these; for decodes 1 to GROUP_MAX.
     uint32_t group;
+    /// Key-value heads of the cache, and how many of `kv_heads` each stands for. Prefills take whole groups.
+    uint32_t cache_heads;
+    uint32_t parts;
     /// Positions that a row sees up to and with its own; 0 is unlimited.
     uint32_t window;
     /// Decode items for which `partials` has room.
@@ -169,6 +180,8 @@ __host__ __device__ constexpr uint64_t counter_words(uint64_t spans_max, uint64_
 //   attention_decode_fp8_h{64,96,128,256}   as attention_decode, over a cache of 8-bit floats
 //   attention_decode_runs_fp8_h{64,96,128}  as attention_decode_runs, over such a cache
 //   attention_prefill_fp8_h{64,96,128,256}  as attention_prefill, over such a cache
+//   attention_decode_small_h*, attention_decode_small_fp8_h*, attention_prefill_small_h{96,128,256} and
+//   attention_prefill_small_fp8_h{96,128,256}: the same for chips whose blocks have 99 KiB of shared memory
 // All take one AttentionArguments. Raise the limit of dynamic shared memory to the bytes below, once per kernel.
 // Grids need not follow the batch: what finds no work leaves. Launches that share `partials` and `counters` must
 // be ordered (one stream). Every kernel may be launched as a programmatic dependent: before it waits for its predecessor
@@ -176,10 +189,11 @@ __host__ __device__ constexpr uint64_t counter_words(uint64_t spans_max, uint64_
 // row's own position, and nothing else. So both must have been written before the step's first kernel began.
 
 /// Decode: grid: multiprocessors, one CTA each (a smaller grid works too). `limit` is the device's shared memory
-/// per block with opt-in: 227 KiB on sm_90, 163 KiB on sm_80.
+/// per block with opt-in: 227 KiB on sm_90, 163 KiB on sm_80, and 99 KiB on sm_86, sm_89 and sm_120, which takes the small
+/// kernels.
 constexpr uint32_t DECODE_THREADS = 224;
 __host__ __device__ constexpr uint32_t decode_shared_bytes(uint32_t limit) {
-    return limit >= 224 * 1024 ? 224 * 1024 : 160 * 1024;
+    return limit >= 224 * 1024 ? 224 * 1024 : limit >= 160 * 1024 ? 160 * 1024 : 96 * 1024;
 }
 
 /// `attention_decode_runs_*`: grid as decode; threads and shared memory:
@@ -196,6 +210,14 @@ __host__ __device__ constexpr uint32_t prefill_threads(uint32_t head_dim) { retu
 __host__ __device__ constexpr uint32_t prefill_shared_bytes(uint32_t head_dim) {
     // Queries, one tile of keys, one of values, and the merged result in f32.
     return prefill_tile_rows(head_dim) * head_dim * (2 + 4) + tile_keys(head_dim) * head_dim * 2 * 2;
+}
+
+/// `attention_prefill_small_*`: grid as before; threads and shared memory, in which keys and values take turns:
+__host__ __device__ constexpr uint32_t prefill_small_threads(uint32_t head_dim) {
+    return prefill_small_tile_rows(head_dim) * 2;
+}
+__host__ __device__ constexpr uint32_t prefill_small_shared_bytes(uint32_t head_dim) {
+    return prefill_small_tile_rows(head_dim) * head_dim * (2 + 4) + tile_keys(head_dim) * head_dim * 2;
 }
 
 /// `attention_prefill_wgmma_h*`: grid: multiprocessors; threads and shared memory:

@@ -21,10 +21,10 @@ namespace {
 
 /// A consumer warp's state. A thread holds rows `2 * (lane % 4)` and the one after of the group, and of a page or
 /// part the tokens or columns `lane / 4` and that plus 8.
-template <int HEAD, Kv KV>
+template <class S>
 struct Consumer {
-    uint32_t query[HEAD / 16][2];
-    float out[Shape<HEAD, KV>::PARTS_PER_WARP][4];
+    uint32_t query[S::HEAD / 16][2];
+    float out[S::PARTS_PER_WARP][4];
     RowSum rows[2];
     uint32_t ring;
     uint32_t warp;
@@ -38,45 +38,44 @@ struct Consumer {
 __device__ __forceinline__ void meet() { asm volatile("bar.sync 1, 128;" ::: "memory"); }
 
 /// Takes the group's queries as the B operand; rows beyond the group are zero.
-template <int HEAD, Kv KV>
-__device__ __forceinline__ void take_queries(Consumer<HEAD, KV>& me, const Board<HEAD, KV>& board, uint32_t group) {
+template <class S>
+__device__ __forceinline__ void take_queries(Consumer<S>& me, const Board<S>& board, uint32_t group) {
     const bool live = me.lane / 4 < group;
     const bf16* from = &board.queries[me.count % NOTES][me.lane / 4][me.lane % 4 * 2];
 #pragma unroll
-    for (int step = 0; step < HEAD / 16; ++step) {
+    for (int step = 0; step < S::HEAD / 16; ++step) {
         me.query[step][0] = live ? *reinterpret_cast<const uint32_t*>(from + step * 16) : 0;
         me.query[step][1] = live ? *reinterpret_cast<const uint32_t*>(from + step * 16 + 8) : 0;
     }
 }
 
 /// Scores of a tile. Its stages are this warp's alone, so it arrives for the four consumers.
-template <int HEAD, Kv KV>
-__device__ __forceinline__ void score_tile(float (&s)[Shape<HEAD, KV>::PAGES][4], const Consumer<HEAD, KV>& me,
-                                           Board<HEAD, KV>& board, const UnitNote& note, uint32_t tile) {
-    using S = Shape<HEAD, KV>;
+template <class S>
+__device__ __forceinline__ void score_tile(float (&s)[S::PAGES][4], const Consumer<S>& me,
+                                           Board<S>& board, const UnitNote& note, uint32_t tile) {
     const uint32_t page_first = note.page_first + tile * S::PAGES;
 #pragma unroll
     for (uint32_t i = 0; i < S::PAGES; ++i) s[i][0] = s[i][1] = s[i][2] = s[i][3] = 0.f;
 #pragma unroll
     for (uint32_t part = 0; part < S::STAGES_PER_TILE; ++part) {
         if (page_first + part * S::STAGE_PAGES >= note.page_end) break;
-        const Place<HEAD, KV> place = {me.base + tile * S::STAGES_PER_TILE + part};
+        const Place<S> place = {me.base + tile * S::STAGES_PER_TILE + part};
         const uint32_t stage = me.ring + place.stage() * S::STAGE_BYTES;
         barrier_wait(shared_address(&board.full[place.stage()]), place.parity());
         // Pages that do not exist hold what an earlier stage left; their scores are hidden.
-        if constexpr (KV == Kv::Bf16) {
+        if constexpr (S::KV == Kv::Bf16) {
 #pragma unroll
-            for (int step = 0; step < HEAD / 16; ++step) {
+            for (int step = 0; step < S::HEAD / 16; ++step) {
 #pragma unroll
                 for (uint32_t i = 0; i < S::STAGE_PAGES; ++i) {
                     uint32_t keys[4];
-                    load_matrices(keys, stage + i * S::PAGE_BYTES + key_rows<HEAD>(me.lane, step));
+                    load_matrices(keys, stage + i * S::PAGE_BYTES + key_rows<S::HEAD>(me.lane, step));
                     multiply(s[part * S::STAGE_PAGES + i], keys, me.query[step][0], me.query[step][1]);
                 }
             }
         } else {
 #pragma unroll
-            for (int step = 0; step < HEAD / 16; step += 2) {
+            for (int step = 0; step < S::HEAD / 16; step += 2) {
 #pragma unroll
                 for (uint32_t i = 0; i < S::STAGE_PAGES; ++i) {
                     uint32_t codes[4], keys[4];
@@ -96,7 +95,7 @@ __device__ __forceinline__ void score_tile(float (&s)[Shape<HEAD, KV>::PAGES][4]
             barrier_arrive(shared_address(&board.free[place.stage()]));
     }
     const uint32_t key = page_first * PAGE_TOKENS;
-    if (key >= note.first && key + tile_keys(HEAD) <= note.end) return;
+    if (key >= note.first && key + tile_keys(S::HEAD) <= note.end) return;
 #pragma unroll
     for (uint32_t i = 0; i < S::PAGES; ++i) {
         const uint32_t low = key + i * PAGE_TOKENS + me.lane / 4, high = low + 8;
@@ -107,28 +106,26 @@ __device__ __forceinline__ void score_tile(float (&s)[Shape<HEAD, KV>::PAGES][4]
 
 /// Clears this warp's columns of a page of values from token `first` on: unwritten memory may hold what is no
 /// number, and 0 times that is no number either.
-template <int HEAD, Kv KV>
-__device__ __forceinline__ void clear_tokens(const Consumer<HEAD, KV>& me, uint32_t page, uint32_t first) {
-    using S = Shape<HEAD, KV>;
+template <class S>
+__device__ __forceinline__ void clear_tokens(const Consumer<S>& me, uint32_t page, uint32_t first) {
     for (uint32_t part = me.warp; part < S::PARTS; part += CONSUMERS) {
         const uint32_t token = first + me.lane / 2;
         if (token < PAGE_TOKENS)
-            store16_shared(page + page_offset(HEAD, token, part * 16 + me.lane % 2 * 8) * 2, make_uint4(0, 0, 0, 0));
+            store16_shared(page + page_offset(S::HEAD, token, part * 16 + me.lane % 2 * 8) * 2, make_uint4(0, 0, 0, 0));
     }
     fence_async_proxy();
     __syncwarp();
 }
 
 /// Adds a tile's weighted values to this warp's columns.
-template <int HEAD, Kv KV>
-__device__ __forceinline__ void accumulate_tile(Consumer<HEAD, KV>& me, Board<HEAD, KV>& board, const UnitNote& note,
+template <class S>
+__device__ __forceinline__ void accumulate_tile(Consumer<S>& me, Board<S>& board, const UnitNote& note,
                                                 uint32_t tile, uint32_t values_base) {
-    using S = Shape<HEAD, KV>;
     const uint32_t page_first = note.page_first + tile * S::PAGES;
     for (uint32_t part = 0; part < S::STAGES_PER_TILE; ++part) {
         const uint32_t first = page_first + part * S::STAGE_PAGES;
         if (first >= note.page_end) return;
-        const Place<HEAD, KV> place = {values_base + tile * S::STAGES_PER_TILE + part};
+        const Place<S> place = {values_base + tile * S::STAGES_PER_TILE + part};
         const uint32_t stage = me.ring + place.stage() * S::STAGE_BYTES;
         barrier_wait(shared_address(&board.full[place.stage()]), place.parity());
 #pragma unroll
@@ -136,15 +133,15 @@ __device__ __forceinline__ void accumulate_tile(Consumer<HEAD, KV>& me, Board<HE
             if (first + i >= note.page_end) break;
             const uint32_t page = stage + i * S::PAGE_BYTES;
             const bool partial = (first + i + 1) * PAGE_TOKENS > note.end;
-            if (KV == Kv::Bf16 && partial) clear_tokens<HEAD, KV>(me, page, note.end % PAGE_TOKENS);
-            const uint32_t live = KV == Kv::Fp8 && partial ? live_codes(me.lane, note.end % PAGE_TOKENS) : 0xffffffffu;
+            if (S::KV == Kv::Bf16 && partial) clear_tokens<S>(me, page, note.end % PAGE_TOKENS);
+            const uint32_t live = S::KV == Kv::Fp8 && partial ? live_codes(me.lane, note.end % PAGE_TOKENS) : 0xffffffffu;
             const uint2 weights = board.weights[first + i - note.page_first][me.lane];
 #pragma unroll
             for (uint32_t k = 0; k < S::PARTS_PER_WARP; ++k) {
                 if (S::PARTS % CONSUMERS != 0 && me.warp + k * CONSUMERS >= S::PARTS) break;
                 uint32_t values[4];
-                if constexpr (KV == Kv::Bf16) {
-                    load_matrices_transposed(values, page + value_rows<HEAD>(me.lane, me.warp + k * CONSUMERS));
+                if constexpr (S::KV == Kv::Bf16) {
+                    load_matrices_transposed(values, page + value_rows<S::HEAD>(me.lane, me.warp + k * CONSUMERS));
                 } else {
                     uint32_t codes[2];
                     load_codes(codes, page + (me.warp + k * CONSUMERS) * 256 + me.lane % 16 * 16);
@@ -159,23 +156,26 @@ __device__ __forceinline__ void accumulate_tile(Consumer<HEAD, KV>& me, Board<HE
 }
 
 /// Scores this warp's tiles and puts their weights and sums on the board.
-template <int HEAD, Kv KV>
-__device__ __forceinline__ void score_unit(const Consumer<HEAD, KV>& me, const AttentionArguments& arguments,
-                                           Board<HEAD, KV>& board, const UnitNote& note, uint32_t tiles) {
-    using S = Shape<HEAD, KV>;
+template <class S>
+__device__ __forceinline__ void score_unit(const Consumer<S>& me, const AttentionArguments& arguments,
+                                           Board<S>& board, const UnitNote& note, uint32_t tiles) {
     float(&all_tops)[S::TILES][ROWS] = board.tops[me.count % 2];
     float s[S::TILES_PER_WARP][S::PAGES][4];
 #pragma unroll
     for (uint32_t i = 0; i < S::TILES_PER_WARP; ++i) {
         const uint32_t tile = me.warp + i * CONSUMERS;
-        if (i > 0) meet();
-        if (tile >= tiles) continue;
-        score_tile<HEAD, KV>(s[i], me, board, note, tile);
-        const float even = __fmul_rn(tile_max_transposed<S::PAGES, 0>(s[i]), arguments.scale_log2);
-        const float odd = __fmul_rn(tile_max_transposed<S::PAGES, 1>(s[i]), arguments.scale_log2);
-        if (me.lane < 4) {
-            all_tops[tile][2 * me.lane] = even;
-            all_tops[tile][2 * me.lane + 1] = odd;
+#pragma unroll 1
+        for (uint32_t round = 0; round < S::ROUNDS; ++round) {
+            if (i > 0 || round > 0) meet();
+            if (S::ROUNDS > 1 && me.warp / S::AT_ONCE != round) continue;
+            if (tile >= tiles) continue;
+            score_tile<S>(s[i], me, board, note, tile);
+            const float even = __fmul_rn(tile_max_transposed<S::PAGES, 0>(s[i]), arguments.scale_log2);
+            const float odd = __fmul_rn(tile_max_transposed<S::PAGES, 1>(s[i]), arguments.scale_log2);
+            if (me.lane < 4) {
+                all_tops[tile][2 * me.lane] = even;
+                all_tops[tile][2 * me.lane + 1] = odd;
+            }
         }
     }
     meet();
@@ -201,12 +201,12 @@ __device__ __forceinline__ void score_unit(const Consumer<HEAD, KV>& me, const A
 }
 
 /// Accumulates this warp's columns over the unit's tiles, in ascending order.
-template <int HEAD, Kv KV>
-__device__ __forceinline__ void accumulate_unit(Consumer<HEAD, KV>& me, Board<HEAD, KV>& board, const UnitNote& note,
+template <class S>
+__device__ __forceinline__ void accumulate_unit(Consumer<S>& me, Board<S>& board, const UnitNote& note,
                                                 uint32_t tiles, uint32_t values_base) {
     me.rows[0] = me.rows[1] = empty_row();
 #pragma unroll
-    for (uint32_t k = 0; k < Shape<HEAD, KV>::PARTS_PER_WARP; ++k)
+    for (uint32_t k = 0; k < S::PARTS_PER_WARP; ++k)
         me.out[k][0] = me.out[k][1] = me.out[k][2] = me.out[k][3] = 0.f;
     for (uint32_t tile = 0; tile < tiles; ++tile) {
         const float2 sums = board.sums[tile][me.lane];
@@ -219,23 +219,22 @@ __device__ __forceinline__ void accumulate_unit(Consumer<HEAD, KV>& me, Board<HE
             me.rows[row].sum = __fmaf_rn(me.rows[row].sum, factors[row], row == 0 ? sums.x : sums.y);
         }
 #pragma unroll
-        for (uint32_t k = 0; k < Shape<HEAD, KV>::PARTS_PER_WARP; ++k) {
+        for (uint32_t k = 0; k < S::PARTS_PER_WARP; ++k) {
 #pragma unroll
             for (int e = 0; e < 4; ++e) me.out[k][e] = __fmul_rn(me.out[k][e], factors[e % 2]);
         }
-        accumulate_tile<HEAD, KV>(me, board, note, tile, values_base);
+        accumulate_tile<S>(me, board, note, tile, values_base);
     }
 #pragma unroll
     for (int row = 0; row < 2; ++row) me.rows[row].sum = row_sum_transposed(me.rows[row].sum);
 }
 
 /// Stores this warp's columns of a unit's unfinished result under its item.
-template <int HEAD, Kv KV>
-__device__ __forceinline__ void store_partial(const Consumer<HEAD, KV>& me, const AttentionArguments& arguments,
+template <class S>
+__device__ __forceinline__ void store_partial(const Consumer<S>& me, const AttentionArguments& arguments,
                                               const UnitNote& note) {
-    using S = Shape<HEAD, KV>;
     const uint32_t heads = arguments.kv_heads * arguments.group;
-    float* stats = arguments.partials + uint64_t(arguments.items_max) * heads * HEAD;
+    float* stats = arguments.partials + uint64_t(arguments.items_max) * heads * S::HEAD;
 #pragma unroll
     for (uint32_t row = 0; row < 2; ++row) {
         const uint32_t head = me.lane % 4 * 2 + row;
@@ -245,7 +244,7 @@ __device__ __forceinline__ void store_partial(const Consumer<HEAD, KV>& me, cons
         for (uint32_t k = 0; k < S::PARTS_PER_WARP; ++k) {
             const uint32_t part = me.warp + k * CONSUMERS;
             if (S::PARTS % CONSUMERS != 0 && part >= S::PARTS) break;
-            float* to = arguments.partials + place * HEAD + part * 16 + me.lane / 4;
+            float* to = arguments.partials + place * S::HEAD + part * 16 + me.lane / 4;
             to[0] = me.out[k][row];
             to[8] = me.out[k][2 + row];
         }
@@ -255,14 +254,13 @@ __device__ __forceinline__ void store_partial(const Consumer<HEAD, KV>& me, cons
 }
 
 /// Writes this warp's columns of the output of a unit that is its span's only split.
-template <int HEAD, Kv KV>
-__device__ __forceinline__ void store_output(const Consumer<HEAD, KV>& me, const AttentionArguments& arguments,
+template <class S>
+__device__ __forceinline__ void store_output(const Consumer<S>& me, const AttentionArguments& arguments,
                                              const UnitNote& note) {
-    using S = Shape<HEAD, KV>;
-    const float inverse[2] = {output_factor<KV>(me.rows[0].sum, arguments),
-                              output_factor<KV>(me.rows[1].sum, arguments)};
+    const float inverse[2] = {output_factor<S::KV>(me.rows[0].sum, arguments),
+                              output_factor<S::KV>(me.rows[1].sum, arguments)};
     bf16* to = arguments.out + uint64_t(note.row) * arguments.out_stride +
-               (note.kv_head * arguments.group + me.lane / 4) * HEAD + me.lane % 4 * 2;
+               (note.kv_head * arguments.group + me.lane / 4) * S::HEAD + me.lane % 4 * 2;
 #pragma unroll
     for (uint32_t k = 0; k < S::PARTS_PER_WARP; ++k) {
         const uint32_t part = me.warp + k * CONSUMERS;
@@ -277,11 +275,10 @@ __device__ __forceinline__ void store_output(const Consumer<HEAD, KV>& me, const
 }
 
 /// A consumer warp: unit after unit, until there are no more.
-template <int HEAD, Kv KV>
-__device__ __forceinline__ void consume(const AttentionArguments& arguments, Board<HEAD, KV>& board, uint32_t ring,
+template <class S>
+__device__ __forceinline__ void consume(const AttentionArguments& arguments, Board<S>& board, uint32_t ring,
                                         uint32_t warp, uint32_t lane) {
-    using S = Shape<HEAD, KV>;
-    Consumer<HEAD, KV> me;
+    Consumer<S> me;
     me.ring = ring;
     me.warp = warp;
     me.lane = lane;
@@ -294,12 +291,12 @@ __device__ __forceinline__ void consume(const AttentionArguments& arguments, Boa
         const uint32_t pages = note.page_end - note.page_first;
         const uint32_t stages = (pages + S::STAGE_PAGES - 1) / S::STAGE_PAGES;
         const uint32_t tiles = (pages + S::PAGES - 1) / S::PAGES;
-        take_queries<HEAD, KV>(me, board, arguments.group);
-        score_unit<HEAD, KV>(me, arguments, board, note, tiles);
-        accumulate_unit<HEAD, KV>(me, board, note, tiles, me.base + stages);
+        take_queries<S>(me, board, arguments.group);
+        score_unit<S>(me, arguments, board, note, tiles);
+        accumulate_unit<S>(me, board, note, tiles, me.base + stages);
         me.base += 2 * stages;
-        if (note.splits == 1) store_output<HEAD, KV>(me, arguments, note);
-        else store_partial<HEAD, KV>(me, arguments, note);
+        if (note.splits == 1) store_output<S>(me, arguments, note);
+        else store_partial<S>(me, arguments, note);
         __syncwarp();
         barrier_arrive(shared_address(&board.stored[slot]));
     }
@@ -309,8 +306,8 @@ __device__ __forceinline__ void consume(const AttentionArguments& arguments, Boa
 
 /// A closer warp, of two that act together: counts each unit of a span of several, and merges them after the last.
 /// It gives the notes back, too.
-template <int HEAD, Kv KV>
-__device__ __forceinline__ void close(const AttentionArguments& arguments, Board<HEAD, KV>& board, uint32_t thread) {
+template <class S>
+__device__ __forceinline__ void close(const AttentionArguments& arguments, Board<S>& board, uint32_t thread) {
     for (uint32_t count = 0;; ++count) {
         const uint32_t slot = count % NOTES, parity = count / NOTES % 2;
         barrier_wait(shared_address(&board.note_full[slot]), parity);
@@ -330,7 +327,7 @@ __device__ __forceinline__ void close(const AttentionArguments& arguments, Board
             const bool last = board.ended == note.splits;
             asm volatile("bar.sync 2, 64;" ::: "memory");
             if (last)
-                merge_parts<HEAD, KV, 32 * CLOSERS>(
+                merge_parts<S::HEAD, S::KV, 32 * CLOSERS>(
                     arguments, {note.item - note.split, note.splits, note.row, note.kv_head}, thread);
         }
         __syncwarp();
@@ -338,10 +335,10 @@ __device__ __forceinline__ void close(const AttentionArguments& arguments, Board
     }
 }
 
-template <int HEAD, Kv KV>
+template <class S>
 __device__ __forceinline__ void decode(const AttentionArguments& arguments) {
     extern __shared__ __align__(1024) unsigned char memory[];
-    Board<HEAD, KV>& board = *reinterpret_cast<Board<HEAD, KV>*>(memory);
+    Board<S>& board = *reinterpret_cast<Board<S>*>(memory);
     const uint32_t ring = shared_address(memory) + BOARD_BYTES;
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #ifdef MILLRACE_BULK_COPY
@@ -349,7 +346,7 @@ __device__ __forceinline__ void decode(const AttentionArguments& arguments) {
 #else
     constexpr uint32_t PRODUCED = 32, PUBLISHED = 33;
 #endif
-    if (threadIdx.x < Shape<HEAD, KV>::STAGES) {
+    if (threadIdx.x < S::STAGES) {
         barrier_init(shared_address(&board.full[threadIdx.x]), PRODUCED);
         barrier_init(shared_address(&board.free[threadIdx.x]), 32 * CONSUMERS);
     }
@@ -361,26 +358,27 @@ __device__ __forceinline__ void decode(const AttentionArguments& arguments) {
     fence_async_proxy();
     __syncthreads();
     release_successor();
-    if (warp < CONSUMERS) consume<HEAD, KV>(arguments, board, ring, warp, lane);
-    else if (warp == CONSUMERS) produce<HEAD, KV>(arguments, board, ring, lane);
-    else close<HEAD, KV>(arguments, board, threadIdx.x - 32 * (CONSUMERS + 1));
+    if (warp < CONSUMERS) consume<S>(arguments, board, ring, warp, lane);
+    else if (warp == CONSUMERS) produce<S>(arguments, board, ring, lane);
+    else close<S>(arguments, board, threadIdx.x - 32 * (CONSUMERS + 1));
     await_predecessor();
 }
 
 }  // namespace
 }  // namespace millrace
 
-#define MILLRACE_DECODE(NAME, HEAD, KV)                                                 \
-    extern "C" __global__ void __launch_bounds__(millrace::DECODE_THREADS, 1)           \
-        NAME##HEAD(const __grid_constant__ millrace::AttentionArguments arguments) {    \
-        millrace::decode<HEAD, millrace::Kv::KV>(arguments);                            \
+#define MILLRACE_DECODE(NAME, HEAD, KV, RING)                                             \
+    extern "C" __global__ void __launch_bounds__(millrace::DECODE_THREADS, 1)             \
+        NAME##HEAD(const __grid_constant__ millrace::AttentionArguments arguments) {      \
+        millrace::decode<millrace::Shape<HEAD, millrace::Kv::KV, millrace::RING>>(arguments); \
     }
+#define MILLRACE_DECODES(NAME, KV, RING) \
+    MILLRACE_DECODE(NAME, 64, KV, RING)  \
+    MILLRACE_DECODE(NAME, 96, KV, RING)  \
+    MILLRACE_DECODE(NAME, 128, KV, RING) \
+    MILLRACE_DECODE(NAME, 256, KV, RING)
 
-MILLRACE_DECODE(attention_decode_h, 64, Bf16)
-MILLRACE_DECODE(attention_decode_h, 96, Bf16)
-MILLRACE_DECODE(attention_decode_h, 128, Bf16)
-MILLRACE_DECODE(attention_decode_h, 256, Bf16)
-MILLRACE_DECODE(attention_decode_fp8_h, 64, Fp8)
-MILLRACE_DECODE(attention_decode_fp8_h, 96, Fp8)
-MILLRACE_DECODE(attention_decode_fp8_h, 128, Fp8)
-MILLRACE_DECODE(attention_decode_fp8_h, 256, Fp8)
+MILLRACE_DECODES(attention_decode_h, Bf16, RING_BYTES)
+MILLRACE_DECODES(attention_decode_fp8_h, Fp8, RING_BYTES)
+MILLRACE_DECODES(attention_decode_small_h, Bf16, SMALL_RING_BYTES)
+MILLRACE_DECODES(attention_decode_small_fp8_h, Fp8, SMALL_RING_BYTES)

@@ -22,11 +22,15 @@ constexpr uint32_t RING_BYTES = 192 * 1024;
 #else
 constexpr uint32_t RING_BYTES = 128 * 1024;
 #endif
+constexpr uint32_t SMALL_RING_BYTES = 64 * 1024;
 constexpr uint32_t BOARD_BYTES = 32 * 1024;
 static_assert(BOARD_BYTES + RING_BYTES <= decode_shared_bytes(RING_BYTES > 128 * 1024 ? 227 * 1024 : 163 * 1024));
+static_assert(BOARD_BYTES + SMALL_RING_BYTES <= decode_shared_bytes(99 * 1024));
 
-template <int HEAD, Kv KV>
+template <int HEAD_, Kv KV_, uint32_t RING>
 struct Shape {
+    static constexpr int HEAD = HEAD_;
+    static constexpr Kv KV = KV_;
     static constexpr uint32_t PAGE_BYTES = HEAD * PAGE_TOKENS * element_bytes(KV);
     static constexpr uint32_t PAGES = tile_keys(HEAD) / PAGE_TOKENS;
     static constexpr uint32_t TILES = SPLIT_KEYS / tile_keys(HEAD);
@@ -40,10 +44,12 @@ struct Shape {
     static constexpr uint32_t STAGE_PAGES = KV == Kv::Bf16 || PAGES < 8 ? 4 : 8;
     static constexpr uint32_t STAGES_PER_TILE = PAGES / STAGE_PAGES;
     static constexpr uint32_t STAGE_BYTES = STAGE_PAGES * PAGE_BYTES;
-    static constexpr uint32_t STAGES = RING_BYTES / STAGE_BYTES < 16 ? RING_BYTES / STAGE_BYTES : 16;
-    // A warp may wait for a stage only when the use before it has come, or it would take that for its own: so what
-    // is scored between two meetings must fit into the ring.
-    static_assert(CONSUMERS * STAGES_PER_TILE <= STAGES);
+    static constexpr uint32_t STAGES = RING / STAGE_BYTES < 16 ? RING / STAGE_BYTES : 16;
+    /// Warps that score between two meetings, of which there are so many more. A warp may wait for a stage only when the
+    /// use before it has come, or it would take that for its own: so what they score must fit into the ring.
+    static constexpr uint32_t AT_ONCE = CONSUMERS * STAGES_PER_TILE <= STAGES ? CONSUMERS : CONSUMERS / 2;
+    static constexpr uint32_t ROUNDS = CONSUMERS / AT_ONCE;
+    static_assert(AT_ONCE * STAGES_PER_TILE <= STAGES);
 };
 
 /// What the producer tells the consumers of a unit.
@@ -64,7 +70,7 @@ struct UnitNote {
 };
 
 /// Shared memory before the ring.
-template <int HEAD, Kv KV>
+template <class S>
 struct Board {
     uint64_t full[16];
     uint64_t free[16];
@@ -74,24 +80,24 @@ struct Board {
     uint64_t stored[NOTES];
     UnitNote notes[NOTES];
     /// The group's queries.
-    alignas(16) bf16 queries[NOTES][ROWS][HEAD];
+    alignas(16) bf16 queries[NOTES][ROWS][S::HEAD];
     /// Units of the span that had ended when this one had.
     uint32_t ended;
     /// Greatest score of each tile and row, times the scale; of a unit and the one before.
-    float tops[2][Shape<HEAD, KV>::TILES][ROWS];
+    float tops[2][S::TILES][ROWS];
     /// Each lane's share of the weights' sums of its two rows.
-    float2 sums[Shape<HEAD, KV>::TILES][32];
+    float2 sums[S::TILES][32];
     /// The weights of each page as the B operand.
     uint2 weights[SPLIT_PAGES][32];
 };
-static_assert(sizeof(Board<128, Kv::Bf16>) <= BOARD_BYTES && sizeof(Board<256, Kv::Bf16>) <= BOARD_BYTES);
+static_assert(sizeof(Board<Shape<256, Kv::Bf16, RING_BYTES>>) <= BOARD_BYTES);
 
 /// A place in the ring, which both sides count up alike.
-template <int HEAD, Kv KV>
+template <class S>
 struct Place {
     uint32_t count;
-    __device__ uint32_t stage() const { return count % Shape<HEAD, KV>::STAGES; }
-    __device__ uint32_t parity() const { return count / Shape<HEAD, KV>::STAGES % 2; }
+    __device__ uint32_t stage() const { return count % S::STAGES; }
+    __device__ uint32_t parity() const { return count / S::STAGES % 2; }
 };
 
 // ---- The producer ----
@@ -122,11 +128,11 @@ __device__ __forceinline__ UnitNote look_up(const AttentionArguments& arguments,
 }
 
 /// Streams a unit's keys (`value` 0) or values (1) into the ring.
-template <int HEAD, Kv KV>
-__device__ __forceinline__ void stream(const AttentionArguments& arguments, Board<HEAD, KV>& board, uint32_t ring,
-                                       Place<HEAD, KV>& place, const UnitNote& note, uint32_t value, uint32_t block,
+template <class S>
+__device__ __forceinline__ void stream(const AttentionArguments& arguments, Board<S>& board, uint32_t ring,
+                                       Place<S>& place, const UnitNote& note, uint32_t value, uint32_t block,
                                        uint32_t lane) {
-    using S = Shape<HEAD, KV>;
+    const uint32_t head = note.kv_head / arguments.parts;
     for (uint32_t page = note.page_first; page < note.page_end; page += S::STAGE_PAGES, ++place.count) {
         const uint32_t stage = place.stage(), full = shared_address(&board.full[stage]);
         const uint32_t pages = min(S::STAGE_PAGES, note.page_end - page);
@@ -137,12 +143,12 @@ __device__ __forceinline__ void stream(const AttentionArguments& arguments, Boar
         if (lane == 0) barrier_expect(full, pages * S::PAGE_BYTES);
         __syncwarp();
         if (lane < pages)
-            copy_bulk_once(to + lane * S::PAGE_BYTES, page_address<HEAD, KV>(arguments, mine, value, note.kv_head),
+            copy_bulk_once(to + lane * S::PAGE_BYTES, page_address<S::HEAD, S::KV>(arguments, mine, value, head),
                            S::PAGE_BYTES, full);
 #else
         for (uint32_t i = 0; i < pages; ++i) {
             const uint32_t other = __shfl_sync(0xffffffffu, block, (page + i) % 32);
-            const char* from = page_address<HEAD, KV>(arguments, other, value, note.kv_head);
+            const char* from = page_address<S::HEAD, S::KV>(arguments, other, value, head);
             for (uint32_t at = lane * 16; at < S::PAGE_BYTES; at += 512)
                 copy16_async(to + i * S::PAGE_BYTES + at, from + at);
         }
@@ -152,15 +158,15 @@ __device__ __forceinline__ void stream(const AttentionArguments& arguments, Boar
 }
 
 /// Puts a unit on the board, its queries with it.
-template <int HEAD, Kv KV>
-__device__ __forceinline__ void publish(const AttentionArguments& arguments, Board<HEAD, KV>& board, uint32_t count,
+template <class S>
+__device__ __forceinline__ void publish(const AttentionArguments& arguments, Board<S>& board, uint32_t count,
                                         const UnitNote& note, uint32_t lane) {
     const uint32_t slot = count % NOTES, full = shared_address(&board.note_full[slot]);
     barrier_wait(shared_address(&board.note_free[slot]), count / NOTES % 2 ^ 1);
     if (lane == 0) board.notes[slot] = note;
-    const uint32_t bytes = note.item == NO_ITEM ? 0 : arguments.group * HEAD * 2;
+    const uint32_t bytes = note.item == NO_ITEM ? 0 : arguments.group * S::HEAD * 2;
     const bf16* from = arguments.queries + uint64_t(note.row) * arguments.query_stride +
-                       note.kv_head * arguments.group * HEAD;
+                       note.kv_head * arguments.group * S::HEAD;
 #ifdef MILLRACE_BULK_COPY
     if (lane == 0) {
         barrier_expect(full, bytes);
@@ -185,32 +191,32 @@ __device__ __forceinline__ uint32_t draw(const AttentionArguments& arguments, ui
 
 /// The producer warp: deals itself units and streams them. While the keys of one stream, the next is drawn; while its
 /// values do, the next is looked up. No unit is drawn earlier: another CTA may be free before this one.
-template <int HEAD, Kv KV>
-__device__ __forceinline__ void produce(const AttentionArguments& arguments, Board<HEAD, KV>& board, uint32_t ring,
+template <class S>
+__device__ __forceinline__ void produce(const AttentionArguments& arguments, Board<S>& board, uint32_t ring,
                                         uint32_t lane) {
     const uint32_t units = arguments.counts->decode_items * arguments.kv_heads;
-    Place<HEAD, KV> place = {0};
+    Place<S> place = {0};
     uint32_t count = 0, block = 0, next_block = 0;
     UnitNote note = {}, next_note = {};
     if (blockIdx.x < units) {
-        note = look_up(arguments, blockIdx.x, tile_keys(HEAD), lane, block);
+        note = look_up(arguments, blockIdx.x, tile_keys(S::HEAD), lane, block);
         await_predecessor();
         while (true) {
             const uint32_t drawn = draw(arguments, units, lane);
             if (note.item != NO_ITEM) {
-                publish<HEAD, KV>(arguments, board, count++, note, lane);
-                stream<HEAD, KV>(arguments, board, ring, place, note, 0, block, lane);
+                publish<S>(arguments, board, count++, note, lane);
+                stream<S>(arguments, board, ring, place, note, 0, block, lane);
             }
             const uint32_t next = __shfl_sync(0xffffffffu, drawn, 0);
-            if (next < units) next_note = look_up(arguments, next, tile_keys(HEAD), lane, next_block);
-            if (note.item != NO_ITEM) stream<HEAD, KV>(arguments, board, ring, place, note, 1, block, lane);
+            if (next < units) next_note = look_up(arguments, next, tile_keys(S::HEAD), lane, next_block);
+            if (note.item != NO_ITEM) stream<S>(arguments, board, ring, place, note, 1, block, lane);
             if (next >= units) break;
             note = next_note;
             block = next_block;
         }
     }
     note.item = NO_ITEM;
-    publish<HEAD, KV>(arguments, board, count, note, lane);
+    publish<S>(arguments, board, count, note, lane);
 }
 
 }  // namespace

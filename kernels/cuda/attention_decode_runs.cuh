@@ -101,13 +101,13 @@ __device__ __forceinline__ Run look_up_run(const AttentionArguments& arguments, 
     return run;
 }
 
-/// The number, in the layer's cache, of this lane's page of keys in a split; that of the values is `kv_heads` greater.
+/// The number, in the layer's cache, of this lane's page of keys in a split; that of the values is `cache_heads` greater.
 template <int HEAD>
 __device__ __forceinline__ uint32_t page_of(const AttentionArguments& arguments, const Run& run, uint2 pages,
                                             uint32_t lane) {
     const uint32_t page = pages.x / SPLIT_PAGES * SPLIT_PAGES + lane;
     if (page < pages.x || page >= pages.y) return 0;
-    return arguments.tables[run.table + page] * 2 * arguments.kv_heads + run.kv_head;
+    return arguments.tables[run.table + page] * 2 * arguments.cache_heads + run.kv_head / arguments.parts;
 }
 
 /// Begins to ask for the split `feed.split`.
@@ -146,7 +146,7 @@ __device__ __forceinline__ void ask(RunFeed<HEAD, KV>& feed, const AttentionArgu
     const uint32_t tile_end = min(feed.tile + S::PAGES, feed.page_end);
     const uint32_t live = min(S::STAGE_PAGES, tile_end - feed.page);
     const uint32_t stage = feed.asked % S::STAGES, barrier = feed.barriers + stage * 8;
-    const uint32_t to = feed.pages + stage * S::STAGE_BYTES, other = feed.value * arguments.kv_heads;
+    const uint32_t to = feed.pages + stage * S::STAGE_BYTES, other = feed.value * arguments.cache_heads;
     expect_elected(barrier, live * S::PAGE_BYTES);
 #pragma unroll
     for (uint32_t i = 0; i < S::STAGE_PAGES; ++i) {

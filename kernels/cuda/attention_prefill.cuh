@@ -18,14 +18,15 @@ struct Work {
     uint32_t position_last;
 };
 
-template <int HEAD>
+/// The work of a tile of `ROWS` packed rows.
+template <uint32_t ROWS>
 __device__ __forceinline__ Work find_work(const AttentionArguments& arguments, PrefillTile tile, uint32_t kv_head) {
     Work work;
     work.span = arguments.spans[tile.span];
     work.kv_head = kv_head;
-    work.packed_first = tile.tile * prefill_tile_rows(HEAD);
+    work.packed_first = tile.tile * ROWS;
     work.packed_rows = work.span.rows * arguments.group;
-    const uint32_t packed_last = min(work.packed_first + prefill_tile_rows(HEAD), work.packed_rows) - 1;
+    const uint32_t packed_last = min(work.packed_first + ROWS, work.packed_rows) - 1;
     const uint32_t base = work.span.context - work.span.rows;
     work.position_first = base + work.packed_first / arguments.group;
     work.position_last = base + packed_last / arguments.group;

@@ -125,8 +125,8 @@ struct Units {
         const uint32_t section = next() / section_units;
         uint32_t place = next() % section_units;
         if ((all / section_units - section) % 2 == 0) place = section_units - 1 - place;
-        return find_work<HEAD>(arguments, arguments.prefill_tiles[place / section_heads],
-                               section * section_heads + place % section_heads);
+        return find_work<prefill_tile_rows(HEAD)>(arguments, arguments.prefill_tiles[place / section_heads],
+                                                  section * section_heads + place % section_heads);
     }
 };
 

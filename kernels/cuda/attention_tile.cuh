@@ -24,12 +24,12 @@ enum class Kv { Bf16, Fp8 };
 
 __host__ __device__ constexpr uint32_t element_bytes(Kv kv) { return kv == Kv::Bf16 ? 2 : 1; }
 
-/// A page of a layer's cache in global memory.
+/// A page of a layer's cache in global memory, of one of the cache's heads.
 template <int HEAD, Kv KV>
 __device__ __forceinline__ const char* page_address(const AttentionArguments& arguments, uint32_t block,
-                                                    uint32_t value, uint32_t kv_head) {
+                                                    uint32_t value, uint32_t cache_head) {
     return static_cast<const char*>(arguments.cache) +
-           page_start(block, value, arguments.kv_heads, kv_head, HEAD) * element_bytes(KV);
+           page_start(block, value, arguments.cache_heads, cache_head, HEAD) * element_bytes(KV);
 }
 
 __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }

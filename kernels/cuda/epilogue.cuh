@@ -17,7 +17,7 @@ enum Epilogue {
     VALUES,
     /// out += sum + bias, f32, and what the next norm needs.
     ADD,
-    /// Rows of the matrix alternate by 8: gate, up. out = silu(gate) * up, bf16.
+    /// Rows of the matrix alternate by 8: gate, up. out = silu(gate) * up, or GELU, bf16.
     SILU_MUL,
     /// Rows of the matrix alternate by 8: first and second half of a head. Norms and turns queries and keys; queries
     /// become operands, keys and values go into the cache.
@@ -89,6 +89,8 @@ struct Output {
     int batch_tiles;
     /// Tiles, or pairs of tiles, of features.
     int feature_tiles;
+    /// Whether gates go through GELU; else through SiLU.
+    int gelu;
     NormBefore before;
     NormAfter after;
     Heads heads;
@@ -262,13 +264,14 @@ template <class S, int TILES>
 __device__ __forceinline__ void store_gated(const S &shared, const Output &output, Spot first,
                                             const float (&sums)[TILES * 4]) {
     const int target = first.feature / 16 * 8 + first.feature % 8;
-    const bool inside = first.feature < output.features;
+    const bool inside = first.feature < output.features, gelu = output.gelu != 0;
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
         const Spot spot = first.tile(tile);
         const float factor = shared.factors[spot.local_row()];
         const float *sum = &sums[4 * tile];
-        const uint32_t pair = pack_bf16(silu(sum[0] * factor) * (sum[2] * factor), silu(sum[1] * factor) * (sum[3] * factor));
+        const uint32_t pair = pack_bf16(gated(sum[0] * factor, gelu) * (sum[2] * factor),
+                                        gated(sum[1] * factor, gelu) * (sum[3] * factor));
         auto *out = row_of(static_cast<__nv_bfloat16 *>(output.out) + target, spot.row, output.stride);
         if (spot.row < output.rows && inside) *reinterpret_cast<uint32_t *>(out) = pair;
     }

@@ -1,4 +1,4 @@
-// Ops that work on rows: embedding, RMSNorm, RoPE with the cache write, gathering rows.
+// Ops that work on rows: embedding, norms, additions of branches, RoPE with the cache write, gathering rows.
 //
 // Bytes moved are those of the operands, read and written once; none of these does arithmetic that counts. The
 // residual stream is f32; operands of products are bf16.
@@ -12,11 +12,11 @@ constexpr int HEAD_DIM_MAX = 256;
 
 }  // namespace
 
-/// out[row] = table[token of row], bf16 to f32, and what the first norm needs, if there is one. Grid: rows. `fed` holds
+/// out[row] = table[token of row] * factor, bf16 to f32, and what the first norm needs, if there is one. Grid: rows. `fed` holds
 /// the choices of the step before.
 extern "C" __global__ void __launch_bounds__(NORM_THREADS)
-embed(const __nv_bfloat16 *table, int table_stride, const Row *rows, const uint32_t *fed, float *out, int width,
-      int out_stride, const __grid_constant__ NormAfter norm) {
+embed(const __nv_bfloat16 *table, int table_stride, float factor, const Row *rows, const uint32_t *fed, float *out,
+      int width, int out_stride, const __grid_constant__ NormAfter norm) {
     launch_dependents();
     wait_for_predecessor();
     const Row row = rows[blockIdx.x];
@@ -28,7 +28,7 @@ embed(const __nv_bfloat16 *table, int table_stride, const Row *rows, const uint3
     for (int first = threadIdx.x / 32 * 64; first < width; first += NORM_THREADS * 2) {
         float squares = 0.0f;
         for (int i = first + threadIdx.x % 32; i < min(first + 64, width); i += 32) {
-            const float value = __bfloat162float(source[i]);
+            const float value = __bfloat162float(source[i]) * factor;
             target[i] = value;
             squares = __fmaf_rn(value, value, squares);
             if (has) norm.out[size_t(blockIdx.x) * norm.out_stride + i] = __float2bfloat16(value * norm.weight[i]);
@@ -64,9 +64,45 @@ rms_norm(const float *x, int x_stride, const float *weight, float eps, __nv_bflo
         target[i] = __float2bfloat16(source[i] * factor * weight[i]);
 }
 
+/// out = x, f32 to bf16. Grid: rows.
+extern "C" __global__ void __launch_bounds__(NORM_THREADS)
+round_rows(const float *x, int x_stride, __nv_bfloat16 *out, int out_stride, int width) {
+    launch_dependents();
+    wait_for_predecessor();
+    const float *source = x + size_t(blockIdx.x) * x_stride;
+    __nv_bfloat16 *target = out + size_t(blockIdx.x) * out_stride;
+    for (int i = threadIdx.x; i < width; i += NORM_THREADS) target[i] = __float2bfloat16(source[i]);
+}
+
+/// out = x / sqrt(mean(x^2) + eps) * weight, or `add`ed to what is there, f32. The rows may be the same. Grid: rows.
+extern "C" __global__ void __launch_bounds__(NORM_THREADS)
+norm_values(const float *x, int x_stride, const float *weight, float eps, float *out, int out_stride, int width, int add) {
+    launch_dependents();
+    wait_for_predecessor();
+    const float *source = x + size_t(blockIdx.x) * x_stride;
+    float *target = out + size_t(blockIdx.x) * out_stride;
+    float squares = 0.0f;
+    for (int i = threadIdx.x; i < width; i += NORM_THREADS) squares = __fmaf_rn(source[i], source[i], squares);
+    const float factor = 1.0f / sqrtf(block_sum<NORM_THREADS>(squares) / width + eps);
+    for (int i = threadIdx.x; i < width; i += NORM_THREADS) {
+        const float normed = source[i] * factor * weight[i];
+        target[i] = add != 0 ? target[i] + normed : normed;
+    }
+}
+
+/// out += factor * x, f32. Grid: rows.
+extern "C" __global__ void __launch_bounds__(NORM_THREADS)
+scaled_add(const float *x, int x_stride, float factor, float *out, int out_stride, int width) {
+    launch_dependents();
+    wait_for_predecessor();
+    const float *source = x + size_t(blockIdx.x) * x_stride;
+    float *target = out + size_t(blockIdx.x) * out_stride;
+    for (int i = threadIdx.x; i < width; i += NORM_THREADS) target[i] = __fmaf_rn(source[i], factor, target[i]);
+}
+
 /// Norms (if weights are given) and turns queries and keys of a product that only wrote values; writes queries as bf16
 /// rows, keys and values into the cache of one layer, in the pages of attention.cuh. A row of qkv holds the queries, then
-/// the keys, then the values; `pairs` are turned, element i with element i + pairs. One warp per head. Grid: (rows,
+/// the keys, then the values; `pairs` are turned, element i with element i + pairs, if any. One warp per head. Grid: (rows,
 /// heads / 8).
 extern "C" __global__ void __launch_bounds__(ROPE_WARPS * 32)
 rope_cache(const float *qkv, int qkv_stride, int pairs, const __grid_constant__ Heads heads) {

@@ -12,6 +12,7 @@ pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod e4m3;
+mod groups;
 pub mod isa;
 pub mod ops;
 pub mod pool;

@@ -80,6 +80,17 @@ pub struct RopePlan {
     pub amplitude: f32,
 }
 
+impl RopePlan {
+    /// Checks it against the size of a head.
+    ///
+    /// # Errors
+    /// When it turns more than that.
+    pub fn check(&self, head_dim: usize) -> Result<(), PlanError> {
+        let turned = self.inverse_frequencies.len() * 2;
+        if turned <= head_dim { Ok(()) } else { Err(PlanError::Rope { turned, head_dim }) }
+    }
+}
+
 /// Everything that is allocated, once.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ArenaPlan {
@@ -153,11 +164,7 @@ impl ArenaPlan {
         for buffer in &self.buffers {
             bound("buffer width", buffer.width, 1, 1 << 20)?;
         }
-        let turned = self.rope.inverse_frequencies.len() * 2;
-        if turned > self.kv.head_dim {
-            return Err(PlanError::Rope { turned, head_dim: self.kv.head_dim });
-        }
-        Ok(())
+        self.rope.check(self.kv.head_dim)
     }
 }
 
@@ -331,7 +338,7 @@ impl<V> Clone for QkNorm<'_, V> {
 
 impl<V> Copy for QkNorm<'_, V> {}
 
-/// What happens to queries and keys before the cache, beyond [`Ops::rope_cache`].
+/// What happens to queries and keys before the cache.
 #[derive(Debug)]
 pub struct HeadWork<'a, V> {
     /// Norms, if any.
@@ -342,8 +349,7 @@ pub struct HeadWork<'a, V> {
     pub rope: Option<usize>,
 }
 
-/// The ops of a decoder on one device. A device without [`Ops::EXTRAS`] panics in those that say so: a model that needs
-/// one is refused before.
+/// The ops of a decoder on one device.
 pub trait Ops {
     /// A weight matrix as the device multiplies with it.
     type Matrix: Send + Sync;
@@ -351,8 +357,6 @@ pub trait Ops {
     type Vector: Send + Sync;
     /// Whether steps run beside the calling thread, so that it pays to queue the next one while one runs.
     const BESIDE: bool;
-    /// Whether the ops beyond those of Llama, Mistral and Qwen are there.
-    const EXTRAS: bool = false;
 
     /// Loads a matrix of `[output features, input features]`, the parts stacked by rows (for example Q, K, V).
     ///
@@ -360,8 +364,9 @@ pub trait Ops {
     /// When a part is no matrix or the columns differ.
     fn matrix(&mut self, parts: &[HostTensor<'_>]) -> Result<Self::Matrix, LoadError>;
 
-    /// Loads the projections of queries, keys and values, stacked, for a product that [`Ops::rope_cache`] follows at
-    /// once; the product's values are not for anything else.
+    /// Loads the projections of queries, keys and values, stacked, for a product that [`Ops::heads_cache`] follows at
+    /// once with a position embedding that turns whole heads and without norms over all of them; the product's values
+    /// are not for anything else.
     ///
     /// # Errors
     /// As [`Self::matrix`].
@@ -410,50 +415,47 @@ pub trait Ops {
     /// `out = silu(x * gate^T) * (x * up^T)`; operand to operand. The matrix is a [`Ops::gated_matrix`].
     fn linear_silu_mul(&mut self, gate_up: &Self::Matrix, x: Buffer, out: Buffer);
 
+    /// [`Ops::linear_silu_mul`] with GELU, by its approximation with a hyperbolic tangent.
+    fn linear_gelu_mul(&mut self, gate_up: &Self::Matrix, x: Buffer, out: Buffer);
+
+    /// Adds a position embedding after [`Ops::allocate`].
+    ///
+    /// # Errors
+    /// When it turns more than a head, or the device has too little memory.
+    fn add_rope(&mut self, rope: &RopePlan) -> Result<(), PlanError>;
+
     /// Norms (if asked) and turns queries and keys, leaves the queries in the QKV buffer, and writes keys and
     /// values of this step's rows into the cache of `layer`.
+    fn heads_cache(
+        &mut self,
+        layer: usize,
+        qkv: Buffer,
+        shape: &AttentionShape,
+        work: HeadWork<'_, Self::Vector>,
+    );
+
+    /// [`Ops::heads_cache`] with the plan's position embedding.
     fn rope_cache(
         &mut self,
         layer: usize,
         qkv: Buffer,
         shape: &AttentionShape,
         norms: Option<QkNorm<'_, Self::Vector>>,
-    );
-
-    /// Adds a position embedding after [`Ops::allocate`]. An extra.
-    fn add_rope(&mut self, _rope: &RopePlan) {
-        no_extras()
+    ) {
+        self.heads_cache(layer, qkv, shape, HeadWork { norms, whole: false, rope: Some(0) });
     }
 
-    /// As [`Ops::rope_cache`], with more choices. An extra.
-    fn heads_cache(&mut self, _: usize, _: Buffer, _: &AttentionShape, _: HeadWork<'_, Self::Vector>) {
-        no_extras()
-    }
+    /// `x *= factor`, of what [`Ops::embed`] has just left; values.
+    fn scale(&mut self, x: Buffer, factor: f32);
 
-    /// `x *= factor`; values. An extra.
-    fn scale(&mut self, _x: Buffer, _factor: f32) {
-        no_extras()
-    }
+    /// `out = x`; values to operand.
+    fn round(&mut self, x: Buffer, out: Buffer);
 
-    /// `out = x`; values to operand. An extra.
-    fn round(&mut self, _x: Buffer, _out: Buffer) {
-        no_extras()
-    }
+    /// `residual += norm(x) * weight`, the norm as in [`Ops::rms_norm`]; values, those of `x` are lost.
+    fn norm_add(&mut self, x: Buffer, weight: &Self::Vector, eps: f32, residual: Buffer);
 
-    /// `residual += norm(x) * weight`, the norm as in [`Ops::rms_norm`]; values, those of `x` are lost. An extra.
-    fn norm_add(&mut self, _x: Buffer, _weight: &Self::Vector, _eps: f32, _residual: Buffer) {
-        no_extras()
-    }
-
-    /// `residual += factor * x`; values. An extra.
-    fn scaled_add(&mut self, _x: Buffer, _factor: f32, _residual: Buffer) {
-        no_extras()
-    }
-
-    /// [`Ops::linear_silu_mul`] with GELU, by its approximation with a hyperbolic tangent. An extra.
-    fn linear_gelu_mul(&mut self, _gate_up: &Self::Matrix, _x: Buffer, _out: Buffer) {
-        no_extras()
-    }
+    /// `residual += factor * x`; values.
+    fn scaled_add(&mut self, x: Buffer, factor: f32, residual: Buffer);
 
     /// Causal attention of the buffer's queries over the cache of `layer`; values to operand.
     fn attention(&mut self, layer: usize, qkv: Buffer, shape: &AttentionShape, out: Buffer);
@@ -483,8 +485,4 @@ pub trait Ops {
     /// # Errors
     /// When the device failed. A row whose logits are not numbers is an entry of `out`, not an error.
     fn collect(&mut self, out: &mut Vec<Sampled>) -> Result<Option<Duration>, StepError>;
-}
-
-fn no_extras() -> ! {
-    panic!("the device has no extras; the model needs some and was not refused")
 }

@@ -93,16 +93,17 @@ start() {
 }
 
 step kernels 180 ./kernels-tests cuda:: --test-threads=1
-step engine 240 ./gpu-tests --test-threads=1 --nocapture no_circumstance a_gpu_answers
+step engine 480 ./gpu-tests --test-threads=1 --nocapture no_circumstance a_gpu_answers
 if [ -d models ]; then
     step smollm2 120 env MILLRACE_CACHE="$PWD" MILLRACE_REQUIRE_TOOLS=1 ./gpu-tests --nocapture smollm2
 fi
 step attention 240 ./attention check
 step attention-time 120 ./attention time
 step products 120 ./products check
-# The driver compiles the PTX of sm_80 at each start, which takes it some 8 s, so the kernels for chips before Hopper run.
+# The driver compiles the PTX of sm_80 at each start, which takes it some 8 s, so the kernels for chips before Hopper run,
+# and those for chips whose blocks have 99 KiB of shared memory.
 step kernels-sm_80 300 env CUDA_FORCE_PTX_JIT=1 ./kernels-tests --test-threads=1 cuda::tests::small cuda::tests::sampling
-step engine-sm_80 300 env CUDA_FORCE_PTX_JIT=1 ./gpu-tests --test-threads=1 --nocapture a_gpu_answers
+step engine-sm_80 480 env CUDA_FORCE_PTX_JIT=1 ./gpu-tests --test-threads=1 --nocapture a_gpu_answers
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
         step "$tool" 240 compute-sanitizer --tool "$tool" --error-exitcode 9 ./kernels-tests cuda::tests::small --test-threads=1

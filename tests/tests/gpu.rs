@@ -2,7 +2,8 @@
 //!
 //! The same 64 requests run alone, in batches of 7 and 64, four times over in one of 256, cut into chunks, with prefix
 //! hits, with too few KV blocks, so that sequences are preempted, and with and without a step being queued while one
-//! runs. Without a GPU the tests say that they were skipped; with MILLRACE_REQUIRE_CUDA they fail.
+//! runs. The CPU's answers are compared with those of the kernels for chips with little shared memory, too. Without a
+//! GPU the tests say that they were skipped; with MILLRACE_REQUIRE_CUDA they fail.
 
 use std::io::Write;
 
@@ -44,13 +45,17 @@ fn missing() -> bool {
     missing
 }
 
-fn models() -> [(&'static str, Value); 3] {
-    let sizes = json!({
+/// Sizes of all models.
+fn sizes() -> Value {
+    json!({
         "hidden_size": 192, "intermediate_size": 328, "num_hidden_layers": 3, "num_attention_heads": 6,
         "num_key_value_heads": 2, "head_dim": 64, "vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS,
         "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": true, "torch_dtype": "bfloat16",
-    });
-    let with = |changes: Value| checkpoint::with(&sizes, &changes);
+    })
+}
+
+fn models() -> [(&'static str, Value); 3] {
+    let with = |changes: Value| checkpoint::with(&sizes(), &changes);
     [
         ("llama", with(json!({"architectures": ["LlamaForCausalLM"]}))),
         (
@@ -63,6 +68,32 @@ fn models() -> [(&'static str, Value); 3] {
             "qwen3",
             with(json!({"architectures": ["Qwen3ForCausalLM"], "num_attention_heads": 8, "head_dim": 128,
             "attention_bias": true})),
+        ),
+    ]
+}
+
+/// The wider families, each with what it has of its own, and groups of more query heads than one unit takes.
+fn families() -> [(&'static str, Value); 6] {
+    let with = |changes: Value| checkpoint::with(&sizes(), &changes);
+    [
+        (
+            "gemma3",
+            with(json!({"architectures": ["Gemma3ForCausalLM"], "num_hidden_layers": 4, "head_dim": 256,
+            "num_attention_heads": 4, "sliding_window": 100, "sliding_window_pattern": 2,
+            "rope_local_base_freq": 300.0, "query_pre_attn_scalar": 4096})),
+        ),
+        ("phi3", with(json!({"architectures": ["Phi3ForCausalLM"], "partial_rotary_factor": 0.75}))),
+        ("smollm3", with(json!({"architectures": ["SmolLM3ForCausalLM"], "num_hidden_layers": 4}))),
+        ("olmo2", with(json!({"architectures": ["Olmo2ForCausalLM"]}))),
+        (
+            "granite",
+            with(json!({"architectures": ["GraniteForCausalLM"], "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22, "attention_multiplier": 0.0625, "logits_scaling": 2.0})),
+        ),
+        (
+            "llama, groups of 12",
+            with(json!({"architectures": ["LlamaForCausalLM"], "num_attention_heads": 12,
+            "num_key_value_heads": 1})),
         ),
     ]
 }
@@ -116,14 +147,23 @@ const fn under(sequences: u32, budget: u32) -> Circumstances {
     Circumstances { sequences, budget, prefix_cache: false, scarce: false, graphs: true, overlap: true }
 }
 
-/// Where, in what floats, and with what in the KV cache.
-type Place = (Device, Dtype, KvCacheDtype);
+/// On what, in what floats, and with what in the KV cache.
+type Place = (On, Dtype, KvCacheDtype);
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum On {
+    Cpu,
+    /// With the kernels that are best for it.
+    Gpu,
+    /// With those for chips with little shared memory.
+    SmallGpu,
+}
 
 const KV_DTYPES: [KvCacheDtype; 2] = [KvCacheDtype::Auto, KvCacheDtype::Fp8E4m3];
 
 fn engine(
     config: &Value,
-    (device, dtype, kv_cache_dtype): Place,
+    (on, dtype, kv_cache_dtype): Place,
     at: Circumstances,
     kv_cache_bytes: u64,
 ) -> Result<Engine> {
@@ -131,7 +171,7 @@ fn engine(
     checkpoint::write(folder.path(), config, 21)?;
     let model = DecoderConfig::read(folder.path())?;
     let settings = EngineConfig {
-        device,
+        device: if on == On::Cpu { Device::Cpu } else { Device::Cuda },
         dtype,
         kv_cache_dtype,
         max_sequences: Some(at.sequences),
@@ -141,7 +181,12 @@ fn engine(
         output_reserve: if at.scarce { OutputReserve::None } else { OutputReserve::Full },
         ..EngineConfig::default()
     };
-    let tuning = Tuning { graphs: at.graphs, overlap: (!at.overlap).then_some(false), ..Tuning::default() };
+    let tuning = Tuning {
+        graphs: at.graphs,
+        small_gpu: on == On::SmallGpu,
+        overlap: (!at.overlap).then_some(false),
+        ..Tuning::default()
+    };
     Ok(Engine::start(&model, &Files::read(folder.path())?, &settings, tuning, Box::new(()))?)
 }
 
@@ -189,9 +234,25 @@ fn no_circumstance_changes_a_byte_on_a_gpu() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn no_circumstance_changes_a_byte_of_the_wider_families() -> Result<()> {
+    if missing() {
+        return Ok(());
+    }
+    let circumstances = [
+        under(7, 64),
+        under(64, 4096),
+        Circumstances { graphs: false, prefix_cache: true, ..under(64, 512) },
+    ];
+    for (name, config) in families() {
+        check_invariance(&config, KvCacheDtype::Auto, &circumstances).with_context(|| name)?;
+    }
+    Ok(())
+}
+
 /// Every request, and then those that no step waits for: a penalty looks at the tokens so far.
 fn check_invariance(config: &Value, kv: KvCacheDtype, circumstances: &[Circumstances]) -> Result<()> {
-    let place = (Device::Cuda, Dtype::Bf16, kv);
+    let place = (On::Gpu, Dtype::Bf16, kv);
     let alone = engine(config, place, Circumstances { overlap: false, ..under(1, 4096) }, PLENTY)?;
     let block_bytes = alone.info().kv_cache_bytes / u64::from(alone.info().limits.kv_blocks);
     let expected = bits(&answers(&alone, requests())?);
@@ -231,8 +292,19 @@ fn a_gpu_answers_as_the_cpu_does() -> Result<()> {
     }
     for (name, config) in models() {
         for kv in KV_DTYPES {
-            check_answers(&config, kv).with_context(|| format!("{name}, {kv:?}"))?;
+            check_answers((name, &config), kv).with_context(|| format!("{name}, {kv:?}"))?;
         }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_gpu_answers_as_the_cpu_does_for_the_wider_families() -> Result<()> {
+    if missing() {
+        return Ok(());
+    }
+    for (name, config) in families() {
+        check_answers((name, &config), KvCacheDtype::Auto).with_context(|| name)?;
     }
     Ok(())
 }
@@ -249,13 +321,16 @@ fn greedy(config: &Value, place: Place) -> Result<Vec<Generated>> {
     Ok(all)
 }
 
-fn check_answers(config: &Value, kv: KvCacheDtype) -> Result<()> {
-    let exact = greedy(config, (Device::Cpu, Dtype::F32, kv)).context("on the CPU in f32")?;
-    let cpu = greedy(config, (Device::Cpu, Dtype::Bf16, kv)).context("on the CPU")?;
-    let gpu = greedy(config, (Device::Cuda, Dtype::Bf16, kv))?;
-    let (rounding, device) = (spread(&exact, &cpu)?, spread(&cpu, &gpu)?);
-    println!("{kv:?}: bf16 from f32 {rounding:?}; GPU from CPU {device:?}");
-    device.within(&rounding)
+fn check_answers((name, config): (&str, &Value), kv: KvCacheDtype) -> Result<()> {
+    let exact = greedy(config, (On::Cpu, Dtype::F32, kv)).context("on the CPU in f32")?;
+    let cpu = greedy(config, (On::Cpu, Dtype::Bf16, kv)).context("on the CPU")?;
+    let rounding = spread(&exact, &cpu)?;
+    for on in [On::Gpu, On::SmallGpu] {
+        let device = spread(&cpu, &greedy(config, (on, Dtype::Bf16, kv))?)?;
+        println!("{name}, {kv:?}: bf16 from f32 {rounding:?}; {on:?} from CPU {device:?}");
+        device.within(&rounding).with_context(|| format!("{on:?}"))?;
+    }
+    Ok(())
 }
 
 /// The measure that the GPU is held to would find a fault: here, on the CPU, each part that is changed a little lies
@@ -264,8 +339,8 @@ fn check_answers(config: &Value, kv: KvCacheDtype) -> Result<()> {
 fn the_measure_of_a_gpu_finds_small_faults() -> Result<()> {
     let [(_, config), ..] = models();
     let kv = KvCacheDtype::Auto;
-    let exact = greedy(&config, (Device::Cpu, Dtype::F32, kv))?;
-    let cpu = greedy(&config, (Device::Cpu, Dtype::Bf16, kv))?;
+    let exact = greedy(&config, (On::Cpu, Dtype::F32, kv))?;
+    let cpu = greedy(&config, (On::Cpu, Dtype::Bf16, kv))?;
     let rounding = spread(&exact, &cpu)?;
     println!("bf16 from f32 {rounding:?}");
     for fault in [
@@ -273,7 +348,7 @@ fn the_measure_of_a_gpu_finds_small_faults() -> Result<()> {
         json!({"rms_norm_eps": 1e-2}),
         json!({"sliding_window": 100, "architectures": ["MistralForCausalLM"]}),
     ] {
-        let wrong = greedy(&checkpoint::with(&config, &fault), (Device::Cpu, Dtype::Bf16, kv))?;
+        let wrong = greedy(&checkpoint::with(&config, &fault), (On::Cpu, Dtype::Bf16, kv))?;
         let found = spread(&cpu, &wrong)?;
         println!("{fault}: {found:?}");
         ensure!(found.within(&rounding).is_err(), "{fault} is not noticed: {found:?} beside {rounding:?}");
@@ -341,7 +416,7 @@ fn smollm2_says_on_a_gpu_what_it_says_on_the_cpu() -> Result<()> {
     }
     let folder = model::smollm2()?;
     let prompts = model::prompts(&Text::open(&folder, "smollm2")?, PROMPTS)?;
-    let run = |device, dtype| -> Result<Vec<Generated>> {
+    let run = |device: Device, dtype: Dtype| -> Result<Vec<Generated>> {
         let settings = EngineConfig {
             device,
             dtype,

@@ -183,7 +183,7 @@ impl<'a, O: Ops> Binding<'a, O> {
     }
 
     /// The projections of queries, keys and values of a layer.
-    pub fn qkv_matrix(&mut self, prefix: &str) -> Result<O::Matrix, BindError> {
+    pub fn qkv_matrix(&mut self, prefix: &str, layer: usize) -> Result<O::Matrix, BindError> {
         let DecoderConfig { heads, kv_heads, head_dim, .. } = *self.config;
         let names = ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"];
         let stored = if self.config.fused { "self_attn.qkv_proj.weight" } else { names[0] };
@@ -193,7 +193,10 @@ impl<'a, O: Ops> Binding<'a, O> {
         } else {
             self.tensors(prefix, &names)?
         };
-        self.ops.qkv_matrix(&tensors, head_dim).map_err(|source| load_error(&first, source))
+        let whole_heads = self.config.qk_norm != QkNorms::Whole && self.config.whole_rope(layer).is_some();
+        let loaded =
+            if whole_heads { self.ops.qkv_matrix(&tensors, head_dim) } else { self.ops.matrix(&tensors) };
+        loaded.map_err(|source| load_error(&first, source))
     }
 
     /// Gate and up projection.

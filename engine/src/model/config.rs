@@ -241,26 +241,15 @@ impl DecoderConfig {
         (self.heads + 2 * self.kv_heads) * self.head_dim
     }
 
+    /// The position embedding of a layer, if it turns whole heads.
+    pub fn whole_rope(&self, layer: usize) -> Option<usize> {
+        self.rope_of[layer].filter(|&rope| self.ropes[rope].turned(self.head_dim) == self.head_dim)
+    }
+
     /// Parameters, tied ones once.
     pub fn parameters(&self) -> usize {
         let shapes = names(self).into_iter().filter_map(|name| shape_of(self, &name));
         shapes.map(|shape| shape.iter().product::<usize>()).sum()
-    }
-
-    /// What the model needs beyond the ops that every device has, for messages.
-    pub fn extras(&self) -> Vec<&'static str> {
-        let turned = |rope: &Rope| rope.turned(self.head_dim) != self.head_dim;
-        let needs = [
-            (self.norms != NormPlaces::Before, "norms behind the branches"),
-            (self.qk_norm == QkNorms::Whole, "norms over all of Q and K"),
-            (self.activation != GateActivation::Silu, "GELU in the MLP"),
-            (self.ropes.len() > 1, "two position embeddings"),
-            (self.rope_of.contains(&None), "layers without RoPE"),
-            (self.ropes.iter().any(turned), "RoPE of a part of a head"),
-            (self.embedding_scale != 1.0, "scaled embeddings"),
-            (self.branch_scale != 1.0, "scaled branches"),
-        ];
-        needs.into_iter().filter(|need| need.0).map(|need| need.1).collect()
     }
 }
 

@@ -159,10 +159,8 @@ impl<O: Ops> Decoder<O> {
     fn fill_cache(&self, ops: &mut O, index: usize) {
         let (layer, eps) = (&self.layers[index], self.config.rms_norm_eps);
         let norms = layer.head_norms.as_ref().map(|(q, k)| QkNorm { q, k, eps });
-        match (self.config.rope_of[index], self.config.qk_norm == QkNorms::Whole) {
-            (Some(0), false) => ops.rope_cache(index, QKV, &layer.shape, norms),
-            (rope, whole) => ops.heads_cache(index, QKV, &layer.shape, HeadWork { norms, whole, rope }),
-        }
+        let (rope, whole) = (self.config.rope_of[index], self.config.qk_norm == QkNorms::Whole);
+        ops.heads_cache(index, QKV, &layer.shape, HeadWork { norms, whole, rope });
     }
 
     /// Adds a branch to the residual stream.
@@ -222,7 +220,7 @@ pub fn kv_plan(config: &DecoderConfig, blocks: usize, dtype: KvDtype) -> KvPlan 
 pub fn allocate<O: Ops>(ops: &mut O, config: &DecoderConfig, sizes: ArenaSizes) -> Result<(), PlanError> {
     ops.allocate(arena_plan(config, sizes))?;
     for rope in &config.ropes[1..] {
-        ops.add_rope(&rope.plan(config.head_dim, sizes.positions_max));
+        ops.add_rope(&rope.plan(config.head_dim, sizes.positions_max))?;
     }
     Ok(())
 }
@@ -273,7 +271,7 @@ fn load_layer<O: Ops>(
     };
     Ok(Layer {
         input_norm: norm(binding, input)?,
-        qkv: binding.qkv_matrix(prefix)?,
+        qkv: binding.qkv_matrix(prefix, layer)?,
         qkv_bias: if config.qkv_bias { Some(binding.vector(prefix, &bias)?) } else { None },
         head_norms: if config.qk_norm == QkNorms::None {
             None

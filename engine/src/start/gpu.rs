@@ -8,7 +8,7 @@ use super::{Engine, Setup, StartError};
 mod with_cuda {
     use millrace_crds::config::{Dtype, Quantization};
     use millrace_kernels::cpu::Precision;
-    use millrace_kernels::cuda::{Cuda, CudaOptions};
+    use millrace_kernels::cuda::{Cuda, CudaOptions, KernelSet};
 
     use super::super::{Hardware, refuse};
     use super::*;
@@ -22,7 +22,8 @@ mod with_cuda {
                 return refuse("dtype", "f32", "auto or bf16 on a GPU");
             }
             let index = self.config.device_index as usize;
-            let ops = Cuda::new(CudaOptions { graphs: self.tuning.graphs, ..CudaOptions::new(index) })?;
+            let kernels = if self.tuning.small_gpu { KernelSet::Small } else { KernelSet::Own };
+            let ops = Cuda::new(CudaOptions { index, kernels, graphs: self.tuning.graphs })?;
             let hardware = Hardware::Cuda { index, name: ops.name().to_owned() };
             self.run(ops, (Precision::Bf16, hardware), |ops| ops.free_bytes().ok().map(|bytes| bytes as u64))
         }

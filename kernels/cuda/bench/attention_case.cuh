@@ -120,6 +120,12 @@ inline const char* name_of(Kernel kernel) {
         default: return "prefill fp8";
     }
 }
+/// Equal parts, as few as there can be, into which a group is cut for decodes.
+inline uint32_t parts_of(uint32_t group) {
+    uint32_t parts = (group + GROUP_MAX - 1) / GROUP_MAX;
+    while (group % parts != 0) ++parts;
+    return parts;
+}
 /// Whether the kernel is made for heads of this size.
 inline bool exists(Kernel kernel, uint32_t head_dim) {
     if (is_runs(kernel)) return head_dim <= 128;
@@ -347,7 +353,7 @@ struct Case {
         const DeviceArray<PrefillTile> tiles(plan.tiles);
         const DeviceArray<AttentionCounts> counts(std::vector<AttentionCounts>{plan.counts()});
         DeviceArray<float> partials(partial_floats(plan.items.size(), shape.heads(), shape.head_dim));
-        DeviceArray<uint32_t> counters(counter_words(plan.spans.size(), shape.kv_heads));
+        DeviceArray<uint32_t> counters(counter_words(plan.spans.size(), shape.kv_heads * parts_of(shape.group)));
         DeviceArray<uint16_t> out(uint64_t(rows) * width());
         CHECK(cudaMemset(partials.data, 0xff, partials.size * sizeof(float)));
         CHECK(cudaMemset(counters.data, 0, counters.size * sizeof(uint32_t)));
@@ -365,8 +371,11 @@ struct Case {
         arguments.counters = counters.data;
         arguments.query_stride = stride();
         arguments.out_stride = uint32_t(width());
-        arguments.kv_heads = shape.kv_heads;
-        arguments.group = shape.group;
+        const uint32_t parts = is_decode(kernel) ? parts_of(shape.group) : 1;
+        arguments.kv_heads = shape.kv_heads * parts;
+        arguments.group = shape.group / parts;
+        arguments.cache_heads = shape.kv_heads;
+        arguments.parts = parts;
         arguments.window = shape.window;
         arguments.items_max = uint32_t(plan.items.size());
         arguments.scale_log2 = scale * 1.44269504f;

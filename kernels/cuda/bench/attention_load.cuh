@@ -86,7 +86,7 @@ struct Loaded {
           spans_device(plan.spans), items(plan.items), runs(plan.runs), tiles(plan.tiles),
           counts(std::vector<AttentionCounts>{plan.counts()}),
           partials(partial_floats(plan.items.size(), with.shape.heads(), with.shape.head_dim)),
-          counters(counter_words(plan.spans.size(), with.shape.kv_heads)) {
+          counters(counter_words(plan.spans.size(), with.shape.kv_heads * parts_of(with.shape.group))) {
         fill_random<<<1024, 256>>>(cache.data, cache.size, 1);
         if (reads_codes(kernel)) make_codes<<<1024, 256>>>(reinterpret_cast<uint32_t*>(cache.data), cache.size / 2);
         fill_random<<<1024, 256>>>(queries.data, queries.size, 7);
@@ -115,10 +115,12 @@ struct Loaded {
 
     void launch_layer(const Device& device, uint32_t index, cudaStream_t stream) const {
         const Shape& shape = load.shape;
+        const uint32_t parts = is_decode(kernel) ? parts_of(shape.group) : 1;
         AttentionArguments arguments = {queries.data,       out.data,      layer(index),    spans_device.data,
                                         tables_device.data, items.data,    runs.data,       tiles.data,
                                         counts.data,        partials.data, counters.data,   uint32_t(width),
-                                        uint32_t(width),    shape.kv_heads, shape.group,    shape.window,
+                                        uint32_t(width),    shape.kv_heads * parts, shape.group / parts,
+                                        shape.kv_heads,     parts,         shape.window,
                                         uint32_t(plan.items.size()), 1.44269504f / std::sqrt(float(shape.head_dim)), 1.f};
         launch(device, kernel, shape, arguments, uint32_t(plan.tiles.size()), stream);
     }

@@ -19,11 +19,10 @@ use super::tile::{
     GROUPS_AHEAD, Held, LANES, QUERY_TOP, TILE_PANELS, TILE_ROWS, TILE_SEGMENTS, Tile, WIDE_TILE_ROWS,
 };
 use super::weigh::{Weighing, weigh_bf16, weigh_f32};
+use crate::groups::cut_group;
 use crate::ops::{AttentionShape, BLOCK_TOKENS, Buffer, KvScales};
 use crate::pool::{Pool, Scattered};
 
-/// Most query heads that may share a key-value head.
-pub const GROUP_MAX: usize = TILE_ROWS;
 /// Runs per thread from which on tasks are whole runs: enough to even out their different lengths.
 const RUNS_PER_THREAD: usize = 8;
 
@@ -45,7 +44,9 @@ struct Task<'a> {
     layer: usize,
     cache: &'a Cache,
     places: Places,
-    /// Query heads per key-value head.
+    /// Parts into which the query heads of a key-value head are cut so that they fit into a tile, and heads of each. A
+    /// part goes through the same operations as a whole group: below, a head is a part of a key-value head's.
+    parts: usize,
     group: usize,
     /// Elements in 32 bits of the cache, widened from 8-bit codes if it holds any.
     pack: usize,
@@ -79,9 +80,8 @@ pub fn attention(
     shape: &AttentionShape,
 ) {
     let Arena { buffers, cache, step, runs, attention: scratch, .. } = arena;
-    let group = shape.heads / shape.kv_heads;
-    assert!(group * shape.kv_heads == shape.heads, "query heads are a multiple of key-value heads");
-    assert!(group <= GROUP_MAX, "{group} query heads share a key-value head; the limit is {GROUP_MAX}");
+    assert!(shape.heads.is_multiple_of(shape.kv_heads), "query heads are a multiple of key-value heads");
+    let (parts, group) = cut_group(shape.heads / shape.kv_heads, TILE_ROWS);
     assert_eq!((shape.kv_heads, shape.head_dim), (cache.plan.kv_heads, cache.plan.head_dim), "cache shape");
     cut(&step.spans, rows_per_run(group), runs);
     let qkv = &buffers[qkv.0];
@@ -94,14 +94,15 @@ pub fn attention(
     let left = forms.cache_left;
     let scales = if coded { shape.kv_scales } else { KvScales::ONE };
     // The heads of a block lie next to each other, so a task takes all heads of a run if there are enough runs.
-    let heads = if runs.len() >= RUNS_PER_THREAD * pool.threads() { shape.kv_heads } else { 1 };
-    let parts = shape.kv_heads / heads;
-    pool.run(runs.len() * parts, |thread, index| {
+    let all_heads = shape.kv_heads * parts;
+    let heads = if runs.len() >= RUNS_PER_THREAD * pool.threads() { all_heads } else { 1 };
+    let tasks = all_heads / heads;
+    pool.run(runs.len() * tasks, |thread, index| {
         // SAFETY: each thread has a scratch of its own.
         let scratch = unsafe { &mut *scratch.range(thread, 1)[0] };
-        let (run, first_head) = (runs[index / parts], index % parts * heads);
+        let (run, first_head) = (runs[index / tasks], index % tasks * heads);
         let table = &step.block_tables[step.spans[run.span].table as usize..];
-        let task = Task { forms, shape, run, table, layer, cache, places, group, pack, left, scales };
+        let task = Task { forms, shape, run, table, layer, cache, places, parts, group, pack, left, scales };
         for head in first_head..first_head + heads {
             task.load_queries(head, (qkv.values(), qkv.stride), scratch);
             task.stream(head, scratch);
@@ -179,7 +180,7 @@ impl Task<'_> {
         let mut operands = [std::ptr::null(); TILE_BLOCKS];
         for (index, operand) in operands.iter_mut().enumerate().take(blocks.len()) {
             let block = self.table[blocks.start + index] as usize;
-            let start = self.places.offset(self.layer, block, head) + half as usize * elements;
+            let start = self.places.offset(self.layer, block, head / self.parts) + half as usize * elements;
             let place = start..start + elements;
             *operand = match &self.cache.blocks {
                 CacheBlocks::F32(all) => all[place].as_ptr().cast(),
@@ -194,12 +195,13 @@ impl Task<'_> {
 
     /// Asks for the keys or the values of a tile that comes next: blocks lie anywhere, where no processor looks ahead.
     fn ask_for(&self, head: usize, blocks: &Range<usize>, half: Half) {
-        if head == self.shape.kv_heads {
+        if head == self.shape.kv_heads * self.parts {
             return;
         }
         let elements = BLOCK_TOKENS * self.places.dim;
         for &block in &self.table[blocks.clone()] {
-            let start = self.places.offset(self.layer, block as usize, head) + half as usize * elements;
+            let start =
+                self.places.offset(self.layer, block as usize, head / self.parts) + half as usize * elements;
             match &self.cache.blocks {
                 CacheBlocks::F32(all) => lanes::prefetch(all[start..].as_ptr().cast(), elements * 4),
                 CacheBlocks::Bf16(all) | CacheBlocks::F16(all) => {

@@ -46,7 +46,7 @@ use tile::{Held, left_held, weights_held};
 use crate::bounds::Bounds;
 use crate::isa::Isa;
 use crate::ops::{
-    ArenaPlan, AttentionShape, Batch, Buffer, HeadWork, KvDtype, KvPlan, Ops, PlanError, QUEUED_MAX, QkNorm,
+    ArenaPlan, AttentionShape, Batch, Buffer, HeadWork, KvDtype, KvPlan, Ops, PlanError, QUEUED_MAX,
     RopePlan, StepError,
 };
 use crate::pool::{Pool, Scattered};
@@ -257,7 +257,6 @@ impl Ops for Cpu {
     type Matrix = Matrix;
     type Vector = Vector;
     const BESIDE: bool = false;
-    const EXTRAS: bool = true;
 
     fn matrix(&mut self, parts: &[HostTensor<'_>]) -> Result<Matrix, LoadError> {
         self.pack(&MatrixSource::Stacked(parts))
@@ -340,21 +339,11 @@ impl Ops for Cpu {
         self.gated_product(gate_up, Gate::Gelu, (x, out));
     }
 
-    fn rope_cache(
-        &mut self,
-        layer: usize,
-        qkv: Buffer,
-        shape: &AttentionShape,
-        norms: Option<QkNorm<'_, Vector>>,
-    ) {
-        self.heads_cache(layer, qkv, shape, HeadWork { norms, whole: false, rope: Some(0) });
-    }
-
-    fn add_rope(&mut self, rope: &RopePlan) {
+    fn add_rope(&mut self, rope: &RopePlan) -> Result<(), PlanError> {
         let (_, _, arena) = self.parts();
-        let turned = rope.inverse_frequencies.len() * 2;
-        assert!(turned <= arena.plan.kv.head_dim, "a position embedding turns no more than a head");
+        rope.check(arena.plan.kv.head_dim)?;
         arena.ropes.push(RopeTable::new(rope, arena.plan.positions_max));
+        Ok(())
     }
 
     fn heads_cache(&mut self, layer: usize, qkv: Buffer, shape: &AttentionShape, work: HeadWork<'_, Vector>) {

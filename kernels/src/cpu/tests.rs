@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::e4m3;
-use crate::ops::{BLOCK_TOKENS, BufferKind, BufferPlan, Feed, KvDtype, KvScales, RopePlan, RowSpan};
+use crate::ops::{BLOCK_TOKENS, BufferKind, BufferPlan, Feed, KvDtype, KvScales, QkNorm, RopePlan, RowSpan};
 use crate::sampling::{greatest, uniform};
 use crate::tensor::DType;
 

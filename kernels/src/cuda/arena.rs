@@ -8,18 +8,22 @@ use std::sync::Arc;
 
 use cudarc::driver::sys::CUtensorMap;
 
+use super::attend::tile_rows;
 use super::device::{CudaDevice, DeviceError, DeviceMemory, Pinned};
 use super::flight::{FlightBytes, Flights};
 use super::gemm::GROUP_FEATURES;
 use super::plan::{GRAPH_ROWS_MAX, Packing, PlanCapacity, SectionLayout, splits};
 use super::sampling::{ADJUSTMENT_BYTES, LOGPROBS_BYTES, PART_TOKENS, RESULT_BYTES};
 use super::weights::tensor_map;
-use crate::ops::{ArenaPlan, BLOCK_TOKENS, BufferKind, KvDtype, KvPlan, PlanError, bound};
+use crate::groups::cut_group;
+use crate::ops::{ArenaPlan, BLOCK_TOKENS, BufferKind, KvDtype, KvPlan, PlanError, RopePlan, bound};
 
 /// Sizes of heads that attention is compiled for.
 pub const HEAD_DIMS: [usize; 4] = [64, 96, 128, 256];
 /// Most query heads per key-value head.
-const GROUP_MAX: usize = 8;
+const GROUP_MAX: usize = 64;
+/// Of these, heads that a unit of decode takes: `GROUP_MAX` in `attention.cuh`.
+const DECODE_GROUP_MAX: usize = 8;
 /// Spans of one row that are not sampled: a prompt's chunk may end up with one row, once in a step.
 const SPANS_SPARE: usize = 64;
 /// Most tokens whose logits change in a step, over all rows.
@@ -45,7 +49,7 @@ pub struct Activation {
 pub struct RowPlace {
     /// Where they start.
     pub pointer: u64,
-    /// Of operands: boxes of 8 and of 32 rows.
+    /// Of operands on Hopper: boxes of 8 and of 32 rows.
     pub maps: Option<[CUtensorMap; 2]>,
     /// Of values: sums of squares of each row's groups of [`GROUP_FEATURES`]; zero beyond the groups.
     pub squares: u64,
@@ -76,8 +80,8 @@ pub struct Arena {
     pub cache: u64,
     /// Bytes of a layer's pages.
     pub layer_bytes: usize,
-    /// `[positions_max][2 * pairs]`: cosines, then sines.
-    pub rope: u64,
+    /// Position embeddings; the plan's is the first.
+    pub ropes: Vec<AngleTable>,
     /// What a step uploads.
     pub step: u64,
     /// The host's side of steps.
@@ -94,7 +98,32 @@ pub struct Arena {
     pub items_max: usize,
     /// Attention's counters, zero between launches.
     pub counters: u64,
+    /// How rows are packed into tiles of attention.
+    pub packing: Packing,
     memory: DeviceMemory,
+}
+
+/// Cosines, then sines, of each position: `[positions_max][2 * pairs]` in f32.
+#[derive(Debug)]
+pub struct AngleTable {
+    /// Pairs of elements that are turned.
+    pub pairs: usize,
+    memory: DeviceMemory,
+}
+
+impl AngleTable {
+    /// Computes a table and takes it to the device.
+    fn new(device: &Arc<CudaDevice>, rope: &RopePlan, positions: usize) -> Result<Self, DeviceError> {
+        let table = rope_table(rope, positions);
+        let memory = DeviceMemory::zeroed(device, table.len() * 4)?;
+        upload_table(device, &memory, &table)?;
+        Ok(Self { pairs: rope.inverse_frequencies.len(), memory })
+    }
+
+    /// Where it begins.
+    pub fn pointer(&self) -> u64 {
+        self.memory.pointer()
+    }
 }
 
 /// Where sampling keeps what it needs.
@@ -158,12 +187,13 @@ impl Cutter {
 }
 
 impl Arena {
-    /// Takes the memory.
+    /// Takes the memory. With `small`, that of the kernels for chips with little shared memory.
     ///
     /// # Errors
     /// When a size is out of bounds or the device has too little memory.
-    pub fn new(device: &Arc<CudaDevice>, plan: ArenaPlan) -> Result<Self, PlanError> {
+    pub fn new(device: &Arc<CudaDevice>, plan: ArenaPlan, small: bool) -> Result<Self, PlanError> {
         check(&plan)?;
+        let packing = packing(&plan, small);
         let failed = |error: DeviceError| PlanError::Device(error.to_string());
         let mut cut = Cutter::default();
         let (kv, rows, logits_rows) = (plan.kv, plan.rows_max, plan.logits_rows_max.max(GRAPH_ROWS_MAX));
@@ -173,13 +203,12 @@ impl Arena {
         let queries = cut.take(padded_rows * plan.heads * kv.head_dim * 2);
         let layer_bytes = kv_block_bytes(&KvPlan { layers: 1, ..kv }) * kv.blocks;
         let cache = cut.take(layer_bytes * kv.layers);
-        let table = rope_table(&plan);
-        let rope = cut.take(table.len() * 4);
         let spans_max = rows.min(logits_rows + SPANS_SPARE).max(GRAPH_ROWS_MAX);
         let items_max = spans_max * splits(plan.positions_max);
         let partials = cut.take(items_max * plan.heads * (kv.head_dim + 2) * 4);
-        let counters = cut.take((spans_max * kv.kv_heads + 1) * 4);
-        let step_bytes = step_bytes(&plan, spans_max, logits_rows);
+        let decode_heads = kv.kv_heads * decode_parts(&plan).0;
+        let counters = cut.take((spans_max * decode_heads + 1) * 4);
+        let step_bytes = step_bytes(&plan, packing, spans_max, logits_rows);
         let step = cut.take(step_bytes);
         let logits_stride = plan.vocabulary.next_multiple_of(4);
         let logits = cut.take(logits_rows * logits_stride * 4);
@@ -187,7 +216,8 @@ impl Arena {
         let memory = DeviceMemory::zeroed(device, cut.end).map_err(failed)?;
         let base = memory.pointer();
         for buffer in &mut buffers {
-            place(buffer, base, rows.max(GRAPH_ROWS_MAX), logits_rows).map_err(failed)?;
+            let rows = (rows.max(GRAPH_ROWS_MAX), logits_rows);
+            place(buffer, base, rows, device.hopper).map_err(failed)?;
         }
         for place in [
             &mut sampling.maxima,
@@ -199,7 +229,6 @@ impl Arena {
         ] {
             *place += base;
         }
-        upload_table(device, &memory, rope as usize, &table).map_err(failed)?;
         let bytes = FlightBytes {
             staging: step_bytes,
             adjustments: sampling.adjustments_max * ADJUSTMENT_BYTES,
@@ -210,7 +239,7 @@ impl Arena {
             queries: base + queries,
             cache: base + cache,
             layer_bytes,
-            rope: base + rope,
+            ropes: vec![AngleTable::new(device, &plan.rope, plan.positions_max).map_err(failed)?],
             step: base + step,
             flights: Flights::new(device, bytes).map_err(failed)?,
             logits: base + logits,
@@ -219,9 +248,21 @@ impl Arena {
             partials: base + partials,
             items_max,
             counters: base + counters,
+            packing,
             memory,
             plan,
         })
+    }
+
+    /// Adds a position embedding.
+    ///
+    /// # Errors
+    /// When it turns more than a head, or the device has too little memory.
+    pub fn add_rope(&mut self, device: &Arc<CudaDevice>, rope: &RopePlan) -> Result<(), PlanError> {
+        rope.check(self.plan.kv.head_dim)?;
+        let table = AngleTable::new(device, rope, self.plan.positions_max);
+        self.ropes.push(table.map_err(|error| PlanError::Device(error.to_string()))?);
+        Ok(())
     }
 
     /// Elements in the queries' rows.
@@ -229,9 +270,9 @@ impl Arena {
         self.plan.heads * self.plan.kv.head_dim
     }
 
-    /// How rows are packed into tiles of attention.
-    pub fn packing(&self) -> Packing {
-        packing(&self.plan)
+    /// Parts into which decodes cut a group, and query heads of each.
+    pub fn decode_parts(&self) -> (usize, usize) {
+        decode_parts(&self.plan)
     }
 
     /// Queues the upload of the next step's first words to the step's place.
@@ -300,13 +341,18 @@ fn activation(
     activation
 }
 
-/// Turns offsets into addresses, and describes operands to the copy engine.
-fn place(buffer: &mut Activation, base: u64, rows: usize, logits_rows: usize) -> Result<(), DeviceError> {
+/// Turns offsets into addresses, and describes operands to the copy engine of Hopper.
+fn place(
+    buffer: &mut Activation,
+    base: u64,
+    (rows, logits_rows): (usize, usize),
+    hopper: bool,
+) -> Result<(), DeviceError> {
     let (width, stride, kind) = (buffer.width, buffer.stride, buffer.kind);
     for (place, rows) in [(&mut buffer.rows, rows), (&mut buffer.narrowed, logits_rows)] {
         place.pointer += base;
         place.squares += base;
-        if kind == BufferKind::Operand {
+        if kind == BufferKind::Operand && hopper {
             let map = |box_rows| tensor_map(place.pointer, (rows, width), stride, box_rows);
             place.maps = Some([map(8)?, map(32)?]);
         }
@@ -314,17 +360,22 @@ fn place(buffer: &mut Activation, base: u64, rows: usize, logits_rows: usize) ->
     Ok(())
 }
 
-fn packing(plan: &ArenaPlan) -> Packing {
-    Packing::new(plan.heads / plan.kv.kv_heads, plan.kv.head_dim)
+fn packing(plan: &ArenaPlan, small: bool) -> Packing {
+    let tile_rows = tile_rows(plan.kv.head_dim as u32, small) as usize;
+    Packing { group: plan.heads / plan.kv.kv_heads, tile_rows }
 }
 
-fn step_bytes(plan: &ArenaPlan, spans_max: usize, logits_rows: usize) -> usize {
+fn decode_parts(plan: &ArenaPlan) -> (usize, usize) {
+    cut_group(plan.heads / plan.kv.kv_heads, DECODE_GROUP_MAX)
+}
+
+fn step_bytes(plan: &ArenaPlan, packing: Packing, spans_max: usize, logits_rows: usize) -> usize {
     let eager = PlanCapacity {
         rows: plan.rows_max,
         spans: spans_max,
         decodes: spans_max,
         items: spans_max * splits(plan.positions_max),
-        tiles: packing(plan).tiles(plan.rows_max) + spans_max,
+        tiles: packing.tiles(plan.rows_max) + spans_max,
         logits_rows,
     };
     let graph = PlanCapacity::of_decodes(GRAPH_ROWS_MAX, plan.positions_max);
@@ -351,29 +402,48 @@ fn sampling_places(cut: &mut Cutter, plan: &ArenaPlan, rows: usize) -> SamplingP
     }
 }
 
-fn upload_table(
-    device: &Arc<CudaDevice>,
-    memory: &DeviceMemory,
-    offset: usize,
-    table: &[f32],
-) -> Result<(), DeviceError> {
+fn upload_table(device: &Arc<CudaDevice>, memory: &DeviceMemory, table: &[f32]) -> Result<(), DeviceError> {
     let mut pinned = Pinned::zeroed(device, table.len() * 4)?;
     for (value, word) in table.iter().zip(pinned.words_mut()) {
         *word = value.to_bits();
     }
     // SAFETY: the buffer lives until the copy has ended.
-    unsafe { memory.upload(offset, &pinned.as_slice()[..table.len() * 4]) }?;
+    unsafe { memory.upload(0, &pinned.as_slice()[..table.len() * 4]) }?;
     device.synchronize()
 }
 
-fn rope_table(plan: &ArenaPlan) -> Vec<f32> {
-    let frequencies = &plan.rope.inverse_frequencies;
-    let mut table = Vec::with_capacity(plan.positions_max * frequencies.len() * 2);
-    for position in 0..plan.positions_max {
+fn rope_table(rope: &RopePlan, positions: usize) -> Vec<f32> {
+    let frequencies = &rope.inverse_frequencies;
+    let mut table = Vec::with_capacity(positions * frequencies.len() * 2);
+    for position in 0..positions {
         // Single precision on purpose: the model was trained with angles rounded like this.
         let angles = || frequencies.iter().map(|&frequency| position as f32 * frequency);
-        table.extend(angles().map(|angle| angle.cos() * plan.rope.amplitude));
-        table.extend(angles().map(|angle| angle.sin() * plan.rope.amplitude));
+        table.extend(angles().map(|angle| angle.cos() * rope.amplitude));
+        table.extend(angles().map(|angle| angle.sin() * rope.amplitude));
     }
     table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::BufferPlan;
+
+    #[test]
+    fn groups_of_up_to_64_heads_are_taken() {
+        let plan = |heads| ArenaPlan {
+            rows_max: 16,
+            logits_rows_max: 16,
+            positions_max: 64,
+            vocabulary: 100,
+            heads,
+            buffers: vec![BufferPlan { width: 64, kind: BufferKind::Values }],
+            kv: KvPlan { layers: 1, kv_heads: 2, head_dim: 64, blocks: 4, dtype: KvDtype::Operand },
+            rope: RopePlan { inverse_frequencies: vec![1.0; 32], amplitude: 1.0 },
+        };
+        assert_eq!([check(&plan(24)), check(&plan(128))], [Ok(()), Ok(())]);
+        let field = "heads per key-value head";
+        assert_eq!(check(&plan(130)), Err(PlanError::Size { field, value: 65, least: 1, most: 64 }));
+        assert_eq!([24, 32, 128].map(|heads| decode_parts(&plan(heads))), [(2, 6), (2, 8), (8, 8)]);
+    }
 }

@@ -3,13 +3,14 @@
 //! Spans of one row go to a decode kernel, longer ones to a prefill kernel; both read the same plan, and what finds
 //! no work leaves at once. Few decodes go to the kernel whose CTAs share a split, many on Hopper to the one whose warps
 //! walk runs of splits. All give a row the same bytes. A cache of 8-bit floats has kernels of its own; its scales
-//! are factors on the scores and on the result.
+//! are factors on the scores and on the result. Where a block can have little shared memory, small kernels run.
 
-use super::arena::{Activation, HEAD_DIMS, RowPlace};
+use super::KernelSet;
+use super::arena::{Activation, Arena, HEAD_DIMS, RowPlace};
 use super::device::{CudaDevice, DeviceError, Kernel, Launch, arguments};
 use super::plan;
 use super::step::StepRun;
-use crate::ops::{AttentionShape, KvDtype, KvPlan, KvScales};
+use crate::ops::{AttentionShape, KvDtype, KvScales};
 
 /// As in `attention.cuh`.
 const DECODE_THREADS: u32 = 224;
@@ -21,21 +22,36 @@ const RUN_HEAD_DIM_MAX: u32 = 128;
 /// Sizes of heads that the Hopper kernel for prefills is compiled for.
 const WGMMA_HEAD_DIMS: [u32; 2] = [64, 128];
 
-/// Shared memory that a block of any of the kernels can do with, and what decodes take where there is more.
-const SHARED_BYTES_MIN: u32 = 160 * 1024;
+/// Shared memory of a block: what the small kernels take, the others, and decodes where there is as much.
+const SHARED_BYTES_SMALL: u32 = 96 * 1024;
+const SHARED_BYTES: u32 = 160 * 1024;
 const SHARED_BYTES_BEST: u32 = 224 * 1024;
 
 /// Shared memory of a decode, where a block can have `limit` bytes.
-fn decode_shared_bytes(limit: u32) -> u32 {
-    if limit >= SHARED_BYTES_BEST { SHARED_BYTES_BEST } else { SHARED_BYTES_MIN }
+fn decode_shared_bytes(limit: u32, small: bool) -> u32 {
+    match limit {
+        _ if small => SHARED_BYTES_SMALL,
+        SHARED_BYTES_BEST.. => SHARED_BYTES_BEST,
+        _ => SHARED_BYTES,
+    }
 }
 
 fn tile_keys(head_dim: u32) -> u32 {
     if head_dim > 128 { 64 } else { 128 }
 }
 
-fn tile_rows(head_dim: u32) -> u32 {
-    tile_keys(head_dim)
+/// Whether there is a small kernel for prefills with heads of this size; others are small enough.
+fn has_small_prefill(head_dim: u32) -> bool {
+    head_dim > 64
+}
+
+/// Packed rows in a tile of a prefill, `prefill_tile_rows` and `prefill_small_tile_rows` in `attention.cuh`.
+pub fn tile_rows(head_dim: u32, small: bool) -> u32 {
+    match head_dim {
+        129.. if small => 32,
+        97..129 if small => 64,
+        _ => tile_keys(head_dim),
+    }
 }
 
 /// As `AttentionArguments` in `attention.cuh`.
@@ -57,6 +73,8 @@ struct AttentionArguments {
     out_stride: u32,
     kv_heads: u32,
     group: u32,
+    cache_heads: u32,
+    parts: u32,
     window: u32,
     items_max: u32,
     scale_log2: f32,
@@ -74,6 +92,8 @@ struct Kernels {
     prefill: Kernel,
     /// Whether `prefill` is the Hopper kernel.
     wgmma: bool,
+    /// Whether the kernels are the small ones.
+    small: bool,
 }
 
 /// The kernels of attention.
@@ -81,37 +101,42 @@ struct Kernels {
 pub struct Attend {
     kernels: Vec<Kernels>,
     decode_shared_bytes: u32,
+    /// Whether the kernels are those for chips with little shared memory.
+    pub small: bool,
 }
 
 impl Attend {
-    /// Finds the kernels. `portable` takes those that every chip runs.
+    /// Finds the kernels.
     ///
     /// # Errors
     /// When one is missing, or the chip's blocks have too little shared memory.
-    pub fn new(device: &CudaDevice, portable: bool) -> Result<Self, DeviceError> {
-        let (has, needed) = (device.shared_bytes_max, SHARED_BYTES_MIN);
-        if has < needed {
-            return Err(DeviceError::Shared { has, needed });
+    pub fn new(device: &CudaDevice, set: KernelSet) -> Result<Self, DeviceError> {
+        let has = device.shared_bytes_max;
+        if has < SHARED_BYTES_SMALL {
+            return Err(DeviceError::Shared { has, needed: SHARED_BYTES_SMALL });
         }
-        let decode_shared_bytes = decode_shared_bytes(device.shared_bytes_max);
+        let small = set == KernelSet::Small || has < SHARED_BYTES;
+        let hopper = device.hopper && set == KernelSet::Own;
+        let decode_shared_bytes = decode_shared_bytes(has, small);
         let mut kernels = Vec::new();
         for (kv, suffix) in [(KvDtype::Operand, ""), (KvDtype::Fp8E4m3, "_fp8")] {
             for head_dim in HEAD_DIMS.map(|head_dim| head_dim as u32) {
-                let wgmma = device.hopper
-                    && !portable
-                    && kv == KvDtype::Operand
-                    && WGMMA_HEAD_DIMS.contains(&head_dim);
-                let walks = device.hopper && !portable && head_dim <= RUN_HEAD_DIM_MAX;
-                let runs =
-                    walks.then(|| device.kernel(&format!("attention_decode_runs{suffix}_h{head_dim}")));
-                let prefill = if wgmma { "attention_prefill_wgmma" } else { "attention_prefill" };
+                let kernel = |name: &str| device.kernel(&format!("attention_{name}{suffix}_h{head_dim}"));
+                let wgmma = hopper && kv == KvDtype::Operand && WGMMA_HEAD_DIMS.contains(&head_dim);
+                let walks = hopper && head_dim <= RUN_HEAD_DIM_MAX;
+                let prefill = match (wgmma, small && has_small_prefill(head_dim)) {
+                    (true, _) => "prefill_wgmma",
+                    (_, true) => "prefill_small",
+                    _ => "prefill",
+                };
                 let entry = Kernels {
                     head_dim,
                     kv,
-                    decode: device.kernel(&format!("attention_decode{suffix}_h{head_dim}"))?,
-                    runs: runs.transpose()?,
-                    prefill: device.kernel(&format!("{prefill}{suffix}_h{head_dim}"))?,
+                    decode: kernel(if small { "decode_small" } else { "decode" })?,
+                    runs: walks.then(|| kernel("decode_runs")).transpose()?,
+                    prefill: kernel(prefill)?,
                     wgmma,
+                    small,
                 };
                 device.allow_shared(entry.decode, decode_shared_bytes)?;
                 if let Some(runs) = entry.runs {
@@ -121,7 +146,7 @@ impl Attend {
                 kernels.push(entry);
             }
         }
-        Ok(Self { kernels, decode_shared_bytes })
+        Ok(Self { kernels, decode_shared_bytes, small })
     }
 
     fn kernels(&self, kv: KvDtype, head_dim: usize) -> &Kernels {
@@ -130,9 +155,10 @@ impl Attend {
     }
 
     /// Splits of a run for a step with this many spans of one row; none where the CTAs share each split.
-    pub fn run_splits(&self, kv: &KvPlan, decodes: usize, multiprocessors: u32) -> Option<usize> {
+    pub fn run_splits(&self, arena: &Arena, decodes: usize, multiprocessors: u32) -> Option<usize> {
+        let kv = &arena.plan.kv;
         self.kernels(kv.dtype, kv.head_dim).runs?;
-        plan::run_splits(decodes, kv.kv_heads, multiprocessors as usize)
+        plan::run_splits(decodes, kv.kv_heads * arena.decode_parts().0, multiprocessors as usize)
     }
 
     /// Queues a layer's attention.
@@ -163,7 +189,9 @@ impl Attend {
             query_stride: arena.query_width() as u32,
             out_stride: out.stride as u32,
             kv_heads: shape.kv_heads as u32,
-            group: arena.packing().group as u32,
+            group: arena.packing.group as u32,
+            cache_heads: shape.kv_heads as u32,
+            parts: 1,
             window: shape.sliding_window.unwrap_or(0),
             items_max: arena.items_max as u32,
             scale_log2: shape.scale * scales.key * std::f32::consts::LOG2_E,
@@ -172,6 +200,14 @@ impl Attend {
         let kernels = self.kernels(kv, shape.head_dim);
         let multiprocessors = run.device.multiprocessors;
         if layout.capacity.items > 0 {
+            // Each part of a group is a key-value head of its own, which reads the pages of the group's.
+            let (parts, group) = arena.decode_parts();
+            let attention = AttentionArguments {
+                kv_heads: attention.kv_heads * parts as u32,
+                group: group as u32,
+                parts: parts as u32,
+                ..attention
+            };
             let (kernel, threads, shared_bytes) = match layout.run_splits.and(kernels.runs) {
                 Some(runs) => (runs, RUN_THREADS, RUN_SHARED_BYTES),
                 None => (kernels.decode, DECODE_THREADS, self.decode_shared_bytes),
@@ -196,7 +232,7 @@ impl Kernels {
         let launch = if self.wgmma {
             Launch::grid([multiprocessors, 1, 1], PREFILL_WGMMA_THREADS)
         } else {
-            Launch::grid([kv_heads, tiles, 1], 2 * tile_rows(self.head_dim))
+            Launch::grid([kv_heads, tiles, 1], 2 * tile_rows(self.head_dim, self.small))
         };
         Launch { shared_bytes, ..launch }
     }
@@ -206,7 +242,9 @@ impl Kernels {
         if self.wgmma {
             2 * 1024 + 128 * head_dim * (2 + 4 * 2 + 4)
         } else {
-            head_dim * (tile_rows(head_dim) * (2 + 4) + tile_keys(head_dim) * 2 * 2)
+            // Keys and values have one place in turn in the small kernels.
+            let places = if self.small && has_small_prefill(head_dim) { 1 } else { 2 };
+            head_dim * (tile_rows(head_dim, self.small) * (2 + 4) + tile_keys(head_dim) * 2 * places)
         }
     }
 }

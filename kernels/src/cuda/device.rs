@@ -39,8 +39,8 @@ pub enum DeviceError {
     },
     /// A block of the chip has too little shared memory for attention.
     #[error(
-        "a block of the device can have {} KiB of shared memory; attention needs {} KiB, which chips of compute \
-         capability 8.0, 9.0 and 10.0 have",
+        "a block of the device can have {} KiB of shared memory; attention needs {} KiB, which the known chips from \
+         compute capability 8.0 on have",
         has / 1024, needed / 1024
     )]
     Shared {

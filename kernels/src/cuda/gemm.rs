@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use super::KernelSet;
 use super::device::{CudaDevice, DeviceError, DeviceMemory, Kernel, Launch};
 use super::output::{Epilogue, Meeting, Output};
 
@@ -200,12 +201,12 @@ pub fn splits(epilogue: Epilogue, features: usize, columns: usize) -> usize {
 }
 
 impl Gemm {
-    /// Finds the kernels and lets them take the memory of their rings. `portable` takes those that every chip runs.
+    /// Finds the kernels and lets them take the memory of their rings.
     ///
     /// # Errors
     /// When one is missing.
-    pub fn new(device: &Arc<CudaDevice>, portable: bool) -> Result<Self, DeviceError> {
-        let hopper = device.hopper && !portable;
+    pub fn new(device: &Arc<CudaDevice>, kernels: KernelSet) -> Result<Self, DeviceError> {
+        let hopper = device.hopper && kernels == KernelSet::Own;
         let multiprocessors = device.multiprocessors as usize;
         let meeting_kinds = Kind::kernels(Epilogue::Add).filter(|kernel| kernel.0.meets_in_memory());
         let largest_tile =

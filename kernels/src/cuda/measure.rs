@@ -48,7 +48,6 @@ impl Cuda {
         let out = DeviceMemory::zeroed(device, 2 * bytes)?;
         operands.fill_random()?;
         let rows = |count| tensor_map(operands.pointer(), (PRODUCT, PRODUCT), PRODUCT, count);
-        let (matrix, batch) = (rows(64)?, rows(32)?);
         let work = ProductSize::new(Epilogue::Values, PRODUCT, (PRODUCT, PRODUCT));
         let choice = self.gemm.choose(&work);
         let size = PRODUCT as i32;
@@ -61,7 +60,10 @@ impl Cuda {
                     BatchMap::None => {
                         device.launch(choice.kernel, launch, arguments![pointer, size, pointer, size, output])
                     }
-                    _ => device.launch(choice.kernel, launch, arguments![matrix, batch, output]),
+                    _ => {
+                        let (matrix, batch) = (rows(64)?, rows(32)?);
+                        device.launch(choice.kernel, launch, arguments![matrix, batch, output])
+                    }
                 }
             }
         };

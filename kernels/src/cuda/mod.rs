@@ -15,6 +15,7 @@ mod gemm;
 mod graph;
 mod measure;
 pub mod modules;
+mod ops;
 mod output;
 mod plan;
 mod products;
@@ -24,9 +25,8 @@ mod step;
 mod weights;
 
 use std::sync::Arc;
-use std::time::Duration;
 
-use arena::{Arena, kv_block_bytes};
+use arena::Arena;
 use attend::Attend;
 use device::{CudaDevice, DeviceMemory};
 pub use device::{DeviceError, is_present};
@@ -36,23 +36,32 @@ pub use output::Epilogue;
 use plan::{GRAPH_ROWS_MAX, PlanCapacity, SectionLayout, padded};
 pub use products::{KernelTime, TimedProduct};
 use record::Recording;
-use sampling::{Adjustments, needs_all_kernels, read_result, write_parameters};
-use step::{Kernels, Leaving, StepCommand, StepRun, Turn};
+use sampling::{Adjustments, needs_all_kernels, write_parameters};
+use step::{Kernels, StepCommand, StepRun};
 use weights::{DeviceMatrix, Upload};
 
-use crate::ops::{
-    ArenaPlan, AttentionShape, Batch, Buffer, Feed, KvPlan, Ops, PlanError, QkNorm, RowSpan, StepError,
-};
-use crate::sampling::{SampleRow, Sampled};
-use crate::tensor::{HostTensor, LoadError};
+use crate::ops::{Batch, Feed, RowSpan, StepError};
+use crate::sampling::SampleRow;
+use crate::tensor::LoadError;
+
+/// Which kernels run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KernelSet {
+    /// The best that there are for the chip.
+    Own,
+    /// Those that every chip runs, to compare with.
+    Portable,
+    /// Of these, those for chips whose blocks have 99 KiB of shared memory.
+    Small,
+}
 
 /// How to run on a GPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CudaOptions {
     /// The device's number.
     pub index: usize,
-    /// Only kernels that every chip runs, to compare with.
-    pub portable: bool,
+    /// Which kernels run; a chip takes the small ones by itself where it needs them.
+    pub kernels: KernelSet,
     /// Whether steps of decodes are captured.
     pub graphs: bool,
 }
@@ -60,7 +69,7 @@ pub struct CudaOptions {
 impl CudaOptions {
     /// A device at its best.
     pub fn new(index: usize) -> Self {
-        Self { index, portable: false, graphs: true }
+        Self { index, kernels: KernelSet::Own, graphs: true }
     }
 }
 
@@ -130,9 +139,6 @@ pub struct Cuda {
     device: Arc<CudaDevice>,
 }
 
-/// Sizes of heads that a product can norm and turn: one or two groups of 64 features.
-const HEAD_DIMS_PAIRED: [usize; 2] = [64, 128];
-
 fn broken(error: DeviceError) -> StepError {
     StepError::Device(error.to_string())
 }
@@ -147,8 +153,8 @@ impl Cuda {
         Ok(Self {
             graphs: options.graphs.then(Graphs::default),
             kernels: Kernels::new(&device)?,
-            gemm: Gemm::new(&device, options.portable)?,
-            attend: Attend::new(&device, options.portable)?,
+            gemm: Gemm::new(&device, options.kernels)?,
+            attend: Attend::new(&device, options.kernels)?,
             upload: Some(Upload::new(&device)?),
             step: Step::default(),
             tile_order: Vec::new(),
@@ -195,22 +201,15 @@ impl Cuda {
         Ok(self.upload.as_mut().expect("it was made a moment ago"))
     }
 
-    /// Checks that a bias is as long as a matrix has features.
-    fn bias(matrix: &Matrix, bias: Option<&Vector>) -> Option<usize> {
-        assert!(bias.is_none_or(|bias| bias.len == matrix.features), "length of a bias");
-        bias.map(|bias| bias.index)
-    }
-
     /// Writes the batch for the device, at `rows` rows or exactly as it is.
     fn write_batch(&mut self, graph_rows: Option<usize>) -> SectionLayout {
         let arena = self.arena.as_mut().expect("allocate comes before any step");
-        let (packing, batch) = (arena.packing(), self.step.batch());
+        let (packing, batch) = (arena.packing, self.step.batch());
         let capacity = match graph_rows {
             Some(rows) => PlanCapacity::of_decodes(rows, arena.plan.positions_max),
             None => PlanCapacity::of(&batch, packing),
         };
-        let run_splits =
-            self.attend.run_splits(&arena.plan.kv, capacity.decodes, self.device.multiprocessors);
+        let run_splits = self.attend.run_splits(arena, capacity.decodes, self.device.multiprocessors);
         let layout = SectionLayout::new(capacity, run_splits);
         let staging = arena.flights.next_mut().staging.words_mut();
         layout.write(&batch, packing, staging, &mut self.tile_order);
@@ -324,165 +323,6 @@ impl Cuda {
             unsafe { results.queue_download(arena.sampling.results, result_bytes) }?;
         }
         arena.flights.queued(&self.device)
-    }
-}
-
-impl Ops for Cuda {
-    type Matrix = Matrix;
-    type Vector = Vector;
-    const BESIDE: bool = true;
-
-    fn matrix(&mut self, parts: &[HostTensor<'_>]) -> Result<Matrix, LoadError> {
-        self.load(|upload| upload.stacked(parts))
-    }
-
-    fn qkv_matrix(&mut self, parts: &[HostTensor<'_>], head_dim: usize) -> Result<Matrix, LoadError> {
-        let paired = self.gemm.hopper && HEAD_DIMS_PAIRED.contains(&head_dim);
-        self.load(|upload| if paired { upload.paired(parts, head_dim) } else { upload.stacked(parts) })
-    }
-
-    fn gated_matrix(&mut self, gate: &HostTensor<'_>, up: &HostTensor<'_>) -> Result<Matrix, LoadError> {
-        self.load(|upload| upload.gated(gate, up))
-    }
-
-    fn vector(&mut self, parts: &[HostTensor<'_>]) -> Result<Vector, LoadError> {
-        let (memory, len) = self.uploader()?.vector(parts)?;
-        self.weights.vectors.push((memory, len));
-        Ok(Vector { index: self.weights.vectors.len() - 1, len })
-    }
-
-    fn kv_block_bytes(&self, kv: &KvPlan) -> usize {
-        kv_block_bytes(kv)
-    }
-
-    fn allocate(&mut self, plan: ArenaPlan) -> Result<(), PlanError> {
-        // Weights are loaded: their pinned buffers are not needed any more.
-        self.upload = None;
-        self.adjustments = Adjustments::new(plan.vocabulary);
-        self.arena = Some(Arena::new(&self.device, plan)?);
-        Ok(())
-    }
-
-    fn begin(&mut self, batch: &Batch<'_>) -> Result<(), StepError> {
-        self.flush()?;
-        let arena = self.arena();
-        batch.check(&arena.plan)?;
-        let items = PlanCapacity::of(batch, arena.packing()).items;
-        if items > arena.items_max {
-            let limit = arena.items_max;
-            return Err(StepError::Batch { field: "splits of decodes", value: items, limit });
-        }
-        let step = &mut self.step;
-        for (into, from) in [
-            (&mut step.tokens, batch.tokens),
-            (&mut step.block_tables, batch.block_tables),
-            (&mut step.logits_rows, batch.logits_rows),
-        ] {
-            into.clear();
-            into.extend_from_slice(from);
-        }
-        step.feeds.clear();
-        step.feeds.extend_from_slice(batch.feeds);
-        step.spans.clear();
-        step.spans.extend_from_slice(batch.spans);
-        Ok(())
-    }
-
-    fn embed(&mut self, table: &Matrix, out: Buffer) {
-        self.step.recording.push(StepCommand::Embed { table: table.index, out, after: None });
-    }
-
-    fn rms_norm(&mut self, x: Buffer, weight: &Vector, eps: f32, out: Buffer) {
-        self.step.recording.norm(x, (weight.index, eps), out);
-    }
-
-    fn linear(&mut self, matrix: &Matrix, bias: Option<&Vector>, x: Buffer, out: Buffer) {
-        assert_eq!(self.arena().plan.buffers[out.0].width, matrix.features, "width of a product");
-        self.step.recording.product(matrix.index, Self::bias(matrix, bias), x, Leaving::Values(out));
-    }
-
-    fn linear_add(&mut self, matrix: &Matrix, bias: Option<&Vector>, x: Buffer, residual: Buffer) {
-        assert_eq!(self.arena().plan.buffers[residual.0].width, matrix.features, "width of a product");
-        self.step.recording.product(matrix.index, Self::bias(matrix, bias), x, Leaving::Add(residual, None));
-    }
-
-    fn linear_silu_mul(&mut self, gate_up: &Matrix, x: Buffer, out: Buffer) {
-        let width = self.arena().plan.buffers[out.0].width;
-        assert_eq!(
-            width.next_multiple_of(weights::PAIR_ROWS) * 2,
-            gate_up.features,
-            "width of a gated product"
-        );
-        self.step.recording.product(gate_up.index, None, x, Leaving::SiluMul(out));
-    }
-
-    fn rope_cache(
-        &mut self,
-        layer: usize,
-        qkv: Buffer,
-        shape: &AttentionShape,
-        norms: Option<QkNorm<'_, Vector>>,
-    ) {
-        let norms = norms.map(|norms| (norms.q.index, norms.k.index, norms.eps));
-        let matrices = &self.weights.matrices;
-        let turned = self.arena().plan.rope.inverse_frequencies.len() * 2;
-        let paired = |matrix: usize| {
-            assert!(!matrices[matrix].paired || turned == shape.head_dim, "RoPE of a part of a head");
-            matrices[matrix].paired
-        };
-        self.step.recording.rope(qkv, Turn { layer, shape: *shape, norms }, paired);
-    }
-
-    fn attention(&mut self, layer: usize, _qkv: Buffer, shape: &AttentionShape, out: Buffer) {
-        assert_eq!(
-            self.arena().plan.buffers[out.0].width,
-            shape.heads * shape.head_dim,
-            "width of the result"
-        );
-        self.step.recording.push(StepCommand::Attention { layer, shape: *shape, out });
-    }
-
-    fn narrow(&mut self, buffers: &[Buffer]) {
-        for &buffer in buffers {
-            self.step.recording.push(StepCommand::Narrow(buffer));
-        }
-        self.step.recording.push(StepCommand::Narrowed);
-    }
-
-    fn logits(&mut self, head: &Matrix, x: Buffer, out: &mut [f32]) -> Result<(), StepError> {
-        self.step.recording.head(head.index, x);
-        self.flush()?;
-        assert_eq!(out.len(), self.step.logits_rows.len() * head.features, "room for the logits");
-        let stride = self.arena().logits_stride;
-        let mut bytes = vec![0; self.step.logits_rows.len() * stride * 4];
-        self.arena().download(self.arena().logits, &mut bytes).map_err(broken)?;
-        for (row, raw) in out.chunks_exact_mut(head.features).zip(bytes.chunks_exact(stride * 4)) {
-            for (value, raw) in row.iter_mut().zip(raw.chunks_exact(4)) {
-                *value = f32::from_le_bytes([raw[0], raw[1], raw[2], raw[3]]);
-            }
-        }
-        Ok(())
-    }
-
-    fn sample(&mut self, head: &Matrix, x: Buffer, rows: &[SampleRow<'_>]) -> Result<(), StepError> {
-        assert_eq!(rows.len(), self.step.logits_rows.len(), "one sampling row per logits row");
-        assert_eq!(head.features, self.arena().plan.vocabulary, "rows of the head");
-        if !rows.is_empty() {
-            self.step.recording.head(head.index, x);
-        }
-        self.queue_sampled(rows)
-    }
-
-    fn collect(&mut self, out: &mut Vec<Sampled>) -> Result<Option<Duration>, StepError> {
-        let arena = self.arena.as_mut().expect("allocate comes before any step");
-        let flight = arena.flights.oldest();
-        let busy = flight.wait().map_err(broken)?;
-        let results = flight.results.words().split_at(arena.sampling.logprobs_offset / 4);
-        let rows = flight.logprobs.iter().enumerate();
-        out.clear();
-        out.extend(rows.map(|(index, &wanted)| read_result(wanted, results, index)));
-        arena.flights.collected();
-        Ok(Some(busy))
     }
 }
 

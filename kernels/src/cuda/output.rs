@@ -7,7 +7,7 @@ pub enum Epilogue {
     Values,
     /// Added to what is there.
     Add,
-    /// Of gate and up rows: `silu(gate) * up`, as an operand.
+    /// Of gate and up rows: `silu(gate) * up`, or GELU, as an operand.
     SiluMul,
     /// Of a QKV matrix: queries as operands, keys and values into the cache. Hopper alone.
     Rope,
@@ -107,6 +107,8 @@ pub struct Output {
     pub batch_tiles: i32,
     /// Tiles of features, or pairs of them.
     pub feature_tiles: i32,
+    /// Whether gates go through GELU; else through SiLU.
+    pub gelu: i32,
     /// What the batch's rows lack.
     pub before: NormBefore,
     /// What the next product needs.

@@ -31,11 +31,6 @@ pub struct Packing {
 }
 
 impl Packing {
-    /// That of a model: `prefill_tile_rows` in `attention.cuh`.
-    pub fn new(group: usize, head_dim: usize) -> Self {
-        Self { group, tile_rows: if head_dim > 128 { 64 } else { 128 } }
-    }
-
     /// Tiles of a span of this many rows.
     pub fn tiles(&self, rows: usize) -> usize {
         (rows * self.group).div_ceil(self.tile_rows)
@@ -309,7 +304,7 @@ mod tests {
             block_tables: &tables,
             logits_rows: &[0, 38, 39],
         };
-        let packing = Packing::new(4, 128);
+        let packing = Packing { group: 4, tile_rows: 128 };
         let capacity = PlanCapacity { rows: 48, ..PlanCapacity::of(&batch, packing) };
         assert_eq!((capacity.decodes, capacity.items, capacity.tiles), (2, 4, 2));
         let layout = SectionLayout::new(capacity, None);
@@ -344,7 +339,7 @@ mod tests {
         let spans: Vec<RowSpan> = contexts.into_iter().enumerate().map(span).collect();
         let batch =
             Batch { tokens: &[0; 9], feeds: &[], spans: &spans, block_tables: &tables, logits_rows: &[] };
-        let packing = Packing::new(2, 128);
+        let packing = Packing { group: 2, tile_rows: 128 };
         for length in [1, 2, 4] {
             let layout = SectionLayout::new(PlanCapacity::of(&batch, packing), Some(length));
             let mut words = vec![u32::MAX; layout.words(tables.len())];

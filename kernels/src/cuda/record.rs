@@ -33,6 +33,31 @@ impl Recording {
         self.commands.push(command);
     }
 
+    /// Records a command that writes a buffer and belongs to no neighbour.
+    pub fn write(&mut self, out: Buffer, command: StepCommand) {
+        self.overwritten(out);
+        self.commands.push(command);
+    }
+
+    /// Records a factor on an embedding.
+    ///
+    /// # Panics
+    /// When the embedding is not the command before.
+    pub fn scale(&mut self, x: Buffer, by: f32) {
+        match self.commands.last_mut() {
+            Some(StepCommand::Embed { out, factor, .. }) if *out == x => *factor *= by,
+            other => panic!("a factor on an embedding follows it at once, not {other:?}"),
+        }
+    }
+
+    /// Records a norm over all heads of a product.
+    pub fn norm_heads(&mut self, command: StepCommand, paired: impl Fn(usize) -> bool) {
+        if let Some(StepCommand::Product(product)) = self.commands.last() {
+            assert!(!paired(product.matrix), "sums in pairs are no rows of heads");
+        }
+        self.commands.push(command);
+    }
+
     /// Records a norm, which may belong to its neighbours.
     pub fn norm(&mut self, x: Buffer, (weight, eps): (usize, f32), out: Buffer) {
         self.overwritten(out);
@@ -42,7 +67,9 @@ impl Recording {
     /// Records a product.
     pub fn product(&mut self, matrix: usize, bias: Option<usize>, x: Buffer, leaving: Leaving) {
         let before = self.preceding(x);
-        if let Leaving::Values(out) | Leaving::SiluMul(out) | Leaving::Add(out, _) = leaving {
+        if let Leaving::Values(out) | Leaving::SiluMul(out) | Leaving::GeluMul(out) | Leaving::Add(out, _) =
+            leaving
+        {
             assert!(x != out, "a product reads and writes two buffers");
             self.overwritten(out);
         }
@@ -123,13 +150,13 @@ mod tests {
             sliding_window: None,
             kv_scales: KvScales::ONE,
         };
-        Turn { layer: 0, shape, norms: None }
+        Turn { layer: 0, shape, norms: None, rope: Some(0) }
     }
 
     #[test]
     fn norms_and_rope_join_their_products() {
         let mut recording = Recording::default();
-        recording.push(StepCommand::Embed { table: 0, out: RESIDUAL, after: None });
+        recording.push(StepCommand::Embed { table: 0, factor: 1.0, out: RESIDUAL, after: None });
         recording.norm(RESIDUAL, (7, 1e-5), NORMED);
         recording.product(1, None, NORMED, Leaving::Values(QKV));
         recording.rope(QKV, turn(), |matrix| matrix == 1);
@@ -145,7 +172,7 @@ mod tests {
         assert_eq!(
             recording.commands(),
             [
-                StepCommand::Embed { table: 0, out: RESIDUAL, after: after(7) },
+                StepCommand::Embed { table: 0, factor: 1.0, out: RESIDUAL, after: after(7) },
                 product(1, NORMED, before(1e-5), Leaving::Rope(turn())),
                 product(2, GATED, None, Leaving::Add(RESIDUAL, after(8))),
                 product(3, NORMED, before(1e-6), Leaving::SiluMul(GATED)),
@@ -174,12 +201,40 @@ mod tests {
     #[test]
     fn factors_are_forgotten_when_their_values_change() {
         let mut recording = Recording::default();
-        recording.push(StepCommand::Embed { table: 0, out: RESIDUAL, after: None });
+        recording.push(StepCommand::Embed { table: 0, factor: 1.0, out: RESIDUAL, after: None });
         recording.norm(RESIDUAL, (7, 1e-5), NORMED);
         recording.product(1, None, NORMED, Leaving::Values(QKV));
         recording.product(2, None, GATED, Leaving::Values(NORMED));
         recording.product(3, None, NORMED, Leaving::Values(QKV));
         let Some(StepCommand::Product(last)) = recording.commands().last() else { panic!() };
         assert_eq!(last.before, None);
+    }
+
+    #[test]
+    fn embeddings_take_their_factor_and_norms_behind_branches_stay_kernels() {
+        let mut recording = Recording::default();
+        recording.push(StepCommand::Embed { table: 0, factor: 1.0, out: RESIDUAL, after: None });
+        recording.scale(RESIDUAL, 24.0);
+        recording.norm(RESIDUAL, (7, 1e-5), NORMED);
+        recording.product(1, None, NORMED, Leaving::Values(QKV));
+        let add = StepCommand::NormAdd { x: QKV, weight: 9, eps: 1e-5, residual: RESIDUAL };
+        recording.write(RESIDUAL, add);
+        recording.norm(RESIDUAL, (8, 1e-5), NORMED);
+        recording.product(2, None, NORMED, Leaving::GeluMul(GATED));
+        let after = Some(Following { weight: 7, out: NORMED });
+        let product = |matrix, before, leaving| {
+            StepCommand::Product(Product { matrix, bias: None, x: NORMED, before, leaving })
+        };
+        let before = Some(Preceding { values: RESIDUAL, eps: 1e-5 });
+        assert_eq!(
+            recording.commands(),
+            [
+                StepCommand::Embed { table: 0, factor: 24.0, out: RESIDUAL, after },
+                product(1, before, Leaving::Values(QKV)),
+                add,
+                StepCommand::RmsNorm { x: RESIDUAL, weight: 8, eps: 1e-5, out: NORMED },
+                product(2, None, Leaving::GeluMul(GATED)),
+            ]
+        );
     }
 }

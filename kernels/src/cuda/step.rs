@@ -20,10 +20,18 @@ const ROPE_WARPS: usize = 8;
 /// One op of a step. Weights are indices, buffers those of the plan.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum StepCommand {
-    /// Rows of a table, and what the norm after needs.
-    Embed { table: usize, out: Buffer, after: Option<Following> },
+    /// Rows of a table times a factor, and what the norm after needs.
+    Embed { table: usize, factor: f32, out: Buffer, after: Option<Following> },
     /// An RMS norm.
     RmsNorm { x: Buffer, weight: usize, eps: f32, out: Buffer },
+    /// Values become an operand.
+    Round { x: Buffer, out: Buffer },
+    /// The RMS norm of a branch is added.
+    NormAdd { x: Buffer, weight: usize, eps: f32, residual: Buffer },
+    /// A branch times a factor is added.
+    ScaledAdd { x: Buffer, factor: f32, residual: Buffer },
+    /// Norms of all queries and of all keys that a product has left; weights and epsilon as in [`Turn`].
+    NormHeads { qkv: Buffer, shape: AttentionShape, norms: (usize, usize, f32) },
     /// A matrix product.
     Product(Product),
     /// RoPE and the cache write of queries, keys and values that a product has left.
@@ -64,6 +72,8 @@ pub enum Leaving {
     Add(Buffer, Option<Following>),
     /// Gates and ups become an operand.
     SiluMul(Buffer),
+    /// The same with GELU.
+    GeluMul(Buffer),
     /// They are turned and go into the cache.
     Rope(Turn),
 }
@@ -95,6 +105,8 @@ pub struct Turn {
     pub shape: AttentionShape,
     /// Norms of queries and keys, and their epsilon.
     pub norms: Option<(usize, usize, f32)>,
+    /// Which position embedding, if any.
+    pub rope: Option<usize>,
 }
 
 impl Leaving {
@@ -102,7 +114,7 @@ impl Leaving {
         match self {
             Self::Values(_) => Epilogue::Values,
             Self::Add(..) => Epilogue::Add,
-            Self::SiluMul(_) => Epilogue::SiluMul,
+            Self::SiluMul(_) | Self::GeluMul(_) => Epilogue::SiluMul,
             Self::Rope(_) => Epilogue::Rope,
         }
     }
@@ -113,6 +125,9 @@ impl Leaving {
 pub struct Kernels {
     embed: Kernel,
     rms_norm: Kernel,
+    round_rows: Kernel,
+    norm_values: Kernel,
+    scaled_add: Kernel,
     rope_cache: Kernel,
     gather_rows: Kernel,
     logprobs: Kernel,
@@ -133,6 +148,9 @@ impl Kernels {
         Ok(Self {
             embed: device.kernel("embed")?,
             rms_norm: device.kernel("rms_norm")?,
+            round_rows: device.kernel("round_rows")?,
+            norm_values: device.kernel("norm_values")?,
+            scaled_add: device.kernel("scaled_add")?,
             rope_cache: device.kernel("rope_cache")?,
             gather_rows: device.kernel("gather_rows")?,
             logprobs: device.kernel("sample_logprobs")?,
@@ -191,8 +209,12 @@ impl<'a> StepRun<'a> {
 
     fn one(&mut self, command: &StepCommand) -> Result<(), DeviceError> {
         match *command {
-            StepCommand::Embed { table, out, after } => self.embed(table, out, after),
+            StepCommand::Embed { table, factor, out, after } => self.embed((table, factor), out, after),
             StepCommand::RmsNorm { x, weight, eps, out } => self.rms_norm(x, (weight, eps), out),
+            StepCommand::Round { x, out } => self.round(x, out),
+            StepCommand::NormAdd { x, weight, eps, residual } => self.norm_add(x, (weight, eps), residual),
+            StepCommand::ScaledAdd { x, factor, residual } => self.scaled_add(x, factor, residual),
+            StepCommand::NormHeads { qkv, ref shape, norms } => self.norm_heads(qkv, shape, norms),
             StepCommand::Product(ref product) => self.product(product),
             StepCommand::RopeCache { qkv, ref turn } => self.rope_cache(qkv, turn),
             StepCommand::Attention { layer, ref shape, out } => {
@@ -232,14 +254,20 @@ impl<'a> StepRun<'a> {
         Launch::grid([self.rows as u32, 1, 1], NORM_THREADS)
     }
 
-    fn embed(&self, table: usize, out: Buffer, after: Option<Following>) -> Result<(), DeviceError> {
+    fn embed(
+        &self,
+        (table, factor): (usize, f32),
+        out: Buffer,
+        after: Option<Following>,
+    ) -> Result<(), DeviceError> {
         let table = &self.weights.matrices[table];
         let (buffer, place) = self.buffer(out);
         let (pointer, stride) = (table.pointer(), int(table.stride));
         let (rows, fed) = (self.section(self.layout.rows), self.arena.sampling.fed);
         let (width, out_stride) = (int(buffer.width), int(buffer.stride));
         let after = self.following(after, (buffer, place));
-        let arguments = arguments![pointer, stride, rows, fed, place.pointer, width, out_stride, after];
+        let arguments =
+            arguments![pointer, stride, factor, rows, fed, place.pointer, width, out_stride, after];
         self.launch(self.kernels.embed, self.row_grid(), arguments)
     }
 
@@ -277,6 +305,46 @@ impl<'a> StepRun<'a> {
         self.launch(self.kernels.rms_norm, self.row_grid(), arguments)
     }
 
+    fn round(&self, x: Buffer, out: Buffer) -> Result<(), DeviceError> {
+        let ((x, from), (out, to)) = (self.buffer(x), self.buffer(out));
+        let (x_stride, out_stride, width) = (int(x.stride), int(out.stride), int(x.width));
+        let arguments = arguments![from.pointer, x_stride, to.pointer, out_stride, width];
+        self.launch(self.kernels.round_rows, self.row_grid(), arguments)
+    }
+
+    fn norm_add(&self, x: Buffer, (weight, eps): (usize, f32), residual: Buffer) -> Result<(), DeviceError> {
+        let ((x, from), (out, to)) = (self.buffer(x), self.buffer(residual));
+        let (weight, add) = (self.weight(weight), 1);
+        let (x_stride, out_stride, width) = (int(x.stride), int(out.stride), int(x.width));
+        let arguments = arguments![from.pointer, x_stride, weight, eps, to.pointer, out_stride, width, add];
+        self.launch(self.kernels.norm_values, self.row_grid(), arguments)
+    }
+
+    fn scaled_add(&self, x: Buffer, factor: f32, residual: Buffer) -> Result<(), DeviceError> {
+        let ((x, from), (out, to)) = (self.buffer(x), self.buffer(residual));
+        let (x_stride, out_stride, width) = (int(x.stride), int(out.stride), int(x.width));
+        let arguments = arguments![from.pointer, x_stride, factor, to.pointer, out_stride, width];
+        self.launch(self.kernels.scaled_add, self.row_grid(), arguments)
+    }
+
+    /// Norms all queries of a row, and all of its keys, where they lie.
+    fn norm_heads(
+        &self,
+        qkv: Buffer,
+        shape: &AttentionShape,
+        (q, k, eps): (usize, usize, f32),
+    ) -> Result<(), DeviceError> {
+        let (qkv, from) = self.buffer(qkv);
+        let (queries, keys) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
+        for (first, width, weight) in [(0, queries, q), (queries, keys, k)] {
+            let at = from.pointer + (first * qkv.element_bytes()) as u64;
+            let (stride, width, weight, add) = (int(qkv.stride), int(width), self.weight(weight), 0);
+            let arguments = arguments![at, stride, weight, eps, at, stride, width, add];
+            self.launch(self.kernels.norm_values, self.row_grid(), arguments)?;
+        }
+        Ok(())
+    }
+
     fn product(&self, product: &Product) -> Result<(), DeviceError> {
         let matrix = &self.weights.matrices[product.matrix];
         let mut output = Output {
@@ -285,9 +353,10 @@ impl<'a> StepRun<'a> {
             ..Output::default()
         };
         match product.leaving {
-            Leaving::Values(out) | Leaving::SiluMul(out) => {
+            Leaving::Values(out) | Leaving::SiluMul(out) | Leaving::GeluMul(out) => {
                 let (buffer, place) = self.buffer(out);
                 (output.out, output.stride) = (place.pointer, int(buffer.stride));
+                output.gelu = i32::from(matches!(product.leaving, Leaving::GeluMul(_)));
             }
             Leaving::Add(out, after) => {
                 let (buffer, place) = self.buffer(out);
@@ -322,7 +391,8 @@ impl<'a> StepRun<'a> {
             return self.launch(choice.kernel, choice.launch, arguments);
         }
         let map = from.maps.expect("products read operands")[usize::from(choice.map == BatchMap::Rows32)];
-        self.launch(choice.kernel, choice.launch, arguments![matrix.map, map, output])
+        let matrix_map = matrix.map.expect("the kernel is Hopper's");
+        self.launch(choice.kernel, choice.launch, arguments![matrix_map, map, output])
     }
 
     fn heads(&self, turn: &Turn) -> Heads {
@@ -331,7 +401,7 @@ impl<'a> StepRun<'a> {
             turn.norms.map_or((0, 0, 0.0), |(q, k, eps)| (self.weight(q), self.weight(k), eps));
         Heads {
             rows: self.section(self.layout.rows),
-            table: self.arena.rope,
+            table: turn.rope.map_or(0, |rope| self.arena.ropes[rope].pointer()),
             q_norm,
             k_norm,
             queries: self.arena.queries,
@@ -350,7 +420,8 @@ impl<'a> StepRun<'a> {
     fn rope_cache(&self, qkv: Buffer, turn: &Turn) -> Result<(), DeviceError> {
         let (qkv, from) = self.buffer(qkv);
         let heads = self.heads(turn);
-        let (stride, pairs) = (int(qkv.stride), int(self.arena.plan.rope.inverse_frequencies.len()));
+        let pairs = turn.rope.map_or(0, |rope| self.arena.ropes[rope].pairs);
+        let (stride, pairs) = (int(qkv.stride), int(pairs));
         let count = (turn.shape.heads + 2 * turn.shape.kv_heads).div_ceil(ROPE_WARPS) as u32;
         let launch = Launch::grid([self.rows as u32, count, 1], 32 * ROPE_WARPS as u32);
         self.launch(self.kernels.rope_cache, launch, arguments![from.pointer, stride, pairs, heads])

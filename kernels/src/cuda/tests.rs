@@ -3,6 +3,7 @@
 
 mod attention;
 mod products;
+mod rows;
 mod sampling;
 
 use attention::{check_attention, check_attention_of_product};
@@ -12,13 +13,16 @@ use sampling::{sample, sampling_device};
 
 use super::*;
 use crate::e4m3;
-use crate::ops::{BufferKind, BufferPlan, KvDtype, KvScales, RopePlan};
+use crate::ops::{
+    ArenaPlan, AttentionShape, Buffer, BufferKind, BufferPlan, HeadWork, KvDtype, KvPlan, KvScales, Ops,
+    QkNorm, RopePlan,
+};
 use crate::sampling::{ChosenToken, Scratch, sample_row, uniform};
-use crate::tensor::DType;
+use crate::tensor::{DType, HostTensor};
 
 /// A device, or none with a word on it. Where a device must be there, its absence fails the test.
-fn open(portable: bool) -> Option<Cuda> {
-    match Cuda::new(CudaOptions { portable, ..CudaOptions::new(0) }) {
+fn open(kernels: KernelSet) -> Option<Cuda> {
+    match Cuda::new(CudaOptions { kernels, ..CudaOptions::new(0) }) {
         Ok(cuda) => Some(cuda),
         Err(error) => {
             assert!(std::env::var_os("MILLRACE_REQUIRE_CUDA").is_none(), "a device is required: {error}");
@@ -118,10 +122,10 @@ fn distance(found: &[f32], expected: &[f64]) -> f64 {
 /// What a sanitizer can run through: every kernel, at small sizes.
 #[test]
 fn small_sizes_of_every_kernel() {
-    for portable in [false, true] {
-        let Some(mut cuda) = open(portable) else { return };
+    for set in [KernelSet::Own, KernelSet::Portable] {
+        let Some(mut cuda) = open(set) else { return };
         check_products(&mut cuda, (72, 1032), &[1, 9, 20, 40, 70, 130, 200]);
-        let Some(mut cuda) = open(portable) else { return };
+        let Some(mut cuda) = open(set) else { return };
         check_normed_products(&mut cuda, (136, 1032), &[1, 9, 20, 40, 70, 130, 200]);
     }
     let shape = AttentionShape {
@@ -150,7 +154,7 @@ fn small_sizes_of_every_kernel() {
 fn norms_and_embeddings_are_right() {
     use BufferKind::{Operand, Values};
     for width in [64, 100, 576, 1024, 4096] {
-        let Some(mut cuda) = open(false) else { return };
+        let Some(mut cuda) = open(KernelSet::Own) else { return };
         let (table, weight) = (random(1, 97 * width), random(2, width));
         let (t, w) = (matrix(&mut cuda, 97, width, &table), vector(&mut cuda, &weight));
         let (x, y) = (Buffer(0), Buffer(1));

@@ -30,8 +30,8 @@ pub struct DeviceMatrix {
     pub columns: usize,
     /// Elements from row to row.
     pub stride: usize,
-    /// Boxes of 64 rows and 64 columns.
-    pub map: sys::CUtensorMap,
+    /// Boxes of 64 rows and 64 columns, on Hopper.
+    pub map: Option<sys::CUtensorMap>,
     /// Whether rows of the two halves of each head alternate.
     pub paired: bool,
 }
@@ -43,7 +43,8 @@ impl DeviceMatrix {
     }
 }
 
-/// Boxes of `box_rows` rows and 64 columns, swizzled by 128 bytes, of bf16 rows; outside is zero.
+/// Boxes of `box_rows` rows and 64 columns, swizzled by 128 bytes, of bf16 rows; outside is zero. Chips before Hopper
+/// have none.
 pub fn tensor_map(
     pointer: u64,
     (rows, columns): (usize, usize),
@@ -214,7 +215,8 @@ impl Upload {
             self.send(&memory, first * row_bytes, rows * row_bytes).map_err(failed)?;
             first += rows;
         }
-        let map = tensor_map(memory.pointer(), (features, columns), stride, 64).map_err(failed)?;
+        let map = || tensor_map(memory.pointer(), (features, columns), stride, 64);
+        let map = self.device.hopper.then(map).transpose().map_err(failed)?;
         Ok(DeviceMatrix { memory, features, columns, stride, map, paired: false })
     }
 

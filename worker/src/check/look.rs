@@ -66,11 +66,6 @@ pub fn config(folder: &Path) -> (Vec<Check>, Option<DecoderConfig>) {
 /// What can run it.
 fn device(config: &DecoderConfig) -> Check {
     const FIX: &str = "set engine.device to cpu";
-    let extras = config.extras();
-    if !extras.is_empty() {
-        let found = format!("a GPU does not compute {} yet; a processor does", extras.join(", "));
-        return Check::warn(DEVICE, found, FIX);
-    }
     if !GPU_HEADS.contains(&config.head_dim) {
         let found =
             format!("a GPU takes heads of {GPU_HEADS:?}, not of {}; a processor does", config.head_dim);

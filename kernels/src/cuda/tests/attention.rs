@@ -9,6 +9,10 @@ struct Attended {
     context: usize,
     qkv: Vec<f32>,
     norms: [Vec<f32>; 2],
+    /// Norms are over all heads of a row at once.
+    whole: bool,
+    /// The position embedding: 0 turns whole heads, 1 a part of each.
+    rope: Option<usize>,
     /// Operand and matrix of which `qkv` is the product; without them the values are put where RoPE finds them.
     product: Option<(Vec<f32>, Vec<f32>)>,
 }
@@ -27,17 +31,24 @@ impl Attended {
         let source = &self.qkv[row * self.width() + head * head_dim..][..head_dim];
         let mut values: Vec<f64> = source.iter().map(|&v| f64::from(v)).collect();
         if head < heads + kv_heads {
-            let weight = &self.norms[usize::from(head >= heads)];
-            let square = values.iter().map(|v| v * v).sum::<f64>() / head_dim as f64;
+            let (first, count) = if head < heads { (0, heads) } else { (heads, kv_heads) };
+            let (normed, weight) = if self.whole {
+                let all = &self.qkv[row * self.width() + first * head_dim..][..count * head_dim];
+                (all, &self.norms[usize::from(head >= heads)][(head - first) * head_dim..][..head_dim])
+            } else {
+                (source, &self.norms[usize::from(head >= heads)][..])
+            };
+            let square = normed.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / normed.len() as f64;
             for (value, &weight) in values.iter_mut().zip(weight) {
                 *value *= f64::from(weight) / (square + 1e-6).sqrt();
             }
-            let frequencies = plan(&[], KvPlan { head_dim, ..NO_KV }, 1, 1).rope.inverse_frequencies;
-            for (i, &frequency) in frequencies.iter().enumerate() {
+            let frequencies = self.rope.map_or(Vec::new(), |rope| frequencies(rope, head_dim));
+            let pairs = frequencies.len();
+            for (i, frequency) in frequencies.into_iter().enumerate() {
                 let angle = f64::from(row as f32 * frequency);
-                let (a, b) = (values[i], values[i + head_dim / 2]);
+                let (a, b) = (values[i], values[i + pairs]);
                 values[i] = a * angle.cos() - b * angle.sin();
-                values[i + head_dim / 2] = b * angle.cos() + a * angle.sin();
+                values[i + pairs] = b * angle.cos() + a * angle.sin();
             }
         }
         let AttentionShape { kv_scales: KvScales { key, value }, .. } = self.shape;
@@ -93,9 +104,9 @@ impl Attended {
 
     /// All rows, computed in chunks of this many; where they are `crowded`, then once more, each as a sequence of its
     /// own in a step of so many decodes.
-    fn run(&self, portable: bool, chunk: usize, crowded: bool) -> Option<Vec<f32>> {
+    fn run(&self, set: KernelSet, chunk: usize, crowded: bool) -> Option<Vec<f32>> {
         use BufferKind::{Operand, Values};
-        let mut cuda = open(portable)?;
+        let mut cuda = open(set)?;
         let (shape, out_width) = (&self.shape, self.shape.heads * self.shape.head_dim);
         let (q, k) = (vector(&mut cuda, &self.norms[0]), vector(&mut cuda, &self.norms[1]));
         let kv = KvPlan {
@@ -109,6 +120,8 @@ impl Attended {
         let widths = [(self.width(), Values), (out_width, Operand), (COLUMNS, Operand)];
         let matrix = self.product.as_ref().map(|(_, weights)| self.matrix(&mut cuda, weights));
         cuda.allocate(plan(&widths, kv, shape.heads, chunk)).unwrap();
+        cuda.add_rope(&RopePlan { inverse_frequencies: frequencies(1, shape.head_dim), amplitude: 1.0 })
+            .unwrap();
         let tables: Vec<u32> = (0..256).map(|block| (block * 7 + 3) % 300).collect();
         let mut step = |first: usize, spans: &[RowSpan]| {
             let rows = spans.iter().map(|span| span.rows as usize).sum::<usize>();
@@ -122,8 +135,8 @@ impl Attended {
                 cuda.linear(matrix, None, x, qkv);
             }
             put(&cuda, out, &vec![f32::NAN; rows * out_width]);
-            let norms = QkNorm { q: &q, k: &k, eps: 1e-6 };
-            cuda.rope_cache(1, qkv, shape, Some(norms));
+            let norms = Some(QkNorm { q: &q, k: &k, eps: 1e-6 });
+            cuda.heads_cache(1, qkv, shape, HeadWork { norms, whole: self.whole, rope: self.rope });
             cuda.attention(1, qkv, shape, out);
             take(&mut cuda, out, rows)
         };
@@ -147,6 +160,14 @@ impl Attended {
     }
 }
 
+/// Of the two position embeddings: that of a plan, and one that turns three quarters of a head.
+fn frequencies(rope: usize, head_dim: usize) -> Vec<f32> {
+    match rope {
+        0 => plan(&[], KvPlan { head_dim, ..NO_KV }, 1, 1).rope.inverse_frequencies,
+        _ => (0..head_dim * 3 / 8).map(|i| 0.7_f32.powi(i as i32 % 9)).collect(),
+    }
+}
+
 /// Not powers of two: these would change no code.
 const SCALES: KvScales = KvScales { key: 0.013, value: 0.003 };
 
@@ -164,9 +185,35 @@ fn check_attention_over(kv: KvDtype, shape: AttentionShape, context: usize) {
         context,
         qkv: random(11, context * width),
         norms: [random(12, shape.head_dim), random(13, shape.head_dim)],
+        whole: false,
+        rope: Some(0),
         product: None,
     };
     check_attended(&attended);
+}
+
+/// Heads that are turned by a part, by nothing, and normed all at once.
+#[test]
+fn heads_are_normed_and_turned_as_asked() {
+    for (heads, kv_heads, head_dim) in [(6, 2, 64), (4, 4, 128), (4, 1, 256)] {
+        let scale = (head_dim as f32).powf(-0.5);
+        let shape =
+            AttentionShape { heads, kv_heads, head_dim, scale, sliding_window: None, kv_scales: SCALES };
+        let width = (heads + 2 * kv_heads) * head_dim;
+        for (whole, rope) in [(false, Some(1)), (false, None), (true, Some(0)), (true, None)] {
+            let weights = |heads| if whole { heads * head_dim } else { head_dim };
+            check_attended(&Attended {
+                shape,
+                kv: KvDtype::Operand,
+                context: 50,
+                qkv: random(11, 50 * width),
+                norms: [random(12, weights(heads)), random(13, weights(kv_heads))],
+                whole,
+                rope,
+                product: None,
+            });
+        }
+    }
 }
 
 /// The same behind a product, of which RoPE is then a part.
@@ -181,33 +228,36 @@ pub(super) fn check_attention_of_product(kv: KvDtype, shape: AttentionShape, con
         .flat_map(|row| weights.chunks_exact(COLUMNS).map(move |feature| dot(row, feature) as f32))
         .collect();
     let norms = [random(12, shape.head_dim), random(13, shape.head_dim)];
-    check_attended(&Attended { shape, kv, context, qkv, norms, product: Some((input, weights)) });
+    let product = Some((input, weights));
+    check_attended(&Attended { shape, kv, context, qkv, norms, whole: false, rope: Some(0), product });
 }
 
 fn check_attended(attended: &Attended) {
     let Attended { shape, kv, context, .. } = *attended;
-    let mut known: Vec<(bool, Vec<f32>)> = Vec::new();
+    let mut known: Vec<(KernelSet, Vec<f32>)> = Vec::new();
+    let sets = [KernelSet::Own, KernelSet::Portable, KernelSet::Small];
     let ways = [(context, false), (100, false), (1, false), (context, true)];
-    for (portable, (chunk, crowded)) in [false, true].into_iter().flat_map(|p| ways.map(|way| (p, way))) {
+    for (set, (chunk, crowded)) in sets.into_iter().flat_map(|set| ways.map(|way| (set, way))) {
         if chunk == 1 && context > 300 {
             continue;
         }
-        let Some(found) = attended.run(portable, chunk, crowded) else { return };
+        let Some(found) = attended.run(set, chunk, crowded) else { return };
         let out = shape.heads * shape.head_dim;
         for row in (0..context).step_by((context / 9).max(1)).chain([context - 1]) {
             let error = distance(&found[row * out..][..out], &attended.expected(row));
-            assert!(error < 1e-2, "{shape:?} {kv:?} chunk {chunk} row {row} portable {portable}: {error}");
+            assert!(error < 1e-2, "{shape:?} {kv:?} chunk {chunk} row {row} {set:?}: {error}");
         }
         assert!(found.iter().all(|value| value.is_finite()));
-        match known.iter().find(|(other, _)| *other == portable) {
+        // Behind a product, heads are turned by it or after it, which rounds otherwise; attention itself is alike.
+        match known.iter().find(|(other, _)| *other == set || attended.product.is_none()) {
             Some((_, first)) => {
                 let differ = found.iter().zip(first).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
                 assert_eq!(
                     differ, 0,
-                    "{shape:?} {kv:?} in chunks of {chunk}, crowded {crowded}: bytes differ"
+                    "{shape:?} {kv:?} {set:?} in chunks of {chunk}, crowded {crowded}: bytes differ"
                 );
             }
-            None => known.push((portable, found)),
+            None => known.push((set, found)),
         }
     }
 }
@@ -229,6 +279,11 @@ fn attention_is_right_in_any_chunks() {
     check_attention(shape(2, 2, 256), 130);
     check_attention(shape(2, 1, 128), 1200);
     check_attention(AttentionShape { sliding_window: Some(50), ..shape(4, 2, 64) }, 250);
+    // Groups that decodes cut into parts: of 6, 8, 1 and 8 heads.
+    check_attention(shape(24, 2, 64), 130);
+    check_attention(shape(16, 1, 64), 530);
+    check_attention(AttentionShape { sliding_window: Some(50), ..shape(13, 1, 96) }, 130);
+    check_attention(shape(64, 1, 64), 40);
 }
 
 #[test]
@@ -256,7 +311,7 @@ fn values_are_rounded_as_on_the_host() {
         sliding_window: None,
         kv_scales: KvScales::ONE,
     };
-    let Some(mut cuda) = open(false) else { return };
+    let Some(mut cuda) = open(KernelSet::Own) else { return };
     let (heads, row) = (shape.heads * shape.head_dim, 3 * shape.heads * shape.head_dim);
     let rows = 65_536 / heads;
     let kv = KvPlan { layers: 1, kv_heads: 64, head_dim: 64, blocks: rows, dtype: KvDtype::Fp8E4m3 };

@@ -17,6 +17,9 @@ fn check_rows(
     }
 }
 
+/// `sqrt(2 / pi)`, of GELU's approximation.
+const GELU_SLOPE: f64 = 0.797_884_560_802_865_4;
+
 /// Products of one shape at many batch sizes. Returns the bits of the values' product at the largest batch.
 pub(super) fn check_products(
     cuda: &mut Cuda,
@@ -25,8 +28,14 @@ pub(super) fn check_products(
 ) -> Vec<u32> {
     use BufferKind::{Operand, Values};
     let most = *batches.iter().max().unwrap();
-    let (x, out, sums, gated) = (Buffer(0), Buffer(1), Buffer(2), Buffer(3));
-    let widths = [(columns, Operand), (features, Values), (features, Values), (features, Operand)];
+    let [x, out, sums, gated, gelu] = [0, 1, 2, 3, 4].map(Buffer);
+    let widths = [
+        (columns, Operand),
+        (features, Values),
+        (features, Values),
+        (features, Operand),
+        (features, Operand),
+    ];
     let weights = random(1, features * columns);
     let ups = random(4, features * columns);
     let w = matrix(cuda, features, columns, &weights);
@@ -41,7 +50,7 @@ pub(super) fn check_products(
         let (row, feature) = (&input[row * columns..][..columns], &weights[feature * columns..][..columns]);
         row.iter().zip(feature).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
     };
-    let mut known: [Vec<u32>; 3] = Default::default();
+    let mut known: [Vec<u32>; 4] = Default::default();
     let mut batches = batches.to_vec();
     batches.sort_unstable_by(|a, b| b.cmp(a));
     for &rows in &batches {
@@ -50,10 +59,12 @@ pub(super) fn check_products(
         put(cuda, out, &vec![f32::NAN; most * features]);
         put(cuda, sums, &before);
         put(cuda, gated, &vec![f32::NAN; most * features]);
+        put(cuda, gelu, &vec![f32::NAN; most * features]);
         cuda.linear(&w, Some(&b), x, out);
         cuda.linear_add(&w, None, x, sums);
         cuda.linear_silu_mul(&gate_up, x, gated);
-        let found = [take(cuda, out, rows), take(cuda, sums, rows), take(cuda, gated, rows)];
+        cuda.linear_gelu_mul(&gate_up, x, gelu);
+        let found = [out, sums, gated, gelu].map(|buffer| take(cuda, buffer, rows));
         if rows == most {
             let silu = |x: f64| x / (1.0 + (-x).exp());
             let added = |r: usize, j: usize| f64::from(before[r * features + j]) + dot(r, j, &weights);
@@ -63,6 +74,9 @@ pub(super) fn check_products(
             check_rows("add", &found[1], (rows, features), 1e-5, &added);
             let gated = |r: usize, j: usize| silu(dot(r, j, &weights)) * dot(r, j, &ups);
             check_rows("silu_mul", &found[2], (rows, features), 4e-3, &gated);
+            let tanh = |x: f64| 0.5 * x * (1.0 + (GELU_SLOPE * (x + 0.044715 * x.powi(3))).tanh());
+            let gelu = |r: usize, j: usize| tanh(dot(r, j, &weights)) * dot(r, j, &ups);
+            check_rows("gelu_mul", &found[3], (rows, features), 4e-3, &gelu);
         }
         for (kind, (found, known)) in found.iter().zip(&mut known).enumerate() {
             assert!(
@@ -89,13 +103,13 @@ const SHAPES: [(usize, usize); 7] =
 fn products_are_right_at_any_batch_size() {
     for shape in SHAPES {
         let mut bits = Vec::new();
-        for portable in [false, true] {
-            let Some(mut cuda) = open(portable) else { return };
+        for set in [KernelSet::Own, KernelSet::Portable] {
+            let Some(mut cuda) = open(set) else { return };
             let few = [1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 127, 128, 200, 256, 257, 300, 700];
             let many = [1, 64, 300, 5000];
             bits.push(check_products(&mut cuda, shape, &few));
-            if shape.0 >= 1024 && !portable {
-                let Some(mut cuda) = open(portable) else { return };
+            if shape.0 >= 1024 && set == KernelSet::Own {
+                let Some(mut cuda) = open(set) else { return };
                 check_products(&mut cuda, shape, &many);
             }
         }
@@ -218,13 +232,13 @@ pub(super) fn check_normed_products(cuda: &mut Cuda, shape: (usize, usize), batc
 fn norms_are_parts_of_their_products() {
     let few = [1, 2, 7, 8, 9, 17, 33, 64, 65, 127, 128, 129, 200, 256, 257, 300, 700];
     for shape in [(64, 72), (200, 104), (576, 576), (1024, 2048), (4096, 1536)] {
-        for portable in [false, true] {
-            let Some(mut cuda) = open(portable) else { return };
+        for set in [KernelSet::Own, KernelSet::Portable] {
+            let Some(mut cuda) = open(set) else { return };
             check_normed_products(&mut cuda, shape, &few);
         }
     }
-    let Some(mut cuda) = open(false) else { return };
+    let Some(mut cuda) = open(KernelSet::Own) else { return };
     check_normed_products(&mut cuda, (1024, 3072), &[1, 300, 5000]);
-    let Some(mut cuda) = open(false) else { return };
+    let Some(mut cuda) = open(KernelSet::Own) else { return };
     check_normed_products(&mut cuda, (4096, 1024), &[1, 300, 3000]);
 }

@@ -1,6 +1,7 @@
 //! Tokens and log probabilities from the device against those of the host.
 
 use super::*;
+use crate::sampling::Sampled;
 
 /// Samples given logits on the device.
 pub(super) fn sample(cuda: &mut Cuda, logits: &[f32], rows: &[SampleRow<'_>]) -> Vec<Sampled> {
@@ -35,7 +36,7 @@ fn queue(cuda: &mut Cuda, logits: &[f32], rows: &[SampleRow<'_>]) {
 }
 
 pub(super) fn sampling_device(vocabulary: usize) -> Option<Cuda> {
-    let mut cuda = open(false)?;
+    let mut cuda = open(KernelSet::Own)?;
     let widths = [(64, BufferKind::Values)];
     cuda.allocate(ArenaPlan { vocabulary, ..plan(&widths, NO_KV, 1, 64) }).unwrap();
     Some(cuda)
@@ -100,7 +101,7 @@ fn check_logprobs(found: &ChosenToken, expected: &ChosenToken) {
 
 #[test]
 fn a_row_is_fed_with_a_choice_of_the_step_before() {
-    let Some(mut cuda) = open(false) else { return };
+    let Some(mut cuda) = open(KernelSet::Own) else { return };
     let table = random(1, 97 * 64);
     let matrix = matrix(&mut cuda, 97, 64, &table);
     cuda.allocate(plan(&[(64, BufferKind::Values)], NO_KV, 1, 64)).unwrap();
