@@ -211,6 +211,11 @@ pub struct EngineConfig {
     pub threads: Option<u32>,
     /// End the process when a step takes longer than this.
     pub step_timeout: Span,
+    /// Take special tokens that stand in a request's text for text, unless the request says `split_special_tokens`
+    /// itself: callers' text then forges no turn of a chat.
+    // Where it is off it is not written, so that workers of earlier resources go on as they are.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub split_special_tokens: bool,
 }
 
 impl Default for EngineConfig {
@@ -230,6 +235,7 @@ impl Default for EngineConfig {
             prefix_cache: true,
             threads: None,
             step_timeout: Span::seconds(60),
+            split_special_tokens: false,
         }
     }
 }

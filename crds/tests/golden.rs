@@ -97,6 +97,7 @@ engine:
   prefixCache: false
   threads: 8
   stepTimeout: 1m30s
+  splitSpecialTokens: true
 queue:
   maxDeliver: 7
   ackWait: 45s

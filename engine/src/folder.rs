@@ -11,7 +11,7 @@ pub mod wrapping;
 
 use std::path::Path;
 
-use manifest::{FileEntry, MANIFEST_NAME, Manifest, ManifestError};
+use manifest::{FileEntry, MANIFEST_NAME, Manifest, ManifestError, TEMPLATES_FOLDER, is_template};
 
 /// Why a model folder is refused. The messages name file, value and limit.
 #[derive(Debug, thiserror::Error)]
@@ -50,8 +50,8 @@ pub fn io(path: &Path) -> impl FnOnce(std::io::Error) -> FolderError {
     move |source| FolderError::Io { path, source }
 }
 
-/// Whether a file of this name belongs to a model: tensors, configuration, tokenizer. The rest of a folder
-/// (readme files, other formats) is never pulled.
+/// Whether a file of this name belongs to a model: tensors, configuration, tokenizer, chat templates. The rest of a
+/// folder (readme files, other formats) is never pulled.
 pub fn belongs(name: &str) -> bool {
     const NAMES: [&str; 7] = [
         "added_tokens.json",
@@ -62,20 +62,34 @@ pub fn belongs(name: &str) -> bool {
         "special_tokens_map.json",
         "chat_template.jinja",
     ];
-    NAMES.contains(&name) || name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json")
+    let is_weights = name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json");
+    NAMES.contains(&name) || is_weights && !name.contains('/') || is_template(name)
 }
 
-fn local_files(path: &Path) -> Result<Vec<String>, FolderError> {
-    let mut names = Vec::new();
-    for entry in std::fs::read_dir(path).map_err(io(path))? {
-        let entry = entry.map_err(io(path))?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        if belongs(&name) && entry.path().is_file() {
-            names.push(name);
+/// Names and sizes of the files in a folder and in its [`TEMPLATES_FOLDER`], sorted by name.
+///
+/// # Errors
+/// When a folder or file cannot be read.
+pub fn local_files(path: &Path) -> Result<Vec<(String, u64)>, FolderError> {
+    let mut files = Vec::new();
+    let templates = path.join(TEMPLATES_FOLDER);
+    let below = [(path, ""), (templates.as_path(), TEMPLATES_FOLDER)];
+    for (folder, prefix) in below.into_iter().filter(|(folder, prefix)| prefix.is_empty() || folder.is_dir())
+    {
+        for entry in std::fs::read_dir(folder).map_err(io(folder))? {
+            let file = entry.map_err(io(folder))?.path();
+            let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let name = if prefix.is_empty() { name } else { format!("{prefix}/{name}") };
+            // A link may lead nowhere; what does not belong to the model harms nobody then.
+            match std::fs::metadata(&file) {
+                Ok(data) if data.is_file() => files.push((name, data.len())),
+                Err(error) if belongs(&name) => return Err(io(&file)(error)),
+                _ => {}
+            }
         }
     }
-    names.sort();
-    Ok(names)
+    files.sort();
+    Ok(files)
 }
 
 /// The manifest of a local folder, if it has one.
@@ -96,7 +110,8 @@ pub fn read_manifest(path: &Path) -> Result<Option<Manifest>, FolderError> {
 
 /// The manifest of a folder that has none.
 fn make_manifest(path: &Path, hash: HashFile) -> Result<Manifest, FolderError> {
-    let names = local_files(path)?;
+    let names: Vec<String> =
+        local_files(path)?.into_iter().map(|(name, _)| name).filter(|name| belongs(name)).collect();
     if !names.iter().any(|name| name == "config.json") {
         return Err(FolderError::NoModel(path.display().to_string()));
     }
@@ -146,6 +161,27 @@ pub fn compare(file: &str, found: &FileEntry, wanted: &FileEntry) -> Result<(), 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn templates_of_their_own_folder_belong_to_a_model() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str| {
+            let path = folder.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, "x").unwrap();
+        };
+        let tool = "additional_chat_templates/tool_use.jinja";
+        for name in [tool, "additional_chat_templates/readme.md", "config.json", "a.txt", "other/a.jinja"] {
+            write(name);
+        }
+        let listed: Vec<String> =
+            local_files(folder.path()).unwrap().into_iter().map(|file| file.0).collect();
+        assert_eq!(listed, ["a.txt", "additional_chat_templates/readme.md", tool, "config.json"]);
+        let manifest = verified(folder.path(), hash::hash_file).unwrap();
+        let named: Vec<&str> = manifest.files().iter().map(|file| file.name.as_str()).collect();
+        assert_eq!(named, [tool, "config.json"]);
+        assert!(verified(folder.path(), hash::hash_file).is_ok());
+    }
 
     #[test]
     fn a_file_is_compared_by_its_chunks_where_they_are_known() {

@@ -12,7 +12,7 @@ use aws_config::retry::RetryConfig;
 use aws_credential_types::Credentials;
 use aws_sdk_s3::Client;
 use aws_sdk_s3::config::{Region, RequestChecksumCalculation, ResponseChecksumValidation};
-use aws_sdk_s3::error::{DisplayErrorContext, ProvideErrorMetadata, SdkError};
+use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::primitives::ByteStream;
 use aws_sdk_s3::types::{CompletedMultipartUpload, CompletedPart};
 use aws_smithy_http_client::{Builder, tls};
@@ -405,7 +405,31 @@ where
     if status == Some(404) && error.code() != Some("NoSuchBucket") {
         return StoreError::Missing(uri.clone());
     }
-    StoreError::Service { uri: uri.clone(), reason: DisplayErrorContext(error).to_string() }
+    StoreError::Service { uri: uri.clone(), reason: reason(error, status) }
+}
+
+/// What the service or the connection said, as one sentence: the first cause, without the client's layers around it.
+fn reason<E>(error: &SdkError<E>, status: Option<u16>) -> String
+where
+    E: std::error::Error + ProvideErrorMetadata + Send + Sync + 'static,
+{
+    let status = status.map(|status| format!("HTTP {status}")).unwrap_or_default();
+    let what = match error {
+        SdkError::ServiceError(_) => {
+            let said = [error.code().unwrap_or_default(), error.message().unwrap_or_default()];
+            let said: Vec<&str> =
+                [status.as_str()].into_iter().chain(said).filter(|s| !s.is_empty()).collect();
+            return format!("the service refused: {}", said.join(", "));
+        }
+        SdkError::DispatchFailure(failure) if failure.is_io() => "the service cannot be reached",
+        SdkError::DispatchFailure(failure) if failure.is_timeout() => "the service did not answer in time",
+        SdkError::TimeoutError(_) => "the service did not answer in time",
+        SdkError::ResponseError(_) => "the answer cannot be read",
+        _ => "the request cannot be sent",
+    };
+    let outermost: &(dyn std::error::Error + 'static) = error;
+    let first = std::iter::successors(Some(outermost), |error| error.source()).last().unwrap_or(outermost);
+    format!("{what}: {first}")
 }
 
 fn broken(uri: &S3Uri, error: &(dyn std::error::Error + 'static)) -> StoreError {

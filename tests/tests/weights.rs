@@ -19,6 +19,9 @@ use tokio::net::{TcpListener, TcpStream};
 /// Several parts, the last one partial.
 const TENSORS_BYTES: usize = (40 << 20) + 12_345;
 
+/// A file of the one folder below a model's.
+const TEMPLATE: &str = "additional_chat_templates/tool_use.jinja";
+
 /// A folder of files as large as a small model's. Their content does not matter here.
 fn model() -> Result<TempDir> {
     let folder = TempDir::new()?;
@@ -32,6 +35,8 @@ fn model() -> Result<TempDir> {
     let tensors: Vec<u8> = (0..TENSORS_BYTES).map(|_| random()).collect();
     fs::write(folder.path().join("model.safetensors"), tensors)?;
     fs::write(folder.path().join("README.md"), "not a part of the model")?;
+    fs::create_dir(folder.path().join("additional_chat_templates"))?;
+    fs::write(folder.path().join(TEMPLATE), "{{ messages }}")?;
     Ok(folder)
 }
 
@@ -62,7 +67,7 @@ impl Setup {
     }
 
     fn assert_equal(&self, folder: &Folder) -> Result<()> {
-        for name in ["config.json", "tokenizer.json", "model.safetensors"] {
+        for name in ["config.json", "tokenizer.json", "model.safetensors", TEMPLATE] {
             let pulled = fs::read(folder.path.join(name))?;
             assert!(pulled == fs::read(self.model.path().join(name))?, "{name} is what was put");
         }

@@ -73,6 +73,9 @@ pub struct BatchArgs {
     /// Threads; all cores by default.
     #[arg(long)]
     threads: Option<u32>,
+    /// Take special tokens in requests for text, unless a request says otherwise.
+    #[arg(long)]
+    split_special_tokens: bool,
     #[command(flatten)]
     store: StoreArgs,
 }
@@ -109,18 +112,21 @@ struct Summary {
     resumed: usize,
     /// What this run answered.
     totals: Totals,
+    /// There are requests, and none of them has an answer, from this run or an earlier one.
+    all_failed: bool,
 }
 
-/// Runs the subcommand.
+/// Runs the subcommand; false when there were requests and every one of them failed.
 ///
 /// # Errors
 /// When the model, a file or the engine fails. What was answered stays; the same command goes on with it.
-pub fn run(args: &BatchArgs) -> anyhow::Result<()> {
+pub fn run(args: &BatchArgs) -> anyhow::Result<bool> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let model = model_config(args)?;
     let folder = runtime.block_on(weights::pull(&model)).context("the model")?;
     let name = args.name.clone().unwrap_or_else(|| last_part(&args.model).to_owned());
-    let text = Text::open(&folder.path, &name).context("the model's folder")?;
+    let text =
+        Text::open_for(&folder.path, &name, args.split_special_tokens).context("the model's folder")?;
     let config = engine_config(args);
     let settings = settings(&folder.digest.to_string(), &name, &config);
     let engine = Engine::load(&folder.path, &config).context("the engine")?;
@@ -139,7 +145,10 @@ pub fn run(args: &BatchArgs) -> anyhow::Result<()> {
         totals.output_tokens,
         totals.output_tokens as f64 / seconds.max(f64::MIN_POSITIVE),
     );
-    Ok(())
+    if summary.all_failed {
+        eprintln!("{}: every request failed; each line says why", args.output.display());
+    }
+    Ok(!summary.all_failed)
 }
 
 fn last_part(address: &str) -> &str {
@@ -176,6 +185,7 @@ fn engine_config(args: &BatchArgs) -> EngineConfig {
         max_batch_tokens: args.max_batch_tokens,
         kv_cache_bytes: args.kv_cache_bytes,
         threads: args.threads,
+        split_special_tokens: args.split_special_tokens,
         ..EngineConfig::default()
     }
 }
@@ -183,13 +193,16 @@ fn engine_config(args: &BatchArgs) -> EngineConfig {
 /// What the answers depend on, beside the input. Sizes of batches and caches are not among it: the engine's
 /// output does not depend on them.
 fn settings(digest: &str, name: &str, config: &EngineConfig) -> String {
-    let parts = serde_json::json!({
+    let mut parts = serde_json::json!({
         "model": digest,
         "name": name,
         "dtype": config.dtype,
         "quantization": config.quantization,
         "maxModelLen": config.max_model_len,
     });
+    if config.split_special_tokens {
+        parts["splitSpecialTokens"] = true.into();
+    }
     parts.to_string()
 }
 
@@ -224,17 +237,18 @@ async fn answer_file(files: &FilePair<'_>, text: &Text, engine: &EngineHandle) -
     let requests = Requests::new(text, engine, None);
     let mut totals = Totals::default();
     let mut progress = Progress::new(resumed);
-    let mut answers = requests.answer_in_order(stream::iter(lines), state.created);
+    let mut answers = requests.answer_in_order(stream::iter(lines), output.created());
     while let Some(answer) = answers.try_next().await.map_err(explain)? {
         output.append(&answer.line).with_context(|| shown(files.output))?;
         totals.add(&answer);
         progress.show(&totals);
     }
     drop(answers);
+    let all_failed = output.answered() > 0 && output.succeeded() == 0;
     output.close().with_context(|| shown(files.output))?;
     match broken {
         Some(error) => Err(error).with_context(|| shown(files.input)),
-        None => Ok(Summary { resumed, totals }),
+        None => Ok(Summary { resumed, totals, all_failed }),
     }
 }
 

@@ -27,7 +27,8 @@ pub async fn load(config: &WorkerConfig, folder: Folder) -> anyhow::Result<Model
     let (engine, name) = (config.engine.clone(), config.model.name.clone());
     let loading = move || {
         let path = &folder.path;
-        let text = Text::open(path, name.as_str()).with_context(|| path.display().to_string())?;
+        let text = Text::open_for(path, name.as_str(), engine.split_special_tokens)
+            .with_context(|| path.display().to_string())?;
         let engine = Engine::load(path, &engine).with_context(|| path.display().to_string())?;
         let info = engine.info();
         tracing::info!(

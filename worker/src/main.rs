@@ -35,7 +35,7 @@ enum Command {
 fn main() -> ExitCode {
     let ended = match Args::parse().command {
         Command::Serve(args) => worker::run(&args),
-        Command::Batch(args) => batch::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Batch(args) => batch::run(&args).map(|well| ExitCode::from(u8::from(!well))),
         Command::Bench(args) => bench::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Import(args) => import::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Check(args) => check::run(&args).map(|well| ExitCode::from(u8::from(!well))),

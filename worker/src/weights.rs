@@ -13,9 +13,11 @@ use std::path::{Path, PathBuf};
 
 use millrace_crds::config::ModelConfig;
 
-use millrace_engine::folder::manifest::{FileEntry, MANIFEST_NAME, ManifestError, ModelDigest};
+use millrace_engine::folder::manifest::{
+    FileEntry, MANIFEST_NAME, ManifestError, ModelDigest, TEMPLATES_FOLDER,
+};
 use millrace_engine::folder::{FolderError, hash, io, verified};
-use millrace_queue::store::{Store, StoreError};
+use millrace_queue::store::{S3Uri, Store, StoreError};
 
 /// Threads of a pull at most: each takes about a GiB a second from its connections.
 const PULL_THREADS_MAX: usize = 8;
@@ -141,12 +143,23 @@ impl Drop for Background {
     }
 }
 
+/// Names and sizes of the files of a folder in the store, and of those in its one folder for chat templates.
+///
+/// # Errors
+/// What the store said.
+pub async fn list(store: &Store, uri: &S3Uri) -> Result<Vec<(String, u64)>, StoreError> {
+    let mut files = store.list(uri).await?;
+    let templates = store.list(&uri.join(TEMPLATES_FOLDER)).await?;
+    files.extend(templates.into_iter().map(|(name, bytes)| (format!("{TEMPLATES_FOLDER}/{name}"), bytes)));
+    Ok(files)
+}
+
 /// Uploads a model folder, the manifest last, so that a reader that sees it sees all.
 ///
 /// # Errors
 /// When the folder is not what its manifest says, or the store refuses.
 pub async fn upload(path: &Path, uri: &str, store: &Store) -> Result<Folder, PullError> {
-    let target: millrace_queue::store::S3Uri = uri.parse()?;
+    let target: S3Uri = uri.parse()?;
     let owned = path.to_owned();
     let manifest = tokio::task::spawn_blocking(move || verified(&owned, hash::hash_file))
         .await

@@ -32,6 +32,12 @@ pub const MANIFEST_BYTES_MAX: u64 = 1 << 20;
 pub const NAME_BYTES_MAX: usize = 200;
 /// Bytes of a chunk; a part of the format.
 pub const CHUNK_BYTES: u64 = 512 << 10;
+/// The one folder below a model's: chat templates beside the default one, as transformers keeps them.
+pub const TEMPLATES_FOLDER: &str = "additional_chat_templates";
+/// What its files' names end with.
+const TEMPLATE_SUFFIX: &str = ".jinja";
+/// Most files in it.
+pub const TEMPLATES_MAX: usize = 16;
 /// The only version of the format.
 const VERSION: u32 = 1;
 
@@ -56,6 +62,12 @@ pub enum ManifestError {
     /// Too many files, or none.
     #[error("manifest lists {files} files, it may list 1 to {FILES_MAX}")]
     FileCount {
+        /// How many.
+        files: usize,
+    },
+    /// Too many chat templates.
+    #[error("manifest lists {files} files in {TEMPLATES_FOLDER}, it may list up to {TEMPLATES_MAX}")]
+    TemplateCount {
         /// How many.
         files: usize,
     },
@@ -92,7 +104,7 @@ pub enum ManifestError {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FileEntry {
-    /// Name in the folder; no folders below it.
+    /// Name in the folder, or `additional_chat_templates/NAME.jinja`; there are no other folders below it.
     pub name: String,
     /// Size in bytes.
     pub bytes: u64,
@@ -168,6 +180,10 @@ impl Manifest {
         if self.files.is_empty() || self.files.len() > FILES_MAX {
             return Err(ManifestError::FileCount { files: self.files.len() });
         }
+        match self.files.iter().filter(|file| file.name.contains('/')).count() {
+            files if files > TEMPLATES_MAX => return Err(ManifestError::TemplateCount { files }),
+            _ => {}
+        }
         let mut total: u64 = 0;
         for (index, file) in self.files.iter().enumerate() {
             check_name(&file.name)?;
@@ -226,13 +242,25 @@ fn name_error(name: &str, rule: &'static str) -> ManifestError {
     ManifestError::Name { name: name.chars().take(80).collect(), rule }
 }
 
-/// Checks that a name stays in its folder: one path component of letters, digits, `.`, `_` and `-`.
+/// Whether a name is that of a chat template in [`TEMPLATES_FOLDER`].
+pub fn is_template(name: &str) -> bool {
+    let inner = name.strip_prefix(TEMPLATES_FOLDER).and_then(|rest| rest.strip_prefix('/'));
+    inner.is_some_and(|inner| inner.ends_with(TEMPLATE_SUFFIX) && check_component(inner).is_ok())
+}
+
+/// Checks that a name stays in its folder: one path component of letters, digits, `.`, `_` and `-`, or such a chat
+/// template in [`TEMPLATES_FOLDER`].
 pub fn check_name(name: &str) -> Result<(), ManifestError> {
+    if is_template(name) { Ok(()) } else { check_component(name) }
+}
+
+fn check_component(name: &str) -> Result<(), ManifestError> {
     if name.is_empty() || name.len() > NAME_BYTES_MAX {
         return Err(name_error(name, "names have 1 to 200 bytes"));
     }
     if name.contains('/') || name.contains('\\') {
-        return Err(name_error(name, "a model is one flat folder, names hold no path separator"));
+        let rule = "names hold no path separator, but for additional_chat_templates/NAME.jinja";
+        return Err(name_error(name, rule));
     }
     if name.starts_with('.') {
         return Err(name_error(name, "names do not begin with a dot"));
@@ -280,6 +308,12 @@ mod tests {
             ("../config.json", "path separator"),
             ("/etc/passwd", "path separator"),
             ("a\\b", "path separator"),
+            ("other/a.jinja", "path separator"),
+            ("additional_chat_templates/a.txt", "path separator"),
+            ("additional_chat_templates/../a.jinja", "path separator"),
+            ("additional_chat_templates/b/a.jinja", "path separator"),
+            ("additional_chat_templates/.a.jinja", "path separator"),
+            ("additional_chat_templates//a.jinja", "path separator"),
             ("..", "begin with a dot"),
             (".lock", "begin with a dot"),
             ("", "1 to 200"),
@@ -296,6 +330,10 @@ mod tests {
         assert!(twice.contains("listed twice"), "{twice}");
         let many = (0..=FILES_MAX).map(|n| entry(&format!("f{n}"))).collect();
         assert!(Manifest::new(many).unwrap_err().to_string().contains("1001 files"));
+        let template = |n: usize| entry(&format!("{TEMPLATES_FOLDER}/t{n}.jinja"));
+        assert!(Manifest::new((0..TEMPLATES_MAX).map(template).collect()).is_ok());
+        let many = Manifest::new((0..=TEMPLATES_MAX).map(template).collect()).unwrap_err().to_string();
+        assert!(many.contains("17 files") && many.contains("16"), "{many}");
         let huge = Manifest::new(vec![
             FileEntry { bytes: u64::MAX, ..entry("a") },
             FileEntry { bytes: 2, ..entry("b") },

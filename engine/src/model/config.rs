@@ -224,8 +224,7 @@ impl DecoderConfig {
         let config = object("config.json", config)?;
         let generation = generation.map(|bytes| object("generation_config.json", bytes)).transpose()?;
         let whole = Fields(&config);
-        // A model that reads images, too, keeps its decoder's configuration apart.
-        let fields = whole.object("text_config").ok().flatten().unwrap_or(whole);
+        let fields = text_of(whole);
         let family = family(whole, fields)?;
         refuse_quantised(whole)?;
         Reader { family, fields }.decoder([Some(whole), generation.as_ref().map(Fields)])
@@ -251,6 +250,18 @@ impl DecoderConfig {
         let shapes = names(self).into_iter().filter_map(|name| shape_of(self, &name));
         shapes.map(|shape| shape.iter().product::<usize>()).sum()
     }
+}
+
+/// The token that ends a sequence by the default of the class that a `config.json` names; none where its class is not
+/// known.
+pub fn class_eos(config: &Map<String, Value>) -> Option<u32> {
+    let whole = Fields(config);
+    family(whole, text_of(whole)).ok()?.eos
+}
+
+/// The decoder's part: a model that reads images, too, keeps its decoder's configuration apart.
+fn text_of(whole: Fields<'_>) -> Fields<'_> {
+    whole.object("text_config").ok().flatten().unwrap_or(whole)
 }
 
 fn read_bounded(path: &Path) -> Result<Vec<u8>, ModelConfigError> {

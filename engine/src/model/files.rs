@@ -118,6 +118,10 @@ impl Files {
             all.add(folder, name)?;
         }
         match all.missing.first() {
+            Some(name) if all.files.is_empty() && all.unread => {
+                let beside = format!("{SINGLE} beside it is not read unless the index is removed");
+                Err(malformed(INDEX, format!("it names {name}, which is missing; {beside}")))
+            }
             Some(name) if all.files.is_empty() => {
                 let source = std::io::ErrorKind::NotFound.into();
                 Err(FilesError::Read { file: name.clone(), source })

@@ -6,7 +6,7 @@
 
 use crate::text::jinja::json;
 use crate::text::jinja::value::{Dict, PyValue};
-use crate::text::job::{Chat, Json, Reject};
+use crate::text::job::{Chat, Json, Reject, part_text};
 
 /// What a template can take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,6 +80,9 @@ fn message(json: &Json, abilities: Abilities) -> Result<PyValue, Reject> {
             ("content", PyValue::List(parts)) if !abilities.parts || parts.items.is_empty() => {
                 PyValue::text(joined(&parts.items))
             }
+            ("content", PyValue::List(parts)) => {
+                list(parts.items.iter().map(text_part).collect::<Result<_, _>>()?)?
+            }
             ("role", PyValue::Text(role)) if &**role == "developer" && !abilities.developer => {
                 PyValue::text("system")
             }
@@ -105,11 +108,31 @@ fn says(value: &PyValue) -> bool {
 
 /// The texts of a message's parts.
 fn joined(parts: &[PyValue]) -> String {
-    let text = |part: &PyValue| match part {
-        PyValue::Dict(part) => part.get_text("text").map(PyValue::to_text).unwrap_or_default(),
-        _ => String::new(),
-    };
-    parts.iter().map(text).collect::<Vec<_>>().join("\n")
+    parts.iter().map(text_of).collect::<Vec<_>>().join("\n")
+}
+
+/// The text of a part, which may be a text alone.
+fn text_of(part: &PyValue) -> String {
+    match part {
+        PyValue::Dict(dict) => {
+            let kind = dict.get_text("type").map(PyValue::to_text).unwrap_or_default();
+            dict.get_text(part_text(&kind)).map(PyValue::to_text).unwrap_or_default()
+        }
+        text => text.to_text(),
+    }
+}
+
+/// A part as templates know it.
+fn text_part(part: &PyValue) -> Result<PyValue, Reject> {
+    if let PyValue::Dict(given) = part
+        && given.get_text("type").is_none_or(|kind| kind.equals(&PyValue::text("text")))
+    {
+        return Ok(part.clone());
+    }
+    let mut made = Dict::default();
+    made.insert(PyValue::text("type"), PyValue::text("text"));
+    made.insert(PyValue::text("text"), PyValue::text(text_of(part)));
+    dict(made)
 }
 
 /// A tool call with its arguments as values. Callers send them as JSON text, as they came out of a model.
@@ -138,6 +161,21 @@ fn tool_call(call: &PyValue) -> Result<PyValue, Reject> {
         made.insert(name.clone(), value);
     }
     dict(made)
+}
+
+/// The text of the last message, where the answer has its role, as vLLM's `echo` of a chat has it; else nothing.
+pub fn continued(chat: &Chat) -> String {
+    let last = chat.messages.last().and_then(|json| read(json).ok());
+    let Some(PyValue::Dict(last)) = last else { return String::new() };
+    let is_answer = last.get_text("role").is_some_and(|role| role.equals(&PyValue::text("assistant")));
+    if !is_answer && chat.add_generation_prompt {
+        return String::new();
+    }
+    match last.get_text("content") {
+        Some(PyValue::Text(text)) => text.to_string(),
+        Some(PyValue::List(parts)) => joined(&parts.items),
+        _ => String::new(),
+    }
 }
 
 /// Puts a tag behind the text of the last message; gives the text.

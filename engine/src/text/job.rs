@@ -22,6 +22,7 @@ use serde_json::Value;
 use crate::schedule::handle::Limits;
 use crate::text::jinja::json;
 
+pub use chat::part_text;
 use fields::Fields;
 pub use params::LOGIT_BIAS_MAX;
 pub use reject::Reject;
@@ -134,7 +135,8 @@ pub enum PromptInput {
 pub struct Params {
     /// Choices per prompt.
     pub n: u32,
-    /// Most tokens per choice. Absent, a chat may fill the context and a completion gets 16, as in vLLM.
+    /// Most tokens per choice; 0 where the prompt alone is asked about. Absent, a chat may fill the context and a
+    /// completion gets 16, as in vLLM.
     pub max_tokens: Option<u32>,
     /// Texts that end a choice; they are cut off.
     pub stop: Vec<String>,
@@ -176,7 +178,7 @@ pub struct Params {
     pub truncate_prompt_tokens: Option<u32>,
     /// Report the log probability of each token of the prompt and those of this many most probable ones.
     pub prompt_logprobs: Option<u32>,
-    /// The text begins with the prompt's.
+    /// The text begins with the prompt's; in a chat with that of the last message, where the answer continues its role.
     pub echo: bool,
     /// Log probabilities name tokens by their ids.
     pub tokens_as_ids: bool,
@@ -231,15 +233,14 @@ impl RequestLine {
     /// A bad line is a line with a refusal.
     pub fn decode(index: usize, id: String, bytes: &[u8], limits: &JobLimits) -> RequestLine {
         let reading = Reading::new(limits, false);
-        match if index == 0 { without_mark("line", bytes) } else { Ok(bytes) } {
-            Ok(bytes) => Self::read(index, id, bytes, &reading),
-            Err(reject) => RequestLine { index, custom_id: id.clone(), id, request: Err(reject) },
-        }
+        Self::read(index, id, bytes, &reading)
     }
 
     fn read(index: usize, id: String, bytes: &[u8], reading: &Reading<'_>) -> RequestLine {
         let mut custom_id = id.clone();
-        let request = decode_line(bytes, &mut custom_id, reading);
+        // Files that were joined have marks between them.
+        let bytes = without_mark("line", bytes);
+        let request = bytes.and_then(|bytes| decode_line(bytes, &mut custom_id, reading));
         RequestLine { index, id, custom_id, request }
     }
 }

@@ -3,6 +3,7 @@
 //! The folder is in Hugging Face layout. Every file has a size limit; what is malformed is refused at the
 //! start with the file's name, so that no job meets it. Rendering and tokenizing are pure.
 
+mod class;
 mod files;
 mod folder;
 #[cfg(test)]
@@ -38,10 +39,13 @@ struct Parts {
     splitting: OnceLock<Tokenizer>,
     /// Whether the model's author wants that for all text.
     split: bool,
+    /// Whether requests that say nothing want it for their own text.
+    split_callers: bool,
     templates: Templates,
     pieces: Pieces,
     end_tokens: Vec<u32>,
     defaults: Defaults,
+    notes: Vec<String>,
 }
 
 /// A model's chat templates.
@@ -114,6 +118,17 @@ pub enum TextError {
     },
 }
 
+/// Which special tokens in a prompt's text are taken for text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Split {
+    /// None: text that reads like a special token is one.
+    Nothing,
+    /// Those that the caller wrote.
+    Callers,
+    /// All, the template's own too, as transformers has it for `split_special_tokens` of tokenizer_config.json.
+    Everything,
+}
+
 /// A prompt in tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Prompt {
@@ -127,7 +142,15 @@ impl Text {
     /// # Errors
     /// When a file is missing, malformed or over its limit.
     pub fn open(folder: &Path, model: &str) -> Result<Text, TextError> {
-        folder::open(folder, model).map(|parts| Text(Arc::new(parts)))
+        Self::open_for(folder, model, false)
+    }
+
+    /// As [`Text::open`]; with `split_callers` a request that does not say `split_special_tokens` means `true`.
+    ///
+    /// # Errors
+    /// As [`Text::open`].
+    pub fn open_for(folder: &Path, model: &str, split_callers: bool) -> Result<Text, TextError> {
+        folder::open(folder, model).map(|parts| Text(Arc::new(Parts { split_callers, ..parts })))
     }
 
     /// The name that answers carry.
@@ -143,6 +166,11 @@ impl Text {
     /// Sampling where a request leaves it open.
     pub fn defaults(&self) -> Defaults {
         self.0.defaults
+    }
+
+    /// What a user should know about the folder's text side though nothing is wrong, a sentence each.
+    pub fn notes(&self) -> &[String] {
+        &self.0.notes
     }
 
     /// Whether the model has a chat template.
@@ -208,22 +236,20 @@ impl Text {
     /// When the template refuses the conversation, or the tokenizer fails.
     pub fn prompts(&self, request: &TextRequest, created: i64) -> Result<Vec<Prompt>, Reject> {
         let params = &request.params;
-        let split = params.split_special_tokens.unwrap_or(self.0.split);
+        let split = self.split_of(params);
         let mut prompts = match &request.input {
             Input::Chat(chat) => {
                 let templates = &self.0.templates;
                 let tools = templates.tool_use.as_ref().filter(|_| chat.tools.is_some());
                 let template = tools.or(templates.default.as_ref()).ok_or(Reject::NoTemplate)?;
                 // The template has written the special tokens already.
-                vec![self.chat_tokens(
-                    template,
-                    chat,
-                    (created, params.split_special_tokens == Some(true)),
-                )?]
+                vec![self.chat_tokens(template, chat, (created, split))?]
             }
             Input::Prompts { prompts, add_special_tokens } => {
                 let prompt = |prompt: &PromptInput| match prompt {
-                    PromptInput::Text(text) => self.encode_as(text, *add_special_tokens, split),
+                    PromptInput::Text(text) => {
+                        self.encode_as(text, *add_special_tokens, split != Split::Nothing)
+                    }
                     PromptInput::Tokens(tokens) => Ok(tokens.clone()),
                 };
                 prompts.iter().map(prompt).collect::<Result<Vec<_>, _>>()?
@@ -237,21 +263,32 @@ impl Text {
         Ok(prompts.into_iter().map(|tokens| Prompt { tokens }).collect())
     }
 
-    /// A conversation in tokens. With `split` what the caller wrote holds no special token.
+    /// Whose special tokens are text: the request decides, then the worker's setting, then the model's author.
+    fn split_of(&self, params: &Params) -> Split {
+        match params.split_special_tokens {
+            Some(true) => Split::Callers,
+            Some(false) => Split::Nothing,
+            None if self.0.split_callers => Split::Callers,
+            None if self.0.split => Split::Everything,
+            None => Split::Nothing,
+        }
+    }
+
+    /// A conversation in tokens.
     fn chat_tokens(
         &self,
         template: &Template,
         chat: &Chat,
-        (created, split): (i64, bool),
+        (created, split): (i64, Split),
     ) -> Result<Vec<u32>, Reject> {
-        if !split {
-            return self.encode(&template.render(chat, created)?, false);
+        if split != Split::Callers {
+            return self.encode_as(&template.render(chat, created)?, false, split == Split::Everything);
         }
         let special = self.0.tokenizer.get_added_vocabulary().get_added_tokens_decoder();
         let special: Vec<&str> =
             special.values().filter(|token| token.special).map(|token| token.content.as_str()).collect();
         let rendered = template.render_marked(chat, created, &special)?;
-        let newline = self.encode("\n", false)?;
+        let newline = self.encode_as("\n", false, false)?;
         let mut tokens = Vec::new();
         for (at, (text, is_callers)) in marks::parts(&rendered).into_iter().enumerate() {
             // Some tokenizers put a space before every text; behind a line feed they put none.
@@ -279,6 +316,8 @@ impl Text {
     ) -> Result<Request, Refusal> {
         let params = &request.params;
         let max_tokens = params.max_tokens.unwrap_or_else(|| default_tokens(&request.input, prompt, limits));
+        // The engine makes a token at least; where none is wanted, nobody takes it.
+        let max_tokens = max_tokens.max(1);
         let mut stop_tokens = self.stop_tokens(params);
         // Configurations may name tokens of a larger vocabulary; they are never chosen.
         stop_tokens.retain(|&token| token < limits.vocabulary);

@@ -18,8 +18,8 @@ pub(super) const LINES_MAX: usize = 5_000_000;
 /// Bytes that are hashed at once.
 const HASH_BYTES: usize = 1 << 20;
 
-/// SHA-256 of a file, and when it was last changed, in Unix seconds: that is the `created` of its answers, so
-/// that an undisturbed run and a resumed one agree.
+/// SHA-256 of a file, and when it was last changed, in Unix seconds: that is the `created` of the answers of a new
+/// output. An output that is resumed keeps its own.
 pub(super) fn fingerprint(path: &Path) -> io::Result<(String, i64)> {
     let mut file = File::open(path)?;
     let modified = file.metadata()?.modified()?;

@@ -31,6 +31,8 @@ pub(super) struct State {
 pub(super) struct Output {
     file: BufWriter<File>,
     answered: usize,
+    succeeded: usize,
+    created: i64,
     synced: Instant,
 }
 
@@ -48,19 +50,29 @@ impl Output {
             Err(TryLockError::Error(error)) => return Err(error),
         }
         let bytes = file.metadata()?.len();
-        check_state(&state_path(path), state, bytes)?;
-        let (answered, good) = count_answers(&mut file)?;
+        let created = check_state(&state_path(path), state, bytes)?;
+        let Found { answered, succeeded, good } = count_answers(&mut file)?;
         if good < bytes {
             eprintln!("{}: cutting {} bytes of an unfinished answer", path.display(), bytes - good);
             file.set_len(good)?;
         }
         file.seek(SeekFrom::Start(good))?;
-        Ok(Self { file: BufWriter::new(file), answered, synced: Instant::now() })
+        Ok(Self { file: BufWriter::new(file), answered, succeeded, created, synced: Instant::now() })
     }
 
     /// How many answers are there.
     pub(super) fn answered(&self) -> usize {
         self.answered
+    }
+
+    /// How many of them are no errors.
+    pub(super) fn succeeded(&self) -> usize {
+        self.succeeded
+    }
+
+    /// The answers' `created`: that of the first run, so that an undisturbed output and a resumed one agree.
+    pub(super) fn created(&self) -> i64 {
+        self.created
     }
 
     /// Appends an answer; after this call it survives the end of the process.
@@ -69,6 +81,7 @@ impl Output {
         self.file.write_all(b"\n")?;
         self.file.flush()?;
         self.answered += 1;
+        self.succeeded += usize::from(line.error.is_none());
         if self.synced.elapsed() >= SYNC_INTERVAL {
             self.file.get_ref().sync_data()?;
             self.synced = Instant::now();
@@ -90,12 +103,13 @@ pub(super) fn state_path(output: &Path) -> PathBuf {
     output.with_file_name(name)
 }
 
-/// The state is durable before the first answer is, so that no answer is without one.
-fn check_state(path: &Path, state: &State, output_bytes: u64) -> io::Result<()> {
+/// Compares what an output answers with what it shall answer, by content; gives its `created`. The state is durable
+/// before the first answer is, so that no answer is without one.
+fn check_state(path: &Path, state: &State, output_bytes: u64) -> io::Result<i64> {
     let found = match std::fs::read(path) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == io::ErrorKind::NotFound && output_bytes == 0 => {
-            return write_state(path, state);
+            return write_state(path, state).map(|()| state.created);
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let shown = path.display();
@@ -111,8 +125,6 @@ fn check_state(path: &Path, state: &State, output_bytes: u64) -> io::Result<()> 
         Some("input")
     } else if found.settings_sha256 != state.settings_sha256 {
         Some("model or setting (name, dtype, quantization, max-model-len)")
-    } else if found.created != state.created {
-        Some("time of the input's last change")
     } else {
         None
     };
@@ -120,7 +132,7 @@ fn check_state(path: &Path, state: &State, output_bytes: u64) -> io::Result<()> 
         Some(what) => {
             Err(refuse(format!("it answers another {what}; name another output, or remove both files")))
         }
-        None => Ok(()),
+        None => Ok(found.created),
     }
 }
 
@@ -136,24 +148,43 @@ fn write_state(path: &Path, state: &State) -> io::Result<()> {
     File::open(folder)?.sync_all()
 }
 
-/// Whole answers at the beginning of the file, and where the last of them ends. Each must be JSON with the id
-/// of its place: after a power failure the end of a file can hold anything.
-fn count_answers(file: &mut File) -> io::Result<(usize, u64)> {
+/// What an output holds already.
+#[derive(Debug, Default)]
+struct Found {
+    /// Whole answers at its beginning.
+    answered: usize,
+    /// Those that are no errors.
+    succeeded: usize,
+    /// Where the last of them ends.
+    good: u64,
+}
+
+/// Counts whole answers at the beginning of the file. Each must be JSON with the id of its place: after a power
+/// failure the end of a file can hold anything.
+fn count_answers(file: &mut File) -> io::Result<Found> {
     let mut reader = BufReader::new(file);
-    let (mut answers, mut good) = (0, 0);
+    let mut found = Found::default();
     let mut line = Vec::new();
     loop {
         line.clear();
         let bytes = reader.read_until(b'\n', &mut line)?;
-        if line.last() != Some(&b'\n') || !is_answer(&line, answers) {
-            return Ok((answers, good));
-        }
-        answers += 1;
-        good += bytes as u64;
+        let succeeded = match succeeds(&line, found.answered) {
+            Some(succeeded) if line.last() == Some(&b'\n') => succeeded,
+            _ => return Ok(found),
+        };
+        found.answered += 1;
+        found.succeeded += usize::from(succeeded);
+        found.good += bytes as u64;
     }
 }
 
-fn is_answer(line: &[u8], index: usize) -> bool {
+/// Of a whole answer, whether it is one rather than an error.
+fn succeeds(line: &[u8], index: usize) -> Option<bool> {
+    #[derive(Deserialize)]
+    struct Answer {
+        error: Option<serde::de::IgnoredAny>,
+    }
     let begins = line.starts_with(format!("{{\"id\":\"{ID}-{index}\",").as_bytes());
-    begins && serde_json::from_slice::<serde::de::IgnoredAny>(line).is_ok()
+    let answer: Answer = serde_json::from_slice(line).ok().filter(|_| begins)?;
+    Some(answer.error.is_none())
 }

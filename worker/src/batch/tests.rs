@@ -162,15 +162,9 @@ fn what_does_not_belong_together_is_refused() {
     let error = refusal(files.run_with("out.jsonl", "other settings", None).unwrap_err());
     assert!(error.contains("out.jsonl") && error.contains("model or setting"), "{error}");
     let before = files.output("out.jsonl");
-    let modified = fs::metadata(files.path("in.jsonl")).unwrap().modified().unwrap();
     fs::write(files.path("in.jsonl"), input(6)).unwrap();
     let error = refusal(files.run("out.jsonl").unwrap_err());
     assert!(error.contains("another input"), "{error}");
-    fs::write(files.path("in.jsonl"), input(5)).unwrap();
-    let file = fs::File::options().write(true).open(files.path("in.jsonl")).unwrap();
-    file.set_modified(modified + Duration::from_secs(5)).unwrap();
-    let error = refusal(files.run("out.jsonl").unwrap_err());
-    assert!(error.contains("last change"), "{error}");
     fs::write(files.path("mine.txt"), "not an output").unwrap();
     let error = refusal(files.run("mine.txt").unwrap_err());
     assert!(error.contains("13 bytes") && error.contains("mine.txt.state"), "{error}");
@@ -178,6 +172,33 @@ fn what_does_not_belong_together_is_refused() {
     assert_eq!(files.output("out.jsonl"), before, "a refusal changes nothing");
     let error = refusal(files.run("no/such/folder/out.jsonl").unwrap_err());
     assert!(error.contains("no/such/folder"), "{error}");
+}
+
+#[test]
+fn a_copy_of_the_input_goes_on_where_the_first_run_stopped() {
+    let files = Files::new(&input(12));
+    files.run("undisturbed.jsonl").unwrap();
+    let expected = files.output("undisturbed.jsonl");
+    let _ = files.run_with("out.jsonl", "settings", Some(4));
+    // The same bytes, written later: content decides, and the answers keep the first run's time.
+    fs::write(files.path("in.jsonl"), input(12)).unwrap();
+    let file = fs::File::options().write(true).open(files.path("in.jsonl")).unwrap();
+    let modified = file.metadata().unwrap().modified().unwrap();
+    file.set_modified(modified + Duration::from_secs(500)).unwrap();
+    let summary = files.run("out.jsonl").unwrap();
+    assert!(summary.resumed > 0, "something was answered before");
+    assert_eq!(files.output("out.jsonl"), expected);
+}
+
+#[test]
+fn a_file_of_which_every_line_failed_is_told() {
+    let bad = "{\"prompt\":\"x\",\"n\":0}\n";
+    let files = Files::new(&bad.repeat(3));
+    let failed = |files: &Files| files.run("out.jsonl").unwrap().all_failed;
+    assert!(failed(&files));
+    assert!(failed(&files), "an earlier run's errors are errors still");
+    assert!(!failed(&Files::new(&format!("{bad}{{\"prompt\":\"a\"}}\n"))));
+    assert!(!failed(&Files::new("")));
 }
 
 #[test]

@@ -8,9 +8,11 @@ use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use millrace_engine::folder::belongs;
+use millrace_engine::folder::{belongs, local_files};
 use millrace_queue::args::StoreArgs;
 use millrace_queue::store::{S3Uri, Store};
+
+use crate::weights;
 
 /// Largest small file: a tokenizer of 256k entries has some 35 MB.
 const SMALL_BYTES_MAX: u64 = 128 << 20;
@@ -39,17 +41,9 @@ impl FolderAt {
     pub async fn list(&self) -> Result<BTreeMap<String, u64>, String> {
         match self {
             Self::Remote(store, uri) => {
-                Ok(store.list(uri).await.map_err(|e| e.to_string())?.into_iter().collect())
+                Ok(weights::list(store, uri).await.map_err(|e| e.to_string())?.into_iter().collect())
             }
-            Self::Local(path) => {
-                let entries = std::fs::read_dir(path).map_err(|e| e.to_string())?;
-                let sizes = entries.map(|entry| {
-                    let entry = entry?;
-                    let bytes = std::fs::metadata(entry.path())?.len();
-                    Ok((entry.file_name().to_string_lossy().into_owned(), bytes))
-                });
-                sizes.collect::<std::io::Result<_>>().map_err(|e| e.to_string())
-            }
+            Self::Local(path) => Ok(local_files(path).map_err(|e| e.to_string())?.into_iter().collect()),
         }
     }
 
@@ -101,6 +95,9 @@ impl FolderAt {
     pub async fn copy(&self, sizes: &BTreeMap<String, u64>, into: &Path) -> Result<(), String> {
         for (name, &bytes) in sizes.iter().filter(|(name, _)| belongs(name)) {
             let named = |error: String| format!("{name}: {error}");
+            if let Some(folder) = into.join(name).parent() {
+                std::fs::create_dir_all(folder).map_err(|e| named(e.to_string()))?;
+            }
             if !name.ends_with(".safetensors") {
                 let content = self.get(name, SMALL_BYTES_MAX).await.map_err(named)?;
                 std::fs::write(into.join(name), content).map_err(|e| named(e.to_string()))?;

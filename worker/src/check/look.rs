@@ -5,7 +5,7 @@ use std::path::Path;
 
 use millrace_crds::check::Check;
 use millrace_engine::folder::belongs;
-use millrace_engine::folder::manifest::MANIFEST_NAME;
+use millrace_engine::folder::manifest::{MANIFEST_NAME, is_template};
 use millrace_engine::model::binding::{names, shape_of};
 use millrace_engine::model::config::DecoderConfig;
 use millrace_engine::model::files::Files;
@@ -119,7 +119,10 @@ pub fn text(folder: &Path, sizes: &BTreeMap<String, u64>) -> Vec<Check> {
             return vec![Check::fail(TEXT, error.to_string(), fix)];
         }
     };
-    let mut checks = vec![ends(&text)];
+    let note =
+        |note: &String| Check::warn(TEXT, note.clone(), "compare ids, if the model was trained with it");
+    let mut checks: Vec<Check> = text.notes().iter().map(note).collect();
+    checks.push(ends(&text));
     checks.push(match sample(&text) {
         Ok(found) => Check::ok(SAMPLE, found),
         Err(error) => Check::fail(SAMPLE, error, "mend the chat template"),
@@ -182,6 +185,9 @@ fn role(name: &str) -> &'static str {
         "tokenizer.json" => "vocabulary, splitting, decoding",
         "tokenizer_config.json" => "special tokens, and the chat template where no file of its own has it",
         "chat_template.jinja" => "the chat template",
+        "special_tokens_map.json" => "special tokens, above those of tokenizer_config.json",
+        "added_tokens.json" => "added tokens and their ids",
+        _ if is_template(name) => "a chat template: tool_use serves chats with tools, default the others",
         _ if name.ends_with(".safetensors") => "weights",
         _ if name.ends_with(".safetensors.index.json") => "which file has which weights",
         _ => "what the text side reads from it",

@@ -71,6 +71,11 @@ pub struct Shared {
     pub _lock: File,
 }
 
+/// Where the journal of a file lies: in the folder itself, under a name that no file of a model has.
+pub fn journal_path(folder: &Path, name: &str) -> PathBuf {
+    folder.join(format!(".{}.parts", name.replace('/', "~")))
+}
+
 /// The file that is being written, and its journal. Whoever reads or writes it holds the folder's lock with it.
 struct Target {
     shared: Arc<Shared>,
@@ -103,7 +108,7 @@ impl Download {
     }
 
     fn journal_path(&self) -> PathBuf {
-        self.folder.join(format!(".{}.parts", self.wanted.name))
+        journal_path(&self.folder, &self.wanted.name)
     }
 
     async fn attempt(&self, head: &Head) -> Result<(FileEntry, u64, bool), PullError> {
@@ -251,6 +256,8 @@ fn missing(parts: u64, done: &BTreeSet<u64>) -> Vec<Range<u64>> {
 
 /// Opens the file and its journal, and tells the parts that are written already.
 fn open(path: &Path, journal_path: &Path, head: &Head) -> Result<(File, File, BTreeSet<u64>), PullError> {
+    let folder = path.parent().unwrap_or(path);
+    std::fs::create_dir_all(folder).map_err(io(folder))?;
     let title = format!("{} {}", head.bytes, head.etag);
     let text = std::fs::read_to_string(journal_path).unwrap_or_default();
     let (first, rest) = text.split_once('\n').unwrap_or_default();

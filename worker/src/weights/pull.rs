@@ -16,15 +16,15 @@ use std::sync::Arc;
 use futures::{StreamExt, TryStreamExt};
 use millrace_crds::config::ModelConfig;
 use millrace_engine::folder::manifest::{
-    FileEntry, MANIFEST_BYTES_MAX, MANIFEST_NAME, Manifest, ModelDigest,
+    FileEntry, MANIFEST_BYTES_MAX, MANIFEST_NAME, Manifest, ModelDigest, TEMPLATES_FOLDER,
 };
 use millrace_engine::folder::{FolderError, belongs, check_files, compare, io, read_manifest};
 use millrace_queue::store::{S3Uri, Store, StoreError};
 use sha2::{Digest, Sha256};
 use tokio::sync::Semaphore;
 
-use super::download::{Download, REQUESTS_AT_ONCE, Shared};
-use super::{Folder, PullError, pull_threads};
+use super::download::{Download, REQUESTS_AT_ONCE, Shared, journal_path};
+use super::{Folder, PullError, list, pull_threads};
 
 /// The mark of a folder whose bytes have all reached the disk.
 const SETTLED_NAME: &str = ".settled";
@@ -88,7 +88,7 @@ impl Pull {
                 }
             }
             Err(StoreError::Missing(_)) => {
-                let listed = self.store.list(uri).await?;
+                let listed = list(&self.store, uri).await?;
                 let files: Vec<FileEntry> = listed
                     .into_iter()
                     .filter(|(name, _)| belongs(name))
@@ -198,8 +198,11 @@ fn settle(folder: PathBuf) {
 }
 
 fn settle_now(folder: &Path) -> std::io::Result<()> {
-    for entry in fs::read_dir(folder)? {
-        File::open(entry?.path())?.sync_all()?;
+    let templates = folder.join(TEMPLATES_FOLDER);
+    for inner in [folder, &templates].into_iter().filter(|inner| inner.is_dir()) {
+        for entry in fs::read_dir(inner)? {
+            File::open(entry?.path())?.sync_all()?;
+        }
     }
     File::open(folder)?.sync_all()?;
     File::open(folder.parent().unwrap_or(folder))?.sync_all()?;
@@ -233,7 +236,7 @@ fn finish(partial: &Path, ready: &Path, manifest: &Manifest) -> Result<(), PullE
     for file in manifest.files() {
         let path = partial.join(&file.name);
         fs::set_permissions(&path, Permissions::from_mode(0o444)).map_err(io(&path))?;
-        let journal = partial.join(format!(".{}.parts", file.name));
+        let journal = journal_path(partial, &file.name);
         fs::remove_file(&journal).map_err(io(&journal))?;
     }
     let path = partial.join(MANIFEST_NAME);

@@ -24,6 +24,10 @@ pub struct FamilyDefaults {
     pub class: &'static str,
     /// Its `model_type`, and further names of it.
     pub model_types: &'static [&'static str],
+    /// The published models, for the documents.
+    pub models: &'static str,
+    /// What it has beside the first family, for the documents.
+    pub own: &'static str,
     /// `hidden_size`.
     pub hidden: usize,
     /// `intermediate_size`.
@@ -58,6 +62,8 @@ const LLAMA: FamilyDefaults = FamilyDefaults {
     architecture: Architecture::Llama,
     class: "LlamaForCausalLM",
     model_types: &["llama"],
+    models: "Llama 1 to 3, SmolLM2 and relatives",
+    own: "",
     hidden: 4096,
     intermediate: 11_008,
     layers: 32,
@@ -78,6 +84,8 @@ const QWEN2: FamilyDefaults = FamilyDefaults {
     architecture: Architecture::Qwen2,
     class: "Qwen2ForCausalLM",
     model_types: &["qwen2"],
+    models: "Qwen2, Qwen2.5",
+    own: "biases on Q, K and V; windows by layer",
     intermediate: 22_016,
     kv_heads: KvHeads::Count(32),
     vocabulary: 151_936,
@@ -94,6 +102,8 @@ pub const FAMILIES: [FamilyDefaults; 9] = [
         architecture: Architecture::Mistral,
         class: "MistralForCausalLM",
         model_types: &["mistral"],
+        models: "Mistral",
+        own: "one sliding window for all layers, where `sliding_window` is set",
         intermediate: 14_336,
         kv_heads: KvHeads::Count(8),
         positions: 4096 * 32,
@@ -105,6 +115,8 @@ pub const FAMILIES: [FamilyDefaults; 9] = [
         architecture: Architecture::Qwen3,
         class: "Qwen3ForCausalLM",
         model_types: &["qwen3"],
+        models: "Qwen3",
+        own: "norms on the heads of Q and K; windows by layer",
         head_dim: Some(128),
         ..QWEN2
     },
@@ -112,6 +124,8 @@ pub const FAMILIES: [FamilyDefaults; 9] = [
         architecture: Architecture::Gemma3,
         class: "Gemma3ForCausalLM",
         model_types: &["gemma3_text"],
+        models: "Gemma 3, text",
+        own: "windows but for each sixth layer, norms around both branches, scaled embeddings",
         hidden: 2304,
         intermediate: 9216,
         layers: 26,
@@ -131,6 +145,8 @@ pub const FAMILIES: [FamilyDefaults; 9] = [
         architecture: Architecture::Phi3,
         class: "Phi3ForCausalLM",
         model_types: &["phi3"],
+        models: "Phi-3, Phi-4",
+        own: "matrices stored together, RoPE of a part of a head",
         hidden: 3072,
         intermediate: 8192,
         vocabulary: 32_064,
@@ -143,6 +159,8 @@ pub const FAMILIES: [FamilyDefaults; 9] = [
         architecture: Architecture::SmolLm3,
         class: "SmolLM3ForCausalLM",
         model_types: &["smollm3"],
+        models: "SmolLM3",
+        own: "each fourth layer without RoPE",
         hidden: 2048,
         layers: 36,
         heads: 16,
@@ -158,6 +176,8 @@ pub const FAMILIES: [FamilyDefaults; 9] = [
         architecture: Architecture::Olmo2,
         class: "Olmo2ForCausalLM",
         model_types: &["olmo2"],
+        models: "OLMo 2",
+        own: "norms behind both branches, and over all of Q and of K",
         vocabulary: 50_304,
         eps: 1e-5,
         eos: Some(50_279),
@@ -167,9 +187,22 @@ pub const FAMILIES: [FamilyDefaults; 9] = [
         architecture: Architecture::Granite,
         class: "GraniteForCausalLM",
         model_types: &["granite"],
+        models: "Granite",
+        own: "factors on embeddings, branches, scores and logits",
         ..LLAMA
     },
 ];
+
+/// The families as the documents list them: a table in Markdown.
+pub fn table() -> String {
+    let mut table = "| architecture | `model_type` | models | of its own |\n|---|---|---|---|\n".to_owned();
+    for family in &FAMILIES {
+        let types = family.model_types.join("`, `");
+        let own = if family.own.is_empty() { String::new() } else { format!("{} ", family.own) };
+        table += &format!("| `{}` | `{types}` | {} | {own}|\n", family.class, family.models);
+    }
+    table
+}
 
 impl FamilyDefaults {
     /// The family that `architectures` or, without a name there, `model_type` says.
@@ -189,5 +222,36 @@ impl FamilyDefaults {
     fn names(&self, class: &str) -> bool {
         let stem = self.class.strip_suffix("ForCausalLM").unwrap_or(self.class);
         class.eq_ignore_ascii_case(self.class) || class.strip_suffix("Model") == Some(stem)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    /// `MILLRACE_UPDATE=1` writes the page's table anew.
+    #[test]
+    fn the_page_of_models_lists_the_families() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/models.md");
+        let page = std::fs::read_to_string(path).unwrap();
+        let begin = page.find("| architecture |").unwrap();
+        let end = begin + page[begin..].find("\n\n").unwrap() + 1;
+        if std::env::var_os("MILLRACE_UPDATE").is_some() {
+            std::fs::write(path, format!("{}{}{}", &page[..begin], table(), &page[end..])).unwrap();
+            return;
+        }
+        assert_eq!(page[begin..end], table(), "look, then run with MILLRACE_UPDATE=1");
+    }
+
+    #[test]
+    fn each_family_is_described_by_itself() {
+        let of = |text: fn(&FamilyDefaults) -> &'static str| -> BTreeSet<&str> {
+            FAMILIES.iter().map(text).collect()
+        };
+        assert_eq!(of(|family| family.models).len(), FAMILIES.len());
+        assert_eq!(of(|family| family.own).len(), FAMILIES.len());
+        assert_eq!(of(|family| family.class).len(), FAMILIES.len());
     }
 }

@@ -201,7 +201,9 @@ impl Reader<'_> {
             names_any = true;
             let list = ids.as_array().map_or(std::slice::from_ref(ids), Vec::as_slice);
             for id in list {
-                match id.as_i64() {
+                // A whole number may stand as a float.
+                let whole = id.as_f64().filter(|id| id.fract() == 0.0 && id.abs() < 1e15);
+                match id.as_i64().or(whole.map(|id| id as i64)) {
                     Some(id) => eos.extend(u32::try_from(id).ok().filter(|&id| (id as usize) < vocabulary)),
                     None => return refuse(FIELD, id, "a token id, or a list of them"),
                 }

@@ -10,6 +10,7 @@ use super::AnswerError;
 use crate::schedule::handle::Generation;
 use crate::schedule::request::{Event, Finish, Token};
 use crate::text::completion::{Choice, TokenLogprobs};
+use crate::text::conversation;
 use crate::text::detokenize::Detokenizer;
 use crate::text::job::{Input, TextRequest};
 use crate::text::prompt::Text;
@@ -105,14 +106,22 @@ impl<'a> Progress<'a> {
         if scored {
             self.forced = prompt.len().saturating_sub(1);
         }
-        if let Input::Prompts { .. } = self.request.input {
-            let mut text = String::new();
-            self.detokenizer = self.text.detokenizer_behind(skip, prompt, &mut text);
-            if params.echo {
-                self.characters = text.chars().count();
-                self.deltas.send(&text);
-                self.choice.text = text;
+        let mut text = String::new();
+        match &self.request.input {
+            // A character that the prompt leaves unfinished is shown when it is whole.
+            Input::Prompts { .. } if params.echo => {
+                prompt.iter().for_each(|&id| self.detokenizer.push(id, &mut text));
             }
+            Input::Prompts { .. } => {
+                self.detokenizer = self.text.detokenizer_behind(skip, prompt, &mut text);
+            }
+            Input::Chat(chat) if params.echo => text = conversation::continued(chat),
+            Input::Chat(_) => {}
+        }
+        if params.echo {
+            self.characters = text.chars().count();
+            self.deltas.send(&text);
+            self.choice.text = text;
         }
     }
 
@@ -123,6 +132,10 @@ impl<'a> Progress<'a> {
             self.choice.prompt[place].values = token.logprobs;
             self.forced -= 1;
             return false;
+        }
+        if self.request.params.max_tokens == Some(0) {
+            self.end(FinishReason::Length);
+            return true;
         }
         self.choice.tokens += 1;
         if let Some(most) = self.request.params.logprobs {

@@ -394,6 +394,44 @@ async fn an_echo_begins_with_the_prompt_and_its_log_probabilities() {
 }
 
 #[tokio::test]
+async fn an_echo_shows_a_character_that_prompt_and_answer_share_whole() {
+    let body = r#"{"prompt":[195],"echo":true,"max_tokens":2}"#;
+    let answer: TextCompletion = answer_of(&Engine::new(|_| vec![0xA9, END]), body).await;
+    assert_eq!(answer.choices[0].text, "é");
+}
+
+#[tokio::test]
+async fn a_prompt_can_be_scored_without_an_answer() {
+    let engine =
+        Engine::new(|request| request.sampling.forced.iter().copied().chain([b'!'.into(), END]).collect());
+    for body in [
+        r#"{"prompt":"ab","echo":true,"logprobs":1,"max_tokens":0}"#,
+        r#"{"prompt":"ab","echo":true,"max_tokens":0}"#,
+        r#"{"prompt":"ab","prompt_logprobs":1,"max_tokens":0}"#,
+    ] {
+        let answer: TextCompletion = answer_of(&engine, body).await;
+        let choice = &answer.choices[0];
+        assert_eq!(choice.text, if body.contains("echo") { "ab" } else { "" });
+        assert_eq!((answer.usage.completion_tokens, choice.finish_reason), (0, FinishReason::Length));
+        let tokens = choice.logprobs.as_ref().map(|logprobs| logprobs.tokens.clone());
+        assert_eq!(tokens, body.contains(r#""logprobs""#).then(|| vec!["a".to_owned(), "b".to_owned()]));
+    }
+}
+
+#[tokio::test]
+async fn a_chats_echo_begins_with_what_is_continued() {
+    let text = |body: &'static str| async move {
+        let answer: ChatCompletion = answer_of(&Engine::saying("Hi"), body).await;
+        answer.choices[0].message.content.clone()
+    };
+    let continued = r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"So: "}],
+        "continue_final_message":true,"echo":true}"#;
+    assert_eq!(text(continued).await, "So: Hi");
+    let asked = r#"{"messages":[{"role":"user","content":"a"}],"echo":true}"#;
+    assert_eq!(text(asked).await, "Hi");
+}
+
+#[tokio::test]
 async fn prompts_have_log_probabilities_in_vllms_form() {
     let engine = Engine::new(|request| request.sampling.forced.iter().copied().chain([END]).collect());
     let line = body_of(&engine, one(r#"{"prompt":"ab","prompt_logprobs":2}"#)).await.remove(0);

@@ -41,6 +41,20 @@ pub fn strftime(seconds: i64, format: &str) -> Outcome<String> {
             'f' => number(0, 6),
             'u' => number(at.weekday().number_from_monday().into(), 1),
             'w' => number(at.weekday().number_days_from_sunday().into(), 1),
+            'C' => number(at.year().unsigned_abs() / 100, 2),
+            'G' => number(at.to_iso_week_date().0.unsigned_abs(), 4),
+            'V' => number(at.iso_week().into(), 2),
+            'U' => number(at.sunday_based_week().into(), 2),
+            'W' => number(at.monday_based_week().into(), 2),
+            's' => {
+                let _ = write!(out, "{seconds}");
+            }
+            'k' => {
+                let _ = write!(out, "{:>2}", at.hour());
+            }
+            'l' => {
+                let _ = write!(out, "{:>2}", (at.hour() + 11) % 12 + 1);
+            }
             'e' => {
                 let _ = write!(out, "{:>2}", at.day());
             }
@@ -49,6 +63,8 @@ pub fn strftime(seconds: i64, format: &str) -> Outcome<String> {
             'A' => out.push_str(&weekday),
             'a' => out.push_str(&weekday[..3]),
             'p' => out.push_str(if at.hour() < 12 { "AM" } else { "PM" }),
+            'P' => out.push_str(if at.hour() < 12 { "am" } else { "pm" }),
+            'r' => out.push_str(&strftime(seconds, "%I:%M:%S %p")?),
             // A time without a zone shows none.
             'z' | 'Z' => {}
             'F' => out.push_str(&strftime(seconds, "%Y-%m-%d")?),

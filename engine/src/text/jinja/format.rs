@@ -308,13 +308,40 @@ fn general(number: f64, precision: usize, keep_zeros: bool) -> String {
     trim(&format!("{number:.decimals$}"))
 }
 
-/// `template.format(...)`.
-pub fn braces(template: &str, given: &Given) -> Outcome<String> {
-    let mut counter = 0;
-    fill(template, given, &mut counter, 0)
+/// How the places of a template are numbered: by it, or by themselves.
+#[derive(Default)]
+struct Numbering {
+    next: usize,
+    manual: bool,
 }
 
-fn fill(template: &str, given: &Given, counter: &mut usize, level: usize) -> Outcome<String> {
+impl Numbering {
+    /// The place of a field that has a number or none; `None` where it has a name.
+    fn place(&mut self, field: &str) -> Outcome<Option<usize>> {
+        let number = field.parse::<usize>().ok();
+        if field.is_empty() {
+            if self.manual {
+                return raise("cannot switch from manual field specification to automatic field numbering");
+            }
+            self.next += 1;
+            return Ok(Some(self.next - 1));
+        }
+        if number.is_some() {
+            if self.next > 0 {
+                return raise("cannot switch from automatic field numbering to manual field specification");
+            }
+            self.manual = true;
+        }
+        Ok(number)
+    }
+}
+
+/// `template.format(...)`.
+pub fn braces(template: &str, given: &Given) -> Outcome<String> {
+    fill(template, given, &mut Numbering::default(), 0)
+}
+
+fn fill(template: &str, given: &Given, counter: &mut Numbering, level: usize) -> Outcome<String> {
     if level > 2 {
         return raise("Max string recursion exceeded");
     }
@@ -358,16 +385,10 @@ fn fill(template: &str, given: &Given, counter: &mut usize, level: usize) -> Out
 }
 
 /// `name`, `0`, or nothing for the next one; then `.attribute` and `[item]`.
-fn lookup(name: &str, given: &Given, counter: &mut usize) -> Outcome<PyValue> {
+fn lookup(name: &str, given: &Given, counter: &mut Numbering) -> Outcome<PyValue> {
     let end = name.find(['.', '[']).unwrap_or(name.len());
     let (first, mut rest) = name.split_at(end);
-    let place = if first.is_empty() {
-        *counter += 1;
-        Some(*counter - 1)
-    } else {
-        first.parse::<usize>().ok()
-    };
-    let found = match place {
+    let found = match counter.place(first)? {
         Some(place) => given.positional.get(place),
         None => given.named.iter().rev().find(|(name, _)| name == first).map(|(_, value)| value),
     };

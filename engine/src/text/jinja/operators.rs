@@ -92,6 +92,12 @@ fn arithmetic(operator: BinaryOp, left: &PyValue, right: &PyValue) -> Outcome<Py
             "integer division or modulo by zero"
         });
     }
+    if operator == BinaryOp::Power && a == 0.0 && b < 0.0 {
+        return raise("0.0 cannot be raised to a negative power");
+    }
+    if operator == BinaryOp::Power && a < 0.0 && b.fract() != 0.0 {
+        return raise("complex numbers are not supported");
+    }
     if let (Some(a), Some(b)) = (left.as_int(), right.as_int()) {
         let whole = match operator {
             BinaryOp::Add => a.checked_add(b),

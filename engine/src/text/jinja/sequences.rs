@@ -61,6 +61,9 @@ pub fn apply(machine: &mut Machine<'_>, name: &str, of: PyValue, given: Given) -
         "sum" => {
             let [attribute, start] = given.bind(name, ["attribute", "start"])?;
             let mut sum = start.unwrap_or(PyValue::Int(0));
+            if matches!(sum, PyValue::Text(_)) {
+                return raise("sum() can't sum strings [use ''.join(seq) instead]");
+            }
             for item in of.iterate()? {
                 let item = path(machine, &item, attribute.as_ref())?;
                 sum = filters::add(&sum, &item, machine.bounds.bytes)?;

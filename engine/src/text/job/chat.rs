@@ -22,6 +22,15 @@ const NAME_BYTES_MAX: usize = 256;
 /// Variables that the request sets by its own fields.
 const RESERVED: [&str; 4] = ["messages", "add_generation_prompt", "tools", "documents"];
 
+/// Kinds of parts of a message that are text: of chat completions, and of answers in OpenAI's other forms that come
+/// back in conversations.
+const PART_KINDS: [&str; 4] = ["text", "input_text", "output_text", "refusal"];
+
+/// The field of a part of this kind that holds its text.
+pub fn part_text(kind: &str) -> &'static str {
+    if kind == "refusal" { "refusal" } else { "text" }
+}
+
 /// Reads the conversation's fields. `body` is the text of the whole request.
 pub(super) fn read(fields: &mut Fields, body: &str, reading: &Reading<'_>) -> Result<Input, Reject> {
     let values = fields.list("messages", "messages", MESSAGES_MAX)?.unwrap_or_default();
@@ -34,6 +43,10 @@ pub(super) fn read(fields: &mut Fields, body: &str, reading: &Reading<'_>) -> Re
     let messages = json::elements(json::field(body, "messages").unwrap_or_default());
     let continue_final_message = fields.boolean("continue_final_message")?.unwrap_or(false);
     let add_generation_prompt = fields.boolean("add_generation_prompt")?;
+    if fields.boolean("add_special_tokens")? == Some(true) {
+        let reason = "the template writes them";
+        return Err(Reject::Unsupported { field: fields.path_of("add_special_tokens"), reason });
+    }
     if continue_final_message && add_generation_prompt == Some(true) {
         return Err(Reject::Value {
             field: "add_generation_prompt".into(),
@@ -208,10 +221,14 @@ fn check_content(path: &str, value: Value, reading: &Reading<'_>) -> Result<(), 
         return Err(Reject::TooMany { field: path.to_owned(), what: "parts", limit: PARTS_MAX });
     }
     for (i, part) in parts.into_iter().enumerate() {
+        if part.is_string() {
+            continue;
+        }
         let mut fields = Fields::open(&format!("{path}[{i}]"), part)?;
-        fields.one_of("type", &["text"])?;
-        if fields.text("text", 0..=TEXT_BYTES_MAX)?.is_none() {
-            return Err(Reject::Missing { field: fields.path_of("text"), expected: "a string" });
+        let kind = fields.one_of("type", &PART_KINDS)?.unwrap_or("text");
+        let name = part_text(kind);
+        if fields.text(name, 0..=TEXT_BYTES_MAX)?.is_none() {
+            return Err(Reject::Missing { field: fields.path_of(name), expected: "a string" });
         }
         fields.done(reading)?;
     }

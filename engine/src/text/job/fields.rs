@@ -13,6 +13,9 @@ use super::reject::Reject;
 /// Characters of a value that a message quotes.
 const QUOTED_CHARS_MAX: usize = 60;
 
+/// Below it, a float tells every whole number apart.
+const WHOLE_MAX: f64 = 9_007_199_254_740_992.0;
+
 /// The fields of an object that are not read yet.
 pub(super) struct Fields {
     path: String,
@@ -61,7 +64,10 @@ impl Fields {
     /// Takes a whole number within a range.
     pub(super) fn integer(&mut self, name: &str, range: RangeInclusive<i64>) -> Result<Option<i64>, Reject> {
         let Some(value) = self.take(name) else { return Ok(None) };
-        match value.as_i64().filter(|number| range.contains(number)) {
+        // Some languages write every number with a point.
+        let whole = value.as_f64().filter(|number| number.fract() == 0.0 && number.abs() < WHOLE_MAX);
+        let number = value.as_i64().or(whole.map(|number| number as i64));
+        match number.filter(|number| range.contains(number)) {
             Some(number) => Ok(Some(number)),
             None => {
                 let expected = format!("a whole number from {} to {}", range.start(), range.end());

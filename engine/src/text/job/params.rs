@@ -43,6 +43,15 @@ const IGNORED: [&str; 10] = [
     "request_id",
 ];
 
+/// Fields of other servers that are known and refused, unless their value is the one that changes nothing.
+const NEUTRAL: [(&str, &str); 5] = [
+    ("length_penalty", "1"),
+    ("early_stopping", "false"),
+    ("priority", "0"),
+    ("spaces_between_special_tokens", "true"),
+    ("include_reasoning", "true"),
+];
+
 /// Fields that are known and refused unless they say nothing.
 const UNSUPPORTED: [(&str, &str); 16] = [
     ("functions", "leave it out"),
@@ -63,18 +72,34 @@ const UNSUPPORTED: [(&str, &str); 16] = [
     ("structured_outputs", "output cannot be constrained"),
 ];
 
+fn refuse_unless_neutral(fields: &mut Fields) -> Result<(), Reject> {
+    for (name, neutral) in NEUTRAL {
+        let Some(value) = fields.take(name) else { continue };
+        let says_nothing = match &value {
+            Value::Bool(flag) => flag.to_string() == neutral,
+            Value::Number(number) => number.as_f64() == neutral.parse().ok(),
+            other => is_empty(other),
+        };
+        if !says_nothing {
+            return Err(refuse(fields.path_of(name), &value, &format!("{neutral}, which alone is done")));
+        }
+    }
+    Ok(())
+}
+
 /// Reads every parameter. `chat` tells the two meanings of `logprobs` apart.
 pub(super) fn read(fields: &mut Fields, chat: bool, limits: &JobLimits) -> Result<Params, Reject> {
     refuse_unsupported(fields)?;
-    if chat && fields.boolean("echo")?.unwrap_or(false) {
-        let reason = "the caller has the conversation already";
-        return Err(Reject::Unsupported { field: fields.path_of("echo"), reason });
-    }
+    refuse_unless_neutral(fields)?;
     fields.ignore(&IGNORED);
     fields.boolean("stream")?;
     fields.text("model", 0..=MODEL_BYTES_MAX)?;
     let penalty = -PENALTY_MAX..=PENALTY_MAX;
-    let max_tokens = max_tokens(fields, limits)?;
+    let echo = fields.boolean("echo")?.unwrap_or(false);
+    let prompt_logprobs = fields.count("prompt_logprobs", 0, TOP_LOGPROBS_MAX)?;
+    // Who only wants to know the prompt's values needs no token.
+    let least = if echo && !chat || prompt_logprobs.is_some() { 0 } else { 1 };
+    let max_tokens = max_tokens(fields, least, limits)?;
     Ok(Params {
         n: fields.count("n", 1, CHOICES_MAX)?.unwrap_or(1),
         max_tokens,
@@ -102,8 +127,8 @@ pub(super) fn read(fields: &mut Fields, chat: bool, limits: &JobLimits) -> Resul
         bad_words: bad_words(fields)?,
         allowed_token_ids: tokens(fields, "allowed_token_ids", ALLOWED_TOKENS_MAX, limits)?,
         truncate_prompt_tokens: truncation(fields, limits)?,
-        prompt_logprobs: fields.count("prompt_logprobs", 0, TOP_LOGPROBS_MAX)?,
-        echo: !chat && fields.boolean("echo")?.unwrap_or(false),
+        prompt_logprobs,
+        echo,
         tokens_as_ids: fields.boolean("return_tokens_as_token_ids")?.unwrap_or(false),
         split_special_tokens: fields.boolean("split_special_tokens")?,
     })
@@ -141,6 +166,9 @@ fn refuse_unsupported(fields: &mut Fields) -> Result<(), Reject> {
             None | Some(Value::Bool(false)) => true,
             Some(Value::Array(values)) if name == "modalities" => values.is_empty() || values == ["text"],
             Some(Value::Number(number)) => name == "best_of" && number.as_u64() == Some(1),
+            Some(Value::String(choice)) if name == "function_call" => {
+                ["", "none", "auto"].contains(&choice.as_str())
+            }
             Some(value) => is_empty(&value),
         };
         if !says_nothing {
@@ -148,7 +176,7 @@ fn refuse_unsupported(fields: &mut Fields) -> Result<(), Reject> {
         }
     }
     let field = fields.path_of("response_format");
-    if let Some(format) = fields.take("response_format")
+    if let Some(format) = fields.take("response_format").filter(|format| !is_empty(format))
         && format.get("type").and_then(Value::as_str) != Some("text")
     {
         return Err(Reject::Unsupported { field, reason: "only {\"type\": \"text\"} is" });
@@ -156,9 +184,9 @@ fn refuse_unsupported(fields: &mut Fields) -> Result<(), Reject> {
     Ok(())
 }
 
-fn max_tokens(fields: &mut Fields, limits: &JobLimits) -> Result<Option<u32>, Reject> {
-    let new = fields.count("max_completion_tokens", 1, limits.max_model_len)?;
-    let old = fields.count("max_tokens", 1, limits.max_model_len)?;
+fn max_tokens(fields: &mut Fields, least: u32, limits: &JobLimits) -> Result<Option<u32>, Reject> {
+    let new = fields.count("max_completion_tokens", least, limits.max_model_len)?;
+    let old = fields.count("max_tokens", least, limits.max_model_len)?;
     match (new, old) {
         (Some(new), Some(old)) if new != old => Err(Reject::Value {
             field: fields.path_of("max_tokens"),

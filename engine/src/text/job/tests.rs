@@ -305,6 +305,32 @@ fn emptiness_says_nothing() {
 }
 
 #[test]
+fn what_other_servers_take_and_changes_nothing_is_read_over() {
+    let neutral = r#","length_penalty":1.0,"early_stopping":false,"priority":0,"include_reasoning":true,
+        "spaces_between_special_tokens":true,"function_call":"auto","response_format":{},"best_of":1"#;
+    let request = decode(&format!(r#"{{"prompt":"a"{neutral}}}"#)).unwrap();
+    assert_eq!(request, decode(r#"{"prompt":"a"}"#).unwrap());
+    let message = decode(r#"{"prompt":"a","length_penalty":2}"#).unwrap_err().to_string();
+    assert_eq!(message, "length_penalty: 2 is not 1, which alone is done");
+    let chat = |field: &str| {
+        decode(&format!(r#"{{"messages":[{{"role":"user","content":"q"}}],"add_special_tokens":{field}}}"#))
+    };
+    assert!(chat("false").is_ok());
+    assert!(chat("true").unwrap_err().to_string().contains("the template writes them"));
+    let whole = decode(r#"{"prompt":"a","max_tokens":16.0,"n":2.0}"#).unwrap().params;
+    assert_eq!((whole.max_tokens, whole.n), (Some(16), 2));
+}
+
+#[test]
+fn parts_of_openais_other_forms_are_text() {
+    let parts = r#"["a",{"type":"input_text","text":"b"},{"type":"output_text","text":"c"},
+        {"type":"refusal","refusal":"d"},{"type":"text","text":"e"}]"#;
+    assert!(decode(&format!(r#"{{"messages":[{{"role":"user","content":{parts}}}]}}"#)).is_ok());
+    let image = r#"{"messages":[{"role":"user","content":[{"type":"image_url","image_url":{"url":"x"}}]}]}"#;
+    assert!(decode(image).unwrap_err().to_string().contains("image_url"));
+}
+
+#[test]
 fn tools_and_their_results_keep_every_digit() {
     let body = r#"{"messages":[{"role":"user","content":"q"},
         {"role":"assistant","content":null,"tool_calls":[{"id":"1","type":"function",
@@ -330,6 +356,8 @@ fn azures_urls_and_a_byte_order_mark_are_read() {
     );
     let lines = decode_lines(body);
     assert!(lines.iter().all(|line| line.request.is_ok()), "{lines:?}");
+    let joined = decode_lines(&format!("{body}\n\u{FEFF}{{\"prompt\":\"x\"}}"));
+    assert!(joined[2].request.is_ok(), "{joined:?}");
     let utf16: Vec<u8> = [0xFF, 0xFE, b'{', 0].into();
     let message = Job::decode(headers(true), 0, &utf16, &LIMITS).unwrap_err().to_string();
     assert!(message.contains("UTF-16"), "{message}");

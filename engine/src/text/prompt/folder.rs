@@ -5,9 +5,12 @@ use std::path::Path;
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
+use super::class::TokenizerClass;
 use super::files::{self, read, read_json, read_text};
 use super::tokens::{self, SpecialTokens};
 use super::{Defaults, Parts, Templates, TextError};
+use crate::folder::manifest::{TEMPLATES_FOLDER, TEMPLATES_MAX};
+use crate::model::config::class_eos;
 use crate::text::detokenize::Pieces;
 use crate::text::template::{SOURCE_BYTES_MAX, Template};
 
@@ -15,10 +18,8 @@ use crate::text::template::{SOURCE_BYTES_MAX, Template};
 const TOKENIZER_BYTES_MAX: u64 = 128 << 20;
 /// Most tokens that end a sequence.
 const END_TOKENS_MAX: usize = 64;
-/// Most templates with names of their own.
-const NAMED_TEMPLATES_MAX: usize = 16;
-/// Where transformers keeps templates beside the default one.
-const TEMPLATES_FOLDER: &str = "additional_chat_templates";
+/// How a byte-level part of a tokenizer is called in its file.
+const BYTE_LEVEL: &str = "\"ByteLevel\"";
 /// The template for conversations with tools, as transformers calls it.
 const TOOL_USE: &str = "tool_use";
 
@@ -30,12 +31,16 @@ pub(super) fn open(folder: &Path, model: &str) -> Result<Parts, TextError> {
     // Some files carry the padding and truncation of their training.
     tokenizer.with_padding(None);
     tokenizer.with_truncation(None).map_err(|error| malformed(error.to_string()))?;
-    let decoder = Decoder::of(&bytes).map_err(|error| malformed(error.to_string()))?;
+    let parts: FileParts = serde_json::from_slice(&bytes).map_err(|error| malformed(error.to_string()))?;
+    let (decoder, parts) = parts.split();
     let config = read_json(folder, "tokenizer_config.json")?.unwrap_or(Value::Null);
     files::check_versions(&config)?;
     let generation = read_json(folder, "generation_config.json")?.unwrap_or(Value::Null);
     let model_config = read_json(folder, "config.json")?.unwrap_or(Value::Null);
-    let special = SpecialTokens::read(folder, &config)?;
+    let is_byte_level = [&decoder, &parts].iter().any(|part| part.to_string().contains(BYTE_LEVEL));
+    let class = TokenizerClass::of(&config, &model_config, is_byte_level);
+    let special =
+        SpecialTokens::read(folder, &config, class.map(TokenizerClass::defaults).unwrap_or_default())?;
     tokens::add(&mut tokenizer, &special)?;
     let pieces =
         Pieces::new(&tokenizer, &decoder).map_err(|error| TextError::Decoder { file: file.into(), error })?;
@@ -48,20 +53,28 @@ pub(super) fn open(folder: &Path, model: &str) -> Result<Parts, TextError> {
         tokenizer,
         splitting: std::sync::OnceLock::new(),
         split,
+        split_callers: false,
+        notes: class.and_then(|class| class.replacement(&config, &parts)).into_iter().collect(),
         pieces,
     })
 }
 
-/// The one field of `tokenizer.json` that the tokenizer does not show again.
+/// The fields of `tokenizer.json` that the tokenizer does not show again.
 #[derive(serde::Deserialize)]
-struct Decoder {
+struct FileParts {
     #[serde(default)]
     decoder: Value,
+    #[serde(default)]
+    normalizer: Value,
+    #[serde(default)]
+    pre_tokenizer: Value,
 }
 
-impl Decoder {
-    fn of(bytes: &[u8]) -> serde_json::Result<Value> {
-        serde_json::from_slice::<Decoder>(bytes).map(|file| file.decoder)
+impl FileParts {
+    /// The decoder, and what comes before the vocabulary, by name.
+    fn split(self) -> (Value, Value) {
+        let parts = serde_json::json!({"normalizer": self.normalizer, "pre_tokenizer": self.pre_tokenizer});
+        (self.decoder, parts)
     }
 }
 
@@ -108,7 +121,7 @@ fn template_files(folder: &Path) -> Result<Vec<(String, String, String)>, TextEr
     let mut names: Vec<String> =
         entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
     names.sort();
-    for name in names.iter().filter_map(|name| name.strip_suffix(".jinja")).take(NAMED_TEMPLATES_MAX) {
+    for name in names.iter().filter_map(|name| name.strip_suffix(".jinja")).take(TEMPLATES_MAX) {
         let file = format!("{TEMPLATES_FOLDER}/{name}.jinja");
         if let Some(source) = read_text(folder, &file, SOURCE_BYTES_MAX as u64)? {
             found.push((name.to_owned(), source, file));
@@ -118,23 +131,35 @@ fn template_files(folder: &Path) -> Result<Vec<(String, String, String)>, TextEr
 }
 
 /// The union of what the files say: `eos_token_id` of both configurations, a number or a list, and the
-/// tokenizer's `eos_token`, which instruction-tuned models end their turns with. A negative id is none.
+/// tokenizer's `eos_token`, which instruction-tuned models end their turns with. A negative id is none. Where neither
+/// configuration has the key, the model's class has a default.
 fn end_tokens(
     tokenizer: &Tokenizer,
     special: &SpecialTokens,
     generation: &Value,
     model_config: &Value,
 ) -> Result<Vec<u32>, TextError> {
+    const KEY: &str = "eos_token_id";
     let eos = special.named.iter().find(|(name, _)| name == "eos_token");
     let mut tokens: Vec<u32> = eos.and_then(|(_, token)| tokenizer.token_to_id(token)).into_iter().collect();
-    for (file, value) in [("generation_config.json", generation), ("config.json", model_config)] {
-        let ids = match &value["eos_token_id"] {
-            Value::Null => continue,
-            Value::Array(ids) => ids.clone(),
-            id => vec![id.clone()],
+    let file = "config.json";
+    let said = [
+        ("generation_config.json", generation.get(KEY)),
+        (file, model_config.get(KEY)),
+        (file, model_config["text_config"].get(KEY)),
+    ];
+    if said.iter().all(|(_, value)| value.is_none()) {
+        tokens.extend(model_config.as_object().and_then(class_eos));
+    }
+    for (file, value) in said {
+        let ids = match value {
+            None | Some(Value::Null) => continue,
+            Some(Value::Array(ids)) => ids.clone(),
+            Some(id) => vec![id.clone()],
         };
         for id in ids.iter().filter(|id| !id.is_null() && id.as_i64().is_none_or(|id| id >= 0)) {
-            let token = id.as_u64().and_then(|id| u32::try_from(id).ok());
+            let whole = id.as_u64().or(id.as_f64().filter(|id| id.fract() == 0.0).map(|id| id as u64));
+            let token = whole.and_then(|id| u32::try_from(id).ok());
             tokens.push(token.ok_or_else(|| TextError::Malformed {
                 file: file.into(),
                 error: format!("eos_token_id: {id} is not a token id"),
@@ -168,8 +193,8 @@ fn defaults(generation: &Value) -> Result<Defaults, TextError> {
         temperature: number("temperature", 1.0, 0.0..=100.0)?,
         // A nucleus of nothing is its most probable token.
         top_p: number("top_p", 1.0, 0.0..=1.0)?.max(f32::MIN_POSITIVE),
-        // -1 is vLLM's "off"; the cast takes it to 0.
-        top_k: number("top_k", 0.0, -1.0..=f64::from(u32::MAX))? as u32,
+        // -1 is vLLM's "off"; the cast takes it to 0, and what is beyond every vocabulary to the largest number.
+        top_k: number("top_k", 0.0, -1.0..=1e18)? as u32,
         min_p: number("min_p", 0.0, 0.0..=1.0)?,
         repetition_penalty: number("repetition_penalty", 1.0, 0.01..=10.0)?,
     })

@@ -159,7 +159,8 @@ fn spoil(folder: &Path, pointer: &str, value: Value) {
 fn the_real_model_speaks_chatml() {
     let Some(folder) = smollm2() else { return };
     let text = Text::open(&folder, "smollm2").unwrap();
-    assert_eq!(text.end_tokens(), [2]);
+    // Its own end, and the two that llama.cpp knows by their texts.
+    assert_eq!(text.end_tokens(), [0, 2, 4]);
     let chat = request(r#"{"messages":[{"role":"user","content":"Hi"}]}"#);
     let prompt = &text.prompts(&chat, 0).unwrap()[0];
     assert_eq!(prompt.tokens[0], 1, "a conversation begins with <|im_start|>");
@@ -231,6 +232,52 @@ fn special_tokens_of_callers_are_text_where_they_ask_for_it() {
 }
 
 #[test]
+fn who_splits_special_tokens_is_decided_by_request_then_worker_then_model() {
+    let chat = |said: &str| format!(r#"{{"messages":[{{"role":"user","content":"<|turn|>"}}]{said}}}"#);
+    let turns = |text: &Text, said: &str| {
+        let tokens = text.prompts(&request(&chat(said)), 0).unwrap().remove(0).tokens;
+        tokens.iter().filter(|&&token| token == TURN).count()
+    };
+    let (yes, no) = (r#","split_special_tokens":true"#, r#","split_special_tokens":false"#);
+    let folder = tiny_folder();
+    let worker = Text::open_for(folder.path(), "tiny", true).unwrap();
+    assert_eq!([turns(&worker, ""), turns(&worker, yes), turns(&worker, no)], [2, 2, 3]);
+    let plain = worker.prompts(&request(r#"{"prompt":"a<|end|>"}"#), 0).unwrap().remove(0).tokens;
+    assert_eq!(plain.len(), 8);
+    let config = json!({"eos_token": "<|end|>", "chat_template": TEMPLATE, "split_special_tokens": true});
+    std::fs::write(folder.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+    let model = Text::open(folder.path(), "tiny").unwrap();
+    assert_eq!([turns(&model, ""), turns(&model, yes), turns(&model, no)], [0, 2, 3]);
+    let both = Text::open_for(folder.path(), "tiny", true).unwrap();
+    assert_eq!(turns(&both, ""), 2);
+}
+
+#[test]
+fn a_class_names_the_end_where_no_file_does() {
+    let ends = |config: Value, generation: Value| {
+        let folder = tiny_folder();
+        let class = r#"{"tokenizer_class": "PreTrainedTokenizerFast"}"#;
+        std::fs::write(folder.path().join("tokenizer_config.json"), class).unwrap();
+        std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+        if !generation.is_null() {
+            std::fs::write(folder.path().join("generation_config.json"), generation.to_string()).unwrap();
+        }
+        Text::open(folder.path(), "tiny").unwrap().end_tokens().to_vec()
+    };
+    let llama = json!({"architectures": ["LlamaForCausalLM"]});
+    assert_eq!(ends(llama.clone(), Value::Null), [2]);
+    assert_eq!(ends(llama.clone(), json!({"temperature": 1})), [2]);
+    assert_eq!(ends(llama, json!({"eos_token_id": 9})), [9]);
+    assert_eq!(ends(json!({"model_type": "gemma3_text"}), Value::Null), [1]);
+    assert_eq!(ends(json!({"model_type": "qwen3"}), Value::Null), [0; 0]);
+    assert_eq!(ends(json!({"model_type": "llama", "eos_token_id": null}), Value::Null), [0; 0]);
+    assert_eq!(ends(json!({"model_type": "llama", "eos_token_id": 256.0}), Value::Null), [256]);
+    let nested =
+        json!({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "eos_token_id": 7}});
+    assert_eq!(ends(nested, Value::Null), [7]);
+}
+
+#[test]
 fn long_prompts_keep_their_end_where_that_is_asked_for() {
     let text = tiny();
     let ids = |body: &str| text.prompts(&request(body), 0).unwrap().remove(0).tokens;
@@ -246,6 +293,19 @@ fn several_parts_join_with_line_feeds_where_the_template_takes_none() {
     let tokens = tiny().prompts(&request(body), 0).unwrap().remove(0).tokens;
     let expected: Vec<u32> = b"user: a\nb\n".iter().map(|&byte| byte.into()).collect();
     assert_eq!(tokens[1..=expected.len()], expected);
+}
+
+#[test]
+fn parts_of_every_kind_reach_the_template_as_text() {
+    let parts = r#"["a",{"type":"input_text","text":"b"},{"type":"refusal","refusal":"c"}]"#;
+    let body = format!(r#"{{"messages":[{{"role":"user","content":{parts}}}]}}"#);
+    let folder = tiny_folder();
+    let template =
+        "{% for m in messages %}{% for p in m.content %}{{ p.type }}={{ p.text }};{% endfor %}{% endfor %}";
+    std::fs::write(folder.path().join("chat_template.jinja"), template).unwrap();
+    let decoded = |text: &Text| text.decode(text.prompts(&request(&body), 0).unwrap().remove(0).tokens);
+    assert_eq!(decoded(&Text::open(folder.path(), "tiny").unwrap()), "text=a;text=b;text=c;");
+    assert!(decoded(&tiny()).contains("a\nb\nc"));
 }
 
 #[test]

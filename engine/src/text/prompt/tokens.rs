@@ -35,7 +35,8 @@ fn malformed(file: &str, error: String) -> TextError {
 }
 
 impl SpecialTokens {
-    pub(super) fn read(folder: &Path, config: &Value) -> Result<Self, TextError> {
+    /// `defaults` are those of the tokenizer's class, for names that no file has.
+    pub(super) fn read(folder: &Path, config: &Value, defaults: &[(&str, &str)]) -> Result<Self, TextError> {
         let mut fields = config.as_object().cloned().unwrap_or_default();
         let mut found = Self::default();
         if let Some(added) = fields.remove("added_tokens_decoder") {
@@ -53,6 +54,10 @@ impl SpecialTokens {
                 fields.insert(name.clone(), value.clone());
             }
             found.read_added(folder, &fields)?;
+        }
+        for (name, token) in defaults {
+            // `null` is an answer: there is none.
+            fields.entry(*name).or_insert_with(|| Value::from(*token));
         }
         found.added.sort_by_key(|(id, _)| *id);
         for name in NAMED {

@@ -67,10 +67,28 @@ def sentencepiece(begin=True, metaspace=False, scheme="first", kind="bpe"):
     return finished(made, ("<unk>", "<s>", "</s>"), begin, False)
 
 
+def qwen2():
+    """As Qwen2's class makes it."""
+    made = byte_level(special=(), nfc=True)
+    split = {"type": "Split", "pattern": {"Regex": QWEN2_SPLIT}, "behavior": "Isolated", "invert": False}
+    made["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, {**made["pre_tokenizer"], "use_regex": False}]}
+    return made
+
+
+def gemma():
+    """As Gemma's class makes it."""
+    made = sentencepiece(begin=False)
+    made["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    made["pre_tokenizer"] = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    made["decoder"]["decoders"].pop()
+    return made
+
+
 def token(text, **marks):
     return {"content": text, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True, **marks}
 
 
+QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 
@@ -117,6 +135,14 @@ def shapes():
         "template-crlf": (begun, {**FAST, **NAMES}, {"chat_template.jinja": "{% for m in messages %}\r\n{{ m.content }}\r\n{% endfor %}\r\n"}),
         "backend-class": (begun, {"tokenizer_class": "TokenizersBackend", **NAMES, "chat_template": TEMPLATE}, {}),
         "llama-class-bytes": (begun, {"tokenizer_class": "LlamaTokenizerFast", **NAMES, "chat_template": TEMPLATE}, {}),
+        "class-llama": (sentencepiece(metaspace=True), {"tokenizer_class": "LlamaTokenizer", "chat_template": TEMPLATE}, {}),
+        "class-llama-null": (sentencepiece(metaspace=True), {"tokenizer_class": "LlamaTokenizerFast", "bos_token": None, "chat_template": TEMPLATE}, {}),
+        "class-qwen2": (qwen2(), {"tokenizer_class": "Qwen2TokenizerFast", "chat_template": TEMPLATE}, {}),
+        "class-by-model": (qwen2(), {"chat_template": TEMPLATE}, {"config.json": {"model_type": "qwen2"}}),
+        "class-gemma": (gemma(), {"tokenizer_class": "GemmaTokenizer", "chat_template": TEMPLATE}, {}),
+        "class-gpt2": (plain, {"tokenizer_class": "GPT2Tokenizer", "chat_template": TEMPLATE}, {}),
+        "class-of-config": (plain, {"chat_template": TEMPLATE}, {"config.json": {"model_type": "llama", "tokenizer_class": "GPT2TokenizerFast"}}),
+        "no-config": (begun, {}, {"chat_template.jinja": TEMPLATE}),
         "pieces": (sentencepiece(), {**FAST, **NAMES, "unk_token": "<unk>", "chat_template": TEMPLATE}, {}),
         "pieces-not-begun": (sentencepiece(begin=False), {**FAST, **NAMES}, {}),
         "pieces-added": (sentencepiece(), {**FAST, **NAMES, "additional_special_tokens": ["<|user|>", "<|end|>"], "chat_template": TEMPLATE}, {}),
