@@ -3,11 +3,12 @@
 //! Every request for an answer is a durable job, every answer is the job's one outcome. A gateway keeps nothing of
 //! its own, so any number of them can run. [`server`] listens and drains; [`routes`] has the paths; [`inference`]
 //! makes a request a job and its outcome an answer, in one piece or, by [`stream`] and [`chunk`], while it is made;
-//! [`jobs`] publishes, awaits and cancels; [`waiting`] hears outcomes; [`catalog`] knows the models; [`keys`] and
-//! [`caller`] say who may, [`audit`] who did; [`error`] is the closed table of errors; [`front`] is what all requests
-//! share; [`pages`] and [`meters`] show how it is.
+//! [`awaited`] publishes, awaits and cancels, and [`jobs`] leaves that to the client; [`waiting`] hears outcomes;
+//! [`catalog`] knows the models; [`keys`] and [`caller`] say who may, [`audit`] who did; [`error`] is the closed table
+//! of errors; [`front`] is what all requests share; [`pages`] and [`meters`] show how it is.
 
 pub mod audit;
+pub mod awaited;
 pub mod caller;
 pub mod catalog;
 pub mod chunk;

@@ -47,6 +47,8 @@ pub enum ApiCode {
     InsufficientPermissions,
     /// There is no such model.
     ModelNotFound,
+    /// There is no such job, or its outcome has expired.
+    JobNotFound,
     /// The gateway runs as many requests as it may.
     Overloaded,
     /// The model's queue is full.
@@ -64,7 +66,7 @@ pub enum ApiCode {
 }
 
 /// All codes.
-pub const CODES: [ApiCode; 22] = [
+pub const CODES: [ApiCode; 23] = [
     ApiCode::InvalidJson,
     ApiCode::InvalidParameter,
     ApiCode::MissingParameter,
@@ -76,6 +78,7 @@ pub const CODES: [ApiCode; 22] = [
     ApiCode::InvalidApiKey,
     ApiCode::InsufficientPermissions,
     ApiCode::ModelNotFound,
+    ApiCode::JobNotFound,
     ApiCode::Overloaded,
     ApiCode::QueueFull,
     ApiCode::BrokerUnavailable,
@@ -109,6 +112,7 @@ impl ApiCode {
             ApiCode::InvalidApiKey => (401, AUTHENTICATION, "invalid_api_key", Retry::Never),
             ApiCode::InsufficientPermissions => (403, PERMISSION, "insufficient_permissions", Retry::Never),
             ApiCode::ModelNotFound => (404, REQUEST, "model_not_found", Retry::Never),
+            ApiCode::JobNotFound => (404, REQUEST, "job_not_found", Retry::Never),
             ApiCode::Overloaded => (503, SERVER, "overloaded", Retry::After(2)),
             ApiCode::QueueFull => (503, SERVER, "queue_full", Retry::After(10)),
             ApiCode::BrokerUnavailable => (503, SERVER, "broker_unavailable", Retry::After(2)),

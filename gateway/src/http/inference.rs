@@ -21,11 +21,11 @@ use serde_json::value::RawValue;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
+use crate::http::awaited::{AwaitedJob, JobOrder, answer_of};
 use crate::http::caller::{Caller, RequestContext};
 use crate::http::chunk::ChunkForm;
 use crate::http::error::{ApiCode, ApiError};
 use crate::http::front::Front;
-use crate::http::jobs::{AwaitedJob, JobOrder, answer_of};
 use crate::http::keys::Verb;
 use crate::http::stream;
 use crate::publish::JobEnvelope;
@@ -71,25 +71,35 @@ struct Fields<'a> {
 
 /// A body, as far as the gateway reads it.
 #[derive(Debug, PartialEq, Eq)]
-struct Asked {
-    model: String,
-    stream: bool,
-    include_usage: bool,
-    n: u32,
+pub struct Asked {
+    /// What it calls the model.
+    pub model: String,
+    /// Whether the answer shall be streamed.
+    pub stream: bool,
+    /// Whether the stream shall end with the usage.
+    pub include_usage: bool,
+    /// Choices for each prompt.
+    pub n: u32,
 }
 
 impl Asked {
-    fn read(endpoint: Endpoint, body: &[u8]) -> Result<Self, ApiError> {
+    /// Reads a body of one form, or of either.
+    ///
+    /// # Errors
+    /// [`ApiCode::InvalidJson`], [`ApiCode::MissingParameter`], [`ApiCode::InvalidParameter`].
+    pub fn read(endpoint: Option<Endpoint>, body: &[u8]) -> Result<Self, ApiError> {
         let fields: Fields<'_> = serde_json::from_slice(body).map_err(|error| {
             let message = format!("the body is not a JSON object: {error}");
             ApiError::new(ApiCode::InvalidJson, message)
         })?;
         let input = match endpoint {
-            Endpoint::Chat => fields.messages,
-            Endpoint::Completions => fields.prompt,
+            Some(Endpoint::Chat) => fields.messages,
+            Some(Endpoint::Completions) => fields.prompt,
+            None => fields.messages.or(fields.prompt),
         };
         if input.is_none() {
-            return Err(ApiError::of(ApiCode::MissingParameter, endpoint.input(), "missing"));
+            let input = endpoint.unwrap_or(Endpoint::Chat).input();
+            return Err(ApiError::of(ApiCode::MissingParameter, input, "missing"));
         }
         let include_usage = fields.stream_options.as_ref().and_then(|options| options.get("include_usage"));
         Ok(Self {
@@ -148,10 +158,12 @@ async fn answer(
     let place = front.admit()?;
     let (head, body) = request.into_parts();
     let body = read_json(front, &head.headers, body).await?;
-    let asked = Asked::read(endpoint, &body)?;
+    let asked = Asked::read(Some(endpoint), &body)?;
     let model = front.catalog.find(&asked.model, &caller.scopes).await?.model;
     let _ = context.model.set(model.clone());
-    let (envelope, time) = envelope(front, caller, &head.headers, asked.stream)?;
+    let limit = front.args.timeout;
+    let (envelope, time) = envelope(front, caller, &head.headers, limit)?;
+    let envelope = JobEnvelope { stream: asked.stream, ..envelope };
     let order = JobOrder { id: context.id.clone(), model, envelope, body, time };
     if asked.stream {
         let form = ChunkForm {
@@ -169,23 +181,25 @@ async fn answer(
     Ok((status, [(header::CONTENT_TYPE, "application/json")], body).into_response())
 }
 
-/// The headers of a request's job, and how long until its deadline.
-fn envelope(
+/// The headers of a request's job, and how long until its deadline, which is `limit` at most.
+///
+/// # Errors
+/// [`ApiCode::InvalidParameter`], [`ApiCode::InsufficientPermissions`].
+pub fn envelope(
     front: &Front,
     caller: &Caller,
     headers: &HeaderMap,
-    stream: bool,
+    limit: Span,
 ) -> Result<(JobEnvelope, Duration), ApiError> {
     let now = OffsetDateTime::now_utc();
     let asked = text(headers, CLASS).map(str::parse::<Class>).transpose();
     let asked = asked.map_err(|error| ApiError::of(ApiCode::InvalidParameter, CLASS, error))?;
-    let time = time_of(text(headers, DEADLINE), now, front.args.timeout)?;
+    let time = time_of(text(headers, DEADLINE), now, limit)?;
     let envelope = JobEnvelope {
         class: caller.class(asked, front.args.class)?,
         deadline: (now + time).format(&Rfc3339).ok(),
-        stream,
-        reply: None,
         traceparent: text(headers, "traceparent").map(str::to_owned),
+        ..JobEnvelope::default()
     };
     Ok((envelope, time))
 }
@@ -208,7 +222,8 @@ fn time_of(text: Option<&str>, now: OffsetDateTime, limit: Span) -> Result<Durat
     Ok(time)
 }
 
-fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
+/// A header's text.
+pub fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
     headers.get(name)?.to_str().ok()
 }
 
@@ -254,7 +269,7 @@ mod tests {
     use super::*;
 
     fn refused(endpoint: Endpoint, body: &str) -> (ApiCode, Option<String>) {
-        let error = Asked::read(endpoint, body.as_bytes()).unwrap_err();
+        let error = Asked::read(Some(endpoint), body.as_bytes()).unwrap_err();
         (error.code, error.param)
     }
 
@@ -262,12 +277,12 @@ mod tests {
     fn what_is_read_of_a_body() {
         let body =
             r#"{"model":"a/b","messages":[],"stream":true,"stream_options":{"include_usage":true},"n":2}"#;
-        let asked = Asked::read(Endpoint::Chat, body.as_bytes()).unwrap();
+        let asked = Asked::read(Some(Endpoint::Chat), body.as_bytes()).unwrap();
         let expected = Asked { model: "a/b".into(), stream: true, include_usage: true, n: 2 };
         assert_eq!(asked, expected);
         // What a client sends for None is absent, and what only a worker can judge is left to it.
         let body = r#"{"model":"m","prompt":"x","stream":null,"stream_options":null,"n":null,"top_k":"?"}"#;
-        let asked = Asked::read(Endpoint::Completions, body.as_bytes()).unwrap();
+        let asked = Asked::read(Some(Endpoint::Completions), body.as_bytes()).unwrap();
         assert_eq!(asked, Asked { model: "m".into(), stream: false, include_usage: false, n: 1 });
     }
 

@@ -1,229 +1,272 @@
-//! A request as a job: published once, its outcome awaited, cancelled when nobody waits for it any more.
+//! `/v1/jobs`: a request that nobody waits for. It is submitted, looked at and cancelled, from any gateway.
+//!
+//! A job's name over HTTP holds all that is needed to find it, `<namespace>.<model>.<sequence>.<job>`, so that no
+//! gateway has to remember it. Its place in the stream tells a job that waits or runs from one that never was.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
-use bytes::Bytes;
-use millrace_crds::job::JSON;
+use async_nats::jetstream::context::GetStreamErrorKind;
+use async_nats::jetstream::stream::DirectGetErrorKind;
+use axum::extract::{Path, Request, State};
+use axum::http::StatusCode;
+use axum::{Extension, Json};
+use hex::ToHex;
+use millrace_crds::job::header;
 use millrace_crds::names::{JobId, ModelRef};
-use millrace_crds::result::LineError;
-use serde::Deserialize;
+use millrace_crds::units::Span;
+use serde::Serialize;
 use serde_json::value::RawValue;
+use sha2::{Digest, Sha256};
 
-use crate::cancel;
+use crate::http::awaited;
+use crate::http::caller::RequestContext;
 use crate::http::error::{ApiCode, ApiError};
 use crate::http::front::Front;
-use crate::http::waiting::Pending;
+use crate::http::inference::{Asked, envelope, read_json, text};
+use crate::http::keys::Verb;
 use crate::outcome::CollectedOutcome;
-use crate::publish::{self, JobEnvelope, Next, Payload};
+use crate::publish::JobEnvelope;
+use crate::{cancel as marker, follow};
 
-/// How long a publish is tried while the broker does not answer.
-const PUBLISH_PATIENCE: Duration = Duration::from_secs(5);
-/// Pause between two tries.
-const PUBLISH_PAUSE: Duration = Duration::from_millis(100);
-/// How much later than the job's deadline its outcome is given up: workers write what became of it.
-const OUTCOME_GRACE: Duration = Duration::from_secs(5);
+/// Latest deadline of a job.
+const TIME_MAX: Span = Span(std::time::Duration::from_secs(7 * 24 * 3600));
+/// The request header under which a job is submitted once, however often it is sent.
+const IDEMPOTENCY_KEY: &str = "idempotency-key";
+/// Longest of these, in bytes.
+const KEY_BYTES_MAX: usize = 256;
+/// Hex digits of such a job's id: 128 bits.
+const ID_DIGITS: usize = 32;
 
-/// A job to publish.
-#[derive(Debug)]
-pub struct JobOrder {
-    /// Its id.
-    pub id: JobId,
-    /// Whose queue.
-    pub model: ModelRef,
-    /// Its headers.
-    pub envelope: JobEnvelope,
-    /// Its body: one request.
-    pub body: Bytes,
-    /// How long until the deadline that the envelope says.
-    pub time: Duration,
+/// A job's name over HTTP.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct JobName {
+    model: ModelRef,
+    /// Its place in the stream of jobs; 0 where it was done before it was submitted again.
+    sequence: u64,
+    job: JobId,
 }
 
-/// A published job whose outcome is awaited. Dropped before the outcome came, the job is cancelled.
-#[derive(Debug)]
-pub struct AwaitedJob {
-    front: Arc<Front>,
-    /// Its id.
-    pub id: JobId,
-    /// Whose queue.
-    pub model: ModelRef,
-    pending: Pending,
-    over_at: Instant,
-    /// Whether a worker may have it.
-    at_large: bool,
-}
-
-impl AwaitedJob {
-    /// Publishes a job.
-    ///
-    /// # Errors
-    /// [`ApiCode::QueueFull`], [`ApiCode::BrokerUnavailable`], [`ApiCode::RequestTooLarge`].
-    pub async fn publish(front: &Arc<Front>, mut order: JobOrder) -> Result<Self, ApiError> {
-        let payload = payload(front, order.body).await?;
-        order.envelope.reply = Some(front.waiters.reply_subject(&order.id));
-        let mut job = Self {
-            front: front.clone(),
-            pending: front.waiters.wait(&order.model, &order.id),
-            id: order.id,
-            model: order.model,
-            over_at: Instant::now() + order.time + OUTCOME_GRACE,
-            at_large: true,
+impl JobName {
+    fn parse(text: &str) -> Option<Self> {
+        let mut parts = text.split('.');
+        let (namespace, name, sequence, job) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
+        let name = Self {
+            model: ModelRef::new(namespace, name).ok()?,
+            sequence: sequence.parse().ok()?,
+            job: job.parse().ok()?,
         };
-        let sent = job.send(&order.envelope, payload).await;
-        match &sent {
-            Ok(()) => front.metrics.published.inc(),
-            // The broker said that it did not take the job: there is nothing to cancel.
-            Err(error) => job.at_large = error.code == ApiCode::BrokerUnavailable,
-        }
-        sent.map(|()| job)
+        // Each job has one name: no leading zeros, nothing behind it.
+        (name.text() == text).then_some(name)
     }
 
-    async fn send(&self, envelope: &JobEnvelope, payload: Payload) -> Result<(), ApiError> {
-        let broker = self.front.connection(&self.model);
-        let subject = self.model.jobs_subject(envelope.class);
-        let over_at = Instant::now() + PUBLISH_PATIENCE;
-        loop {
-            let message = envelope.message(&self.model, &self.id, JSON, payload.clone());
-            let publishing = publish::publish_one(&broker, subject.clone(), message);
-            let left = over_at.saturating_duration_since(Instant::now());
-            let error = match tokio::time::timeout(left, publishing).await {
-                Ok(Ok(_)) => return Ok(()),
-                Ok(Err(error)) => error,
-                Err(_) => return Err(unavailable()),
-            };
-            match publish::next(&error) {
-                Next::WaitForRoom => {
-                    let message = format!("the queue of model {} is full", self.model.name);
-                    return Err(ApiError::new(ApiCode::QueueFull, message));
-                }
-                Next::Repeat if Instant::now() < over_at => tokio::time::sleep(PUBLISH_PAUSE).await,
-                Next::Repeat => return Err(unavailable()),
-                Next::GiveUp => {
-                    tracing::error!(job = %self.id, %error, "the broker refused a job");
-                    return Err(ApiError::new(ApiCode::Internal, "the broker refused the job"));
-                }
-            }
-        }
-    }
-
-    /// The outcome, with its body fetched from wherever it is. The call may be given up and made again.
-    ///
-    /// # Errors
-    /// [`ApiCode::OutcomeUnreadable`]; a deadline exceeded when none came in time.
-    pub async fn outcome(&mut self) -> Result<CollectedOutcome, ApiError> {
-        let left = self.over_at.saturating_duration_since(Instant::now());
-        let Ok(mut outcome) = tokio::time::timeout(left, self.pending.outcome()).await else {
-            let code = millrace_crds::result::ErrorCode::DeadlineExceeded;
-            return Err(ApiError::new(ApiCode::Job(code), "no worker answered before the job's deadline"));
-        };
-        self.at_large = false;
-        let unreadable = |reason: &dyn std::fmt::Display| {
-            tracing::error!(job = %self.id, %reason, "an outcome cannot be read");
-            ApiError::new(ApiCode::OutcomeUnreadable, "the stored outcome cannot be read")
-        };
-        match self.front.bodies.fetch(&mut outcome).await {
-            Ok(Ok(())) => Ok(outcome),
-            Ok(Err(reason)) => Err(unreadable(&reason)),
-            Err(failure) => Err(unreadable(&failure)),
-        }
+    fn text(&self) -> String {
+        format!("{}.{}.{}.{}", self.model.namespace, self.model.name, self.sequence, self.job)
     }
 }
 
-impl Drop for AwaitedJob {
-    fn drop(&mut self) {
-        if !self.at_large {
-            return;
-        }
-        self.front.metrics.cancelled.inc();
-        let (broker, job) = (self.front.connection(&self.model), self.id.clone());
-        tokio::spawn(async move {
-            if let Err(error) = cancel::mark(&broker, &job).await {
-                tracing::warn!(%job, %error, "a job that nobody waits for was not cancelled");
-            }
-        });
-    }
+/// A job as clients see it.
+#[derive(Debug, Serialize)]
+pub struct JobObject {
+    id: String,
+    object: &'static str,
+    model: String,
+    /// `queued` while it waits or runs, or how it ended.
+    status: &'static str,
+    /// The stored outcome.
+    outcome: Option<Box<RawValue>>,
 }
 
-async fn payload(front: &Front, body: Bytes) -> Result<Payload, ApiError> {
-    let limit = front.message_bytes_max();
-    if body.len() <= limit {
-        return Ok(Payload::Body(body));
-    }
-    let Some(prefix) = &front.args.object_store else {
-        let message = format!("the body has {} bytes; {limit} are allowed", body.len());
-        return Err(ApiError::new(ApiCode::RequestTooLarge, message));
+/// `POST /v1/jobs`; the body is that of a chat completion or a completion.
+pub async fn submit(
+    State(front): State<Arc<Front>>,
+    Extension(context): Extension<Arc<RequestContext>>,
+    request: Request,
+) -> Result<(StatusCode, Json<JobObject>), ApiError> {
+    let caller = context.caller()?;
+    caller.may(Verb::Jobs)?;
+    let _place = front.admit()?;
+    let (head, body) = request.into_parts();
+    let body = read_json(&front, &head.headers, body).await?;
+    let asked = Asked::read(None, &body)?;
+    let model = front.catalog.find(&asked.model, &caller.scopes).await?.model;
+    let _ = context.model.set(model.clone());
+    let (envelope, _) = envelope(&front, caller, &head.headers, TIME_MAX)?;
+    let envelope = JobEnvelope { stream: asked.stream, ..envelope };
+    let job = match text(&head.headers, IDEMPOTENCY_KEY) {
+        None => context.id.clone(),
+        Some(key) => id_of(&caller.tenant, key)?,
     };
-    let put = front.bodies.put(prefix, body).await;
-    put.map(Payload::At).map_err(|failure| {
-        tracing::error!(%failure, "a body was not stored");
-        ApiError::new(ApiCode::BrokerUnavailable, "the object store does not take the body")
+    let done = JobName { model, sequence: 0, job };
+    if let Some(outcome) = stored(&front, &done).await? {
+        return Ok((StatusCode::OK, Json(object(&front, &done, Some(&outcome))?)));
+    }
+    let payload = awaited::payload(&front, body).await?;
+    let ack = awaited::publish(&front, &done.model, &done.job, &envelope, payload).await?;
+    let name = JobName { sequence: ack.sequence, ..done };
+    Ok((StatusCode::ACCEPTED, Json(object(&front, &name, None)?)))
+}
+
+/// The id of a job that is submitted once: nobody of another tenant has the same.
+fn id_of(tenant: &str, key: &str) -> Result<JobId, ApiError> {
+    if key.is_empty() || key.len() > KEY_BYTES_MAX {
+        let message = format!("it has {} bytes; 1 to {KEY_BYTES_MAX} are allowed", key.len());
+        return Err(ApiError::of(ApiCode::InvalidParameter, IDEMPOTENCY_KEY, message));
+    }
+    let mut hash = Sha256::new();
+    for part in [tenant, key] {
+        hash.update((part.len() as u64).to_le_bytes());
+        hash.update(part);
+    }
+    let digits: String = hash.finalize().encode_hex();
+    Ok(format!("once-{}", &digits[..ID_DIGITS]).parse().expect("hex makes an id"))
+}
+
+/// `GET /v1/jobs/{id}`
+pub async fn look(
+    State(front): State<Arc<Front>>,
+    Extension(context): Extension<Arc<RequestContext>>,
+    Path(id): Path<String>,
+) -> Result<Json<JobObject>, ApiError> {
+    let name = named(&front, &context, &id).await?;
+    Ok(Json(state_of(&front, &name).await?))
+}
+
+/// `POST /v1/jobs/{id}/cancel`: a wish; the outcome says what became of it.
+pub async fn cancel(
+    State(front): State<Arc<Front>>,
+    Extension(context): Extension<Arc<RequestContext>>,
+    Path(id): Path<String>,
+) -> Result<Json<JobObject>, ApiError> {
+    let name = named(&front, &context, &id).await?;
+    let job = state_of(&front, &name).await?;
+    if job.outcome.is_none() {
+        marker::mark(&front.connection(&name.model), &name.job).await.map_err(|failure| {
+            tracing::warn!(job = %name.job, %failure, "a job was not cancelled");
+            unavailable()
+        })?;
+    }
+    Ok(Json(job))
+}
+
+/// The job that a path names, if the caller may see its model.
+async fn named(front: &Front, context: &RequestContext, id: &str) -> Result<JobName, ApiError> {
+    let caller = context.caller()?;
+    caller.may(Verb::Jobs)?;
+    let name = JobName::parse(id).ok_or_else(missing)?;
+    // Where there is no such model there is no stream to ask either.
+    front.catalog.find(&name.model.to_string(), &caller.scopes).await.map_err(|error| match error.code {
+        ApiCode::ModelNotFound => missing(),
+        _ => error,
+    })?;
+    let _ = context.model.set(name.model.clone());
+    Ok(name)
+}
+
+async fn state_of(front: &Front, name: &JobName) -> Result<JobObject, ApiError> {
+    if let Some(outcome) = stored(front, name).await? {
+        return object(front, name, Some(&outcome));
+    }
+    if waits(front, name).await? {
+        return object(front, name, None);
+    }
+    // Between the two looks the job may have got its outcome and left the queue.
+    match stored(front, name).await? {
+        Some(outcome) => object(front, name, Some(&outcome)),
+        None => Err(missing()),
+    }
+}
+
+async fn stored(front: &Front, name: &JobName) -> Result<Option<CollectedOutcome>, ApiError> {
+    let broker = front.connection(&name.model);
+    let mut found = follow::stored(&broker, std::slice::from_ref(&name.job)).await.map_err(|failure| {
+        tracing::warn!(job = %name.job, %failure, "an outcome cannot be looked up");
+        unavailable()
+    })?;
+    let Some(mut outcome) = found.pop() else { return Ok(None) };
+    match front.bodies.fetch(&mut outcome).await {
+        Ok(Ok(())) => Ok(Some(outcome)),
+        Ok(Err(reason)) => Err(unreadable(name, &reason)),
+        Err(failure) => Err(unreadable(name, &failure)),
+    }
+}
+
+/// Whether the job lies in the queue, where it waits or runs.
+async fn waits(front: &Front, name: &JobName) -> Result<bool, ApiError> {
+    if name.sequence == 0 {
+        return Ok(false);
+    }
+    let away = |e: &dyn std::fmt::Display| {
+        tracing::warn!(job = %name.job, error = %e, "a job cannot be looked up");
+        unavailable()
+    };
+    let stream = match front.connection(&name.model).jetstream.get_stream(name.model.jobs_stream()).await {
+        Ok(stream) => stream,
+        Err(error) if matches!(error.kind(), GetStreamErrorKind::JetStream(_)) => return Ok(false),
+        Err(error) => return Err(away(&error)),
+    };
+    match stream.direct_get(name.sequence).await {
+        Ok(message) => {
+            Ok(message.headers.get(header::JOB_ID).is_some_and(|id| id.as_str() == name.job.as_str()))
+        }
+        Err(error) if error.kind() == DirectGetErrorKind::NotFound => Ok(false),
+        Err(error) => Err(away(&error)),
+    }
+}
+
+fn object(front: &Front, name: &JobName, outcome: Option<&CollectedOutcome>) -> Result<JobObject, ApiError> {
+    let line = outcome.map(|outcome| {
+        let text = String::from_utf8_lossy(&outcome.body).trim().to_owned();
+        RawValue::from_string(text).map_err(|error| unreadable(name, &error))
+    });
+    Ok(JobObject {
+        id: name.text(),
+        object: "job",
+        model: front.catalog.id_of(&name.model),
+        status: outcome.map_or("queued", |outcome| outcome.kind.as_str()),
+        outcome: line.transpose()?,
     })
 }
 
+fn missing() -> ApiError {
+    ApiError::new(ApiCode::JobNotFound, "there is no such job, or its outcome has expired")
+}
+
 fn unavailable() -> ApiError {
-    ApiError::new(ApiCode::BrokerUnavailable, "the broker did not acknowledge the job")
+    ApiError::new(ApiCode::BrokerUnavailable, "the broker does not answer")
 }
 
-/// A stored line with its answer as the bytes that were stored.
-#[derive(Debug, Deserialize)]
-struct RawLine<'a> {
-    #[serde(borrow)]
-    response: Option<RawResponse<'a>>,
-    error: Option<LineError>,
-}
-
-#[derive(Debug, Deserialize)]
-struct RawResponse<'a> {
-    status_code: u16,
-    #[serde(borrow)]
-    body: &'a RawValue,
-}
-
-/// The status and the bytes of the answer that an outcome of one request holds.
-///
-/// # Errors
-/// What the outcome says, or [`ApiCode::OutcomeUnreadable`].
-pub fn answer_of(outcome: &CollectedOutcome) -> Result<(u16, Bytes), ApiError> {
-    let unreadable = || ApiError::new(ApiCode::OutcomeUnreadable, "the stored outcome is no output line");
-    let line: RawLine<'_> = serde_json::from_slice(&outcome.body).map_err(|_| unreadable())?;
-    match (line.response, line.error) {
-        (Some(answer), _) => Ok((answer.status_code, outcome.body.slice_ref(answer.body.get().as_bytes()))),
-        (None, Some(error)) => Err(ApiError::of_job(&error)),
-        (None, None) => Err(unreadable()),
-    }
+fn unreadable(name: &JobName, reason: &dyn std::fmt::Display) -> ApiError {
+    tracing::error!(job = %name.job, %reason, "an outcome cannot be read");
+    ApiError::new(ApiCode::OutcomeUnreadable, "the stored outcome cannot be read")
 }
 
 #[cfg(test)]
 mod tests {
-    use async_nats::HeaderMap;
-    use millrace_crds::result::ErrorCode;
-
     use super::*;
 
-    fn outcome(body: &str) -> CollectedOutcome {
-        let mut headers = HeaderMap::new();
-        headers.insert("Millrace-Outcome", "completed");
-        CollectedOutcome::from_parts("j".parse().unwrap(), &headers, Bytes::copy_from_slice(body.as_bytes()))
+    #[test]
+    fn a_job_has_one_name() {
+        let name = JobName::parse("team-a.m.7.req-1").unwrap();
+        assert_eq!(
+            (name.model.to_string().as_str(), name.sequence, name.job.as_str()),
+            ("team-a/m", 7, "req-1")
+        );
+        for wrong in
+            ["", "a.b.7", "a.b.07.x", "a.b.+7.x", "a.b.7.x.y", "A.b.7.x", "a.b.7.-", "a.*.7.x", "a.b.-1.x"]
+        {
+            assert_eq!(JobName::parse(wrong), None, "{wrong}");
+        }
     }
 
     #[test]
-    fn an_answer_is_the_stored_bytes() {
-        // Neither the order of keys, nor the spelling of numbers, nor spaces are touched.
-        let body = r#"{"z":1.10,"a":[1e-7,"é\u00e9"], "logprob":-0.30000000000000004}"#;
-        let response = format!(r#"{{"status_code":200,"request_id":"j","body":{body}}}"#);
-        let line = format!(r#"{{"id":"j","custom_id":"j","response":{response},"error":null}}"#);
-        assert_eq!(answer_of(&outcome(&line)).unwrap(), (200, Bytes::copy_from_slice(body.as_bytes())));
-    }
-
-    #[test]
-    fn an_error_is_told() {
-        let error = r#"{"code":"INVALID_REQUEST","message":"temperature: 101 is not 0 to 100"}"#;
-        let line = format!(r#"{{"id":"j","custom_id":"j","response":null,"error":{error}}}"#);
-        let told = answer_of(&outcome(&line)).unwrap_err();
-        assert_eq!(told.code, ApiCode::Job(ErrorCode::InvalidRequest));
-        assert_eq!(told.param.as_deref(), Some("temperature"));
-        for none in ["", "{}", "[]", r#"{"response":null,"error":null}"#] {
-            assert_eq!(answer_of(&outcome(none)).unwrap_err().code, ApiCode::OutcomeUnreadable, "{none}");
+    fn an_idempotency_key_is_its_tenants_own() {
+        let id = |tenant, key| id_of(tenant, key).unwrap();
+        assert_eq!(id("a", "k"), id("a", "k"));
+        assert_ne!(id("a", "bk"), id("ab", "k"));
+        assert!(id("a", "k").as_str().starts_with("once-"));
+        let long = "k".repeat(KEY_BYTES_MAX + 1);
+        for wrong in ["", &long] {
+            assert_eq!(id_of("a", wrong).unwrap_err().param.as_deref(), Some(IDEMPOTENCY_KEY));
         }
     }
 }

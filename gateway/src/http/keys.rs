@@ -40,6 +40,8 @@ pub enum Verb {
     Models,
     /// Have requests answered.
     Infer,
+    /// Submit jobs, look at them and cancel them.
+    Jobs,
 }
 
 /// What a key may do. An empty list allows all.

@@ -17,7 +17,7 @@ use crate::http::caller::RequestContext;
 use crate::http::error::{ApiCode, ApiError};
 use crate::http::front::{self, Front};
 use crate::http::keys::Verb;
-use crate::http::{caller, inference, pages};
+use crate::http::{caller, inference, jobs, pages};
 
 /// The header with the request's id, which is the id of its job.
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -28,7 +28,10 @@ pub fn router(front: Arc<Front>) -> Router {
         .route("/v1/models", get(models))
         .route("/v1/models/{*id}", get(model))
         .route("/v1/chat/completions", post(inference::chat))
-        .route("/v1/completions", post(inference::completions));
+        .route("/v1/completions", post(inference::completions))
+        .route("/v1/jobs", post(jobs::submit))
+        .route("/v1/jobs/{id}", get(jobs::look))
+        .route("/v1/jobs/{id}/cancel", post(jobs::cancel));
     let pages = Router::new()
         .route("/healthz", get(pages::healthz))
         .route("/readyz", get(pages::readyz))

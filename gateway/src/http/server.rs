@@ -29,7 +29,7 @@ const STREAMS_MAX: u32 = 256;
 /// How often a connection of HTTP/2 is asked whether it lives.
 const PROBE_PAUSE: Duration = Duration::from_secs(20);
 /// How often the certificate's file is looked at.
-const CERTIFICATE_PAUSE: Duration = Duration::from_secs(30);
+const CERTIFICATE_PAUSE: Duration = Duration::from_secs(5);
 
 /// Serves until a signal and the drain that follows.
 ///

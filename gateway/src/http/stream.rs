@@ -15,10 +15,10 @@ use futures::StreamExt;
 use serde_json::Value;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
+use crate::http::awaited::{AwaitedJob, JobOrder, answer_of};
 use crate::http::chunk::{ChunkForm, ChunkWriter, DONE, PING, event};
 use crate::http::error::{ApiCode, ApiError};
 use crate::http::front::Front;
-use crate::http::jobs::{AwaitedJob, JobOrder, answer_of};
 use crate::live::delta_of;
 use crate::outcome::CollectedOutcome;
 
