@@ -33,8 +33,8 @@ demo-k8s: kube ## control plane, chart, 200 jobs from zero to zero, then a new r
 	target/debug/millrace-demo-k8s
 
 test: ## all tests that take a few minutes, with real processes
-	@echo "test 1/4: broker, S3 server, model and CUDA compiler"
-	scripts/tools
+	@echo "test 1/4: broker, S3 server, model, OpenAI client and CUDA compiler"
+	scripts/tools test
 	scripts/cuda
 	@echo "test 2/4: Kubernetes, etcd and helm from their Go modules, once: about 5 minutes on 2 cores"
 	scripts/kube

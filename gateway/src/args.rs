@@ -9,6 +9,7 @@ use millrace_crds::units::{Bytes, Span};
 use millrace_queue::args::StoreArgs;
 
 use crate::failure::{EXIT_CODES, Failure};
+use crate::http::keys::Verb;
 
 /// Job-queue inference: publish prompts to a durable queue, collect exactly one result for each.
 #[derive(Debug, Parser)]
@@ -22,10 +23,10 @@ pub struct Cli {
     pub command: Command,
 }
 
-/// Options of every command.
+/// How to reach the broker.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Connection and output")]
-pub struct Global {
+pub struct BrokerArgs {
     /// Broker address; several are separated by commas
     #[arg(
         long,
@@ -54,6 +55,15 @@ pub struct Global {
     /// How long the first connection may take
     #[arg(long, default_value = "5s", global = true, value_name = "SPAN")]
     pub connect_timeout: Span,
+}
+
+/// Options of every command.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Connection and output")]
+pub struct Global {
+    /// How to reach the broker.
+    #[command(flatten)]
+    pub broker: BrokerArgs,
     /// Namespace of the model
     #[arg(long, short, env = "MILLRACE_NAMESPACE", default_value = "default", global = true)]
     pub namespace: String,
@@ -103,6 +113,8 @@ pub enum Command {
     Import(WorkerArgs),
     /// Look at a model folder as a worker would at its start, without its weights
     Check(WorkerArgs),
+    /// Make, list and revoke the keys of the HTTP API
+    Key(KeyArgs),
     /// Check broker, streams, object store, model folder, clock and workers, and print each fix
     Doctor(DoctorArgs),
 }
@@ -291,6 +303,58 @@ pub enum DeadCommand {
         #[arg(long, conflicts_with = "jobs")]
         all: bool,
     },
+}
+
+/// `millrace key`
+#[derive(Debug, Args)]
+pub struct KeyArgs {
+    /// What to do with keys
+    #[command(subcommand)]
+    pub command: KeyCommand,
+}
+
+/// What to do with keys.
+#[derive(Debug, Subcommand)]
+pub enum KeyCommand {
+    /// Make a key and print it, the only time that it can be read
+    Create(KeyCreateArgs),
+    /// List the keys, without their secrets
+    List,
+    /// Let keys in no more
+    Revoke {
+        /// Ids of keys
+        #[arg(required = true, value_name = "ID")]
+        ids: Vec<String>,
+    },
+}
+
+/// `millrace key create`. A list that is not given allows all.
+#[derive(Debug, Args)]
+pub struct KeyCreateArgs {
+    /// Whose key it is
+    #[arg(long, value_name = "NAME")]
+    pub tenant: String,
+    /// What it is for
+    #[arg(long, default_value = "", value_name = "TEXT", hide_default_value = true)]
+    pub label: String,
+    /// When it ends: a span such as 90d, or an RFC 3339 time; never without it
+    #[arg(long, value_name = "WHEN")]
+    pub expires: Option<String>,
+    /// Namespace of models that it may use; may be repeated
+    #[arg(long, value_name = "NAMESPACE")]
+    pub allow_namespace: Vec<String>,
+    /// Model that it may use; may be repeated
+    #[arg(long, value_name = "MODEL")]
+    pub allow_model: Vec<String>,
+    /// What it may do; may be repeated
+    #[arg(long, value_enum, value_name = "VERB")]
+    pub allow_verb: Vec<Verb>,
+    /// Class that its jobs may have; may be repeated
+    #[arg(long, value_name = "CLASS")]
+    pub allow_class: Vec<Class>,
+    /// Copies of the bucket of keys, where this makes it
+    #[arg(long, default_value = "1", value_name = "N", value_parser = clap::value_parser!(u8).range(1..=5))]
+    pub replicas: u8,
 }
 
 /// `millrace queue`

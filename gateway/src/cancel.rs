@@ -49,7 +49,10 @@ pub async fn run(global: &Global, args: &CancelArgs) -> Result<Verdict, Failure>
 }
 
 /// Stores the marker.
-async fn mark(broker: &Connection, job: &JobId) -> Result<(), Failure> {
+///
+/// # Errors
+/// [`Failure::Refused`].
+pub async fn mark(broker: &Connection, job: &JobId) -> Result<(), Failure> {
     let refused = |e: &dyn std::fmt::Display| Failure::Refused(format!("cancelling job {job}: {e}"));
     let subject = broker.model.cancel_subject(job);
     let stored = broker.jetstream.publish(subject, bytes::Bytes::new()).await.map_err(|e| refused(&e))?;

@@ -12,7 +12,7 @@ use async_nats::{Client, ConnectErrorKind, ConnectOptions};
 use millrace_crds::names::ModelRef;
 use millrace_queue::broker::with_login;
 
-use crate::args::Global;
+use crate::args::{BrokerArgs, Global};
 use crate::failure::Failure;
 
 /// Most publish acknowledgements outstanding at once over all of a command.
@@ -32,26 +32,53 @@ pub struct Connection {
     pub model: ModelRef,
 }
 
-/// Connects.
+/// Connects to the broker of a command.
 ///
 /// # Errors
 /// [`Failure::Usage`] for an option that is wrong, [`Failure::Unreachable`] when no server answers.
 pub async fn connect(global: &Global) -> Result<Connection, Failure> {
     let model = global.model()?;
-    let options = options(global).await?;
-    let unreachable = |reason: String| Failure::Unreachable { server: redact(&global.server), reason };
-    let limit = global.connect_timeout.0;
-    let connecting = async_nats::connect_with_options(servers(&global.server), options);
-    let client = tokio::time::timeout(limit, connecting)
+    let (client, jetstream) = connect_without_model(global).await?;
+    Ok(Connection { client, jetstream, model })
+}
+
+/// Connects to the broker of a command that is about no model.
+///
+/// # Errors
+/// As [`connect`].
+pub async fn connect_without_model(global: &Global) -> Result<(Client, Context), Failure> {
+    let (broker, limit) = (&global.broker, global.broker.connect_timeout);
+    let unreachable = |reason: String| Failure::Unreachable { server: redact(&broker.server), reason };
+    let connecting = async_nats::connect_with_options(servers(&broker.server), options(broker).await?);
+    let client = tokio::time::timeout(limit.0, connecting)
         .await
-        .map_err(|_| unreachable(format!("no answer within --connect-timeout {}", global.connect_timeout)))?
+        .map_err(|_| unreachable(format!("no answer within --connect-timeout {limit}")))?
         .map_err(|error| unreachable(explain(&error)))?;
-    let jetstream = jetstream::context::ContextBuilder::new()
+    Ok((client.clone(), jetstream_of(&client)))
+}
+
+/// Connects for as long as the process lives: a broker that is not there yet is waited for in the background.
+///
+/// # Errors
+/// [`Failure::Usage`] or [`Failure::File`] for an option that is wrong.
+pub async fn connect_for_good(broker: &BrokerArgs, name: &str) -> Result<(Client, Context), Failure> {
+    let options = options(broker).await?.name(name).retry_on_initial_connect();
+    let options = options.event_callback(|event| async move {
+        tracing::warn!(event = %event, "broker");
+    });
+    let connecting = async_nats::connect_with_options(servers(&broker.server), options);
+    let client = connecting
+        .await
+        .map_err(|error| Failure::Unreachable { server: redact(&broker.server), reason: explain(&error) })?;
+    Ok((client.clone(), jetstream_of(&client)))
+}
+
+fn jetstream_of(client: &Client) -> Context {
+    jetstream::context::ContextBuilder::new()
         .timeout(REPLY_TIMEOUT)
         .max_ack_inflight(ACKS_OUTSTANDING_MAX)
         .backpressure_on_inflight(true)
-        .build(client.clone());
-    Ok(Connection { client, jetstream, model })
+        .build(client.clone())
 }
 
 impl Connection {
@@ -77,20 +104,20 @@ fn servers(text: &str) -> Vec<String> {
     text.split(',').map(|server| server.trim().to_owned()).filter(|server| !server.is_empty()).collect()
 }
 
-async fn options(global: &Global) -> Result<ConnectOptions, Failure> {
+async fn options(broker: &BrokerArgs) -> Result<ConnectOptions, Failure> {
     let mut options = ConnectOptions::new()
         .name("millrace command line")
-        .connection_timeout(global.connect_timeout.0)
+        .connection_timeout(broker.connect_timeout.0)
         .request_timeout(Some(REPLY_TIMEOUT))
-        .custom_inbox_prefix(&global.inbox_prefix)
+        .custom_inbox_prefix(&broker.inbox_prefix)
         .max_reconnects(None);
-    let addresses: Vec<_> = servers(&global.server).iter().filter_map(|server| server.parse().ok()).collect();
+    let addresses: Vec<_> = servers(&broker.server).iter().filter_map(|server| server.parse().ok()).collect();
     options = with_login(options, &addresses);
-    if let Some(path) = &global.ca {
+    if let Some(path) = &broker.ca {
         std::fs::metadata(path).map_err(|e| Failure::file(format!("--ca {}", path.display()), e))?;
         options = options.add_root_certificates(path.clone()).require_tls(true);
     }
-    if let Some(path) = &global.creds {
+    if let Some(path) = &broker.creds {
         let shown = format!("--creds {}", path.display());
         let text = tokio::fs::read_to_string(path).await.map_err(|e| Failure::file(&shown, e))?;
         options = options.credentials(&text).map_err(|e| Failure::file(&shown, e))?;

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use async_nats::Subscriber;
+use async_nats::{Message, Subscriber};
 use millrace_crds::job::header;
 use millrace_crds::names::JobId;
 use millrace_crds::result::OutputLine;
@@ -18,7 +18,7 @@ use crate::output::{line, note, piece};
 /// Deltas held while one before them is missing; past that, the gap stays.
 const HELD_MAX: usize = 256;
 
-/// The text of the first choice, as far as it is known to be right. Pure.
+/// The text of one choice, as far as it is known to be right. Pure.
 #[derive(Debug, Default)]
 pub struct LiveText {
     attempt: u64,
@@ -38,9 +38,9 @@ pub enum StreamEnd {
 }
 
 impl LiveText {
-    /// Takes a delta; gives the text to print.
+    /// Takes a delta of this choice; gives the text to print.
     pub fn take(&mut self, attempt: u64, delta: TokenDelta) -> String {
-        if delta.request != 0 || delta.choice != 0 || attempt < self.attempt {
+        if attempt < self.attempt {
             return String::new();
         }
         if attempt > self.attempt {
@@ -69,6 +69,13 @@ impl LiveText {
             None => StreamEnd::Whole(text.to_owned()),
         }
     }
+}
+
+/// The attempt and the delta of a message. What is none is skipped: the outcome brings the text.
+pub fn delta_of(message: &Message) -> Option<(u64, TokenDelta)> {
+    let attempt = message.headers.as_ref().and_then(|headers| headers.get(header::ATTEMPT));
+    let attempt = attempt.and_then(|text| text.as_str().parse().ok()).unwrap_or(1);
+    Some((attempt, serde_json::from_slice(&message.payload).ok()?))
 }
 
 /// The text of a line's first choice.
@@ -111,13 +118,10 @@ impl Live {
     pub async fn print(&mut self) {
         use futures::StreamExt;
         while let Some(message) = self.deltas.next().await {
-            let attempt = message.headers.as_ref().and_then(|h| h.get(header::ATTEMPT));
-            let attempt = attempt.and_then(|text| text.as_str().parse().ok()).unwrap_or(1);
-            // What is no delta is not ours to print; the outcome brings the text.
-            let Ok(delta) = serde_json::from_slice::<TokenDelta>(&message.payload) else { continue };
+            let Some((attempt, delta)) = delta_of(&message) else { continue };
             if self.json {
                 piece(&(serde_json::to_string(&delta).expect("our own types are JSON") + "\n"));
-            } else {
+            } else if (delta.request, delta.choice) == (0, 0) {
                 piece(&self.text.take(attempt, delta));
             }
         }
@@ -160,7 +164,6 @@ mod tests {
         assert_eq!(live.take(1, delta(2, "c")), "");
         assert_eq!(live.take(1, delta(1, "b")), "bc");
         assert_eq!(live.take(1, delta(1, "b")), "", "one that comes twice");
-        assert_eq!(live.take(1, TokenDelta { choice: 1, ..delta(3, "x") }), "");
         assert_eq!(live.end("abcd"), StreamEnd::Rest("d".into()));
     }
 

@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 
+use async_nats::HeaderMap;
 use async_nats::jetstream::message::StreamMessage;
 use bytes::Bytes;
 use millrace_crds::job::header;
@@ -33,7 +34,12 @@ impl CollectedOutcome {
     /// outcome's subject that is none is named, and becomes an outcome without lines: it must not hide the others.
     pub fn read(model: &ModelRef, message: StreamMessage) -> Option<Self> {
         let job = job_of(model, "results", &message.subject)?;
-        let text = |name: &str| message.headers.get(name).map(|value| value.as_str());
+        Some(Self::from_parts(job, &message.headers, message.payload))
+    }
+
+    /// The same of a job's headers and body, as they are stored or as a copy of them came.
+    pub fn from_parts(job: JobId, headers: &HeaderMap, body: Bytes) -> Self {
+        let text = |name: &str| headers.get(name).map(|value| value.as_str());
         let kind = match text(header::OUTCOME) {
             Some("completed") => OutcomeKind::Completed,
             Some("rejected") => OutcomeKind::Rejected,
@@ -41,11 +47,11 @@ impl CollectedOutcome {
             other => {
                 note(&format!("error: job {job}: header {} of the outcome is {other:?}", header::OUTCOME));
                 let (kind, body) = (OutcomeKind::Rejected, Bytes::new());
-                return Some(Self { job, kind, queue_wait_ms: None, body });
+                return Self { job, kind, queue_wait_ms: None, body };
             }
         };
         let queue_wait_ms = text(header::QUEUE_WAIT_MS).and_then(|value| value.parse().ok());
-        Some(Self { kind, queue_wait_ms, body: message.payload, job })
+        Self { kind, queue_wait_ms, body, job }
     }
 
     /// The address of the body, if it is not in the message.

@@ -197,24 +197,31 @@ fn batch_line(entry: &RequestEntry) -> String {
     format!(r#"{{"custom_id":{custom_id},"method":"POST","url":"{}","body":{body}}}"#, entry.url)
 }
 
-/// A deadline as typed, at `now`: a span from now, or an RFC 3339 time that has not passed.
+/// A deadline as typed, in RFC 3339.
 ///
 /// # Errors
-/// A message that names option, value and fix.
+/// What is wrong with it.
 pub fn deadline(text: &str, now: OffsetDateTime) -> Result<String, String> {
+    let time = time("--deadline", text, now)?;
+    time.format(&Rfc3339).map_err(|error| format!("--deadline {text:?}: {error}"))
+}
+
+/// A time in the future, typed as a span from now or in RFC 3339; `option` is what it was typed for.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn time(option: &str, text: &str, now: OffsetDateTime) -> Result<OffsetDateTime, String> {
     let time = match (text.parse::<millrace_crds::units::Span>(), OffsetDateTime::parse(text, &Rfc3339)) {
         (Ok(span), _) => now.checked_add(time::Duration::try_from(span.0).unwrap_or(time::Duration::MAX)),
         (_, Ok(time)) => Some(time),
         _ => {
             return Err(format!(
-                "--deadline {text:?} is neither a span such as 10m nor a time such as 2027-01-31T18:00:00Z"
+                "{option} {text:?} is neither a span such as 10m nor a time such as 2027-01-31T18:00:00Z"
             ));
         }
     };
-    let time = time.filter(|time| *time > now).ok_or_else(|| {
-        format!("--deadline {text:?} is not in the future, or too far in it; every job would be rejected")
-    })?;
-    time.format(&Rfc3339).map_err(|error| format!("--deadline {text:?}: {error}"))
+    time.filter(|time| *time > now)
+        .ok_or_else(|| format!("{option} {text:?} is not in the future, or too far in it"))
 }
 
 /// Job ids as text, one a line; empty lines are skipped, repeated ones counted once.

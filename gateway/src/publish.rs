@@ -12,10 +12,11 @@ use async_nats::jetstream::context::{PublishError, PublishErrorKind};
 use async_nats::jetstream::message::PublishMessage;
 use async_nats::jetstream::publish::PublishAck;
 use async_nats::jetstream::{self, ErrorCode};
+use bytes::Bytes;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use millrace_crds::job::{JSON, JSONL, header};
-use millrace_crds::names::Class;
+use millrace_crds::names::{Class, JobId, ModelRef};
 
 use crate::connect::Connection;
 use crate::failure::Failure;
@@ -32,7 +33,7 @@ const PAUSE_MIN: Duration = Duration::from_millis(50);
 const PAUSE_MAX: Duration = Duration::from_secs(2);
 
 /// What all jobs of one publish have in common.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct JobEnvelope {
     /// Class of service.
     pub class: Class,
@@ -40,6 +41,54 @@ pub struct JobEnvelope {
     pub deadline: Option<String>,
     /// Whether token deltas are wanted.
     pub stream: bool,
+    /// A subject to which a copy of the outcome goes.
+    pub reply: Option<String>,
+    /// W3C trace context.
+    pub traceparent: Option<String>,
+}
+
+/// A job's body.
+#[derive(Debug, Clone)]
+pub enum Payload {
+    /// In the message.
+    Body(Bytes),
+    /// At this `s3://` address.
+    At(String),
+}
+
+impl JobEnvelope {
+    /// The message of a job of `model`; `content_type` is that of the payload.
+    pub fn message(
+        &self,
+        model: &ModelRef,
+        id: &JobId,
+        content_type: &str,
+        payload: Payload,
+    ) -> PublishMessage {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::JOB_ID, id.as_str());
+        headers.insert(header::CONTENT_TYPE, content_type);
+        headers.insert("Nats-Expected-Stream", model.jobs_stream().as_str());
+        let optional = [
+            (header::DEADLINE, self.deadline.as_deref()),
+            (header::STREAM, self.stream.then_some("true")),
+            (header::REPLY_SUBJECT, self.reply.as_deref()),
+            (header::TRACEPARENT, self.traceparent.as_deref()),
+        ];
+        for (name, value) in optional {
+            if let Some(value) = value {
+                headers.insert(name, value);
+            }
+        }
+        let body = match payload {
+            Payload::Body(body) => body,
+            Payload::At(uri) => {
+                headers.insert(header::INPUT, uri.as_str());
+                Bytes::new()
+            }
+        };
+        PublishMessage::build().headers(headers).payload(body)
+    }
 }
 
 /// One message to publish.
@@ -52,31 +101,18 @@ pub struct Parcel<'a> {
 }
 
 impl Parcel<'_> {
-    fn message(&self, envelope: &JobEnvelope, stream: &str) -> PublishMessage {
-        let mut headers = HeaderMap::new();
-        headers.insert(header::JOB_ID, self.job.id.as_str());
-        headers.insert(header::CONTENT_TYPE, if self.job.jsonl { JSONL } else { JSON });
-        headers.insert("Nats-Expected-Stream", stream);
-        if let Some(deadline) = &envelope.deadline {
-            headers.insert(header::DEADLINE, deadline.as_str());
-        }
-        if envelope.stream {
-            headers.insert(header::STREAM, "true");
-        }
+    fn message(&self, envelope: &JobEnvelope, model: &ModelRef) -> PublishMessage {
         let payload = match &self.input {
-            Some(uri) => {
-                headers.insert(header::INPUT, uri.as_str());
-                bytes::Bytes::new()
-            }
-            None => self.job.body.clone(),
+            Some(uri) => Payload::At(uri.clone()),
+            None => Payload::Body(self.job.body.clone()),
         };
-        PublishMessage::build().headers(headers).payload(payload)
+        envelope.message(model, &self.job.id, if self.job.jsonl { JSONL } else { JSON }, payload)
     }
 }
 
 /// What to do after a publish failed.
 #[derive(Debug, PartialEq, Eq)]
-enum Next {
+pub enum Next {
     /// The queue is full: wait for room.
     WaitForRoom,
     /// Repeat.
@@ -85,7 +121,8 @@ enum Next {
     GiveUp,
 }
 
-fn next(error: &PublishError) -> Next {
+/// Decides by the kind of a publish's error.
+pub fn next(error: &PublishError) -> Next {
     match error.kind() {
         PublishErrorKind::TimedOut
         | PublishErrorKind::BrokenPipe
@@ -124,7 +161,6 @@ pub async fn publish_all(
     mut each: impl FnMut(usize, &PublishAck),
 ) -> Result<(), Failure> {
     let subject = broker.model.jobs_subject(envelope.class);
-    let stream = broker.model.jobs_stream();
     let mut waiting: VecDeque<usize> = (0..parcels.len()).collect();
     let mut outstanding = FuturesUnordered::new();
     let mut pace = Pace::default();
@@ -133,7 +169,7 @@ pub async fn publish_all(
         while outstanding.len() < pace.room()
             && let Some(place) = waiting.pop_front()
         {
-            let message = parcels[place].message(envelope, &stream);
+            let message = parcels[place].message(envelope, &broker.model);
             let publish = publish_one(broker, subject.clone(), message);
             outstanding.push(async move { (place, publish.await) });
         }
@@ -217,7 +253,10 @@ impl Pace {
 }
 
 /// Publishes one message and awaits its acknowledgement.
-async fn publish_one(
+///
+/// # Errors
+/// As the client library tells them; [`next`] says what follows.
+pub async fn publish_one(
     broker: &Connection,
     subject: String,
     message: PublishMessage,

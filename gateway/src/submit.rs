@@ -39,8 +39,12 @@ struct Plan {
 fn ready(args: &SubmitArgs, now: OffsetDateTime) -> Result<Plan, Failure> {
     let jobs = input::plan(&args.input, args.object_store.is_some())?;
     let deadline = args.deadline.as_deref().map(|text| plan::deadline(text, now)).transpose();
-    let envelope =
-        JobEnvelope { class: args.class, deadline: deadline.map_err(Failure::Usage)?, stream: args.stream };
+    let envelope = JobEnvelope {
+        class: args.class,
+        deadline: deadline.map_err(Failure::Usage)?,
+        stream: args.stream,
+        ..JobEnvelope::default()
+    };
     if args.stream && (jobs.len() != 1 || args.output.is_some()) {
         let message = format!("--stream prints one answer as it is made; the input has {} jobs", jobs.len());
         return Err(Failure::Usage(message));

@@ -9,10 +9,12 @@
 pub mod accounts;
 pub mod certificates;
 pub mod chaos;
+pub mod chat;
 pub mod checkpoint;
 pub mod cluster;
 pub mod demo;
 pub mod figures;
+pub mod gateway;
 pub mod http;
 pub mod jobs;
 #[cfg(feature = "cluster")]

@@ -196,6 +196,29 @@ impl Bench {
     /// # Errors
     /// When the broker does not do it.
     pub async fn worker(&self, name: &str) -> Result<ScriptedWorker> {
+        let runner = ScriptedRunner::default();
+        let metrics = Arc::new(WorkerMetrics::new(&self.model));
+        let line = self.line(name, runner.clone(), metrics.clone()).await?;
+        let drain = CancellationToken::new();
+        let task = tokio::spawn({
+            let (line, drain) = (line.clone(), drain.clone());
+            async move {
+                serve(&line, &drain, Duration::from_millis(500)).await.map_err(|error| error.to_string())
+            }
+        });
+        Ok(ScriptedWorker { runner, metrics, line, drain, task })
+    }
+
+    /// What a worker is made of, with any runner; it is connected and does not serve yet.
+    ///
+    /// # Errors
+    /// When the broker does not do it.
+    pub async fn line<R: Run>(
+        &self,
+        name: &str,
+        run: R,
+        metrics: Arc<WorkerMetrics>,
+    ) -> Result<Arc<ServingLine<R>>> {
         let config = NatsConfig {
             servers: vec![self.server.url()],
             credentials_file: None,
@@ -206,28 +229,18 @@ impl Bench {
         let worker: SubjectToken = name.parse()?;
         let broker = Broker::connect(&config, &worker).await?;
         broker.ready().await;
-        let runner = ScriptedRunner::default();
-        let metrics = Arc::new(WorkerMetrics::new(&self.model));
-        let line = ServingLine::new(LineParts {
-            run: runner.clone(),
+        Ok(ServingLine::new(LineParts {
+            run,
             broker,
             model: self.model.clone(),
             worker,
             digest: "sha256:0".into(),
             queue: self.queue.clone(),
             claims: Claims::without_store(1 << 20),
-            metrics: metrics.clone(),
+            metrics,
             watch: Watch::default(),
             trouble: PullTrouble::default(),
-        });
-        let drain = CancellationToken::new();
-        let task = tokio::spawn({
-            let (line, drain) = (line.clone(), drain.clone());
-            async move {
-                serve(&line, &drain, Duration::from_millis(500)).await.map_err(|error| error.to_string())
-            }
-        });
-        Ok(ScriptedWorker { runner, metrics, line, drain, task })
+        }))
     }
 
     /// Publishes a job of class normal.

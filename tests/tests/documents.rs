@@ -8,7 +8,7 @@ use std::process::Command;
 use millrace_tests::tools;
 
 /// Programs whose command lines the documents show.
-const PROGRAMS: [&str; 3] = ["millrace", "millrace-worker", "millrace-operator"];
+const PROGRAMS: [&str; 4] = ["millrace", "millrace-gateway", "millrace-worker", "millrace-operator"];
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the tests crate lies in the workspace").to_owned()

@@ -1,0 +1,40 @@
+//! The front door: OpenAI's API over the queue.
+//!
+//! Every request for an answer is a durable job, every answer is the job's one outcome. A gateway keeps nothing of
+//! its own, so any number of them can run. [`server`] listens and drains; [`routes`] has the paths; [`inference`]
+//! makes a request a job and its outcome an answer, in one piece or, by [`stream`] and [`chunk`], while it is made;
+//! [`awaited`] publishes, awaits and cancels, and [`jobs`] leaves that to the client; [`waiting`] hears outcomes;
+//! [`catalog`] knows the models; [`keys`] and [`caller`] say who may, [`audit`] who did; [`error`] is the closed table
+//! of errors; [`front`] is what all requests share; [`pages`] and [`meters`] show how it is.
+
+pub mod audit;
+pub mod awaited;
+pub mod caller;
+pub mod catalog;
+pub mod chunk;
+pub mod error;
+pub mod front;
+pub mod inference;
+pub mod jobs;
+pub mod keys;
+pub mod log;
+pub mod meters;
+pub mod options;
+pub mod pages;
+pub mod routes;
+pub mod server;
+pub mod stream;
+pub mod waiting;
+
+use crate::failure::Failure;
+
+/// Serves until SIGTERM or SIGINT and the drain that follows.
+///
+/// # Errors
+/// When an option is wrong or the address cannot be bound.
+pub async fn run(args: options::GatewayArgs) -> Result<(), Failure> {
+    log::start().map_err(Failure::Usage)?;
+    args.check()?;
+    let front = front::Front::connect(args).await?;
+    server::serve(front).await
+}

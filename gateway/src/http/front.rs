@@ -1,0 +1,151 @@
+//! What all requests of a gateway share. None of it outlives the process, and none of it is missed by another one.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use async_nats::Client;
+use async_nats::jetstream::Context;
+use hex::ToHex;
+use millrace_crds::names::{JobId, ModelRef};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::connect::{self, Connection};
+use crate::failure::Failure;
+use crate::http::audit::AuditLog;
+use crate::http::catalog::Catalog;
+use crate::http::error::{ApiCode, ApiError};
+use crate::http::keys::KeyStore;
+use crate::http::meters::GatewayMetrics;
+use crate::http::options::GatewayArgs;
+use crate::http::waiting::Waiters;
+use crate::plan::MESSAGE_BODY_BYTES_MAX;
+use crate::store::Bodies;
+
+/// Room for headers in a message, beside its body.
+const HEADER_BYTES: usize = 8 << 10;
+/// Largest body of one request; larger ones are refused by the workers too.
+const REQUEST_BYTES_MAX: usize = 4 << 20;
+/// Bytes of a random id.
+const ID_BYTES: usize = 16;
+
+/// The shared state.
+#[derive(Debug)]
+pub struct Front {
+    /// As it was started.
+    pub args: GatewayArgs,
+    /// The models.
+    pub catalog: Catalog,
+    /// The API keys.
+    pub keys: KeyStore,
+    /// Who did what.
+    pub audit: AuditLog,
+    /// Who waits for an outcome.
+    pub waiters: Arc<Waiters>,
+    /// Bodies that are too large for a message.
+    pub bodies: Bodies,
+    /// What is counted.
+    pub metrics: GatewayMetrics,
+    client: Client,
+    jetstream: Context,
+    places: Arc<Semaphore>,
+    draining: AtomicBool,
+}
+
+impl Front {
+    /// Connects to the broker, which need not be there yet, and begins to hear outcomes.
+    ///
+    /// # Errors
+    /// When an option is wrong.
+    pub async fn connect(args: GatewayArgs) -> Result<Arc<Self>, Failure> {
+        let (client, jetstream) = connect::connect_for_good(&args.broker, "millrace-gateway").await?;
+        let inbox = format!("{}.gateway-{}", args.broker.inbox_prefix, random_id());
+        let waiters = Waiters::new(inbox);
+        let listening = waiters.clone().listen(client.clone()).await;
+        listening.map_err(|error| Failure::Refused(format!("outcomes cannot be subscribed to: {error}")))?;
+        let (sweeping, context) = (client.clone(), jetstream.clone());
+        let connection =
+            move |model| Connection { client: sweeping.clone(), jetstream: context.clone(), model };
+        tokio::spawn(waiters.clone().sweep(connection));
+        Ok(Arc::new(Self {
+            catalog: Catalog::new(jetstream.clone(), args.namespace()?),
+            keys: KeyStore::new(jetstream.clone()),
+            audit: AuditLog::open(args.audit.as_deref())?,
+            waiters,
+            bodies: Bodies::new(args.store.config()),
+            metrics: GatewayMetrics::new(),
+            client,
+            jetstream,
+            places: Arc::new(Semaphore::new(args.requests_max as usize)),
+            draining: AtomicBool::new(false),
+            args,
+        }))
+    }
+
+    /// The broker, for one model.
+    pub fn connection(&self, model: &ModelRef) -> Connection {
+        let (client, jetstream) = (self.client.clone(), self.jetstream.clone());
+        Connection { client, jetstream, model: model.clone() }
+    }
+
+    /// Largest body that a request may have, in bytes.
+    pub fn body_bytes_max(&self) -> usize {
+        if self.args.object_store.is_some() { REQUEST_BYTES_MAX } else { self.message_bytes_max() }
+    }
+
+    /// Largest body that goes into a message, in bytes.
+    pub fn message_bytes_max(&self) -> usize {
+        // Before the first connection the broker's limit is not known.
+        match self.client.max_payload() {
+            0 => MESSAGE_BODY_BYTES_MAX,
+            limit => MESSAGE_BODY_BYTES_MAX.min(limit.saturating_sub(HEADER_BYTES)),
+        }
+    }
+
+    /// A place for one request, held until it is answered.
+    ///
+    /// # Errors
+    /// [`ApiCode::Overloaded`].
+    pub fn admit(&self) -> Result<OwnedSemaphorePermit, ApiError> {
+        self.places.clone().try_acquire_owned().map_err(|_| {
+            let limit = self.args.requests_max;
+            ApiError::new(ApiCode::Overloaded, format!("this gateway runs {limit} requests already"))
+        })
+    }
+
+    /// Requests that run.
+    pub fn running(&self) -> usize {
+        self.args.requests_max as usize - self.places.available_permits()
+    }
+
+    /// From now on not ready.
+    pub fn drain(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+    }
+
+    /// All that is missing until ready.
+    pub fn missing(&self) -> Vec<String> {
+        let mut missing = Vec::new();
+        if self.draining.load(Ordering::Relaxed) {
+            missing.push("draining".to_owned());
+        }
+        if self.client.connection_state() != async_nats::connection::State::Connected {
+            missing.push("the broker is not connected".to_owned());
+        }
+        if self.places.available_permits() == 0 {
+            missing.push(format!("{} requests run, as many as may", self.args.requests_max));
+        }
+        missing
+    }
+}
+
+/// 128 random bits in hex, from the system: nobody guesses one.
+pub fn random_id() -> String {
+    let mut bytes = [0; ID_BYTES];
+    getrandom::fill(&mut bytes).expect("Linux has random bytes once it is up");
+    bytes.encode_hex()
+}
+
+/// The id of a request, which is that of its job.
+pub fn request_id() -> JobId {
+    format!("req-{}", random_id()).parse().expect("hex makes an id")
+}

@@ -1,0 +1,327 @@
+//! `/v1/chat/completions` and `/v1/completions`: a body becomes a job as it came, and the job's outcome the answer.
+//!
+//! The gateway reads of a body only what it needs to find the queue and to stream; the rest is for the worker to judge,
+//! whose refusals come back as OpenAI's errors.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Extension;
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use bytes::{Bytes, BytesMut};
+use futures::StreamExt;
+use millrace_crds::names::Class;
+use millrace_crds::units::Span;
+use serde::Deserialize;
+use serde_json::Value;
+use serde_json::value::RawValue;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+use crate::http::awaited::{AwaitedJob, JobOrder, answer_of};
+use crate::http::caller::{Caller, RequestContext};
+use crate::http::chunk::ChunkForm;
+use crate::http::error::{ApiCode, ApiError};
+use crate::http::front::Front;
+use crate::http::keys::Verb;
+use crate::http::stream;
+use crate::publish::JobEnvelope;
+
+/// The request header with the job's class.
+const CLASS: &str = "millrace-class";
+/// The request header with the job's deadline: a span such as `90s`, or an RFC 3339 time.
+const DEADLINE: &str = "millrace-deadline";
+/// Of a body that is too large, this much is read and thrown away, so that its sender gets to read the answer.
+const DISCARDED_BYTES_MAX: usize = 64 << 20;
+
+/// Which of OpenAI's two forms.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Endpoint {
+    /// `/v1/chat/completions`
+    Chat,
+    /// `/v1/completions`
+    Completions,
+}
+
+impl Endpoint {
+    /// The field with the input.
+    fn input(self) -> &'static str {
+        match self {
+            Endpoint::Chat => "messages",
+            Endpoint::Completions => "prompt",
+        }
+    }
+}
+
+/// What the gateway reads of a body. `null` is absent.
+#[derive(Debug, Deserialize)]
+struct Fields<'a> {
+    model: Option<Value>,
+    stream: Option<Value>,
+    stream_options: Option<Value>,
+    n: Option<Value>,
+    #[serde(borrow)]
+    messages: Option<&'a RawValue>,
+    #[serde(borrow)]
+    prompt: Option<&'a RawValue>,
+}
+
+/// A body, as far as the gateway reads it.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Asked {
+    /// What it calls the model.
+    pub model: String,
+    /// Whether the answer shall be streamed.
+    pub stream: bool,
+    /// Whether the stream shall end with the usage.
+    pub include_usage: bool,
+    /// Choices for each prompt.
+    pub n: u32,
+}
+
+impl Asked {
+    /// Reads a body of one form, or of either.
+    ///
+    /// # Errors
+    /// [`ApiCode::InvalidJson`], [`ApiCode::MissingParameter`], [`ApiCode::InvalidParameter`].
+    pub fn read(endpoint: Option<Endpoint>, body: &[u8]) -> Result<Self, ApiError> {
+        let fields: Fields<'_> = serde_json::from_slice(body).map_err(|error| {
+            let message = format!("the body is not a JSON object: {error}");
+            ApiError::new(ApiCode::InvalidJson, message)
+        })?;
+        let input = match endpoint {
+            Some(Endpoint::Chat) => fields.messages,
+            Some(Endpoint::Completions) => fields.prompt,
+            None => fields.messages.or(fields.prompt),
+        };
+        if input.is_none() {
+            let input = endpoint.unwrap_or(Endpoint::Chat).input();
+            return Err(ApiError::of(ApiCode::MissingParameter, input, "missing"));
+        }
+        let include_usage = fields.stream_options.as_ref().and_then(|options| options.get("include_usage"));
+        Ok(Self {
+            model: match fields.model {
+                Some(Value::String(name)) => name,
+                Some(other) => return Err(wrong("model", &other, "a model's name")),
+                None => return Err(ApiError::of(ApiCode::MissingParameter, "model", "missing")),
+            },
+            stream: truth("stream", fields.stream.as_ref())?,
+            include_usage: truth("stream_options.include_usage", include_usage)?,
+            // What is no sound number is refused by the worker.
+            n: fields.n.and_then(|n| n.as_u64()).and_then(|n| n.try_into().ok()).unwrap_or(1),
+        })
+    }
+}
+
+fn truth(field: &str, value: Option<&Value>) -> Result<bool, ApiError> {
+    match value {
+        None | Some(Value::Null) => Ok(false),
+        Some(Value::Bool(truth)) => Ok(*truth),
+        Some(other) => Err(wrong(field, other, "true or false")),
+    }
+}
+
+fn wrong(field: &str, value: &Value, expected: &str) -> ApiError {
+    let shown: String = value.to_string().chars().take(80).collect();
+    ApiError::of(ApiCode::InvalidParameter, field, format_args!("{shown} is not {expected}"))
+}
+
+/// `POST /v1/chat/completions`
+pub async fn chat(
+    State(front): State<Arc<Front>>,
+    Extension(context): Extension<Arc<RequestContext>>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    answer(&front, &context, Endpoint::Chat, request).await
+}
+
+/// `POST /v1/completions`
+pub async fn completions(
+    State(front): State<Arc<Front>>,
+    Extension(context): Extension<Arc<RequestContext>>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    answer(&front, &context, Endpoint::Completions, request).await
+}
+
+async fn answer(
+    front: &Arc<Front>,
+    context: &RequestContext,
+    endpoint: Endpoint,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let caller = context.caller()?;
+    caller.may(Verb::Infer)?;
+    let place = front.admit()?;
+    let (head, body) = request.into_parts();
+    let body = read_json(front, &head.headers, body).await?;
+    let asked = Asked::read(Some(endpoint), &body)?;
+    let model = front.catalog.find(&asked.model, &caller.scopes).await?.model;
+    let _ = context.model.set(model.clone());
+    let limit = front.args.timeout;
+    let (envelope, time) = envelope(front, caller, &head.headers, limit)?;
+    let envelope = JobEnvelope { stream: asked.stream, ..envelope };
+    let order = JobOrder { id: context.id.clone(), model, envelope, body, time };
+    if asked.stream {
+        let form = ChunkForm {
+            id: order.id.clone(),
+            created: OffsetDateTime::now_utc().unix_timestamp(),
+            model: order.model.name.to_string(),
+            endpoint,
+            include_usage: asked.include_usage,
+        };
+        return stream::respond(front, order, (form, asked.n), place).await;
+    }
+    let outcome = AwaitedJob::publish(front, order).await?.outcome().await?;
+    let (status, body) = answer_of(&outcome)?;
+    let status = StatusCode::from_u16(status).unwrap_or(StatusCode::OK);
+    Ok((status, [(header::CONTENT_TYPE, "application/json")], body).into_response())
+}
+
+/// The headers of a request's job, and how long until its deadline, which is `limit` at most.
+///
+/// # Errors
+/// [`ApiCode::InvalidParameter`], [`ApiCode::InsufficientPermissions`].
+pub fn envelope(
+    front: &Front,
+    caller: &Caller,
+    headers: &HeaderMap,
+    limit: Span,
+) -> Result<(JobEnvelope, Duration), ApiError> {
+    let now = OffsetDateTime::now_utc();
+    let asked = text(headers, CLASS).map(str::parse::<Class>).transpose();
+    let asked = asked.map_err(|error| ApiError::of(ApiCode::InvalidParameter, CLASS, error))?;
+    let time = time_of(text(headers, DEADLINE), now, limit)?;
+    let envelope = JobEnvelope {
+        class: caller.class(asked, front.args.class)?,
+        deadline: (now + time).format(&Rfc3339).ok(),
+        traceparent: text(headers, "traceparent").map(str::to_owned),
+        ..JobEnvelope::default()
+    };
+    Ok((envelope, time))
+}
+
+/// How much time a request gives its job; never more than `limit`.
+fn time_of(text: Option<&str>, now: OffsetDateTime, limit: Span) -> Result<Duration, ApiError> {
+    let Some(text) = text else { return Ok(limit.0) };
+    let refuse = |why: &str| {
+        let shown: String = text.chars().take(80).collect();
+        ApiError::of(ApiCode::InvalidParameter, DEADLINE, format_args!("{shown:?} {why}"))
+    };
+    let time = match (text.parse::<Span>(), OffsetDateTime::parse(text, &Rfc3339)) {
+        (Ok(span), _) => span.0,
+        (_, Ok(at)) => Duration::try_from(at - now).unwrap_or_default(),
+        _ => return Err(refuse("is neither a span such as 90s nor an RFC 3339 time")),
+    };
+    if time.is_zero() || time > limit.0 {
+        return Err(refuse(&format!("is not within the next {limit}")));
+    }
+    Ok(time)
+}
+
+/// A header's text.
+pub fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
+    headers.get(name)?.to_str().ok()
+}
+
+/// A JSON body, whole.
+///
+/// # Errors
+/// [`ApiCode::UnsupportedMediaType`], [`ApiCode::RequestTooLarge`], [`ApiCode::BodyTimeout`].
+pub async fn read_json(front: &Front, headers: &HeaderMap, body: Body) -> Result<Bytes, ApiError> {
+    let media_type = text(headers, "content-type").unwrap_or_default();
+    let media_type = media_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+    if media_type != "application/json" {
+        let message = format!("the content type is {media_type:?}; it must be application/json");
+        return Err(ApiError::new(ApiCode::UnsupportedMediaType, message));
+    }
+    let limit = front.args.body_timeout;
+    tokio::time::timeout(limit.0, collect(body, front.body_bytes_max())).await.unwrap_or_else(|_| {
+        Err(ApiError::new(ApiCode::BodyTimeout, format!("the body did not come within {limit}")))
+    })
+}
+
+async fn collect(body: Body, limit: usize) -> Result<Bytes, ApiError> {
+    let mut pieces = body.into_data_stream();
+    let (mut whole, mut seen) = (BytesMut::new(), 0);
+    while let Some(piece) = pieces.next().await {
+        // Who left in the middle of a body reads no answer.
+        let piece = piece.map_err(|_| ApiError::new(ApiCode::InvalidJson, "the body broke off"))?;
+        seen += piece.len();
+        if seen <= limit {
+            whole.extend_from_slice(&piece);
+        } else if seen > DISCARDED_BYTES_MAX {
+            break;
+        }
+    }
+    if seen > limit {
+        let message = format!("the body has {seen} bytes or more; {limit} are allowed");
+        return Err(ApiError::new(ApiCode::RequestTooLarge, message));
+    }
+    Ok(whole.freeze())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(endpoint: Endpoint, body: &str) -> (ApiCode, Option<String>) {
+        let error = Asked::read(Some(endpoint), body.as_bytes()).unwrap_err();
+        (error.code, error.param)
+    }
+
+    #[test]
+    fn what_is_read_of_a_body() {
+        let body =
+            r#"{"model":"a/b","messages":[],"stream":true,"stream_options":{"include_usage":true},"n":2}"#;
+        let asked = Asked::read(Some(Endpoint::Chat), body.as_bytes()).unwrap();
+        let expected = Asked { model: "a/b".into(), stream: true, include_usage: true, n: 2 };
+        assert_eq!(asked, expected);
+        // What a client sends for None is absent, and what only a worker can judge is left to it.
+        let body = r#"{"model":"m","prompt":"x","stream":null,"stream_options":null,"n":null,"top_k":"?"}"#;
+        let asked = Asked::read(Some(Endpoint::Completions), body.as_bytes()).unwrap();
+        assert_eq!(asked, Asked { model: "m".into(), stream: false, include_usage: false, n: 1 });
+    }
+
+    #[test]
+    fn refusals_name_the_field() {
+        let named = |field: &str| Some(field.to_owned());
+        let chat = |body| refused(Endpoint::Chat, body);
+        for body in ["", "[1]", "{", "\"x\"", r#"{"n":1}{}"#] {
+            assert_eq!(chat(body), (ApiCode::InvalidJson, None), "{body}");
+        }
+        assert_eq!(chat(r#"{"model":"m"}"#), (ApiCode::MissingParameter, named("messages")));
+        assert_eq!(chat(r#"{"model":"m","messages":null}"#), (ApiCode::MissingParameter, named("messages")));
+        assert_eq!(chat(r#"{"messages":[]}"#), (ApiCode::MissingParameter, named("model")));
+        assert_eq!(chat(r#"{"messages":[],"model":3}"#), (ApiCode::InvalidParameter, named("model")));
+        let text = r#"{"model":"m","messages":[],"stream":"yes"}"#;
+        assert_eq!(chat(text), (ApiCode::InvalidParameter, named("stream")));
+        let completion = refused(Endpoint::Completions, r#"{"model":"m","messages":[]}"#);
+        assert_eq!(completion, (ApiCode::MissingParameter, named("prompt")));
+    }
+
+    #[test]
+    fn a_deadline_lies_within_the_limit() {
+        let now = OffsetDateTime::UNIX_EPOCH;
+        let limit: Span = "10m".parse().unwrap();
+        let time = |text| time_of(text, now, limit).map(|time| time.as_secs());
+        assert_eq!(time(None), Ok(600));
+        assert_eq!(time(Some("90s")), Ok(90));
+        assert_eq!(time(Some("1970-01-01T00:01:00Z")), Ok(60));
+        for wrong in ["tomorrow", "0s", "11m", "1969-12-31T23:59:59Z", "1970-01-01T01:00:00Z"] {
+            let error = time(Some(wrong)).unwrap_err();
+            assert!(error.message.contains(wrong) && error.param.as_deref() == Some(DEADLINE), "{error:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_body_has_a_limit() {
+        let error = collect(Body::from("12345"), 4).await.unwrap_err();
+        assert_eq!(error.code, ApiCode::RequestTooLarge);
+        assert!(error.message.contains("5 bytes") && error.message.contains("4 are"), "{}", error.message);
+        assert_eq!(collect(Body::from("1234"), 4).await.unwrap(), "1234");
+    }
+}

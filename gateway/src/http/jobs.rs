@@ -1,0 +1,272 @@
+//! `/v1/jobs`: a request that nobody waits for. It is submitted, looked at and cancelled, from any gateway.
+//!
+//! A job's name over HTTP holds all that is needed to find it, `<namespace>.<model>.<sequence>.<job>`, so that no
+//! gateway has to remember it. Its place in the stream tells a job that waits or runs from one that never was.
+
+use std::sync::Arc;
+
+use async_nats::jetstream::context::GetStreamErrorKind;
+use async_nats::jetstream::stream::DirectGetErrorKind;
+use axum::extract::{Path, Request, State};
+use axum::http::StatusCode;
+use axum::{Extension, Json};
+use hex::ToHex;
+use millrace_crds::job::header;
+use millrace_crds::names::{JobId, ModelRef};
+use millrace_crds::units::Span;
+use serde::Serialize;
+use serde_json::value::RawValue;
+use sha2::{Digest, Sha256};
+
+use crate::http::awaited;
+use crate::http::caller::RequestContext;
+use crate::http::error::{ApiCode, ApiError};
+use crate::http::front::Front;
+use crate::http::inference::{Asked, envelope, read_json, text};
+use crate::http::keys::Verb;
+use crate::outcome::CollectedOutcome;
+use crate::publish::JobEnvelope;
+use crate::{cancel as marker, follow};
+
+/// Latest deadline of a job.
+const TIME_MAX: Span = Span(std::time::Duration::from_secs(7 * 24 * 3600));
+/// The request header under which a job is submitted once, however often it is sent.
+const IDEMPOTENCY_KEY: &str = "idempotency-key";
+/// Longest of these, in bytes.
+const KEY_BYTES_MAX: usize = 256;
+/// Hex digits of such a job's id: 128 bits.
+const ID_DIGITS: usize = 32;
+
+/// A job's name over HTTP.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct JobName {
+    model: ModelRef,
+    /// Its place in the stream of jobs; 0 where it was done before it was submitted again.
+    sequence: u64,
+    job: JobId,
+}
+
+impl JobName {
+    fn parse(text: &str) -> Option<Self> {
+        let mut parts = text.split('.');
+        let (namespace, name, sequence, job) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
+        let name = Self {
+            model: ModelRef::new(namespace, name).ok()?,
+            sequence: sequence.parse().ok()?,
+            job: job.parse().ok()?,
+        };
+        // Each job has one name: no leading zeros, nothing behind it.
+        (name.text() == text).then_some(name)
+    }
+
+    fn text(&self) -> String {
+        format!("{}.{}.{}.{}", self.model.namespace, self.model.name, self.sequence, self.job)
+    }
+}
+
+/// A job as clients see it.
+#[derive(Debug, Serialize)]
+pub struct JobObject {
+    id: String,
+    object: &'static str,
+    model: String,
+    /// `queued` while it waits or runs, or how it ended.
+    status: &'static str,
+    /// The stored outcome.
+    outcome: Option<Box<RawValue>>,
+}
+
+/// `POST /v1/jobs`; the body is that of a chat completion or a completion.
+pub async fn submit(
+    State(front): State<Arc<Front>>,
+    Extension(context): Extension<Arc<RequestContext>>,
+    request: Request,
+) -> Result<(StatusCode, Json<JobObject>), ApiError> {
+    let caller = context.caller()?;
+    caller.may(Verb::Jobs)?;
+    let _place = front.admit()?;
+    let (head, body) = request.into_parts();
+    let body = read_json(&front, &head.headers, body).await?;
+    let asked = Asked::read(None, &body)?;
+    let model = front.catalog.find(&asked.model, &caller.scopes).await?.model;
+    let _ = context.model.set(model.clone());
+    let (envelope, _) = envelope(&front, caller, &head.headers, TIME_MAX)?;
+    let envelope = JobEnvelope { stream: asked.stream, ..envelope };
+    let job = match text(&head.headers, IDEMPOTENCY_KEY) {
+        None => context.id.clone(),
+        Some(key) => id_of(&caller.tenant, key)?,
+    };
+    let done = JobName { model, sequence: 0, job };
+    if let Some(outcome) = stored(&front, &done).await? {
+        return Ok((StatusCode::OK, Json(object(&front, &done, Some(&outcome))?)));
+    }
+    let payload = awaited::payload(&front, body).await?;
+    let ack = awaited::publish(&front, &done.model, &done.job, &envelope, payload).await?;
+    let name = JobName { sequence: ack.sequence, ..done };
+    Ok((StatusCode::ACCEPTED, Json(object(&front, &name, None)?)))
+}
+
+/// The id of a job that is submitted once: nobody of another tenant has the same.
+fn id_of(tenant: &str, key: &str) -> Result<JobId, ApiError> {
+    if key.is_empty() || key.len() > KEY_BYTES_MAX {
+        let message = format!("it has {} bytes; 1 to {KEY_BYTES_MAX} are allowed", key.len());
+        return Err(ApiError::of(ApiCode::InvalidParameter, IDEMPOTENCY_KEY, message));
+    }
+    let mut hash = Sha256::new();
+    for part in [tenant, key] {
+        hash.update((part.len() as u64).to_le_bytes());
+        hash.update(part);
+    }
+    let digits: String = hash.finalize().encode_hex();
+    Ok(format!("once-{}", &digits[..ID_DIGITS]).parse().expect("hex makes an id"))
+}
+
+/// `GET /v1/jobs/{id}`
+pub async fn look(
+    State(front): State<Arc<Front>>,
+    Extension(context): Extension<Arc<RequestContext>>,
+    Path(id): Path<String>,
+) -> Result<Json<JobObject>, ApiError> {
+    let name = named(&front, &context, &id).await?;
+    Ok(Json(state_of(&front, &name).await?))
+}
+
+/// `POST /v1/jobs/{id}/cancel`: a wish; the outcome says what became of it.
+pub async fn cancel(
+    State(front): State<Arc<Front>>,
+    Extension(context): Extension<Arc<RequestContext>>,
+    Path(id): Path<String>,
+) -> Result<Json<JobObject>, ApiError> {
+    let name = named(&front, &context, &id).await?;
+    let job = state_of(&front, &name).await?;
+    if job.outcome.is_none() {
+        marker::mark(&front.connection(&name.model), &name.job).await.map_err(|failure| {
+            tracing::warn!(job = %name.job, %failure, "a job was not cancelled");
+            unavailable()
+        })?;
+    }
+    Ok(Json(job))
+}
+
+/// The job that a path names, if the caller may see its model.
+async fn named(front: &Front, context: &RequestContext, id: &str) -> Result<JobName, ApiError> {
+    let caller = context.caller()?;
+    caller.may(Verb::Jobs)?;
+    let name = JobName::parse(id).ok_or_else(missing)?;
+    // Where there is no such model there is no stream to ask either.
+    front.catalog.find(&name.model.to_string(), &caller.scopes).await.map_err(|error| match error.code {
+        ApiCode::ModelNotFound => missing(),
+        _ => error,
+    })?;
+    let _ = context.model.set(name.model.clone());
+    Ok(name)
+}
+
+async fn state_of(front: &Front, name: &JobName) -> Result<JobObject, ApiError> {
+    if let Some(outcome) = stored(front, name).await? {
+        return object(front, name, Some(&outcome));
+    }
+    if waits(front, name).await? {
+        return object(front, name, None);
+    }
+    // Between the two looks the job may have got its outcome and left the queue.
+    match stored(front, name).await? {
+        Some(outcome) => object(front, name, Some(&outcome)),
+        None => Err(missing()),
+    }
+}
+
+async fn stored(front: &Front, name: &JobName) -> Result<Option<CollectedOutcome>, ApiError> {
+    let broker = front.connection(&name.model);
+    let mut found = follow::stored(&broker, std::slice::from_ref(&name.job)).await.map_err(|failure| {
+        tracing::warn!(job = %name.job, %failure, "an outcome cannot be looked up");
+        unavailable()
+    })?;
+    let Some(mut outcome) = found.pop() else { return Ok(None) };
+    match front.bodies.fetch(&mut outcome).await {
+        Ok(Ok(())) => Ok(Some(outcome)),
+        Ok(Err(reason)) => Err(unreadable(name, &reason)),
+        Err(failure) => Err(unreadable(name, &failure)),
+    }
+}
+
+/// Whether the job lies in the queue, where it waits or runs.
+async fn waits(front: &Front, name: &JobName) -> Result<bool, ApiError> {
+    if name.sequence == 0 {
+        return Ok(false);
+    }
+    let away = |e: &dyn std::fmt::Display| {
+        tracing::warn!(job = %name.job, error = %e, "a job cannot be looked up");
+        unavailable()
+    };
+    let stream = match front.connection(&name.model).jetstream.get_stream(name.model.jobs_stream()).await {
+        Ok(stream) => stream,
+        Err(error) if matches!(error.kind(), GetStreamErrorKind::JetStream(_)) => return Ok(false),
+        Err(error) => return Err(away(&error)),
+    };
+    match stream.direct_get(name.sequence).await {
+        Ok(message) => {
+            Ok(message.headers.get(header::JOB_ID).is_some_and(|id| id.as_str() == name.job.as_str()))
+        }
+        Err(error) if error.kind() == DirectGetErrorKind::NotFound => Ok(false),
+        Err(error) => Err(away(&error)),
+    }
+}
+
+fn object(front: &Front, name: &JobName, outcome: Option<&CollectedOutcome>) -> Result<JobObject, ApiError> {
+    let line = outcome.map(|outcome| {
+        let text = String::from_utf8_lossy(&outcome.body).trim().to_owned();
+        RawValue::from_string(text).map_err(|error| unreadable(name, &error))
+    });
+    Ok(JobObject {
+        id: name.text(),
+        object: "job",
+        model: front.catalog.id_of(&name.model),
+        status: outcome.map_or("queued", |outcome| outcome.kind.as_str()),
+        outcome: line.transpose()?,
+    })
+}
+
+fn missing() -> ApiError {
+    ApiError::new(ApiCode::JobNotFound, "there is no such job, or its outcome has expired")
+}
+
+fn unavailable() -> ApiError {
+    ApiError::new(ApiCode::BrokerUnavailable, "the broker does not answer")
+}
+
+fn unreadable(name: &JobName, reason: &dyn std::fmt::Display) -> ApiError {
+    tracing::error!(job = %name.job, %reason, "an outcome cannot be read");
+    ApiError::new(ApiCode::OutcomeUnreadable, "the stored outcome cannot be read")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_job_has_one_name() {
+        let name = JobName::parse("team-a.m.7.req-1").unwrap();
+        assert_eq!(
+            (name.model.to_string().as_str(), name.sequence, name.job.as_str()),
+            ("team-a/m", 7, "req-1")
+        );
+        for wrong in
+            ["", "a.b.7", "a.b.07.x", "a.b.+7.x", "a.b.7.x.y", "A.b.7.x", "a.b.7.-", "a.*.7.x", "a.b.-1.x"]
+        {
+            assert_eq!(JobName::parse(wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn an_idempotency_key_is_its_tenants_own() {
+        let id = |tenant, key| id_of(tenant, key).unwrap();
+        assert_eq!(id("a", "k"), id("a", "k"));
+        assert_ne!(id("a", "bk"), id("ab", "k"));
+        assert!(id("a", "k").as_str().starts_with("once-"));
+        let long = "k".repeat(KEY_BYTES_MAX + 1);
+        for wrong in ["", &long] {
+            assert_eq!(id_of("a", wrong).unwrap_err().param.as_deref(), Some(IDEMPOTENCY_KEY));
+        }
+    }
+}

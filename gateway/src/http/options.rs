@@ -1,0 +1,132 @@
+//! `millrace-gateway` as it is started.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::Parser;
+use millrace_crds::names::{Class, SubjectToken};
+use millrace_crds::units::Span;
+use millrace_queue::args::StoreArgs;
+
+use crate::args::BrokerArgs;
+use crate::failure::Failure;
+
+/// OpenAI's API over the queue: every request is a durable job, every answer its one outcome.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "millrace-gateway", version, max_term_width = 100)]
+pub struct GatewayArgs {
+    /// How to reach the broker.
+    #[command(flatten)]
+    pub broker: BrokerArgs,
+    /// Where to listen
+    #[arg(long, env = "MILLRACE_LISTEN", default_value = "127.0.0.1:8080", value_name = "ADDRESS")]
+    pub listen: SocketAddr,
+    /// File with the certificate chain, PEM; read again when it changes
+    #[arg(long, env = "MILLRACE_TLS_CERT", requires = "tls_key", value_name = "FILE")]
+    pub tls_cert: Option<PathBuf>,
+    /// File with its private key, PEM
+    #[arg(long, env = "MILLRACE_TLS_KEY", requires = "tls_cert", value_name = "FILE")]
+    pub tls_key: Option<PathBuf>,
+    /// Let everybody in who reaches the address, which must be a loopback one; without it a key is needed
+    #[arg(long, env = "MILLRACE_ANONYMOUS")]
+    pub anonymous: bool,
+    /// File for the audit log: a JSON object for each request, of who did what
+    #[arg(long, env = "MILLRACE_AUDIT", value_name = "FILE")]
+    pub audit: Option<PathBuf>,
+    /// Namespace of models that are named without one
+    #[arg(long, short, env = "MILLRACE_NAMESPACE", default_value = "default")]
+    pub namespace: String,
+    /// Class of jobs whose request names none
+    #[arg(long, env = "MILLRACE_CLASS", default_value_t)]
+    pub class: Class,
+    /// How long a request may take; its job's deadline, and the latest that a request can ask for
+    #[arg(long, default_value = "10m", value_name = "SPAN")]
+    pub timeout: Span,
+    /// How long a client may take to send a request's body
+    #[arg(long, default_value = "30s", value_name = "SPAN")]
+    pub body_timeout: Span,
+    /// Longest silence within a stream
+    #[arg(long, default_value = "10s", value_name = "SPAN")]
+    pub keep_alive: Span,
+    /// How long requests that run may go on after SIGTERM
+    #[arg(long, default_value = "30s", value_name = "SPAN")]
+    pub drain_timeout: Span,
+    /// Most requests for an answer at once; more are told to come again
+    #[arg(long, default_value = "4096", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub requests_max: u32,
+    /// s3://bucket/prefix for bodies that are too large for a message
+    #[arg(long, env = "MILLRACE_OBJECT_STORE", value_name = "URI")]
+    pub object_store: Option<String>,
+    /// How to reach it, and outcomes that are too large for a message
+    #[command(flatten)]
+    pub store: StoreArgs,
+}
+
+impl GatewayArgs {
+    /// Checks what the types leave open.
+    ///
+    /// # Errors
+    /// [`Failure::Usage`].
+    pub fn check(&self) -> Result<(), Failure> {
+        self.namespace()?;
+        for (name, span) in [
+            ("--timeout", self.timeout),
+            ("--body-timeout", self.body_timeout),
+            ("--keep-alive", self.keep_alive),
+        ] {
+            if span.0.is_zero() {
+                return Err(Failure::Usage(format!("{name} is 0; at least 1ms is needed")));
+            }
+        }
+        if self.anonymous && !self.listen.ip().is_loopback() {
+            let message = format!(
+                "--anonymous with --listen {}: only a loopback address may let everybody in",
+                self.listen
+            );
+            return Err(Failure::Usage(message));
+        }
+        Ok(())
+    }
+
+    /// The namespace of models that are named without one.
+    ///
+    /// # Errors
+    /// [`Failure::Usage`].
+    pub fn namespace(&self) -> Result<SubjectToken, Failure> {
+        let wrong = |error| Failure::Usage(format!("--namespace {:?}: {error}", self.namespace));
+        self.namespace.parse().map_err(wrong)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn checked(words: &[&str]) -> Result<(), String> {
+        let words = ["millrace-gateway"].iter().chain(words);
+        let args = GatewayArgs::try_parse_from(words).map_err(|error| error.to_string())?;
+        args.check().map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn everybody_is_let_in_on_loopback_alone() {
+        assert_eq!(checked(&["--anonymous"]), Ok(()));
+        assert_eq!(checked(&["--anonymous", "--listen", "[::1]:0"]), Ok(()));
+        let refused = checked(&["--anonymous", "--listen", "0.0.0.0:8080"]).unwrap_err();
+        assert!(refused.contains("0.0.0.0:8080") && refused.contains("loopback"), "{refused}");
+        assert_eq!(checked(&["--listen", "0.0.0.0:8080"]), Ok(()), "with keys");
+    }
+
+    #[test]
+    fn what_cannot_work_is_refused() {
+        for (words, named) in [
+            (&["--anonymous", "--timeout", "0s"][..], "--timeout"),
+            (&["--anonymous", "--namespace", "A.b"], "A.b"),
+            (&["--anonymous", "--tls-cert", "x"], "--tls-key"),
+            (&["--anonymous", "--requests-max", "0"], "--requests-max"),
+        ] {
+            let refused = checked(words).unwrap_err();
+            assert!(refused.contains(named), "{words:?}: {refused}");
+        }
+    }
+}

@@ -1,0 +1,131 @@
+//! Listens, with TLS where it is told to, and drains: after SIGTERM or SIGINT no connection is taken, and requests that
+//! run may go on for `--drain-timeout`.
+
+use std::net::TcpListener;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use axum::Router;
+use axum_server::accept::NoDelayAcceptor;
+use axum_server::tls_rustls::{RustlsAcceptor, RustlsConfig};
+use axum_server::{Address, Control, Handle, Server};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::failure::Failure;
+use crate::http::front::Front;
+use crate::http::routes;
+
+/// How long a connection may take for the head of a request, idle time before it included.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a handshake may take.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Largest head of a request, in bytes.
+const HEAD_BYTES_MAX: usize = 64 << 10;
+/// Most headers of a request.
+const HEADERS_MAX: usize = 100;
+/// Most requests at once on one connection of HTTP/2.
+const STREAMS_MAX: u32 = 256;
+/// How often a connection of HTTP/2 is asked whether it lives.
+const PROBE_PAUSE: Duration = Duration::from_secs(20);
+/// How often the certificate's file is looked at.
+const CERTIFICATE_PAUSE: Duration = Duration::from_secs(5);
+
+/// Serves until a signal and the drain that follows.
+///
+/// # Errors
+/// When the address cannot be bound or the certificate cannot be read.
+pub async fn serve(front: Arc<Front>) -> Result<(), Failure> {
+    let listen = front.args.listen;
+    let refused = |error| Failure::file(format!("--listen {listen}"), error);
+    let listener = TcpListener::bind(listen).map_err(refused)?;
+    let address = listener.local_addr().map_err(refused)?;
+    let mut server = axum_server::from_tcp(listener).map_err(refused)?;
+    limit(&mut server);
+    let control = Control::new();
+    tokio::spawn(drain_on_signal(front.clone(), control.clone()));
+    let server = server
+        .handle(Handle::with_control(control))
+        .first_request_timeout(HEAD_TIMEOUT)
+        .acceptor(NoDelayAcceptor::new());
+    let router: Router = routes::router(front.clone());
+    let served = match (&front.args.tls_cert, &front.args.tls_key) {
+        (Some(cert), Some(key)) => {
+            let config = certificate(cert.clone(), key.clone()).await?;
+            let acceptor = RustlsAcceptor::new(config).handshake_timeout(HANDSHAKE_TIMEOUT);
+            tracing::info!(%address, tls = true, "listening");
+            let server = server.acceptor(acceptor.acceptor(NoDelayAcceptor::new()));
+            server.serve(router.into_make_service()).await
+        }
+        _ => {
+            tracing::info!(%address, tls = false, "listening");
+            server.serve(router.into_make_service()).await
+        }
+    };
+    served.map_err(refused)
+}
+
+fn limit<A: Address>(server: &mut Server<A>) {
+    let builder = server.http_builder();
+    builder.http1().header_read_timeout(HEAD_TIMEOUT).max_buf_size(HEAD_BYTES_MAX).max_headers(HEADERS_MAX);
+    builder
+        .http2()
+        .max_header_list_size(HEAD_BYTES_MAX as u32)
+        .max_concurrent_streams(STREAMS_MAX)
+        .keep_alive_interval(PROBE_PAUSE);
+}
+
+async fn drain_on_signal(front: Arc<Front>, control: Control) {
+    let (Ok(mut terminate), Ok(mut interrupt)) =
+        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
+        return tracing::error!("signals cannot be heard: this process ends without a drain");
+    };
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    let limit = front.args.drain_timeout;
+    tracing::info!(running = front.running(), limit = %limit, "draining");
+    front.drain();
+    control.graceful_shutdown(Some(limit.0));
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tracing::warn!("a second signal ends the drain");
+    control.shutdown();
+}
+
+/// The certificate, read again when its file changes.
+async fn certificate(cert: PathBuf, key: PathBuf) -> Result<RustlsConfig, Failure> {
+    // Another library may have chosen the same provider before.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let shown = format!("--tls-cert {}, --tls-key {}", cert.display(), key.display());
+    let read = RustlsConfig::from_pem_file(&cert, &key).await;
+    let config = read.map_err(|error| Failure::file(&shown, error))?;
+    let reloading = config.clone();
+    tokio::spawn(async move {
+        let mut seen = changed_at(&cert).await;
+        loop {
+            tokio::time::sleep(CERTIFICATE_PAUSE).await;
+            let now = changed_at(&cert).await;
+            if now == seen {
+                continue;
+            }
+            match reloading.reload_from_pem_file(&cert, &key).await {
+                Ok(()) => {
+                    tracing::info!("the certificate was read again");
+                    seen = now;
+                }
+                // The old one stays; the next look tries again.
+                Err(error) => tracing::warn!(%error, "{shown}"),
+            }
+        }
+    });
+    Ok(config)
+}
+
+async fn changed_at(path: &PathBuf) -> Option<SystemTime> {
+    tokio::fs::metadata(path).await.ok()?.modified().ok()
+}
