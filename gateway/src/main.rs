@@ -10,6 +10,7 @@ mod connect;
 mod dead;
 mod direct;
 mod doctor;
+mod done;
 mod entries;
 mod failure;
 mod follow;

@@ -10,6 +10,7 @@ use bytes::Bytes;
 use millrace_crds::job::header;
 use millrace_crds::names::{JobId, ModelRef};
 use millrace_crds::result::{OutcomeKind, OutputLine, OutputReference};
+use millrace_queue::identity::AnswerOf;
 
 use crate::direct::job_of;
 use crate::output::note;
@@ -24,16 +25,23 @@ pub struct CollectedOutcome {
     pub kind: OutcomeKind,
     /// How long the job waited, if the worker says so.
     pub queue_wait_ms: Option<f64>,
+    /// Whose answer it is.
+    pub of: AnswerOf,
     /// One line a request, or a reference to them.
     pub body: Bytes,
 }
 
 impl CollectedOutcome {
-    /// Reads a message of the RESULTS stream; `None` for one that is no outcome (a cancel marker). A message under an
+    /// Reads a message of the RESULTS stream; `None` for one that is no outcome: a cancel marker, or what the broker
+    /// leaves where an outcome aged away. A message under an
     /// outcome's subject that is none is named, and becomes an outcome without lines: it must not hide the others.
     pub fn read(model: &ModelRef, message: StreamMessage) -> Option<Self> {
         let job = job_of(model, "results", &message.subject)?;
         let text = |name: &str| message.headers.get(name).map(|value| value.as_str());
+        if text("Nats-Marker-Reason").is_some() {
+            return None;
+        }
+        let of = AnswerOf::read(Some(&message.headers));
         let kind = match text(header::OUTCOME) {
             Some("completed") => OutcomeKind::Completed,
             Some("rejected") => OutcomeKind::Rejected,
@@ -41,11 +49,11 @@ impl CollectedOutcome {
             other => {
                 note(&format!("error: job {job}: header {} of the outcome is {other:?}", header::OUTCOME));
                 let (kind, body) = (OutcomeKind::Rejected, Bytes::new());
-                return Some(Self { job, kind, queue_wait_ms: None, body });
+                return Some(Self { job, kind, queue_wait_ms: None, of, body });
             }
         };
         let queue_wait_ms = text(header::QUEUE_WAIT_MS).and_then(|value| value.parse().ok());
-        Some(Self { kind, queue_wait_ms, body: message.payload, job })
+        Some(Self { kind, queue_wait_ms, of, body: message.payload, job })
     }
 
     /// The address of the body, if it is not in the message.
@@ -116,6 +124,7 @@ mod tests {
             job: "j".parse().unwrap(),
             kind,
             queue_wait_ms: None,
+            of: AnswerOf::default(),
             body: Bytes::copy_from_slice(body.as_bytes()),
         }
     }

@@ -11,15 +11,17 @@ use async_nats::HeaderMap;
 use async_nats::jetstream::context::{PublishError, PublishErrorKind};
 use async_nats::jetstream::message::PublishMessage;
 use async_nats::jetstream::publish::PublishAck;
+use async_nats::jetstream::stream::DirectGetErrorKind;
 use async_nats::jetstream::{self, ErrorCode};
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use millrace_crds::job::{JSON, JSONL, header};
 use millrace_crds::names::Class;
+use millrace_queue::identity::body_digest;
 
 use crate::connect::Connection;
 use crate::failure::Failure;
-use crate::follow::StallClock;
+use crate::follow::{self, StallClock};
 use crate::output::note;
 use crate::plan::PlannedJob;
 
@@ -52,9 +54,10 @@ pub struct Parcel<'a> {
 }
 
 impl Parcel<'_> {
-    fn message(&self, envelope: &JobEnvelope, stream: &str) -> PublishMessage {
+    /// The message; `id_header` names the job.
+    fn message(&self, envelope: &JobEnvelope, stream: &str, id_header: &str) -> PublishMessage {
         let mut headers = HeaderMap::new();
-        headers.insert(header::JOB_ID, self.job.id.as_str());
+        headers.insert(id_header, self.job.id.as_str());
         headers.insert(header::CONTENT_TYPE, if self.job.jsonl { JSONL } else { JSON });
         headers.insert("Nats-Expected-Stream", stream);
         if let Some(deadline) = &envelope.deadline {
@@ -72,6 +75,23 @@ impl Parcel<'_> {
         };
         PublishMessage::build().headers(headers).payload(payload)
     }
+
+    fn body_digest(&self) -> String {
+        match &self.input {
+            Some(uri) => body_digest(b"", Some(uri)),
+            None => body_digest(&self.job.body, None),
+        }
+    }
+}
+
+/// What is left of a job whose id the broker knows.
+enum Standing {
+    /// It lies in the queue, or has its outcome.
+    There,
+    /// One with another body does.
+    OtherBody,
+    /// Nothing.
+    Gone,
 }
 
 /// What to do after a publish failed.
@@ -111,7 +131,8 @@ fn jetstream_error(error: &PublishError) -> Option<&jetstream::Error> {
 
 /// Publishes all parcels, and returns when all are acknowledged.
 ///
-/// `each` hears every acknowledgement, with the parcel's place. `duplicate` in it means: accepted before.
+/// `each` hears every acknowledgement, with the parcel's place. `duplicate` in it means: accepted before, and still in
+/// the queue or with an outcome.
 ///
 /// # Errors
 /// [`Failure::Stalled`] when `timeout` passes without an acknowledgement, [`Failure::Refused`] when the
@@ -133,12 +154,19 @@ pub async fn publish_all(
         while outstanding.len() < pace.room()
             && let Some(place) = waiting.pop_front()
         {
-            let message = parcels[place].message(envelope, &stream);
-            let publish = publish_one(broker, subject.clone(), message);
+            let publish = publish_one(broker, (&subject, &stream), &parcels[place], envelope);
             outstanding.push(async move { (place, publish.await) });
         }
         match outstanding.next().await {
-            Some((place, Ok(ack))) => {
+            Some((place, Ok(None))) => {
+                let job = parcels[place].job;
+                return Err(Failure::Refused(format!(
+                    "{}: job id {} is that of a job with another body, in the queue or with an outcome; give \
+                     another --id-prefix, or leave --id-from custom-id out",
+                    job.origin, job.id
+                )));
+            }
+            Some((place, Ok(Some(ack)))) => {
                 each(place, &ack);
                 patience.renew();
                 pace.accepted();
@@ -216,13 +244,53 @@ impl Pace {
     }
 }
 
-/// Publishes one message and awaits its acknowledgement.
+/// Publishes one message and awaits its acknowledgement; `None` if the id is that of another job.
+///
+/// That the broker knows the id is no promise that the job is there: its queue may have been purged, or its outcome
+/// aged away. Then the job is published again, named in a way that the broker does not compare.
 async fn publish_one(
     broker: &Connection,
-    subject: String,
-    message: PublishMessage,
-) -> Result<PublishAck, PublishError> {
-    broker.jetstream.send_publish(subject, message).await?.await
+    (subject, stream): (&str, &str),
+    parcel: &Parcel<'_>,
+    envelope: &JobEnvelope,
+) -> Result<Option<PublishAck>, PublishError> {
+    let send = async |id_header: &str| {
+        let message = parcel.message(envelope, stream, id_header);
+        broker.jetstream.send_publish(subject.to_owned(), message).await?.await
+    };
+    let ack = send(header::JOB_ID).await?;
+    if !ack.duplicate {
+        return Ok(Some(ack));
+    }
+    match standing(broker, parcel, ack.sequence).await? {
+        Standing::There => Ok(Some(ack)),
+        Standing::OtherBody => Ok(None),
+        Standing::Gone => Ok(Some(send(header::RESULT_JOB_ID).await?)),
+    }
+}
+
+/// Looks for the job of which the broker says that it stored it at `sequence`: first in the queue and then among the
+/// outcomes, since that is the way it goes.
+async fn standing(broker: &Connection, parcel: &Parcel<'_>, sequence: u64) -> Result<Standing, PublishError> {
+    let unread = |error: &dyn std::fmt::Display| {
+        PublishError::with_source(PublishErrorKind::TimedOut, error.to_string())
+    };
+    let same = |same| if same { Standing::There } else { Standing::OtherBody };
+    let digest = parcel.body_digest();
+    let jobs = broker.jetstream.get_stream_no_info(broker.model.jobs_stream()).await;
+    match jobs.map_err(|error| unread(&error))?.direct_get(sequence).await {
+        Ok(found) => {
+            let text = |name: &str| found.headers.get(name).map(|value| value.as_str());
+            if text(header::JOB_ID) == Some(parcel.job.id.as_str()) {
+                return Ok(same(body_digest(&found.payload, text(header::INPUT)) == digest));
+            }
+        }
+        Err(error) if error.kind() == DirectGetErrorKind::NotFound => {}
+        Err(error) => return Err(unread(&error)),
+    }
+    let outcomes = follow::stored(broker, std::slice::from_ref(&parcel.job.id)).await;
+    let outcomes = outcomes.map_err(|failure| unread(&failure))?;
+    Ok(outcomes.first().map_or(Standing::Gone, |outcome| same(outcome.of.is_of_body(&digest))))
 }
 
 #[cfg(test)]

@@ -61,7 +61,8 @@ fn engine() -> Result<(EngineRun, TempDir)> {
 }
 
 fn work(id: &str, content: &str, body: &str) -> Work {
-    let headers = JobHeaders::parse([(header::JOB_ID, id), (header::CONTENT_TYPE, content)], 1);
+    let headers =
+        JobHeaders::parse([(header::JOB_ID, id), (header::CONTENT_TYPE, content)], Default::default());
     Work {
         headers: headers.expect("valid headers"),
         published: OffsetDateTime::UNIX_EPOCH,
