@@ -209,7 +209,7 @@ pub struct EngineConfig {
     /// Threads of the CPU backend; all cores when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub threads: Option<u32>,
-    /// End the process when a step takes longer than this.
+    /// End the process when a step takes longer than this; at most half of `queue.ackWait`.
     pub step_timeout: Span,
     /// Take special tokens that stand in a request's text for text, unless the request says `split_special_tokens`
     /// itself: callers' text then forges no turn of a chat.
@@ -234,7 +234,7 @@ impl Default for EngineConfig {
             output_reserve: OutputReserve::Learned,
             prefix_cache: true,
             threads: None,
-            step_timeout: Span::seconds(60),
+            step_timeout: Span::seconds(30),
             split_special_tokens: false,
         }
     }
@@ -285,7 +285,7 @@ pub struct QueueConfig {
     /// Attempts before a job is dead.
     #[schemars(range(min = 1, max = 100))]
     pub max_deliver: u32,
-    /// How long a silent worker keeps a job.
+    /// How long a silent worker keeps a job; at least twice `engine.stepTimeout`.
     pub ack_wait: Span,
     /// Delay before attempt 2, 3, ...; the last one repeats.
     #[schemars(length(min = 1, max = 16))]
@@ -304,11 +304,19 @@ pub struct QueueConfig {
     pub weights: ClassWeights,
 }
 
+impl QueueConfig {
+    /// Whether a worker whose steps take no longer than `step_timeout` keeps its jobs: a keep-alive goes out three
+    /// times in an ack wait, and only if a step ended since the last one.
+    pub fn outlasts(&self, step_timeout: Span) -> bool {
+        self.ack_wait.0 >= step_timeout.0.saturating_mul(2)
+    }
+}
+
 impl Default for QueueConfig {
     fn default() -> Self {
         Self {
             max_deliver: 5,
-            ack_wait: Span::seconds(30),
+            ack_wait: Span::seconds(60),
             backoff: vec![Span::seconds(1), Span::seconds(5), Span::seconds(30)],
             max_jobs: 1_000_000,
             max_bytes: Bytes(10 << 30),
@@ -344,8 +352,14 @@ impl Default for ClassWeights {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct ResultsConfig {
-    /// How long outcomes, cancel markers and dead letters are kept.
+    /// How long an outcome is kept, from its creation; a job's cancel marker and ledger as long, once it has one.
     pub ttl: Span,
+    /// Most bytes of outcomes, markers and ledgers; beyond it answers wait in their workers.
+    pub max_bytes: Bytes,
+    /// How long dead letters are kept, and cancel markers and ledgers of jobs that have no outcome yet.
+    pub dead_ttl: Span,
+    /// Most bytes of dead letters; beyond it dead jobs stay in the queue.
+    pub dead_max_bytes: Bytes,
     /// Outcomes larger than this go to `objectStore`, or are refused without one.
     pub inline_bytes_max: Bytes,
     /// Where large outcomes go.
@@ -355,7 +369,14 @@ pub struct ResultsConfig {
 
 impl Default for ResultsConfig {
     fn default() -> Self {
-        Self { ttl: Span::seconds(86_400), inline_bytes_max: Bytes(768 << 10), object_store: None }
+        Self {
+            ttl: Span::seconds(7 * 86_400),
+            max_bytes: Bytes(4 << 30),
+            dead_ttl: Span::seconds(90 * 86_400),
+            dead_max_bytes: Bytes(512 << 20),
+            inline_bytes_max: Bytes(768 << 10),
+            object_store: None,
+        }
     }
 }
 

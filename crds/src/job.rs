@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use crate::names::{JobId, NameError};
+use crate::names::{JobId, JobPlace, NameError};
 
 /// Largest body of a job message; larger inputs come as a claim check.
 pub const JOB_BYTES_MAX: usize = 1 << 20;
@@ -22,7 +22,7 @@ pub const JSON: &str = "application/json";
 
 /// Header names, as they stand on the wire.
 pub mod header {
-    /// The job id.
+    /// The job id. The broker takes a job with an id that it knows for a repetition and drops it.
     pub const JOB_ID: &str = "Nats-Msg-Id";
     /// RFC 3339 time after which the job must not start, and is given up while it runs.
     pub const DEADLINE: &str = "Millrace-Deadline";
@@ -42,8 +42,10 @@ pub mod header {
     pub const TRACESTATE: &str = "tracestate";
     /// [`super::JSON`] (the default) or [`super::JSONL`].
     pub const CONTENT_TYPE: &str = "Content-Type";
-    /// On outcomes, dead letters and tokens: the job's id.
+    /// On outcomes, dead letters and tokens: the job's id. On a job: its id, whatever [`JOB_ID`] says to the broker.
     pub const RESULT_JOB_ID: &str = "Millrace-Job-Id";
+    /// On outcomes: SHA-256 of the job's body, or of the address of a body behind a claim check.
+    pub const BODY_DIGEST: &str = "Millrace-Body-Digest";
     /// On outcomes: `completed`, `rejected` or `dead`.
     pub const OUTCOME: &str = "Millrace-Outcome";
     /// On outcomes, dead letters and tokens: which attempt wrote it, from 1.
@@ -95,8 +97,13 @@ pub struct JobHeaders {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum HeaderError {
     /// The job id is no id.
-    #[error("header Nats-Msg-Id: {0}")]
-    Id(#[from] NameError),
+    #[error("header {name}: {source}")]
+    Id {
+        /// The header that holds it.
+        name: &'static str,
+        /// What is wrong with it.
+        source: NameError,
+    },
     /// A header's value is not what it must be.
     #[error("header {name}: {value:?} is not {expected}")]
     Value {
@@ -109,14 +116,28 @@ pub enum HeaderError {
     },
 }
 
+/// The id that a job's headers give it, with the header that does; names are compared without case.
+pub fn own_id<'a>(headers: impl IntoIterator<Item = (&'a str, &'a str)>) -> Option<(&'static str, &'a str)> {
+    let mut own = None;
+    for (name, value) in headers {
+        if name.eq_ignore_ascii_case(header::RESULT_JOB_ID) {
+            return Some((header::RESULT_JOB_ID, value));
+        }
+        if name.eq_ignore_ascii_case(header::JOB_ID) {
+            own = Some((header::JOB_ID, value));
+        }
+    }
+    own
+}
+
 impl JobHeaders {
-    /// Reads the headers of the message at `stream_sequence`; names are compared without case.
+    /// Reads the headers of the message at `place`; names are compared without case.
     ///
     /// # Errors
     /// When a value is malformed; the error names header and value.
     pub fn parse<'a>(
         headers: impl IntoIterator<Item = (&'a str, &'a str)>,
-        stream_sequence: u64,
+        place: JobPlace,
     ) -> Result<Self, HeaderError> {
         let map: BTreeMap<String, &str> =
             headers.into_iter().map(|(name, value)| (name.to_ascii_lowercase(), value)).collect();
@@ -160,9 +181,11 @@ impl JobHeaders {
             }
             None => None,
         };
-        let id = match get(header::JOB_ID) {
-            Some(value) => value.parse::<JobId>()?,
-            None => JobId::from_stream_sequence(stream_sequence),
+        let id = match own_id(map.iter().map(|(name, value)| (name.as_str(), *value))) {
+            Some((name, value)) => {
+                value.parse::<JobId>().map_err(|source| HeaderError::Id { name, source })?
+            }
+            None => JobId::of_place(place),
         };
         let traceparent = get(header::TRACEPARENT).filter(|v| is_traceparent(v)).map(str::to_owned);
         let tracestate = get(header::TRACESTATE).filter(|v| traceparent.is_some() && is_tracestate(v));
@@ -237,14 +260,25 @@ mod tests {
     use super::*;
 
     fn parse(headers: &[(&str, &str)]) -> Result<JobHeaders, HeaderError> {
-        JobHeaders::parse(headers.iter().copied(), 7)
+        let place = JobPlace { stream_created_ms: 1000, sequence: 7 };
+        JobHeaders::parse(headers.iter().copied(), place)
     }
 
     #[test]
     fn a_bare_message_is_a_job() {
         let job = parse(&[]).unwrap();
-        assert_eq!(job.id.as_str(), "seq-7");
+        assert_eq!(job.id.as_str(), "seq-1000-7");
         assert!(!job.stream && !job.jsonl && job.deadline.is_none());
+    }
+
+    #[test]
+    fn a_job_may_be_named_apart_from_the_brokers_id() {
+        for pairs in [
+            [("Nats-Msg-Id", "sent-twice"), ("millrace-job-id", "job-1")],
+            [("Millrace-Job-Id", "job-1"), ("Nats-Msg-Id", "sent-twice")],
+        ] {
+            assert_eq!(parse(&pairs).unwrap().id.as_str(), "job-1");
+        }
     }
 
     #[test]
@@ -271,6 +305,7 @@ mod tests {
         let cases = [
             ("Nats-Msg-Id", "a.b"),
             ("Nats-Msg-Id", ""),
+            ("Millrace-Job-Id", "a.b"),
             ("Millrace-Deadline", "tomorrow"),
             ("Millrace-Stream", "yes"),
             ("Millrace-Unknown-Fields", "keep"),

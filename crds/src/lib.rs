@@ -9,6 +9,7 @@
 //! Nothing in this crate does input or output.
 
 pub mod attempts;
+pub mod backlog;
 pub mod check;
 pub mod config;
 #[cfg(feature = "nats")]

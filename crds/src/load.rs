@@ -44,6 +44,9 @@ pub struct LoadReport {
     pub output_tokens_per_s: f64,
     /// Jobs finished since the process started.
     pub jobs_finished: u64,
+    /// Digest of the model's manifest; absent until it is loaded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model_digest: Option<String>,
     /// How long each phase of the cold start took; absent until it is over.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cold_start: Option<ColdStart>,

@@ -207,7 +207,7 @@ pub struct QueueSpec {
     /// Attempts before a job is dead.
     #[schemars(range(min = 1, max = 100))]
     pub max_deliver: u32,
-    /// How long a silent worker keeps a job.
+    /// How long a silent worker keeps a job; at least twice `engine.stepTimeout`.
     pub ack_wait: Span,
     /// Delay before attempt 2, 3, ...; the last one repeats.
     #[schemars(length(min = 1, max = 16))]
@@ -278,8 +278,14 @@ pub enum OnDelete {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct ResultsSpec {
-    /// How long outcomes, cancel markers and dead letters are kept.
+    /// How long an outcome is kept, from its creation; a job's cancel marker and ledger as long, once it has one.
     pub ttl: Span,
+    /// Most bytes of outcomes, markers and ledgers; beyond it answers wait in their workers.
+    pub max_bytes: Bytes,
+    /// How long dead letters are kept, and cancel markers and ledgers of jobs that have no outcome yet.
+    pub dead_ttl: Span,
+    /// Most bytes of dead letters; beyond it dead jobs stay in the queue.
+    pub dead_max_bytes: Bytes,
     /// Outcomes larger than this go to `objectStore`, or are refused without one.
     pub inline_bytes_max: Bytes,
     /// Where large outcomes go, and where the bodies of large jobs may lie.
@@ -290,7 +296,14 @@ pub struct ResultsSpec {
 impl Default for ResultsSpec {
     fn default() -> Self {
         let results = crate::config::ResultsConfig::default();
-        Self { ttl: results.ttl, inline_bytes_max: results.inline_bytes_max, object_store: None }
+        Self {
+            ttl: results.ttl,
+            max_bytes: results.max_bytes,
+            dead_ttl: results.dead_ttl,
+            dead_max_bytes: results.dead_max_bytes,
+            inline_bytes_max: results.inline_bytes_max,
+            object_store: None,
+        }
     }
 }
 

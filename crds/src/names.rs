@@ -106,11 +106,28 @@ pub struct JobId(
     #[schemars(length(max = 128), regex(pattern = r"^[A-Za-z0-9]([-_A-Za-z0-9]*[A-Za-z0-9])?$"))] String,
 );
 
+/// Where a job's message lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct JobPlace {
+    /// When its JOBS stream was created, in Unix milliseconds.
+    pub stream_created_ms: u64,
+    /// Its sequence in that stream.
+    pub sequence: u64,
+}
+
 impl JobId {
-    /// The id of a job that came without one: derived from its place in the JOBS stream, so that
-    /// every delivery of the same message has the same id.
-    pub fn from_stream_sequence(sequence: u64) -> Self {
-        Self(format!("seq-{sequence}"))
+    /// The id of a job that came without one: `seq-`, the creation of the JOBS stream in Unix milliseconds, and the
+    /// message's sequence. Every delivery of a message has the same id, and a stream that was made anew other ones.
+    pub fn of_place(place: JobPlace) -> Self {
+        Self(format!("seq-{}-{}", place.stream_created_ms, place.sequence))
+    }
+
+    /// The id under which a job is refused whose own id was used before with another body; `published_ms` is when
+    /// the broker stored it. An id that would be too long loses bytes before its end.
+    pub fn reused(&self, published_ms: i64, sequence: u64) -> Self {
+        let ending = format!("-dup-{}-{sequence}", published_ms.unsigned_abs());
+        let stem = &self.0[..self.0.len().min(JOB_ID_BYTES_MAX.saturating_sub(ending.len()))];
+        Self(format!("{stem}{ending}"))
     }
 }
 
@@ -331,6 +348,17 @@ mod tests {
         }
         assert_eq!(model.jobs_subject(Class::High), "millrace.jobs.team-a.smollm2.high");
         assert_eq!(model.jobs_stream(), "JOBS_team-a_smollm2");
+    }
+
+    #[test]
+    fn made_ids_are_ids() {
+        let bare = JobId::of_place(JobPlace { stream_created_ms: 1_764_540_000_123, sequence: 7 });
+        assert_eq!(bare.as_str(), "seq-1764540000123-7");
+        for text in ["a", &"x".repeat(JOB_ID_BYTES_MAX)] {
+            let id = text.parse::<JobId>().unwrap().reused(1_764_540_000_123, u64::MAX);
+            assert!(id.as_str().ends_with(&format!("-dup-1764540000123-{}", u64::MAX)), "{id}");
+            assert_eq!(id.as_str().parse::<JobId>().unwrap(), id);
+        }
     }
 
     #[test]

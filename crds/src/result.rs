@@ -40,6 +40,8 @@ pub enum ErrorCode {
     InferenceError,
     /// Its workers died.
     WorkerLost,
+    /// Its id was used before, with another body.
+    IdReused,
 }
 
 impl ErrorCode {
@@ -51,6 +53,7 @@ impl ErrorCode {
             ErrorCode::Cancelled => "CANCELLED",
             ErrorCode::InferenceError => "INFERENCE_ERROR",
             ErrorCode::WorkerLost => "WORKER_LOST",
+            ErrorCode::IdReused => "ID_REUSED",
         }
     }
 }

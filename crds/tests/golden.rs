@@ -12,7 +12,7 @@ use millrace_crds::attempts::AttemptRecord;
 use millrace_crds::config::{EngineConfig, ObjectStoreConfig, QueueConfig, ResultsConfig, WorkerConfig};
 use millrace_crds::job::{INPUT_BYTES_MAX, JOB_BYTES_MAX, JobHeaders, REQUESTS_MAX, header};
 use millrace_crds::load::{ColdStart, LoadReport, Phase};
-use millrace_crds::names::{Class, JobId, ModelRef, SubjectToken};
+use millrace_crds::names::{Class, JobId, JobPlace, ModelRef, SubjectToken};
 use millrace_crds::request::{
     BatchLine, CHAT_COMPLETIONS, ChatChoice, ChatCompletion, ChatLogprobs, ChatMessage, ChatTokenLogprob,
     FinishReason, TextChoice, TextCompletion, TextLogprobs, TopLogprob, Usage,
@@ -96,7 +96,7 @@ engine:
   kvCacheBytes: 64Gi
   prefixCache: false
   threads: 8
-  stepTimeout: 1m30s
+  stepTimeout: 20s
   splitSpecialTokens: true
 queue:
   maxDeliver: 7
@@ -109,6 +109,9 @@ queue:
   weights: {high: 8, normal: 2, low: 1}
 results:
   ttl: 48h
+  maxBytes: 1Gi
+  deadTtl: 1000h
+  deadMaxBytes: 100Mi
   inlineBytesMax: 512Ki
   objectStore: {uri: 's3://results/a', store: {endpoint: 'http://s3:8333'}}
 drain: {timeout: 5m}
@@ -133,6 +136,7 @@ fn job_headers() {
         (header::TRACEPARENT, "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),
         (header::CONTENT_TYPE, "application/jsonl"),
         (header::UNKNOWN_FIELDS, "ignore"),
+        (header::RESULT_JOB_ID, "job-1"),
     ];
     let shown = |job: &JobHeaders| {
         json!({
@@ -141,14 +145,16 @@ fn job_headers() {
             "traceparent": job.traceparent, "jsonl": job.jsonl, "ignoreUnknown": job.ignore_unknown,
         })
     };
-    let full = JobHeaders::parse(headers, 7).expect("valid headers");
-    let bare = JobHeaders::parse([], 7).expect("no headers");
+    let place = JobPlace { stream_created_ms: 1_764_540_000_123, sequence: 7 };
+    let full = JobHeaders::parse(headers, place).expect("valid headers");
+    let bare = JobHeaders::parse([], place).expect("no headers");
     let of_outcomes = [
         header::RESULT_JOB_ID,
         header::OUTCOME,
         header::ATTEMPT,
         header::WORKER,
         header::MODEL_DIGEST,
+        header::BODY_DIGEST,
         header::QUEUE_WAIT_MS,
         header::RUN_MS,
         header::IGNORED_FIELDS,
@@ -238,6 +244,7 @@ fn result_lines_of_each_kind() {
         &[
             refused(ErrorCode::InferenceError, "the engine failed on the job: logits are not numbers"),
             refused(ErrorCode::WorkerLost, "5 attempts were begun and none came to an end"),
+            refused(ErrorCode::IdReused, "job id job-1 was used before with another body"),
         ],
     );
     let reference =
@@ -271,6 +278,7 @@ fn error_codes_are_a_closed_set() {
         ErrorCode::Cancelled,
         ErrorCode::InferenceError,
         ErrorCode::WorkerLost,
+        ErrorCode::IdReused,
     ];
     for code in all {
         assert_eq!(json!(code), code.as_str());
@@ -293,6 +301,7 @@ fn load_reports() {
         prompt_tokens_per_s: 0.0,
         output_tokens_per_s: 0.0,
         jobs_finished: 0,
+        model_digest: None,
         cold_start: None,
     };
     let cold_start =
@@ -307,6 +316,7 @@ fn load_reports() {
         prompt_tokens_per_s: 1200.5,
         output_tokens_per_s: 500.25,
         jobs_finished: 1000,
+        model_digest: Some(format!("sha256:{}", "0".repeat(64))),
         cold_start: Some(cold_start),
         ..report.clone()
     };
@@ -327,6 +337,7 @@ fn token_deltas_and_the_ledger_of_attempts() {
 #[test]
 fn subjects_streams_and_consumers() {
     let (model, job, worker) = (model(), job(), worker());
+    let place = JobPlace { stream_created_ms: 1_764_540_000_123, sequence: 7 };
     let classes = |name: &dyn Fn(Class) -> String| -> Value {
         Class::ALL.iter().map(|&class| (class.as_str().to_owned(), json!(name(class)))).collect()
     };
@@ -340,12 +351,13 @@ fn subjects_streams_and_consumers() {
             "cancel": model.cancel_subject(&job), "cancel markers": model.cancel_wildcard(),
             "attempts": model.attempts_subject(&job), "ledgers": model.attempts_wildcard(),
             "load": model.load_subject(&worker), "load reports": model.load_wildcard(),
-            "job id without a header": JobId::from_stream_sequence(7).as_str(),
+            "job id without a header": JobId::of_place(place).as_str(),
+            "id of a job whose id was used before": job.reused(1_764_540_000_123, 7).as_str(),
         }),
     );
     let (queue, results) = (QueueConfig::default(), ResultsConfig::default());
     let streams = [
-        streams::jobs(&model, &queue),
+        streams::jobs(&model, &queue, &results),
         streams::results(&model, &queue, &results),
         streams::dead(&model, &queue, &results),
     ];

@@ -11,7 +11,7 @@ const LIMITS: JobLimits = JobLimits { max_model_len: 512, vocabulary: 1000 };
 fuzz_target!(|data: &[u8]| {
     for content in ["application/json", "application/jsonl"] {
         let named = [(header::JOB_ID, "job-1"), (header::CONTENT_TYPE, content)];
-        let headers = JobHeaders::parse(named, 7).expect("good headers");
+        let headers = JobHeaders::parse(named, Default::default()).expect("good headers");
         match Job::decode(headers, 1_700_000_000, data, &LIMITS) {
             Ok(job) => {
                 assert!((1..=REQUESTS_MAX).contains(&job.lines.len()));

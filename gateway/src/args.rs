@@ -229,6 +229,9 @@ pub struct SubmitArgs {
     /// How to reach it
     #[command(flatten)]
     pub store: StoreArgs,
+    /// Count a job as done whichever model answered it; by default only an answer of the model that is served counts
+    #[arg(long)]
+    pub any_model: bool,
     /// Check the input and print the job ids; publish nothing
     #[arg(long)]
     pub dry_run: bool,
@@ -387,9 +390,18 @@ pub struct QueueSettingArgs {
     /// How long a silent worker keeps a job
     #[arg(long, value_name = "SPAN")]
     pub ack_wait: Option<Span>,
-    /// How long outcomes are kept
+    /// How long outcomes are kept: the broker remembers ids no longer; workers take it from their configuration
     #[arg(long, value_name = "SPAN")]
     pub results_ttl: Option<Span>,
+    /// Most bytes of outcomes, such as 4Gi
+    #[arg(long, value_name = "SIZE")]
+    pub results_max_bytes: Option<Bytes>,
+    /// How long dead letters are kept, and cancel markers and ledgers of jobs that have no outcome
+    #[arg(long, value_name = "SPAN")]
+    pub dead_ttl: Option<Span>,
+    /// Most bytes of dead letters, such as 512Mi
+    #[arg(long, value_name = "SIZE")]
+    pub dead_max_bytes: Option<Bytes>,
     /// Copies of each stream
     #[arg(long, value_name = "N")]
     pub replicas: Option<u32>,

@@ -2,7 +2,8 @@
 //!
 //! A job that has an outcome already keeps it. Cancelling is a wish: the outcome says what became of it.
 
-use millrace_crds::names::{Class, JobId};
+use millrace_crds::job::own_id;
+use millrace_crds::names::{Class, JobId, JobPlace};
 use serde_json::json;
 
 use crate::args::{CancelArgs, Global};
@@ -62,7 +63,8 @@ pub async fn mark(broker: &Connection, job: &JobId) -> Result<(), Failure> {
 /// The ids of all jobs that lie in the queue, running ones included.
 async fn pending(broker: &Connection) -> Result<Vec<JobId>, Failure> {
     let name = broker.model.jobs_stream();
-    broker.stream(name.clone()).await?;
+    let created = broker.stream(name.clone()).await?.cached_info().created;
+    let stream_created_ms = u64::try_from(created.unix_timestamp_nanos() / 1_000_000).unwrap_or_default();
     let mut jobs = Vec::new();
     for class in Class::ALL {
         let subject = broker.model.jobs_subject(class);
@@ -72,12 +74,15 @@ async fn pending(broker: &Connection) -> Result<Vec<JobId>, Failure> {
             let Some(last) = batch.messages.last() else { break };
             sequence = last.sequence + 1;
             for message in &batch.messages {
-                let id = message.headers.get(millrace_crds::job::header::JOB_ID);
-                jobs.push(match id.map(|id| id.as_str().parse()) {
-                    Some(Ok(id)) => id,
-                    // A job with an id that is none gets its outcome under the sequence's id.
-                    _ => JobId::from_stream_sequence(message.sequence),
-                });
+                let pairs = message
+                    .headers
+                    .iter()
+                    .filter_map(|(name, values)| Some((name.as_ref(), values.first()?.as_str())));
+                let id = own_id(pairs).and_then(|(_, id)| id.parse().ok());
+                // A job with an id that is none gets its outcome under its place's id.
+                jobs.push(id.unwrap_or_else(|| {
+                    JobId::of_place(JobPlace { stream_created_ms, sequence: message.sequence })
+                }));
             }
         }
     }

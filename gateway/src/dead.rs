@@ -25,12 +25,13 @@ use crate::output::{Printer, line, note, table};
 use crate::summary::counted;
 
 /// Headers of the old message that the new one keeps.
-const KEPT: [&str; 8] = [
+const KEPT: [&str; 9] = [
     header::CONTENT_TYPE,
     header::STREAM,
     header::REPLY_SUBJECT,
     header::INPUT,
     header::OUTPUT,
+    header::UNKNOWN_FIELDS,
     header::TRACEPARENT,
     header::TRACESTATE,
     header::DEADLINE,

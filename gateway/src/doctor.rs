@@ -8,6 +8,7 @@ use async_nats::Client;
 use millrace_crds::check::{Check, Grade};
 use millrace_crds::job::JOB_BYTES_MAX;
 use millrace_crds::load::Phase;
+use millrace_crds::names::Class;
 use millrace_queue::monitor::{self, Fsync};
 use millrace_queue::provision::{Mode, Provisioned, provision};
 use serde_json::Value;
@@ -71,10 +72,43 @@ pub async fn run(global: &Global, args: &DoctorArgs) -> Result<Verdict, Failure>
             });
         }),
     }
+    delivery(&broker).await.into_iter().for_each(&mut show);
     worker::check(args).into_iter().for_each(&mut show);
     show(clock(&broker).await);
     show(workers(&broker).await);
     Ok(Verdict::of(well))
+}
+
+/// Whether the consumers will deliver all that lies in the queue. Nothing to say where there is no queue.
+async fn delivery(broker: &Connection) -> Vec<Check> {
+    const NAME: &str = "delivery";
+    let stream = broker.model.jobs_stream();
+    let Ok(jobs) = broker.stream(stream.clone()).await else { return Vec::new() };
+    let (classes, undeliverable) = match queue::count(broker, &jobs).await {
+        Ok(counted) => counted,
+        // That a consumer is missing was said above.
+        Err(_) => return Vec::new(),
+    };
+    let paused = classes.iter().filter(|class| class.paused).map(|class| {
+        let found = format!("class {} is paused; {} wait", class.class, counted(class.pending, "job"));
+        let fix = format!("nats consumer resume {stream} {}", broker.model.consumer(class.class));
+        Check::fail(NAME, found, fix)
+    });
+    let mut checks: Vec<Check> = paused.collect();
+    checks.push(match undeliverable {
+        None => Check::ok(NAME, "jobs come and go"),
+        Some(0) => Check::ok(NAME, "each job waits for a worker or is held by one"),
+        Some(jobs) => {
+            let found = format!("{jobs} jobs that no consumer will deliver");
+            let fix = format!(
+                "make the consumers anew: `nats consumer rm {stream} {}` (and those of the other classes), then \
+                 `millrace provision`; jobs that run come again and find their outcome",
+                broker.model.consumer(Class::Normal)
+            );
+            Check::fail(NAME, found, fix)
+        }
+    });
+    checks
 }
 
 fn version(client: &Client) -> Check {

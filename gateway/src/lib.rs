@@ -11,6 +11,7 @@ mod connect;
 mod dead;
 mod direct;
 mod doctor;
+mod done;
 mod entries;
 pub mod failure;
 mod follow;

@@ -11,6 +11,7 @@ use bytes::Bytes;
 use millrace_crds::job::header;
 use millrace_crds::names::{JobId, ModelRef};
 use millrace_crds::result::{OutcomeKind, OutputLine, OutputReference};
+use millrace_queue::identity::AnswerOf;
 
 use crate::direct::job_of;
 use crate::output::note;
@@ -25,21 +26,28 @@ pub struct CollectedOutcome {
     pub kind: OutcomeKind,
     /// How long the job waited, if the worker says so.
     pub queue_wait_ms: Option<f64>,
+    /// Whose answer it is.
+    pub of: AnswerOf,
     /// One line a request, or a reference to them.
     pub body: Bytes,
 }
 
 impl CollectedOutcome {
-    /// Reads a message of the RESULTS stream; `None` for one that is no outcome (a cancel marker). A message under an
+    /// Reads a message of the RESULTS stream; `None` for one that is no outcome: a cancel marker, or what the broker
+    /// leaves where an outcome aged away. A message under an
     /// outcome's subject that is none is named, and becomes an outcome without lines: it must not hide the others.
     pub fn read(model: &ModelRef, message: StreamMessage) -> Option<Self> {
         let job = job_of(model, "results", &message.subject)?;
+        if message.headers.get("Nats-Marker-Reason").is_some() {
+            return None;
+        }
         Some(Self::from_parts(job, &message.headers, message.payload))
     }
 
     /// The same of a job's headers and body, as they are stored or as a copy of them came.
     pub fn from_parts(job: JobId, headers: &HeaderMap, body: Bytes) -> Self {
         let text = |name: &str| headers.get(name).map(|value| value.as_str());
+        let of = AnswerOf::read(Some(headers));
         let kind = match text(header::OUTCOME) {
             Some("completed") => OutcomeKind::Completed,
             Some("rejected") => OutcomeKind::Rejected,
@@ -47,11 +55,11 @@ impl CollectedOutcome {
             other => {
                 note(&format!("error: job {job}: header {} of the outcome is {other:?}", header::OUTCOME));
                 let (kind, body) = (OutcomeKind::Rejected, Bytes::new());
-                return Self { job, kind, queue_wait_ms: None, body };
+                return Self { job, kind, queue_wait_ms: None, of, body };
             }
         };
         let queue_wait_ms = text(header::QUEUE_WAIT_MS).and_then(|value| value.parse().ok());
-        Self { kind, queue_wait_ms, body, job }
+        Self { kind, queue_wait_ms, of, body, job }
     }
 
     /// The address of the body, if it is not in the message.
@@ -122,6 +130,7 @@ mod tests {
             job: "j".parse().unwrap(),
             kind,
             queue_wait_ms: None,
+            of: AnswerOf::default(),
             body: Bytes::copy_from_slice(body.as_bytes()),
         }
     }

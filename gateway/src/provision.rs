@@ -30,6 +30,15 @@ pub fn settings(args: &QueueSettingArgs) -> Result<(QueueConfig, ResultsConfig),
     queue.ack_wait = args.ack_wait.unwrap_or(queue.ack_wait);
     queue.replicas = args.replicas.unwrap_or(queue.replicas);
     results.ttl = args.results_ttl.unwrap_or(results.ttl);
+    results.max_bytes = args.results_max_bytes.unwrap_or(results.max_bytes);
+    results.dead_ttl = args.dead_ttl.unwrap_or(results.dead_ttl);
+    results.dead_max_bytes = args.dead_max_bytes.unwrap_or(results.dead_max_bytes);
+    if results.dead_ttl < results.ttl {
+        return Err(Failure::Usage(format!(
+            "--dead-ttl is {}; outcomes live for {}, and what speaks of a job must live as long",
+            results.dead_ttl, results.ttl
+        )));
+    }
     let at_least_one = [
         ("--max-jobs", queue.max_jobs),
         ("--max-bytes", queue.max_bytes.0),
@@ -37,6 +46,8 @@ pub fn settings(args: &QueueSettingArgs) -> Result<(QueueConfig, ResultsConfig),
         ("--replicas", queue.replicas.into()),
         ("--ack-wait", queue.ack_wait.0.as_secs()),
         ("--results-ttl", results.ttl.0.as_secs()),
+        ("--results-max-bytes", results.max_bytes.0),
+        ("--dead-max-bytes", results.dead_max_bytes.0),
     ];
     match at_least_one.iter().find(|(_, value)| *value == 0) {
         Some((name, _)) => Err(Failure::Usage(format!("{name} is 0; at least 1 (or 1s) is needed"))),

@@ -11,16 +11,18 @@ use async_nats::HeaderMap;
 use async_nats::jetstream::context::{PublishError, PublishErrorKind};
 use async_nats::jetstream::message::PublishMessage;
 use async_nats::jetstream::publish::PublishAck;
+use async_nats::jetstream::stream::DirectGetErrorKind;
 use async_nats::jetstream::{self, ErrorCode};
 use bytes::Bytes;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use millrace_crds::job::{JSON, JSONL, header};
 use millrace_crds::names::{Class, JobId, ModelRef};
+use millrace_queue::identity::body_digest;
 
 use crate::connect::Connection;
 use crate::failure::Failure;
-use crate::follow::StallClock;
+use crate::follow::{self, StallClock};
 use crate::output::note;
 use crate::plan::PlannedJob;
 
@@ -57,16 +59,16 @@ pub enum Payload {
 }
 
 impl JobEnvelope {
-    /// The message of a job of `model`; `content_type` is that of the payload.
+    /// The message of a job of `model`, which a header names; `content_type` is that of the payload.
     pub fn message(
         &self,
         model: &ModelRef,
-        id: &JobId,
+        (id_header, id): (&str, &JobId),
         content_type: &str,
         payload: Payload,
     ) -> PublishMessage {
         let mut headers = HeaderMap::new();
-        headers.insert(header::JOB_ID, id.as_str());
+        headers.insert(id_header, id.as_str());
         headers.insert(header::CONTENT_TYPE, content_type);
         headers.insert("Nats-Expected-Stream", model.jobs_stream().as_str());
         let optional = [
@@ -101,13 +103,32 @@ pub struct Parcel<'a> {
 }
 
 impl Parcel<'_> {
-    fn message(&self, envelope: &JobEnvelope, model: &ModelRef) -> PublishMessage {
+    /// The message; `id_header` names the job.
+    fn message(&self, envelope: &JobEnvelope, model: &ModelRef, id_header: &str) -> PublishMessage {
         let payload = match &self.input {
             Some(uri) => Payload::At(uri.clone()),
             None => Payload::Body(self.job.body.clone()),
         };
-        envelope.message(model, &self.job.id, if self.job.jsonl { JSONL } else { JSON }, payload)
+        let content_type = if self.job.jsonl { JSONL } else { JSON };
+        envelope.message(model, (id_header, &self.job.id), content_type, payload)
     }
+
+    fn body_digest(&self) -> String {
+        match &self.input {
+            Some(uri) => body_digest(b"", Some(uri)),
+            None => body_digest(&self.job.body, None),
+        }
+    }
+}
+
+/// What is left of a job whose id the broker knows.
+enum Standing {
+    /// It lies in the queue, or has its outcome.
+    There,
+    /// One with another body does.
+    OtherBody,
+    /// Nothing.
+    Gone,
 }
 
 /// What to do after a publish failed.
@@ -148,7 +169,8 @@ fn jetstream_error(error: &PublishError) -> Option<&jetstream::Error> {
 
 /// Publishes all parcels, and returns when all are acknowledged.
 ///
-/// `each` hears every acknowledgement, with the parcel's place. `duplicate` in it means: accepted before.
+/// `each` hears every acknowledgement, with the parcel's place. `duplicate` in it means: accepted before, and still in
+/// the queue or with an outcome.
 ///
 /// # Errors
 /// [`Failure::Stalled`] when `timeout` passes without an acknowledgement, [`Failure::Refused`] when the
@@ -169,12 +191,19 @@ pub async fn publish_all(
         while outstanding.len() < pace.room()
             && let Some(place) = waiting.pop_front()
         {
-            let message = parcels[place].message(envelope, &broker.model);
-            let publish = publish_one(broker, subject.clone(), message);
+            let publish = publish_parcel(broker, &subject, &parcels[place], envelope);
             outstanding.push(async move { (place, publish.await) });
         }
         match outstanding.next().await {
-            Some((place, Ok(ack))) => {
+            Some((place, Ok(None))) => {
+                let job = parcels[place].job;
+                return Err(Failure::Refused(format!(
+                    "{}: job id {} is that of a job with another body, in the queue or with an outcome; give \
+                     another --id-prefix, or leave --id-from custom-id out",
+                    job.origin, job.id
+                )));
+            }
+            Some((place, Ok(Some(ack)))) => {
                 each(place, &ack);
                 patience.renew();
                 pace.accepted();
@@ -262,6 +291,54 @@ pub async fn publish_one(
     message: PublishMessage,
 ) -> Result<PublishAck, PublishError> {
     broker.jetstream.send_publish(subject, message).await?.await
+}
+
+/// Publishes a job's message and awaits its acknowledgement; `None` if the id is that of another job.
+///
+/// That the broker knows the id is no promise that the job is there: its queue may have been purged, or its outcome
+/// aged away. Then the job is published again, named in a way that the broker does not compare.
+async fn publish_parcel(
+    broker: &Connection,
+    subject: &str,
+    parcel: &Parcel<'_>,
+    envelope: &JobEnvelope,
+) -> Result<Option<PublishAck>, PublishError> {
+    let send = async |id_header: &str| {
+        publish_one(broker, subject.to_owned(), parcel.message(envelope, &broker.model, id_header)).await
+    };
+    let ack = send(header::JOB_ID).await?;
+    if !ack.duplicate {
+        return Ok(Some(ack));
+    }
+    match standing(broker, parcel, ack.sequence).await? {
+        Standing::There => Ok(Some(ack)),
+        Standing::OtherBody => Ok(None),
+        Standing::Gone => Ok(Some(send(header::RESULT_JOB_ID).await?)),
+    }
+}
+
+/// Looks for the job of which the broker says that it stored it at `sequence`: first in the queue and then among the
+/// outcomes, since that is the way it goes.
+async fn standing(broker: &Connection, parcel: &Parcel<'_>, sequence: u64) -> Result<Standing, PublishError> {
+    let unread = |error: &dyn std::fmt::Display| {
+        PublishError::with_source(PublishErrorKind::TimedOut, error.to_string())
+    };
+    let same = |same| if same { Standing::There } else { Standing::OtherBody };
+    let digest = parcel.body_digest();
+    let jobs = broker.jetstream.get_stream_no_info(broker.model.jobs_stream()).await;
+    match jobs.map_err(|error| unread(&error))?.direct_get(sequence).await {
+        Ok(found) => {
+            let text = |name: &str| found.headers.get(name).map(|value| value.as_str());
+            if text(header::JOB_ID) == Some(parcel.job.id.as_str()) {
+                return Ok(same(body_digest(&found.payload, text(header::INPUT)) == digest));
+            }
+        }
+        Err(error) if error.kind() == DirectGetErrorKind::NotFound => {}
+        Err(error) => return Err(unread(&error)),
+    }
+    let outcomes = follow::stored(broker, std::slice::from_ref(&parcel.job.id)).await;
+    let outcomes = outcomes.map_err(|failure| unread(&failure))?;
+    Ok(outcomes.first().map_or(Standing::Gone, |outcome| same(outcome.of.is_of_body(&digest))))
 }
 
 #[cfg(test)]

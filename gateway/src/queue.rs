@@ -7,6 +7,7 @@ use async_nats::jetstream::consumer::PullConsumer;
 use async_nats::jetstream::stream::DirectGetErrorKind;
 use async_nats::jetstream::stream::Stream;
 use futures::StreamExt;
+use millrace_crds::backlog::{self, StreamCount};
 use millrace_crds::load::LoadReport;
 use millrace_crds::names::Class;
 use serde::Serialize;
@@ -24,12 +25,15 @@ const WORKERS_MAX: usize = 4096;
 
 /// One class's part of the queue.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-struct ClassDepth {
-    class: Class,
+pub struct ClassDepth {
+    /// The class.
+    pub class: Class,
     /// Jobs that wait for a worker.
-    pending: u64,
+    pub pending: u64,
     /// Jobs that a worker holds.
-    in_flight: u64,
+    pub in_flight: u64,
+    /// Whether somebody paused the class's consumer.
+    pub paused: bool,
     /// Jobs that were delivered more than once and are not done.
     redelivered: u64,
     /// Age of the oldest job, waiting or held.
@@ -45,6 +49,8 @@ struct Picture {
     jobs_max: i64,
     bytes_max: i64,
     classes: Vec<ClassDepth>,
+    /// Jobs that no consumer will deliver; absent if jobs came or went while they were counted.
+    undeliverable: Option<u64>,
     /// Outcomes, and the cancel markers and ledgers of attempts that lie beside them.
     records: u64,
     dead: u64,
@@ -72,7 +78,8 @@ pub async fn run(global: &Global, args: &QueueArgs) -> Result<Verdict, Failure> 
 
 async fn look(broker: &Connection) -> Result<Picture, Failure> {
     let jobs = broker.stream(broker.model.jobs_stream()).await?;
-    let (workers, classes) = tokio::join!(workers(broker), classes(broker, &jobs));
+    let (workers, counted) = tokio::join!(workers(broker), count(broker, &jobs));
+    let (classes, undeliverable) = counted?;
     let results = broker.stream(broker.model.results_stream()).await?;
     let dead = broker.stream(broker.model.dead_stream()).await?;
     let info = jobs.cached_info();
@@ -82,11 +89,27 @@ async fn look(broker: &Connection) -> Result<Picture, Failure> {
         bytes: info.state.bytes,
         jobs_max: info.config.max_messages,
         bytes_max: info.config.max_bytes,
-        classes: classes?,
+        classes,
+        undeliverable,
         records: results.cached_info().state.messages,
         dead: dead.cached_info().state.messages,
         workers: workers?,
     })
+}
+
+/// The classes, and how many jobs none of their consumers will deliver. `jobs` was read just before.
+///
+/// # Errors
+/// [`Failure::Refused`].
+pub async fn count(broker: &Connection, jobs: &Stream) -> Result<(Vec<ClassDepth>, Option<u64>), Failure> {
+    let of = |stream: &Stream| {
+        let state = &stream.cached_info().state;
+        StreamCount { messages: state.messages, last_sequence: state.last_sequence }
+    };
+    let classes = classes(broker, jobs).await?;
+    let after = broker.stream(broker.model.jobs_stream()).await?;
+    let known = classes.iter().map(|class| class.pending.saturating_add(class.in_flight)).sum();
+    Ok((classes, backlog::undeliverable(of(jobs), of(&after), known)))
 }
 
 async fn classes(broker: &Connection, jobs: &Stream) -> Result<Vec<ClassDepth>, Failure> {
@@ -109,6 +132,7 @@ async fn classes(broker: &Connection, jobs: &Stream) -> Result<Vec<ClassDepth>, 
             class,
             pending: info.num_pending,
             in_flight: info.num_ack_pending as u64,
+            paused: info.paused,
             redelivered: info.num_redelivered as u64,
             oldest_s: oldest.map(|age| (age * 10.0).round() / 10.0),
         });
@@ -148,7 +172,7 @@ impl Picture {
             .map(|c| {
                 vec![
                     c.class.to_string(),
-                    c.pending.to_string(),
+                    format!("{}{}", c.pending, if c.paused { " (paused)" } else { "" }),
                     c.in_flight.to_string(),
                     age(c.oldest_s),
                     c.redelivered.to_string(),
@@ -172,10 +196,13 @@ impl Picture {
                 ]
             })
             .collect();
-        let head = format!(
+        let mut head = format!(
             "{}: {} of {} jobs, {} of {} bytes; {} records of outcomes, {} dead",
             self.model, self.jobs, self.jobs_max, self.bytes, self.bytes_max, self.records, self.dead
         );
+        if let Some(jobs @ 1..) = self.undeliverable {
+            head += &format!("\n{jobs} jobs that no consumer will deliver: see `millrace doctor`");
+        }
         let classes = table(&["CLASS", "PENDING", "IN FLIGHT", "OLDEST", "REDELIVERED"], &classes);
         let workers = match workers.is_empty() {
             true => "no workers".to_owned(),

@@ -13,6 +13,8 @@ use time::OffsetDateTime;
 use crate::args::{Global, SubmitArgs};
 use crate::collect::OutputFile;
 use crate::connect::{self, Connection};
+use crate::direct;
+use crate::done::DoneCheck;
 use crate::failure::{Failure, Verdict};
 use crate::follow::{self, Follower};
 use crate::gather::{Gatherer, Sink};
@@ -34,6 +36,7 @@ struct Plan {
     wait: bool,
     timeout: Duration,
     object_store: Option<String>,
+    any_model: bool,
 }
 
 fn ready(args: &SubmitArgs, now: OffsetDateTime) -> Result<Plan, Failure> {
@@ -50,7 +53,8 @@ fn ready(args: &SubmitArgs, now: OffsetDateTime) -> Result<Plan, Failure> {
         return Err(Failure::Usage(message));
     }
     let wait = args.wait || args.stream || args.output.is_some();
-    Ok(Plan { jobs, envelope, wait, timeout: args.timeout.0, object_store: args.object_store.clone() })
+    let (object_store, any_model) = (args.object_store.clone(), args.any_model);
+    Ok(Plan { jobs, envelope, wait, timeout: args.timeout.0, object_store, any_model })
 }
 
 /// Runs the command.
@@ -161,23 +165,33 @@ async fn work(
     Ok(elapsed)
 }
 
-/// Takes the outcomes that are stored before anything is published.
+/// Takes the outcomes that are stored before anything is published, once it is sure that they answer these jobs.
 async fn skip_done(broker: &Connection, plan: &Plan, gatherer: &mut Gatherer<'_>) -> Result<(), Failure> {
     let missing = gatherer.missing();
+    let mut check = DoneCheck::new(&plan.jobs);
     if plan.wait || missing.len() < LISTED_MIN {
         let outcomes = follow::stored(broker, &missing).await?;
+        check.look(&outcomes);
+        check.settle(broker, plan.any_model).await?;
         gatherer.summary.done_before += outcomes.len() as u64;
         gatherer.summary.accepted += outcomes.len() as u64;
         return gatherer.take(outcomes, false).await;
     }
-    let done = list_done(broker, &missing).await?;
+    let listed: Vec<JobId> = list_done(broker, &missing).await?.into_iter().collect();
+    let mut done = HashSet::with_capacity(listed.len());
+    for jobs in listed.chunks(direct::SUBJECTS_MAX) {
+        let outcomes = follow::stored(broker, jobs).await?;
+        check.look(&outcomes);
+        done.extend(outcomes.into_iter().map(|outcome| outcome.job));
+    }
+    check.settle(broker, plan.any_model).await?;
     gatherer.summary.done_before += done.len() as u64;
     gatherer.summary.accepted += done.len() as u64;
     gatherer.skip(&done);
     Ok(())
 }
 
-/// Those of `jobs` that have an outcome, by the stream's list of subjects.
+/// Those of `jobs` that have something on their outcome's subject, by the stream's list of subjects.
 async fn list_done(broker: &Connection, jobs: &[JobId]) -> Result<HashSet<JobId>, Failure> {
     use futures::TryStreamExt;
     let name = broker.model.results_stream();

@@ -35,6 +35,7 @@ use crate::scaling::{ScalingState, Sized};
 use crate::status::{self, StatusView, StatusWriter, Written};
 use crate::validate::{self, Plan, Sizing, SpecRefusal};
 use crate::wake::Wakes;
+use crate::workers;
 
 /// Pause until a model whose job has come, and whose stream still looks empty, is looked at again.
 const WOKEN_PAUSE: Duration = Duration::from_millis(100);
@@ -334,11 +335,13 @@ impl Reconcile<'_> {
     /// Compares streams and consumers with what they should be, when it is time. A failure is a condition,
     /// not an error: the workers that are there go on.
     async fn provision(&mut self, plan: &Plan) {
-        let settings = build::hash(&(&plan.queue, &plan.results));
+        let pods = fetch::pods(&self.context.caches, &plan.model);
+        let rolled = workers::rolled(&pods, &build::revision(plan));
+        let settings = build::hash(&(&plan.queue, &plan.results, rolled));
         if !self.state.queue.due(&settings, self.context.config.poll_queue.0) {
             return;
         }
-        let repairs = self.context.queue.provision(&plan.model, &plan.queue, &plan.results).await;
+        let repairs = self.context.queue.provision(&plan.model, &plan.queue, &plan.results, rolled).await;
         let known = self.state.queue.checked.as_ref().is_some_and(|(_, of)| *of == settings);
         for repair in repairs.iter().flatten() {
             tracing::info!(model = %plan.model, name = repair.name, what = repair.what, "the queue was put right");

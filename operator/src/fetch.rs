@@ -24,7 +24,7 @@ use crate::caches::Caches;
 use crate::load::LoadBook;
 use crate::names;
 use crate::pod_monitors::PodMonitors;
-use crate::queue::{QueueClient, QueueError};
+use crate::queue::{QueueClient, QueueError, QueueHealth};
 
 /// The objects of a model that are there, by kind.
 #[derive(Debug, Clone, Default)]
@@ -56,6 +56,8 @@ pub struct Facts {
     pub pods: Vec<Arc<Pod>>,
     /// The backlog, or why it could not be read.
     pub queue: Result<QueueReading, QueueError>,
+    /// What keeps jobs from workers.
+    pub health: QueueHealth,
     /// The workers' load, by pod.
     pub load: HashMap<String, LoadReport>,
 }
@@ -98,13 +100,17 @@ pub fn pods(caches: &Caches, model: &ModelRef) -> Vec<Arc<Pod>> {
 
 /// Reads everything.
 pub async fn facts(caches: &Caches, queue: &QueueClient, load: &LoadBook, model: &ModelRef) -> Facts {
-    let backlog = queue.read(model).await;
+    let (backlog, health) = match queue.read(model).await {
+        Ok((backlog, health)) => (Ok(backlog), health),
+        Err(error) => (Err(error), QueueHealth::default()),
+    };
     // The clock is read last, so that nothing in the reading is younger than the reading.
     Facts {
         existing: existing(caches, model),
         pod_monitors_undefined: matches!(pod_monitors(caches), Some(PodMonitors::Undefined)),
         pods: pods(caches, model),
         queue: backlog,
+        health,
         load: load.of(model, Instant::now()),
         at_ms: now_ms(),
     }

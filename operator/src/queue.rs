@@ -13,6 +13,7 @@ use async_nats::{Client, ConnectOptions, Event};
 use futures::future::try_join_all;
 use k8s_openapi::jiff::Timestamp;
 use millrace_autoscaler::{ClassReading, QueueReading};
+use millrace_crds::backlog::{self, StreamCount};
 use millrace_crds::config::{QueueConfig, ResultsConfig};
 use millrace_crds::drift;
 use millrace_crds::names::{Class, ModelRef};
@@ -57,6 +58,17 @@ pub struct QueueClient {
     client: Client,
     context: Context,
     connections: watch::Receiver<u64>,
+}
+
+/// What keeps jobs from workers while the queue is as it should be.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct QueueHealth {
+    /// Consumers that somebody paused, and until when their pause lasts.
+    pub paused: Vec<String>,
+    /// Jobs that wait behind them.
+    pub held_back: u64,
+    /// Jobs that no consumer will deliver; `None` if jobs came or went while they were counted.
+    pub undeliverable: Option<u64>,
 }
 
 /// One thing that was put right.
@@ -143,6 +155,9 @@ impl QueueClient {
 
     /// Makes the streams and consumers of a model what they should be. Returns what had to be done.
     ///
+    /// Unless all workers have `rolled` to the present spec, an ack wait is not shortened: those of the former spec
+    /// send their keep-alives at the former pace, and would lose what they hold.
+    ///
     /// # Errors
     /// When the broker refuses or does not answer. What was done before stays done.
     pub async fn provision(
@@ -150,18 +165,19 @@ impl QueueClient {
         model: &ModelRef,
         queue: &QueueConfig,
         results: &ResultsConfig,
+        rolled: bool,
     ) -> Result<Vec<Repair>, QueueError> {
         self.reachable()?;
         let mut repairs = Vec::new();
         for wanted in [
-            streams::jobs(model, queue),
+            streams::jobs(model, queue, results),
             streams::results(model, queue, results),
             streams::dead(model, queue, results),
         ] {
             repairs.extend(self.provision_stream(wanted).await?);
         }
         for class in Class::ALL {
-            repairs.extend(self.provision_consumer(model, class, queue).await?);
+            repairs.extend(self.provision_consumer(model, class, queue, rolled).await?);
         }
         Ok(repairs)
     }
@@ -185,15 +201,27 @@ impl QueueClient {
         model: &ModelRef,
         class: Class,
         queue: &QueueConfig,
+        rolled: bool,
     ) -> Result<Option<Repair>, QueueError> {
-        let wanted = streams::consumer(model, class, queue);
+        let mut wanted = streams::consumer(model, class, queue);
         let stream = model.jobs_stream();
         let name = format!("consumer {stream}/{}", model.consumer(class));
         let (existed, what) = match self.consumer(model, class).await {
-            Ok(info) => match drift::consumer(&info.config, &wanted) {
-                drift if drift.is_empty() => return Ok(None),
-                drift => (true, repaired(&drift)),
-            },
+            Ok(info) => {
+                if !rolled {
+                    wanted.ack_wait = wanted.ack_wait.max(info.config.ack_wait);
+                }
+                let drift = drift::consumer(&info.config, &wanted);
+                if drift.is_empty() {
+                    return Ok(None);
+                }
+                if drift::leaves_jobs_behind(&drift) {
+                    let deleted =
+                        self.context.delete_consumer_from_stream(model.consumer(class), &stream).await;
+                    deleted.map_err(|error| refused(&name, &error))?;
+                }
+                (true, repaired(&drift))
+            }
             Err(QueueError::Missing(_)) => (false, "was missing and was created".into()),
             Err(error) => return Err(error),
         };
@@ -235,11 +263,13 @@ impl QueueClient {
         })
     }
 
-    /// Reads the backlog of a model. An empty stream needs one request, others one more for each class.
+    /// Reads the backlog of a model, and what keeps jobs from its workers. An empty stream needs one request, others
+    /// one more for each class, and a second look at the stream. Jobs behind a paused consumer are none that a further
+    /// worker would get, so they are no backlog.
     ///
     /// # Errors
     /// When any part could not be read: half a reading is none.
-    pub async fn read(&self, model: &ModelRef) -> Result<QueueReading, QueueError> {
+    pub async fn read(&self, model: &ModelRef) -> Result<(QueueReading, QueueHealth), QueueError> {
         self.reachable()?;
         let stream = model.jobs_stream();
         let Some((_, state)) = self.stream(&stream).await? else {
@@ -249,20 +279,26 @@ impl QueueClient {
         if state.messages == 0 {
             let classes =
                 Class::ALL.map(|class| ClassReading { class, pending: 0, unacked: 0, oldest_age_ms: None });
-            return Ok(QueueReading { published, classes: classes.to_vec() });
+            let health = QueueHealth { undeliverable: Some(0), ..QueueHealth::default() };
+            return Ok((QueueReading { published, classes: classes.to_vec() }, health));
         }
         let infos = try_join_all(Class::ALL.map(|class| self.consumer(model, class))).await?;
         let oldest_ms = age_ms(&state);
         let unacked: u64 = infos.iter().map(|info| info.num_ack_pending as u64).sum();
         let waiting = infos.iter().filter(|info| info.num_pending > 0).count();
+        let after = self
+            .stream(&stream)
+            .await?
+            .map_or(StreamCount { messages: 0, last_sequence: 0 }, |s| count(&s.1));
+        let health = health(&infos, backlog::undeliverable(count(&state), after, known(&infos)));
         let classes = Class::ALL.into_iter().zip(&infos).map(|(class, info)| ClassReading {
             class,
-            pending: info.num_pending,
+            pending: if info.paused { 0 } else { info.num_pending },
             unacked: info.num_ack_pending as u64,
             // The stream's oldest job is this class's oldest pending one only where nothing else is in it.
             oldest_age_ms: oldest_ms.filter(|_| unacked == 0 && waiting == 1 && info.num_pending > 0),
         });
-        Ok(QueueReading { published, classes: classes.collect() })
+        Ok((QueueReading { published, classes: classes.collect() }, health))
     }
 
     /// Deletes the streams of a model, with all jobs and outcomes. Those that are gone are gone.
@@ -278,6 +314,28 @@ impl QueueClient {
             }
         }
         Ok(())
+    }
+}
+
+fn count(state: &State) -> StreamCount {
+    StreamCount { messages: state.messages, last_sequence: state.last_sequence }
+}
+
+/// Jobs that the consumers will deliver, or have delivered.
+fn known(infos: &[consumer::Info]) -> u64 {
+    infos.iter().map(|info| info.num_pending.saturating_add(info.num_ack_pending as u64)).sum()
+}
+
+fn health(infos: &[consumer::Info], undeliverable: Option<u64>) -> QueueHealth {
+    let paused: Vec<&consumer::Info> = infos.iter().filter(|info| info.paused).collect();
+    let until = |info: &&consumer::Info| match info.pause_remaining {
+        Some(left) => format!("{} for {} s more", info.name, left.as_secs()),
+        None => info.name.clone(),
+    };
+    QueueHealth {
+        paused: paused.iter().map(until).collect(),
+        held_back: paused.iter().map(|info| info.num_pending).sum(),
+        undeliverable,
     }
 }
 

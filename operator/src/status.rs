@@ -84,9 +84,9 @@ pub fn status(view: &StatusView<'_>, now: Timestamp) -> InferenceModelStatus {
     let findings = [
         (ConditionType::Ready, found.ready_condition()),
         (ConditionType::Progressing, found.progressing()),
-        (ConditionType::Degraded, found.degraded()),
+        (ConditionType::Degraded, found.degraded(former)),
         (ConditionType::WeightsAvailable, found.weights(former)),
-        (ConditionType::QueueReady, found.queue_ready()),
+        (ConditionType::QueueReady, found.queue_ready(former)),
         (ConditionType::WorkersAvailable, found.workers()),
         (ConditionType::ScalingActive, found.scaling()),
     ];
@@ -194,6 +194,26 @@ impl<'a> Found<'a> {
         }
     }
 
+    /// What keeps jobs from workers though the queue is as the spec asks. While jobs come and go they cannot be
+    /// counted: then what was found before stays.
+    fn queue_trouble(&self, former: &InferenceModelStatus) -> Option<(Reason, String)> {
+        let health = &self.view.facts.filter(|facts| facts.queue.is_ok())?.health;
+        if !health.paused.is_empty() {
+            let message = format!("paused: {}; {} jobs wait", health.paused.join(", "), health.held_back);
+            return Some((Reason::ConsumerPaused, message));
+        }
+        let before = former.conditions.iter().find(|condition| condition.kind == ConditionType::QueueReady);
+        match health.undeliverable {
+            Some(0) => None,
+            Some(jobs) => {
+                Some((Reason::JobsUndeliverable, format!("{jobs} jobs that no consumer will deliver")))
+            }
+            None => before
+                .filter(|before| before.reason == Reason::JobsUndeliverable)
+                .map(|before| (before.reason, before.message.clone())),
+        }
+    }
+
     fn ready_condition(&self) -> Finding {
         if let Some((reason, message)) = self.obstacle().or_else(|| self.queue_obstacle()) {
             return finding(ConditionStatus::False, reason, message);
@@ -247,7 +267,7 @@ impl<'a> Found<'a> {
         finding(no, Reason::AsExpected, "")
     }
 
-    fn degraded(&self) -> Finding {
+    fn degraded(&self, former: &InferenceModelStatus) -> Finding {
         let yes = ConditionStatus::True;
         let obstacle = self.obstacle().filter(|(reason, _)| *reason != Reason::Deleting);
         if let Some((reason, message)) = obstacle.or_else(|| self.queue_obstacle()) {
@@ -258,6 +278,9 @@ impl<'a> Found<'a> {
         }
         if let Some(Err(error)) = self.view.facts.map(|facts| &facts.queue) {
             return finding(yes, Reason::SignalLost, error.to_string());
+        }
+        if let Some((reason, message)) = self.queue_trouble(former) {
+            return finding(yes, reason, message);
         }
         if self.view.facts.is_some_and(|facts| facts.pod_monitors_undefined) {
             let message = "the API server does not know PodMonitors (monitoring.coreos.com/v1)";
@@ -288,8 +311,9 @@ impl<'a> Found<'a> {
         }
     }
 
-    fn queue_ready(&self) -> Finding {
-        match (self.queue_obstacle(), self.view.queue) {
+    fn queue_ready(&self, former: &InferenceModelStatus) -> Finding {
+        let trouble = self.queue_obstacle().or_else(|| self.queue_trouble(former));
+        match (trouble, self.view.queue) {
             (Some((reason, message)), _) => finding(ConditionStatus::False, reason, message),
             (None, Some(_)) => finding(ConditionStatus::True, Reason::QueueProvisioned, ""),
             (None, None) => match self.obstacle() {

@@ -118,6 +118,11 @@ pub fn plan(object: &InferenceModel, config: &Config) -> Result<Plan, SpecRefusa
         .ok_or_else(|| refuse("metadata.uid", "is missing; the object does not come from an API server"))?;
     let spec = &object.spec;
     let (worker, mounts) = worker_config::build(spec, &model, config)?;
+    if !worker.queue.outlasts(worker.engine.step_timeout) {
+        let (wait, step) = (worker.queue.ack_wait, worker.engine.step_timeout);
+        let message = format!("is {wait}; it must be at least twice spec.engine.stepTimeout ({step})");
+        return Err(refuse("spec.queue.ackWait", message));
+    }
     Ok(Plan {
         uid,
         owner,
@@ -234,6 +239,7 @@ pub(crate) mod tests {
                 format!("{base}  replicas: 1\n  template: {{affinity: {{nodeAffinity: 3}}}}\n"),
                 "spec.template.affinity",
             ),
+            (format!("{base}  replicas: 1\n  queue: {{ackWait: 59s}}\n"), "spec.queue.ackWait is 59s"),
             ("  model: {uri: 'hf://x'}\n  replicas: 1\n".to_owned(), "spec.model.uri is \"hf://x\""),
             ("  model: {uri: 'pvc://'}\n  replicas: 1\n".to_owned(), "spec.model.uri is \"pvc://\""),
         ];

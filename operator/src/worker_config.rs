@@ -100,6 +100,9 @@ pub(crate) fn build(
         queue: spec.queue.config(),
         results: ResultsConfig {
             ttl: spec.results.ttl,
+            max_bytes: spec.results.max_bytes,
+            dead_ttl: spec.results.dead_ttl,
+            dead_max_bytes: spec.results.dead_max_bytes,
             inline_bytes_max: spec.results.inline_bytes_max,
             object_store,
         },

@@ -13,6 +13,8 @@ use millrace_crds::model::status::StartPhases;
 
 use millrace_autoscaler::{WorkerLoad, WorkerReading, WorkerState};
 
+use crate::names::REVISION_ANNOTATION;
+
 /// A container that waits longer than this for its volumes lacks one.
 const CREATING_MAX_MS: u64 = 60_000;
 /// Longest part of a pod's or a worker's words in a condition.
@@ -98,6 +100,14 @@ pub fn start_phases(pod: &Pod, report: &LoadReport) -> Option<StartPhases> {
         load_ms: whole(start.load_ms),
         warm_up_ms: whole(start.warm_up_ms),
     })
+}
+
+/// Whether no pod is left that was made for another revision: neither one that runs nor one that still drains.
+pub fn rolled(pods: &[impl AsRef<Pod>], revision: &str) -> bool {
+    let other = |pod: &&Pod| {
+        pod.annotations().get(REVISION_ANNOTATION).is_some_and(|found| found != revision) && !is_over(pod)
+    };
+    !pods.iter().map(AsRef::as_ref).any(|pod| other(&pod))
 }
 
 /// What keeps a worker from taking jobs.

@@ -16,7 +16,7 @@ use millrace_operator::apply::ApplyError;
 use millrace_operator::build::revision;
 use millrace_operator::config::Config;
 use millrace_operator::fetch::{Existing, Facts};
-use millrace_operator::queue::QueueError;
+use millrace_operator::queue::{QueueError, QueueHealth};
 use millrace_operator::scaling::{ScalingState, Sized};
 use millrace_operator::status::{StatusView, differs, status};
 use millrace_operator::validate::{Plan, SpecRefusal, plan};
@@ -31,6 +31,7 @@ struct Situation {
     pods: Vec<Arc<Pod>>,
     load: HashMap<String, LoadReport>,
     backlog: Result<QueueReading, QueueError>,
+    health: QueueHealth,
     queue: Result<(), QueueError>,
     unapplied: Option<ApplyError>,
     pod_monitors_undefined: bool,
@@ -52,6 +53,7 @@ impl Situation {
             pods: Vec::new(),
             load: HashMap::new(),
             backlog: Ok(QueueReading::default()),
+            health: QueueHealth { undeliverable: Some(0), ..QueueHealth::default() },
             queue: Ok(()),
             unapplied: None,
             pod_monitors_undefined: false,
@@ -73,6 +75,7 @@ impl Situation {
             pod_monitors_undefined: self.pod_monitors_undefined,
             pods: self.pods.clone(),
             queue: self.backlog.clone(),
+            health: self.health.clone(),
             load: self.load.clone(),
         };
         let sized = Sized { replicas: self.replicas, before: self.replicas, decision: None };
@@ -119,6 +122,23 @@ use ConditionStatus::{False, True, Unknown};
 use ConditionType::{
     Degraded, Progressing, QueueReady, Ready, ScalingActive, WeightsAvailable, WorkersAvailable,
 };
+
+/// A queue that is as the spec asks may still keep its jobs.
+#[test]
+fn jobs_that_no_worker_gets_are_a_condition() {
+    let mut found = Situation::new(FOLLOW, 0);
+    found.health.paused = vec!["workers-high for 9 s more".into()];
+    found.health.held_back = 3;
+    found.check(&[(QueueReady, False, Reason::ConsumerPaused), (Degraded, True, Reason::ConsumerPaused)]);
+    found.health = QueueHealth { undeliverable: Some(2), ..QueueHealth::default() };
+    found.check(&[(QueueReady, False, Reason::JobsUndeliverable), (Ready, True, Reason::ScaledToZero)]);
+    // While jobs come and go nobody can tell, so what was found stays.
+    found.former = found.status();
+    found.health.undeliverable = None;
+    found.check(&[(QueueReady, False, Reason::JobsUndeliverable)]);
+    found.health.undeliverable = Some(0);
+    found.check(&[(QueueReady, True, Reason::QueueProvisioned), (Degraded, False, Reason::AsExpected)]);
+}
 
 #[test]
 fn a_model_that_sleeps_is_ready() {

@@ -18,6 +18,9 @@ use bytes::Bytes;
 use millrace_crds::config::NatsConfig;
 use millrace_crds::names::SubjectToken;
 use percent_encoding::percent_decode_str;
+use serde_json::Value;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 use tokio::sync::watch;
 
 /// How long one request to the broker may take.
@@ -63,6 +66,9 @@ pub enum BrokerError {
         /// The broker's limit.
         limit: usize,
     },
+    /// The stream was made before its messages had lifetimes of their own.
+    #[error("the stream takes no Nats-TTL; the operator or `millrace provision --apply` lets it")]
+    NoLifetimes,
 }
 
 fn failed(what: &'static str, message: impl ToString) -> BrokerError {
@@ -167,11 +173,25 @@ impl Broker {
         self.ack_retries.load(Ordering::Relaxed)
     }
 
-    /// The last message on a subject of a stream, `None` if there is none.
+    /// The last message on a subject of a stream, `None` if there is none. What the broker itself leaves behind where
+    /// a message was (a delete marker) is none.
     ///
     /// # Errors
     /// When it could not be read, which is not the same as absent.
     pub async fn last(&self, stream: &str, subject: &str) -> Result<Option<Message>, BrokerError> {
+        Ok(self.last_or_marker(stream, subject).await?.filter(|message| !is_delete_marker(message)))
+    }
+
+    /// The sequence of the delete marker that stands where a message was, if one does: a create must name it.
+    ///
+    /// # Errors
+    /// As [`Self::last`].
+    pub async fn delete_marker(&self, stream: &str, subject: &str) -> Result<Option<u64>, BrokerError> {
+        let found = self.last_or_marker(stream, subject).await?.filter(is_delete_marker);
+        Ok(found.as_ref().and_then(sequence_of))
+    }
+
+    async fn last_or_marker(&self, stream: &str, subject: &str) -> Result<Option<Message>, BrokerError> {
         const WHAT: &str = "direct get";
         let api = format!("$JS.API.DIRECT.GET.{stream}.{subject}");
         let message = self.request(WHAT, &api, None, Bytes::new()).await?;
@@ -179,6 +199,23 @@ impl Broker {
             None => Ok(Some(message)),
             Some(StatusCode::NOT_FOUND) => Ok(None),
             Some(status) => Err(failed(WHAT, describe(status, &message))),
+        }
+    }
+
+    /// When a stream was created, in Unix milliseconds; asked for anew each time, since a stream may be made anew.
+    ///
+    /// # Errors
+    /// When the broker does not say within [`PATIENCE`], or there is no such stream.
+    pub async fn stream_created_ms(&self, stream: &str) -> Result<u64, BrokerError> {
+        const WHAT: &str = "stream info";
+        let api = format!("$JS.API.STREAM.INFO.{stream}");
+        let mut patience = Patience::new(PATIENCE);
+        loop {
+            let answer = self.request(WHAT, &api, None, Bytes::new()).await;
+            match answer.and_then(|message| created_ms(WHAT, &message)) {
+                Err(error) => patience.rest(error).await?,
+                created => return created,
+            }
         }
     }
 
@@ -331,6 +368,30 @@ fn empty_success(what: &'static str, message: &Message) -> Result<(), BrokerErro
     }
 }
 
+/// The creation of a stream, in an answer about it.
+fn created_ms(what: &'static str, message: &Message) -> Result<u64, BrokerError> {
+    let info: Response<Value> =
+        serde_json::from_slice(&message.payload).map_err(|error| failed(what, error))?;
+    match info {
+        Response::Ok(info) => {
+            let created = info.get("created").and_then(Value::as_str).unwrap_or_default();
+            let created = OffsetDateTime::parse(created, &Rfc3339).map_err(|error| failed(what, error))?;
+            u64::try_from(created.unix_timestamp_nanos() / 1_000_000).map_err(|error| failed(what, error))
+        }
+        Response::Err { error } => Err(failed(what, error)),
+    }
+}
+
+/// Whether the broker wrote the message itself, in place of one that aged away (`subject_delete_marker_ttl`).
+fn is_delete_marker(message: &Message) -> bool {
+    message.headers.as_ref().is_some_and(|map| map.get("Nats-Marker-Reason").is_some())
+}
+
+/// The stream sequence of a message that was read from a stream.
+pub fn sequence_of(message: &Message) -> Option<u64> {
+    message.headers.as_ref()?.get("Nats-Sequence")?.as_str().parse().ok()
+}
+
 fn puback(message: &Message) -> Result<Created, BrokerError> {
     const WHAT: &str = "publish";
     let response: Response<PublishAck> =
@@ -342,6 +403,9 @@ fn puback(message: &Message) -> Result<Created, BrokerError> {
                 .contains(&error.error_code()) =>
         {
             Ok(Created::Lost)
+        }
+        Response::Err { error } if error.error_code() == ErrorCode::MESSAGE_TTL_DISABLED => {
+            Err(BrokerError::NoLifetimes)
         }
         Response::Err { error } => Err(failed(WHAT, error)),
     }

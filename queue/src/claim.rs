@@ -1,8 +1,9 @@
 //! Claim checks: bodies too large for a message, kept in an object store.
 //!
 //! A job's input is read from an address that must lie under the configured prefix, so that a job cannot
-//! make the worker read what its publisher may not. A large outcome is put first, under a name made from its
-//! own bytes, and the record that refers to it is created last: whoever sees the record sees the bytes.
+//! make the worker read what its publisher may not. A large outcome is put first, under its job and a name made
+//! from its own bytes, and the record that refers to it is created last: whoever sees the record sees the bytes.
+//! No object is ever overwritten.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,8 +32,8 @@ pub enum ObjectError {
 pub trait Objects: Send + Sync + std::fmt::Debug {
     /// The bytes of an object of at most this size.
     fn get<'a>(&'a self, uri: &'a str, bytes_max: u64) -> BoxFuture<'a, Result<Bytes, ObjectError>>;
-    /// Writes an object.
-    fn put<'a>(&'a self, uri: &'a str, bytes: Bytes) -> BoxFuture<'a, Result<(), ObjectError>>;
+    /// Writes an object where there is none; `false` if there is one.
+    fn create<'a>(&'a self, uri: &'a str, bytes: Bytes) -> BoxFuture<'a, Result<bool, ObjectError>>;
 }
 
 /// The claim checks of one model. Cheap to clone.
@@ -105,7 +106,8 @@ impl Claims {
         if headers.output.is_none() && answer.len() as u64 <= inline {
             return Ok(answer);
         }
-        let Some((objects, prefix)) = &self.store else {
+        let Some((objects, prefix)) = self.store.as_ref().map(|(objects, prefix)| (objects.as_ref(), prefix))
+        else {
             let message = format!(
                 "the outcome has {} bytes; results.inlineBytesMax is {}, the broker takes {message_bytes_max} in \
                  one message, and there is no results.objectStore",
@@ -115,17 +117,44 @@ impl Claims {
             return Err(Fault::Invalid { message });
         };
         let sha256 = hex::encode(Sha256::digest(&answer));
-        let output = match &headers.output {
-            Some(uri) if !uri.ends_with('/') => uri.clone(),
-            Some(folder) => format!("{folder}{sha256}"),
-            None => format!("{prefix}{}/{sha256}", headers.id),
-        };
         let bytes = answer.len() as u64;
-        within(objects.put(&output, answer))
-            .await
-            .map_err(|error| fault("Millrace-Output", &output, error))?;
+        let own = |folder: &str| format!("{folder}{}/{sha256}", headers.id);
+        let output = match &headers.output {
+            Some(uri) if !uri.ends_with('/') => {
+                place(objects, uri, answer, || format!("{uri}.{}-{sha256}", headers.id)).await?
+            }
+            Some(folder) => create(objects, own(folder), answer).await?.0,
+            None => create(objects, own(prefix), answer).await?.0,
+        };
         let reference = OutputReference { output, bytes, sha256 };
         Ok(serde_json::to_vec(&reference).expect("strings and numbers serialise").into())
+    }
+}
+
+/// Creates an object whose name holds its hash, so that one that is there is this one. Says whether there was none.
+async fn create(objects: &dyn Objects, uri: String, bytes: Bytes) -> Result<(String, bool), Fault> {
+    let created = within(objects.create(&uri, bytes)).await;
+    let created = created.map_err(|error| fault("Millrace-Output", &uri, error))?;
+    Ok((uri, created))
+}
+
+/// Creates an object where the job asked for it. What is there may be this job's own, of an attempt before; if not, the
+/// address is taken, and the object is created `beside` it.
+async fn place(
+    objects: &dyn Objects,
+    uri: &str,
+    bytes: Bytes,
+    beside: impl Fn() -> String,
+) -> Result<String, Fault> {
+    let (uri, created) = create(objects, uri.to_owned(), bytes.clone()).await?;
+    if created {
+        return Ok(uri);
+    }
+    match within(objects.get(&uri, bytes.len() as u64)).await {
+        Ok(there) if there == bytes => Ok(uri),
+        // Larger than this one, or gone again.
+        Ok(_) | Err(ObjectError::Refused(_)) => Ok(create(objects, beside(), bytes).await?.0),
+        Err(error) => Err(fault("Millrace-Output", &uri, error)),
     }
 }
 
@@ -174,14 +203,18 @@ mod tests {
                 }
             })
         }
-        fn put<'a>(&'a self, uri: &'a str, bytes: Bytes) -> BoxFuture<'a, Result<(), ObjectError>> {
-            self.0.lock().unwrap().insert(uri.to_owned(), bytes);
-            Box::pin(async { Ok(()) })
+        fn create<'a>(&'a self, uri: &'a str, bytes: Bytes) -> BoxFuture<'a, Result<bool, ObjectError>> {
+            let mut map = self.0.lock().unwrap();
+            let free = !map.contains_key(uri);
+            if free {
+                map.insert(uri.to_owned(), bytes);
+            }
+            Box::pin(async move { Ok(free) })
         }
     }
 
     fn headers(pairs: &[(&str, &str)]) -> JobHeaders {
-        JobHeaders::parse(pairs.iter().copied(), 1).unwrap()
+        JobHeaders::parse(pairs.iter().copied(), Default::default()).unwrap()
     }
 
     #[tokio::test]
@@ -215,6 +248,20 @@ mod tests {
         let record = claims.deposit(&asked, "x".into(), u64::MAX).await.unwrap();
         let reference: OutputReference = serde_json::from_slice(&record).unwrap();
         assert_eq!(reference.output, "s3://b/claims/out.jsonl");
+        // Another job's answer does not take its place, the same one again does not take another.
+        let output = async |id: &str, uri: &str, answer: &'static str| {
+            let asked = headers(&[("Nats-Msg-Id", id), ("Millrace-Output", uri)]);
+            let record = claims.deposit(&asked, answer.into(), u64::MAX).await.unwrap();
+            serde_json::from_slice::<OutputReference>(&record).unwrap().output
+        };
+        let taken = "s3://b/claims/out.jsonl";
+        assert_eq!(output("j2", taken, "x").await, taken, "equal bytes");
+        for answer in ["y", "longer"] {
+            let beside = output("j2", taken, answer).await;
+            assert!(beside.starts_with("s3://b/claims/out.jsonl.j2-"), "{beside}");
+            assert_eq!(memory.0.lock().unwrap()[&beside], answer);
+        }
+        assert!(output("j3", "s3://b/claims/out/", "x").await.starts_with("s3://b/claims/out/j3/"));
         let input = headers(&[("Millrace-Input", "s3://b/claims/out.jsonl")]);
         assert_eq!(claims.redeem(&input, &Bytes::new()).await.unwrap(), "x");
         assert!(claims.redeem(&input, &Bytes::from_static(b"y")).await.is_err(), "a body beside it");

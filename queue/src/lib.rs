@@ -2,7 +2,8 @@
 //!
 //! [`delivery`] pulls jobs by [`pull`]'s plan and [`classes`]' weights; [`results`] looks up and creates outcomes;
 //! [`broker`] holds the connection and its acknowledgements; [`cancel`], [`tokens`] and [`claim`] carry what
-//! travels beside a job; [`fault`] says what each failure means for it; [`provision`] makes streams and consumers;
+//! travels beside a job; [`identity`] tells jobs of one id apart; [`fault`] says what each failure means for a job;
+//! [`provision`] makes streams and consumers;
 //! [`store`] speaks S3, and [`args`] are its options. The crate knows no engine.
 
 pub mod args;
@@ -12,6 +13,7 @@ pub mod claim;
 pub mod classes;
 pub mod delivery;
 pub mod fault;
+pub mod identity;
 pub mod monitor;
 pub mod provision;
 pub mod pull;

@@ -2,8 +2,8 @@
 //!
 //! What is missing is created. What is there is compared with the settings of
 //! [`millrace_crds::streams`]: settings that the broker lets change are brought in line when asked to, and
-//! nothing is ever deleted. The operator does this in a cluster; the worker does it when `nats.provision`
-//! is set, and the command line's `provision` does the same.
+//! nothing is ever deleted but a consumer that leaves jobs behind, which is made anew at once. The operator does this
+//! in a cluster; the worker does it when `nats.provision` is set, and the command line's `provision` does the same.
 
 use async_nats::jetstream::consumer::pull;
 use async_nats::jetstream::stream::Config;
@@ -71,7 +71,7 @@ pub async fn provision(
 ) -> Result<Vec<Item>, ProvisionError> {
     let mut report = Vec::new();
     let wanted = [
-        streams::jobs(model, queue),
+        streams::jobs(model, queue, results),
         streams::results(model, queue, results),
         streams::dead(model, queue, results),
     ];
@@ -151,6 +151,9 @@ async fn consumer(
         (Some(actual), _) => match (drift::consumer(&actual, &wanted), mode) {
             (drift, _) if drift.is_empty() => Ok(Provisioned::Same),
             (drift, Mode::Apply) => {
+                if drift::leaves_jobs_behind(&drift) {
+                    jobs.delete_consumer(&name).await.map_err(|e| text(&e))?;
+                }
                 jobs.create_consumer(wanted).await.map_err(|e| text(&e))?;
                 Ok(Provisioned::Updated(drift))
             }

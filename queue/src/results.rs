@@ -4,6 +4,8 @@
 //! many writers one wins, and losing is as good: there is an outcome. A dead outcome comes first and its
 //! copy second; a crash between them is repaired by whoever sees the job next, before it is acknowledged.
 
+use std::time::Duration;
+
 use async_nats::{HeaderMap, Message};
 use bytes::Bytes;
 use millrace_crds::attempts::AttemptRecord;
@@ -11,8 +13,9 @@ use millrace_crds::job::{JobHeaders, header};
 use millrace_crds::names::{JobId, ModelRef, SubjectToken};
 use millrace_crds::result::{ErrorCode, LineError, OutcomeKind, OutputLine};
 
-use crate::broker::{Broker, BrokerError, Created, PATIENCE, Patience};
+use crate::broker::{Broker, BrokerError, Created, PATIENCE, Patience, sequence_of};
 use crate::delivery::Delivery;
+use crate::identity::AnswerOf;
 
 /// Longest message of an error that is stored or logged, in characters.
 const MESSAGE_CHARS_MAX: usize = 2000;
@@ -71,6 +74,8 @@ pub struct StoredOutcome {
     pub attempt: u32,
     /// Why, if it is dead.
     pub reason: String,
+    /// Whose answer it is.
+    pub of: AnswerOf,
 }
 
 /// What is written beside an outcome's body.
@@ -78,12 +83,23 @@ pub struct StoredOutcome {
 pub struct OutcomeEnvelope<'a> {
     /// The job.
     pub headers: &'a JobHeaders,
+    /// The digest of its body.
+    pub body_digest: &'a str,
     /// Which attempt writes, from 1.
     pub attempt: u32,
     /// From the job's stream timestamp until its start, in milliseconds.
     pub queue_wait_ms: f64,
     /// How long the attempt ran, in milliseconds.
     pub run_ms: f64,
+}
+
+/// A message that is to be created, or to replace one.
+struct Record {
+    stream: String,
+    subject: String,
+    headers: HeaderMap,
+    body: Bytes,
+    lifetime: Option<Duration>,
 }
 
 /// Where outcomes are kept.
@@ -93,12 +109,13 @@ pub struct Results {
     model: ModelRef,
     worker: SubjectToken,
     digest: String,
+    ttl: Duration,
 }
 
 impl Results {
-    /// `digest` is that of the model's files; every record carries it.
-    pub fn new(broker: Broker, model: ModelRef, worker: SubjectToken, digest: String) -> Self {
-        Self { broker, model, worker, digest }
+    /// `digest` is that of the model's files; every record carries it. Outcomes live for `ttl`.
+    pub fn new(broker: Broker, model: ModelRef, worker: SubjectToken, digest: String, ttl: Duration) -> Self {
+        Self { broker, model, worker, digest, ttl }
     }
 
     /// Reads the outcome, cancel marker and ledger of a job; tried again while the broker does not answer.
@@ -152,9 +169,57 @@ impl Results {
         outcome: &Outcome,
         envelope: OutcomeEnvelope<'_>,
     ) -> Result<Created, BrokerError> {
-        let headers = self.outcome_headers(outcome, envelope);
-        let subject = self.model.result_subject(&envelope.headers.id);
-        self.broker.create(&subject, headers, outcome.body.clone(), 0).await
+        let record = Record {
+            stream: self.model.results_stream(),
+            subject: self.model.result_subject(&envelope.headers.id),
+            headers: self.outcome_headers(outcome, envelope),
+            body: outcome.body.clone(),
+            lifetime: Some(self.ttl),
+        };
+        self.put(record, 0).await
+    }
+
+    /// Stores a record if the last one on its subject has this sequence; 0 means that there is none. A delete marker
+    /// is none. A stream that takes no lifetimes keeps the record for as long as it keeps everything.
+    async fn put(&self, record: Record, last_sequence: u64) -> Result<Created, BrokerError> {
+        let Record { stream, subject, headers, body, mut lifetime } = record;
+        let mut last = last_sequence;
+        loop {
+            let mut with_lifetime = headers.clone();
+            if let Some(lifetime) = lifetime {
+                with_lifetime.insert(async_nats::header::NATS_MESSAGE_TTL, whole_seconds(lifetime).as_str());
+            }
+            match self.broker.create(&subject, with_lifetime, body.clone(), last).await {
+                Err(BrokerError::NoLifetimes) if lifetime.is_some() => lifetime = None,
+                Ok(Created::Lost) if last == 0 => match self.broker.delete_marker(&stream, &subject).await? {
+                    Some(marker) => last = marker,
+                    None => return Ok(Created::Lost),
+                },
+                created => return created,
+            }
+        }
+    }
+
+    /// The job has its outcome: its cancel marker and its ledger live no longer than that. Without an answer of the
+    /// broker they live as long as the stream lets them.
+    pub async fn release(&self, job: &JobId) {
+        let stream = self.model.results_stream();
+        for subject in [self.model.cancel_subject(job), self.model.attempts_subject(job)] {
+            if let Err(error) = self.release_record(&stream, subject).await {
+                tracing::debug!(%job, %error, "a record lives longer than the outcome");
+            }
+        }
+    }
+
+    async fn release_record(&self, stream: &str, subject: String) -> Result<(), BrokerError> {
+        let Some(found) = self.broker.last(stream, &subject).await? else { return Ok(()) };
+        let released = text(&found, "Nats-TTL").is_some();
+        if let (false, Some(sequence)) = (released, sequence_of(&found)) {
+            let (headers, body) = (HeaderMap::new(), found.payload.clone());
+            let (stream, lifetime) = (stream.to_owned(), Some(self.ttl));
+            self.put(Record { stream, subject, headers, body, lifetime }, sequence).await?;
+        }
+        Ok(())
     }
 
     /// Publishes a copy of the outcome where the job asked for one. Best effort.
@@ -175,6 +240,7 @@ impl Results {
         map.insert(header::ATTEMPT, envelope.attempt.to_string().as_str());
         map.insert(header::WORKER, self.worker.as_str());
         map.insert(header::MODEL_DIGEST, self.digest.as_str());
+        map.insert(header::BODY_DIGEST, envelope.body_digest);
         map.insert(header::QUEUE_WAIT_MS, format!("{:.3}", envelope.queue_wait_ms).as_str());
         map.insert(header::RUN_MS, format!("{:.3}", envelope.run_ms).as_str());
         if !outcome.ignored_fields.is_empty() {
@@ -232,7 +298,8 @@ impl Results {
         map.insert(header::WORKER, self.worker.as_str());
         map.insert(header::REASON, one_line(&stored.reason).as_str());
         map.insert(header::CLASS, delivery.class.as_str());
-        self.broker.create(&self.model.dead_subject(job), map, body, 0).await
+        let (stream, subject) = (self.model.dead_stream(), self.model.dead_subject(job));
+        self.put(Record { stream, subject, headers: map, body, lifetime: None }, 0).await
     }
 
     /// Replaces the ledger of a job, if it still is the one that was read; 0 means that there was none.
@@ -247,8 +314,16 @@ impl Results {
     ) -> Result<Created, BrokerError> {
         let record = AttemptRecord { starts, ended, worker: self.worker.clone() };
         let body = serde_json::to_vec(&record).expect("numbers and strings serialise").into();
-        self.broker.create(&self.model.attempts_subject(job), HeaderMap::new(), body, last_sequence).await
+        let (stream, subject) = (self.model.results_stream(), self.model.attempts_subject(job));
+        let record = Record { stream, subject, headers: HeaderMap::new(), body, lifetime: None };
+        self.put(record, last_sequence).await
     }
+}
+
+/// A lifetime as the broker reads it: whole seconds, at least one.
+fn whole_seconds(lifetime: Duration) -> String {
+    let seconds = lifetime.as_secs() + u64::from(lifetime.subsec_nanos() > 0);
+    format!("{}s", seconds.max(1))
 }
 
 /// Headers that the broker reads itself.
@@ -290,6 +365,7 @@ fn stored_outcome(message: &Message) -> StoredOutcome {
         kind,
         attempt: text(message, header::ATTEMPT).and_then(|value| value.parse().ok()).unwrap_or(1),
         reason: error.map(|error| reason(&error)).unwrap_or_default(),
+        of: AnswerOf::read(message.headers.as_ref()),
     }
 }
 
@@ -300,8 +376,7 @@ pub fn reason(error: &LineError) -> String {
 
 fn read_ledger(message: &Message) -> Option<(AttemptRecord, u64)> {
     let record = serde_json::from_slice(&message.payload).ok()?;
-    let sequence = text(message, "Nats-Sequence")?.parse().ok()?;
-    Some((record, sequence))
+    Some((record, sequence_of(message)?))
 }
 
 #[cfg(test)]
@@ -318,6 +393,8 @@ mod tests {
         let error = line.error.unwrap();
         assert_eq!((error.code, error.message.len()), (ErrorCode::Cancelled, MESSAGE_CHARS_MAX));
         assert_eq!(one_line("a\r\nb"), "a  b");
+        let lifetimes = [1, 1000, 1001, 86_400_000].map(|ms| whole_seconds(Duration::from_millis(ms)));
+        assert_eq!(lifetimes, ["1s", "1s", "2s", "86400s"]);
         assert!(is_brokers("nats-msg-id") && !is_brokers("Millrace-Stream") && !is_brokers("né"));
     }
 }

@@ -31,6 +31,9 @@ const LISTED_MAX: usize = 10_000;
 const UPLOAD_PART_BYTES: u64 = 16 << 20;
 /// Parts of one file that are uploaded at once: bounds the memory to 64 MiB.
 const UPLOADS_AT_ONCE: usize = 4;
+/// What a store answers to a write under a condition that does not hold, or that it does not know.
+const PRECONDITION_FAILED: u16 = 412;
+const NOT_IMPLEMENTED: u16 = 501;
 /// Used with a service of one's own, and where neither configuration nor environment names a region.
 const REGION_DEFAULT: &str = "us-east-1";
 
@@ -287,6 +290,28 @@ impl Store {
         Ok(())
     }
 
+    /// Writes an object where there is none; `false` if there is one. A store that does not know the condition is asked
+    /// before, which leaves a moment in which another writer may be first.
+    ///
+    /// # Errors
+    /// What the service said.
+    pub async fn create(&self, uri: &S3Uri, bytes: Bytes) -> Result<bool, StoreError> {
+        let request = self.client.put_object().bucket(&uri.bucket).key(&uri.key).if_none_match("*");
+        let error = match request.body(ByteStream::from(bytes.clone())).send().await {
+            Ok(_) => return Ok(true),
+            Err(error) => error,
+        };
+        match error.raw_response().map(|response| response.status().as_u16()) {
+            Some(PRECONDITION_FAILED) => Ok(false),
+            Some(NOT_IMPLEMENTED) => match self.head(uri).await {
+                Ok(_) => Ok(false),
+                Err(StoreError::Missing(_)) => self.put(uri, bytes).await.map(|()| true),
+                Err(error) => Err(error),
+            },
+            _ => Err(failed(uri, &error)),
+        }
+    }
+
     /// Writes an object from a file, in parts when it is large.
     ///
     /// # Errors
@@ -372,8 +397,10 @@ impl Objects for Store {
         )
     }
 
-    fn put<'a>(&'a self, uri: &'a str, bytes: Bytes) -> BoxFuture<'a, Result<(), ObjectError>> {
-        Box::pin(async move { Store::put(self, &uri.parse().map_err(object)?, bytes).await.map_err(object) })
+    fn create<'a>(&'a self, uri: &'a str, bytes: Bytes) -> BoxFuture<'a, Result<bool, ObjectError>> {
+        Box::pin(
+            async move { Store::create(self, &uri.parse().map_err(object)?, bytes).await.map_err(object) },
+        )
     }
 }
 

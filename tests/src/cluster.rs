@@ -63,9 +63,16 @@ impl QueueHarness {
             "model": {"name": name, "uri": uri, "cacheDir": folder.path().join("cache")},
             "nats": {"servers": [nats.url()], "monitor": nats.monitor_url(), "provision": true},
         }))?;
-        config.queue.ack_wait = Span(ACK_WAIT);
         config.queue.backoff = vec![Span(BACKOFF)];
-        Ok(Self { nats, config, folder })
+        let mut harness = Self { nats, config, folder };
+        harness.set_ack_wait(ACK_WAIT);
+        Ok(harness)
+    }
+
+    /// Sets how long a silent worker keeps a job, and with it how long a step may take.
+    pub fn set_ack_wait(&mut self, wait: Duration) {
+        self.config.queue.ack_wait = Span(wait);
+        self.config.engine.step_timeout = Span(wait / 2);
     }
 
     /// The model's address.

@@ -64,7 +64,7 @@ impl NatsServer {
         let config = format!(
             "server_name: millrace-test\nhost: 127.0.0.1\nport: {}\nhttp: \"127.0.0.1:{}\"\n\
              jetstream {{\n  store_dir: {:?}\n  sync_interval: always\n  max_memory_store: 64MB\n  \
-             max_file_store: 16GB\n}}\n{extra}\n",
+             max_file_store: 1TB\n}}\n{extra}\n",
             client.number(),
             monitor.number(),
             folder.path().join("store"),

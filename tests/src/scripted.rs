@@ -166,6 +166,8 @@ pub struct Bench {
     pub model: ModelRef,
     /// The queue's settings: three attempts, 2 s of ack wait, 50 ms of backoff.
     pub queue: QueueConfig,
+    /// How long things live.
+    pub results: ResultsConfig,
 }
 
 impl Bench {
@@ -187,8 +189,9 @@ impl Bench {
             backoff: vec![Span(Duration::from_millis(50))],
             ..QueueConfig::default()
         };
-        provision(&context, &model, &queue, &ResultsConfig::default(), Mode::Create).await?;
-        Ok(Some(Self { server, client, context, model, queue }))
+        let results = ResultsConfig::default();
+        provision(&context, &model, &queue, &results, Mode::Create).await?;
+        Ok(Some(Self { server, client, context, model, queue, results }))
     }
 
     /// A worker that serves already.
@@ -236,6 +239,7 @@ impl Bench {
             worker,
             digest: "sha256:0".into(),
             queue: self.queue.clone(),
+            outcome_ttl: self.results.ttl.0,
             claims: Claims::without_store(1 << 20),
             metrics,
             watch: Watch::default(),

@@ -62,7 +62,8 @@ fn engine() -> Result<(EngineRun, TempDir)> {
 }
 
 fn work(id: &str, content: &str, body: &str) -> Work {
-    let headers = JobHeaders::parse([(header::JOB_ID, id), (header::CONTENT_TYPE, content)], 1);
+    let headers =
+        JobHeaders::parse([(header::JOB_ID, id), (header::CONTENT_TYPE, content)], Default::default());
     Work {
         class: Class::Normal,
         headers: headers.expect("valid headers"),

@@ -117,7 +117,21 @@ async fn bodies_and_outcomes_travel_by_reference() -> Result<()> {
         assert!(error.message.contains(word), "{}", error.message);
     }
 
+    a_taken_place(&queue, &store, &mut record).await?;
     without_the_store(&mut s3, &queue, record).await.with_context(|| worker.log_tail())
+}
+
+/// A second job that asks for the first one's address gets a place beside it.
+async fn a_taken_place(queue: &Pipeline, store: &Store, record: &mut OutcomeLog) -> Result<()> {
+    let before = record.outcomes.len();
+    let address = "s3://claims/m/answers/mine.jsonl";
+    queue.publish_all(&[NewJob::new("to-place-too", &request(5)).with(header::OUTPUT, address)]).await?;
+    record.wait(queue, before + 1, LIMIT).await?;
+    let (place, theirs) = referred(store, record.of("to-place-too")?).await?;
+    assert!(place.output.starts_with(&format!("{address}.to-place-too-")), "{place:?}");
+    let (place, mine) = referred(store, record.of("to-place")?).await?;
+    assert!(place.output == address && mine != theirs, "the first answer is as it was");
+    Ok(())
 }
 
 /// While the store is away a job that needs it waits and the others go on; when it is back the job has its answer, of

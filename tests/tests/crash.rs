@@ -65,7 +65,7 @@ async fn a_crash_at_any_place_is_made_good() -> Result<()> {
         return Ok(());
     }
     let mut cluster = chaos::cluster(&SOAK)?;
-    cluster.config.queue.ack_wait = "1s".parse().map_err(anyhow::Error::msg)?;
+    cluster.set_ack_wait(Duration::from_secs(2));
     drop(cluster.worker()?);
     let queue = cluster.queue().await?;
     let mut jobs = Vec::new();

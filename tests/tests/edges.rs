@@ -1,18 +1,26 @@
 //! The queue at its edges: sizes that meet the broker's limit, hand-backs in a drain, attempts that fail beside others,
-//! a store that takes no writes, logins.
+//! a store that takes no writes, logins; lifetimes, and ids that come again.
 
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::Result;
-use async_nats::jetstream::stream::{Config, DiscardPolicy};
+use anyhow::{Context, Result};
+use async_nats::HeaderMap;
+use async_nats::jetstream::consumer::{PullConsumer, pull};
+use async_nats::jetstream::stream::{Config, DirectGetErrorKind, DiscardPolicy};
+use futures::StreamExt;
 use millrace_crds::config::NatsConfig;
 use millrace_crds::job::header;
+use millrace_crds::names::Class;
 use millrace_crds::result::ErrorCode;
+use millrace_crds::streams;
+use millrace_crds::units::Span;
 use millrace_queue::broker::Broker;
+use millrace_queue::provision::{Mode, provision};
 use millrace_tests::nats::{self, NatsServer};
-use millrace_tests::scripted::{Bench, text, until};
+use millrace_tests::scripted::{Bench, PATIENCE, text, until};
 use millrace_tests::tools;
+use time::OffsetDateTime;
 
 /// A body that begins with a word and fills a message of the broker but for `room` bytes.
 fn body(bench: &Bench, word: &str, room: usize) -> String {
@@ -114,6 +122,235 @@ async fn an_answer_is_kept_until_results_takes_it() -> Result<()> {
     bench.until_empty().await?;
     assert_eq!(worker.runner.runs.load(Ordering::SeqCst), 1);
     Ok(())
+}
+
+/// A header of the last message on a subject; `None` without a message, empty without the header.
+async fn header_of(bench: &Bench, stream: String, subject: String, name: &str) -> Result<Option<String>> {
+    match bench.context.get_stream(stream).await?.direct_get_last_for_subject(subject).await {
+        Ok(message) => Ok(Some(text(&message, name))),
+        Err(error) if error.kind() == DirectGetErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Outcomes age by `results.ttl`, which they carry; what speaks of a job ages with its outcome, and not while there is
+/// none.
+#[tokio::test(flavor = "multi_thread")]
+async fn marks_live_as_long_as_what_they_speak_of() -> Result<()> {
+    let Some(mut bench) = Bench::start().await? else { return Ok(()) };
+    bench.results.ttl = Span(Duration::from_millis(1500));
+    let lifetime = async |subject: String| -> Result<Option<String>> {
+        header_of(&bench, bench.model.results_stream(), subject, "Nats-TTL").await
+    };
+    let (job, waits) = ("cancelled".parse()?, "waits".parse()?);
+    for id in [&job, &waits] {
+        bench.context.publish(bench.model.cancel_subject(id), "".into()).await?.await?;
+        let ledger = r#"{"starts":1,"worker":"w-dead"}"#;
+        bench.context.publish(bench.model.attempts_subject(id), ledger.into()).await?.await?;
+    }
+    bench.publish("cancelled", "echo", &[]).await?;
+    let worker = bench.worker("w").await?;
+    bench.outcome("cancelled").await?;
+    bench.until_empty().await?;
+    let (marker, ledger) = (bench.model.cancel_subject(&job), bench.model.attempts_subject(&job));
+    for subject in [bench.model.result_subject(&job), marker.clone(), ledger.clone()] {
+        assert_eq!(lifetime(subject.clone()).await?.as_deref(), Some("2s"), "{subject}");
+    }
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    for subject in [bench.model.result_subject(&job), marker, ledger] {
+        assert_eq!(lifetime(subject.clone()).await?, None, "{subject} has aged away");
+    }
+    for subject in [bench.model.cancel_subject(&waits), bench.model.attempts_subject(&waits)] {
+        assert_eq!(lifetime(subject.clone()).await?.as_deref(), Some(""), "{subject} waits for its job");
+    }
+    // After its outcome the id is free: nothing of the former job cancels the new one.
+    let mut map = HeaderMap::new();
+    map.insert(header::RESULT_JOB_ID, "cancelled");
+    let subject = bench.model.jobs_subject(Class::Normal);
+    bench.context.publish_with_headers(subject, map, "echo".into()).await?.await?;
+    assert_eq!(text(&bench.outcome("cancelled").await?, header::OUTCOME), "completed");
+    assert!(!worker.task.is_finished());
+    Ok(())
+}
+
+/// A RESULTS stream that was made before its messages had lifetimes still takes outcomes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_without_lifetimes_takes_outcomes() -> Result<()> {
+    let Some(bench) = Bench::start().await? else { return Ok(()) };
+    bench.context.delete_stream(bench.model.results_stream()).await?;
+    let old =
+        Config { allow_message_ttl: false, ..streams::results(&bench.model, &bench.queue, &bench.results) };
+    bench.context.create_stream(old).await?;
+    let _worker = bench.worker("w").await?;
+    bench.publish("j", "echo", &[]).await?;
+    let outcome = bench.outcome("j").await?;
+    assert_eq!((text(&outcome, "Nats-TTL").as_str(), outcome.payload.as_ref()), ("", &b"echo"[..]));
+    bench.until_empty().await
+}
+
+/// What the broker leaves where an outcome aged away is no outcome.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_delete_marker_is_absence() -> Result<()> {
+    let Some(bench) = Bench::start().await? else { return Ok(()) };
+    let marked = Config {
+        subject_delete_marker_ttl: Some(Duration::from_secs(60)),
+        allow_rollup: true,
+        ..streams::results(&bench.model, &bench.queue, &bench.results)
+    };
+    bench.context.update_stream(marked).await?;
+    let drift = provision(&bench.context, &bench.model, &bench.queue, &bench.results, Mode::Check).await?;
+    let named = drift.iter().any(|item| format!("{item:?}").contains("subject_delete_marker_ttl"));
+    assert!(named, "the setting is drift: {drift:?}");
+    let subject = bench.model.result_subject(&"again".parse()?);
+    let mut map = HeaderMap::new();
+    map.insert(header::OUTCOME, "completed");
+    map.insert("Nats-TTL", "1s");
+    bench.context.publish_with_headers(subject.clone(), map, "old".into()).await?.await?;
+    let began = Instant::now();
+    let stream = bench.model.results_stream();
+    while header_of(&bench, stream.clone(), subject.clone(), "Nats-Marker-Reason").await?.as_deref()
+        != Some("MaxAge")
+    {
+        assert!(began.elapsed() < PATIENCE, "no delete marker came");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    bench.publish("again", "echo", &[]).await?;
+    let worker = bench.worker("w").await?;
+    bench.until_empty().await?;
+    assert_eq!(worker.runner.runs.load(Ordering::SeqCst), 1);
+    assert_eq!(bench.outcome("again").await?.payload.as_ref(), b"echo");
+    Ok(())
+}
+
+/// A JOBS stream that was made anew numbers its messages from 1 again; its jobs do not get the answers of old ones.
+#[tokio::test(flavor = "multi_thread")]
+async fn bare_jobs_of_a_stream_made_anew_have_other_ids() -> Result<()> {
+    let Some(bench) = Bench::start().await? else { return Ok(()) };
+    let worker = bench.worker("w").await?;
+    let mut ids = Vec::new();
+    for body in ["echo first", "echo second"] {
+        let created = bench.context.get_stream(bench.model.jobs_stream()).await?.cached_info().created;
+        let subject = bench.model.jobs_subject(Class::Normal);
+        let ack = bench.context.publish(subject, body.into()).await?.await?;
+        let id = format!("seq-{}-{}", created.unix_timestamp_nanos() / 1_000_000, ack.sequence);
+        assert_eq!(bench.outcome(&id).await?.payload.as_ref(), body.as_bytes(), "{id}");
+        assert_eq!(ack.sequence, 1);
+        bench.until_empty().await?;
+        ids.push(id);
+        bench.context.delete_stream(bench.model.jobs_stream()).await?;
+        provision(&bench.context, &bench.model, &bench.queue, &bench.results, Mode::Create).await?;
+    }
+    assert_ne!(ids[0], ids[1]);
+    assert_eq!(worker.runner.runs.load(Ordering::SeqCst), 2);
+    Ok(())
+}
+
+/// An id that is used again with another body keeps its outcome; the second job ends as a dead letter of its own, and
+/// its publisher hears so.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reused_id_is_a_dead_letter_with_its_own_reason() -> Result<()> {
+    let Some(bench) = Bench::start().await? else { return Ok(()) };
+    let worker = bench.worker("w").await?;
+    bench.publish("a", "echo 1", &[]).await?;
+    let first = bench.outcome("a").await?;
+    assert!(text(&first, header::BODY_DIGEST).starts_with("sha256:"));
+    let mut copies = bench.client.subscribe("replies.a").await?;
+    bench.client.flush().await?;
+    let again = |body: &'static str| {
+        let mut map = HeaderMap::new();
+        map.insert(header::RESULT_JOB_ID, "a");
+        map.insert(header::REPLY_SUBJECT, "replies.a");
+        let subject = bench.model.jobs_subject(Class::Normal);
+        let context = bench.context.clone();
+        async move {
+            context.publish_with_headers(subject, map, body.into()).await?.await.map_err(anyhow::Error::from)
+        }
+    };
+    again("echo 1").await?;
+    bench.until_empty().await?;
+    assert_eq!(worker.metrics.already_done.get(), 1, "the same body is the same job");
+    let ack = again("echo 2").await?;
+    bench.until_empty().await?;
+    assert_eq!(bench.outcome("a").await?.payload, first.payload);
+    assert_eq!(worker.runner.runs.load(Ordering::SeqCst), 1);
+    let copy = tokio::time::timeout(PATIENCE, copies.next()).await?.context("no copy")?;
+    let own =
+        copy.headers.as_ref().and_then(|map| map.get(header::RESULT_JOB_ID)).context("no id")?.to_string();
+    assert!(own.starts_with("a-dup-") && own.ends_with(&format!("-{}", ack.sequence)), "{own}");
+    let (kind, code, message) = bench.failure(&own).await?;
+    assert_eq!((kind.as_str(), code), ("dead", ErrorCode::IdReused));
+    assert!(message.contains("job id a was used before"), "{message}");
+    let dead = bench.context.get_stream(bench.model.dead_stream()).await?;
+    let letter = dead.direct_get_last_for_subject(bench.model.dead_subject(&own.parse()?)).await?;
+    assert!(text(&letter, header::REASON).starts_with("ID_REUSED"));
+    assert_eq!(letter.payload.as_ref(), b"echo 2");
+    Ok(())
+}
+
+/// A delivery that comes again while the job is held here joins the first one, and so does another message of its id.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_held_job_that_comes_again_joins_the_first() -> Result<()> {
+    let Some(mut bench) = Bench::start().await? else { return Ok(()) };
+    // The worker's keep-alives are too slow for the consumer, as those of a worker whose steps are slow.
+    bench.queue.ack_wait = Span(Duration::from_secs(60));
+    let worker = bench.worker("w").await?;
+    bench.publish("held", "hang", &[]).await?;
+    until("it came again twice", || worker.metrics.redeliveries.get() >= 2).await;
+    assert_eq!(worker.runner.runs.load(Ordering::SeqCst), 1, "it runs once");
+    bench.context.publish(bench.model.cancel_subject(&"held".parse()?), "".into()).await?.await?;
+    assert_eq!(text(&bench.outcome("held").await?, header::ATTEMPT), "1");
+    bench.until_empty().await?;
+    for _ in 0..2 {
+        let mut map = HeaderMap::new();
+        map.insert(header::RESULT_JOB_ID, "twice");
+        let subject = bench.model.jobs_subject(Class::Normal);
+        bench.context.publish_with_headers(subject, map, "late".into()).await?.await?;
+    }
+    bench.until_empty().await?;
+    assert_eq!(
+        worker.runner.runs.load(Ordering::SeqCst),
+        2,
+        "the second message waited for the first one's outcome"
+    );
+    assert_eq!(worker.metrics.already_done.get(), 1);
+    Ok(())
+}
+
+/// A consumer that was limited by hand leaves jobs behind, which no counter of it shows; the repair brings them back.
+#[tokio::test(flavor = "multi_thread")]
+async fn jobs_that_a_limited_consumer_gave_up_are_seen_and_come_back() -> Result<()> {
+    let Some(bench) = Bench::start().await? else { return Ok(()) };
+    let stream = bench.context.get_stream(bench.model.jobs_stream()).await?;
+    let wanted = streams::consumer(&bench.model, Class::Normal, &bench.queue);
+    stream.create_consumer(pull::Config { max_deliver: 1, ..wanted }).await?;
+    bench.publish("given-up", "echo", &[]).await?;
+    let consumer: PullConsumer = stream
+        .get_consumer(&bench.model.consumer(Class::Normal))
+        .await
+        .map_err(|error| anyhow::anyhow!("{error}"))?;
+    let mut taken = consumer.fetch().max_messages(1).messages().await?;
+    taken.next().await.context("nothing to take")?.map_err(|error| anyhow::anyhow!("{error}"))?;
+    tokio::time::sleep(bench.queue.ack_wait.0 + Duration::from_millis(500)).await;
+    let doctor = millrace(&bench, &["doctor"]).await?;
+    assert!(doctor.contains("1 jobs that no consumer will deliver"), "{doctor}");
+    let queue = millrace(&bench, &["queue"]).await?;
+    assert!(queue.contains("1 jobs that no consumer will deliver"), "{queue}");
+    provision(&bench.context, &bench.model, &bench.queue, &bench.results, Mode::Apply).await?;
+    let _worker = bench.worker("w").await?;
+    assert_eq!(bench.outcome("given-up").await?.payload.as_ref(), b"echo");
+    bench.until_empty().await?;
+    stream.pause_consumer(&bench.model.consumer(Class::High), OffsetDateTime::now_utc() + PATIENCE).await?;
+    let doctor = millrace(&bench, &["doctor"]).await?;
+    assert!(doctor.contains("class high is paused") && doctor.contains("nats consumer resume"), "{doctor}");
+    Ok(())
+}
+
+/// What the command line prints, for people.
+async fn millrace(bench: &Bench, words: &[&str]) -> Result<String> {
+    let mut command = std::process::Command::new(tools::program("millrace")?);
+    command.args(words).env("NATS_URL", bench.server.url()).env("MILLRACE_MODEL", "m");
+    let output = tokio::task::spawn_blocking(move || command.output()).await??;
+    Ok(String::from_utf8(output.stdout)?)
 }
 
 /// The client library parses user and password of an address and does not use them; the worker's connection does.

@@ -25,7 +25,7 @@ async fn sigterm_loses_nothing_and_hands_back_at_once() -> Result<()> {
     }
     let mut cluster = QueueHarness::tiny()?;
     // Far longer than the test: a job that is not handed back would not come again.
-    cluster.config.queue.ack_wait = "5m".parse().map_err(anyhow::Error::msg)?;
+    cluster.set_ack_wait(Duration::from_secs(300));
     cluster.config.drain.timeout = "300ms".parse().map_err(anyhow::Error::msg)?;
     cluster.config.engine.max_sequences = Some(4);
     let mut first = cluster.worker()?;
@@ -141,7 +141,7 @@ async fn a_job_that_kills_its_workers_is_given_up_and_its_neighbours_complete() 
     }
     let mut cluster = QueueHarness::tiny()?;
     cluster.config.queue.max_deliver = 3;
-    cluster.config.queue.ack_wait = "1s".parse().map_err(anyhow::Error::msg)?;
+    cluster.set_ack_wait(Duration::from_secs(2));
     drop(cluster.worker()?);
     let queue = cluster.queue().await?;
     let poison = NewJob::completion("poison", "Kill", 20);

@@ -15,6 +15,8 @@ const FILE_BYTES_MAX: u64 = 1 << 20;
 const ACK_WAIT_MIN: Duration = Duration::from_secs(1);
 /// Longest duration that is not a mistake.
 const SPAN_MAX: Duration = Duration::from_secs(30 * 86_400);
+/// Longest life of dead letters, and of what speaks of a job that has no outcome.
+const DEAD_TTL_MAX: Duration = Duration::from_secs(365 * 86_400);
 /// Least room for KV blocks.
 const KV_CACHE_BYTES_MIN: u64 = 1 << 20;
 
@@ -160,6 +162,11 @@ fn check_queue(config: &WorkerConfig) -> Result<(), WorkerConfigError> {
     let queue = &config.queue;
     check_in("queue.maxDeliver", queue.max_deliver.into(), 1..=100)?;
     check_span("queue.ackWait", queue.ack_wait, ACK_WAIT_MIN)?;
+    let step_timeout = config.engine.step_timeout;
+    if !queue.outlasts(step_timeout) {
+        let expected = format!("at least twice engine.stepTimeout ({step_timeout})");
+        return Err(refuse("queue.ackWait", queue.ack_wait, expected));
+    }
     check_in("queue.backoff", queue.backoff.len() as u64, 1..=16).map_err(|_| {
         refuse("queue.backoff", format!("a list of {}", queue.backoff.len()), "a list of 1 to 16 durations")
     })?;
@@ -176,7 +183,14 @@ fn check_queue(config: &WorkerConfig) -> Result<(), WorkerConfigError> {
 }
 
 fn check_results(config: &WorkerConfig) -> Result<(), WorkerConfigError> {
-    check_span("results.ttl", config.results.ttl, Duration::from_secs(1))?;
+    let results = &config.results;
+    check_span("results.ttl", results.ttl, Duration::from_secs(1))?;
+    if !(results.ttl.0..=DEAD_TTL_MAX).contains(&results.dead_ttl.0) {
+        let range = format!("in results.ttl ({}) to {}", results.ttl, Span(DEAD_TTL_MAX));
+        return Err(refuse("results.deadTtl", results.dead_ttl, range));
+    }
+    check_in("results.maxBytes", results.max_bytes.0, 1..=i64::MAX as u64)?;
+    check_in("results.deadMaxBytes", results.dead_max_bytes.0, 1..=i64::MAX as u64)?;
     check_in("results.inlineBytesMax", config.results.inline_bytes_max.0, 1..=64 << 20)?;
     if let Some(object_store) = &config.results.object_store {
         let uri = &object_store.uri;
@@ -222,10 +236,14 @@ mod tests {
             (with("engine: {speed: 3}"), ["engine", "speed", "unknown field"]),
             (with("queue: {maxDeliver: 0}"), ["queue.maxDeliver", "0", "1 to 100"]),
             (with("queue: {ackWait: 10ms}"), ["queue.ackWait", "10ms", "1s"]),
+            (with("queue: {ackWait: 30s}"), ["queue.ackWait", "30s", "twice engine.stepTimeout (30s)"]),
+            (with("engine: {stepTimeout: 31s}"), ["queue.ackWait", "1m", "twice engine.stepTimeout (31s)"]),
             (with("queue: {ackWait: soon}"), ["queue.ackWait", "soon", "30s, 5m"]),
             (with("queue: {backoff: []}"), ["queue.backoff", "0", "1 to 16"]),
             (with("queue: {weights: {low: 0}}"), ["queue.weights.low", "0", "1 to 1000"]),
             (with("queue: {replicas: 7}"), ["queue.replicas", "7", "1 to 5"]),
+            (with("results: {deadTtl: 1h}"), ["results.deadTtl", "1h", "168h"]),
+            (with("results: {maxBytes: 0}"), ["results.maxBytes", "0", "1 to"]),
             (with("results: {inlineBytesMax: 1Gi}"), ["results.inlineBytesMax", "1073741824", "67108864"]),
             (with("results: {objectStore: {uri: /x}}"), ["results.objectStore.uri", "/x", "s3://"]),
             (model("digest: 'sha256:abc'"), ["model.digest", "sha256:abc", "64"]),

@@ -31,6 +31,7 @@ struct Parts {
     watch: Watch,
     broker: OnceLock<Broker>,
     engine: OnceLock<EngineHandle>,
+    model_digest: OnceLock<String>,
     cold_start: OnceLock<ColdStart>,
     draining: AtomicBool,
     waiting: Mutex<Option<String>>,
@@ -45,6 +46,7 @@ impl Health {
             watch,
             broker: OnceLock::new(),
             engine: OnceLock::new(),
+            model_digest: OnceLock::new(),
             cold_start: OnceLock::new(),
             draining: AtomicBool::new(false),
             waiting: Mutex::default(),
@@ -65,6 +67,16 @@ impl Health {
     /// The connection, from which "connected" is read.
     pub fn set_broker(&self, broker: Broker) {
         let _ = self.0.broker.set(broker);
+    }
+
+    /// The digest of the weights that are loaded.
+    pub fn set_model_digest(&self, digest: String) {
+        let _ = self.0.model_digest.set(digest);
+    }
+
+    /// The digest of the weights, once they are loaded.
+    pub fn model_digest(&self) -> Option<String> {
+        self.0.model_digest.get().cloned()
     }
 
     /// The weights are loaded.

@@ -116,6 +116,7 @@ impl Reporter {
             prompt_tokens_per_s: rate(before.prompt_tokens, now.prompt_tokens),
             output_tokens_per_s: rate(before.output_tokens, now.output_tokens),
             jobs_finished: self.metrics.stored_total(),
+            model_digest: self.health.model_digest(),
             cold_start: self.health.cold_start(),
         }
     }

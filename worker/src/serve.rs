@@ -17,7 +17,9 @@
 //! while broker or object store are away.
 
 mod attempt;
+mod holds;
 mod line;
+mod naming;
 mod pulse;
 
 pub use line::{LineParts, ServingLine};
@@ -28,12 +30,12 @@ use std::time::{Duration, Instant};
 
 use millrace_crds::config::{ClassWeights, QueueConfig, ResultsConfig};
 use millrace_crds::job::JobHeaders;
-use millrace_crds::names::JobId;
 use millrace_crds::result::{ErrorCode, OutcomeKind};
 use millrace_queue::broker::{BrokerError, Created};
 use millrace_queue::claim::Claims;
 use millrace_queue::delivery::{Delivery, Queue};
 use millrace_queue::fault::{Disposition, Fault};
+use millrace_queue::identity::{AnswerOf, body_digest};
 use millrace_queue::results::{Known, Outcome, OutcomeEnvelope, StoredOutcome, reason};
 use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
@@ -41,6 +43,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::failpoint::reach;
 use crate::run::Run;
+use naming::{bare_headers, place_of};
 use pulse::{HeldBy, Pulse, keep_alive};
 
 /// Deliveries after which a job is given up whatever its ledger says, in multiples of its attempts: the bound
@@ -117,9 +120,19 @@ fn hold<R: Run>(line: &Arc<ServingLine<R>>, jobs: &TaskTracker, delivery: Delive
     if delivery.delivered > 1 {
         line.metrics.redeliveries.inc();
     }
+    let Some(hold) = line.holds.take(&delivery) else {
+        tracing::info!(
+            sequence = delivery.stream_sequence,
+            delivered = delivery.delivered,
+            "held already; joined"
+        );
+        line.metrics.held.dec();
+        return;
+    };
     let line = line.clone();
     jobs.spawn(async move {
         serve_one(&line, &delivery).await;
+        drop(hold);
         line.metrics.held.dec();
         line.freed.notify_one();
     });
@@ -142,7 +155,8 @@ async fn finish_held<R: Run>(
             () = &mut timeout => break,
             () = line.broken.cancelled() => return Err(ServeError::EngineStopped),
             delivery = queue.next() => {
-                if let Some(delivery) = delivery {
+                // One that is held here is not given away: it runs, or is handed back by who holds it.
+                if let Some(delivery) = delivery.filter(|delivery| !line.holds.has(delivery)) {
                     attempt::hand_back_unrun(line, &delivery).await;
                 }
             }
@@ -161,17 +175,20 @@ async fn finish_held<R: Run>(
 
 /// Takes one delivery to its end, whatever happens.
 async fn serve_one<R: Run>(line: &ServingLine<R>, delivery: &Delivery) {
-    let read = JobHeaders::parse(delivery.header_pairs(), delivery.stream_sequence);
+    let Some(place) = place_of(line, delivery).await else { return };
+    let read = JobHeaders::parse(delivery.header_pairs(), place);
     // A job whose headers cannot be read still has an id, and gets its refusal under it.
     let (headers, malformed) = match read {
         Ok(headers) => (headers, None),
-        Err(error) => (bare_headers(delivery), Some(Fault::Invalid { message: error.to_string() })),
+        Err(error) => (bare_headers(delivery, place), Some(Fault::Invalid { message: error.to_string() })),
     };
     let mut job = Held {
         line,
         delivery,
         cancel: line.cancels.hold(&headers.id),
+        body_digest: body_digest(&delivery.body, headers.input.as_deref()),
         headers,
+        marked: false,
         pulse: Pulse::default(),
         attempt: 1,
         start: None,
@@ -192,21 +209,15 @@ async fn serve_one<R: Run>(line: &ServingLine<R>, delivery: &Delivery) {
     }
 }
 
-/// The headers of a job whose own could not be read: its id if that is sound, and nothing else.
-fn bare_headers(delivery: &Delivery) -> JobHeaders {
-    let id = delivery
-        .header_pairs()
-        .find(|(name, _)| name.eq_ignore_ascii_case(millrace_crds::job::header::JOB_ID))
-        .filter(|(_, value)| value.parse::<JobId>().is_ok());
-    JobHeaders::parse(id, delivery.stream_sequence).expect("an id that was checked, or none")
-}
-
 /// One held job: what the steps hand to each other.
 struct Held<'a, R> {
     line: &'a ServingLine<R>,
     delivery: &'a Delivery,
     headers: JobHeaders,
+    body_digest: String,
     cancel: millrace_queue::cancel::Cancel,
+    /// There is a cancel marker or a ledger.
+    marked: bool,
     pulse: Pulse,
     attempt: u32,
     start: Option<attempt::Start>,
@@ -214,20 +225,66 @@ struct Held<'a, R> {
 
 impl<R: Run> Held<'_, R> {
     async fn eight_steps(&mut self, malformed: Option<Fault>) -> Result<Ended, Fault> {
+        let _turn = match self.unless_over(self.line.holds.turn(&self.headers.id)).await {
+            Err(Fault::Draining) => return Err(Fault::Draining),
+            // Cancelled or late while it waited: its outcome says so below.
+            turn => turn.ok(),
+        };
         let known = self.line.results.look_up(&self.headers.id).await?;
         reach("after_lookup");
-        if let Some(stored) = &known.outcome {
-            self.line.metrics.already_done.inc();
-            return self.finish(stored, Ended::AlreadyDone(stored.kind)).await;
+        self.marked = known.cancelled || known.ledger.is_some();
+        match &known.outcome {
+            Some(stored) if stored.of.is_of_body(&self.body_digest) => {
+                self.line.metrics.already_done.inc();
+                return self.finish(stored, Ended::AlreadyDone(stored.kind)).await;
+            }
+            Some(_) => return self.refuse_reused().await,
+            None => {}
         }
-        let began = Instant::now();
-        let queue_wait = (OffsetDateTime::now_utc() - self.delivery.published).max(time::Duration::ZERO);
+        let times = (Instant::now(), OffsetDateTime::now_utc());
         let outcome = match self.settle(malformed, &known).await {
             Ok(outcome) => outcome,
             Err(fault) => self.outcome_of(fault)?,
         };
+        match self.conclude(outcome, times).await? {
+            Some(ended) => Ok(ended),
+            None => self.refuse_reused().await,
+        }
+    }
+
+    /// The job's id has the outcome of another body. This one ends under an id of its own: with an outcome, which its
+    /// publisher hears where it asked for a copy, and a dead letter, which can be published again.
+    async fn refuse_reused(&mut self) -> Result<Ended, Fault> {
+        let published_ms = self.delivery.published.unix_timestamp_nanos() / 1_000_000;
+        let published_ms = i64::try_from(published_ms).unwrap_or_default();
+        let own = self.headers.id.reused(published_ms, self.delivery.stream_sequence);
+        let used = std::mem::replace(&mut self.headers.id, own);
+        // What is written under the id that was used before speaks of the other job.
+        (self.marked, self.start) = (false, None);
+        let known = self.line.results.look_up(&self.headers.id).await?;
+        if let Some(stored) = &known.outcome {
+            return self.finish(stored, Ended::AlreadyDone(stored.kind)).await;
+        }
+        let message = format!(
+            "job id {used} was used before with another body, and keeps that outcome; this job is {}",
+            self.headers.id
+        );
+        tracing::warn!(job = %used, refused_as = %self.headers.id, "a job id was used again with another body");
+        let outcome = Outcome::failed(OutcomeKind::Dead, &self.headers.id, ErrorCode::IdReused, &message);
+        let times = (Instant::now(), OffsetDateTime::now_utc());
+        self.conclude(outcome, times).await?.ok_or(Fault::Contended)
+    }
+
+    /// Steps 7 and 8. `None` if the outcome that is stored is that of another body.
+    async fn conclude(
+        &mut self,
+        outcome: Outcome,
+        (began, began_utc): (Instant, OffsetDateTime),
+    ) -> Result<Option<Ended>, Fault> {
+        let queue_wait = (began_utc - self.delivery.published).max(time::Duration::ZERO);
         let envelope = OutcomeEnvelope {
             headers: &self.headers,
+            body_digest: &self.body_digest,
             attempt: self.attempt,
             queue_wait_ms: queue_wait.as_seconds_f64() * 1000.0,
             run_ms: began.elapsed().as_secs_f64() * 1000.0,
@@ -243,20 +300,25 @@ impl<R: Run> Held<'_, R> {
                 self.line.metrics.queue_wait.observe(queue_wait.as_seconds_f64());
                 self.line.results.copy(&outcome, envelope).await;
                 let reason = outcome.error.as_ref().map(reason).unwrap_or_default();
-                StoredOutcome { kind: outcome.kind, attempt: self.attempt, reason }
+                let of = AnswerOf { body: Some(self.body_digest.clone()), model: None };
+                StoredOutcome { kind: outcome.kind, attempt: self.attempt, reason, of }
             }
             // Somebody else's outcome counts, and it may be of another kind.
             Created::Lost => {
                 self.line.metrics.create_races_lost.inc();
                 let known = self.line.results.look_up(&self.headers.id).await?;
+                self.marked |= known.cancelled || known.ledger.is_some();
                 known.outcome.ok_or(Fault::Contended)?
             }
         };
-        let ended = self.finish(&stored, Ended::Finished(stored.kind)).await;
+        if !stored.of.is_of_body(&self.body_digest) {
+            return Ok(None);
+        }
+        let ended = self.finish(&stored, Ended::Finished(stored.kind)).await?;
         self.line.metrics.settle.observe(answered.elapsed().as_secs_f64());
         let total = OffsetDateTime::now_utc() - self.delivery.published;
         self.line.metrics.end_to_end.observe(total.as_seconds_f64());
-        ended
+        Ok(Some(ended))
     }
 
     /// Creates the outcome, for as long as the broker takes no writes and one attempt may last: what was computed is
@@ -326,11 +388,12 @@ impl<R: Run> Held<'_, R> {
     }
 
     /// What a fault of this attempt amounts to: an outcome, or the fault itself.
-    fn outcome_of(&self, fault: Fault) -> Result<Outcome, Fault> {
+    fn outcome_of(&mut self, fault: Fault) -> Result<Outcome, Fault> {
         let job = &self.headers.id;
         match fault.disposition() {
             Disposition::Reject(code) => {
                 self.line.metrics.fault(&fault);
+                self.marked |= code == ErrorCode::Cancelled;
                 Ok(Outcome::failed(OutcomeKind::Rejected, job, code, &fault.to_string()))
             }
             Disposition::Retry { counts: true, .. } if self.attempt >= self.line.queue.max_deliver => {
@@ -342,12 +405,16 @@ impl<R: Run> Held<'_, R> {
         }
     }
 
-    /// The outcome is stored: what is left is the copy of a dead job, and the ack.
+    /// The outcome is stored: what is left is the copy of a dead job, the marks that shall not outlive the outcome,
+    /// and the ack.
     async fn finish(&self, stored: &StoredOutcome, ended: Ended) -> Result<Ended, Fault> {
         self.pulse.set(HeldBy::Settling);
         if stored.kind == OutcomeKind::Dead {
             self.line.results.bury(self.delivery, &self.headers.id, stored).await?;
             reach("after_dead_copy");
+        }
+        if self.marked || self.start.is_some_and(|start| start.is_written()) {
+            self.line.results.release(&self.headers.id).await;
         }
         reach("before_ack");
         if let Err(error) = self.delivery.finish().await {

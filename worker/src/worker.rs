@@ -159,6 +159,7 @@ impl Start {
         let model = load::load(&self.config, folder).await?;
         let loaded = began.elapsed();
         self.health.set_engine(model.engine.clone());
+        self.health.set_model_digest(model.digest.clone());
         let began = Instant::now();
         warm_up(&model.engine).await?;
         let ms = |duration: Duration| duration.as_secs_f64() * 1000.0;
@@ -211,6 +212,7 @@ impl Start {
             worker: self.name.clone(),
             digest: model.digest,
             queue: self.config.queue.clone(),
+            outcome_ttl: self.config.results.ttl.0,
             claims: self.claims().await?,
             metrics: self.metrics.clone(),
             watch: self.watch.clone(),

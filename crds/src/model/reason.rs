@@ -76,6 +76,9 @@ named! {
         QueueProvisioned: "Streams and consumers are as the spec asks.";
         QueueUnreachable: "The broker does not answer the operator.";
         QueueRefused: "The broker refuses the streams or consumers that the spec asks for.";
+        ConsumerPaused: "Somebody paused a consumer: its jobs wait, and no worker gets them.";
+        JobsUndeliverable: "Jobs lie in the queue that no consumer will deliver, because one had a delivery limit of \
+            its own.";
         FollowingQueue: "The autoscaler reads the queue and sets the number of workers.";
         FixedReplicas: "spec.replicas sets the number of workers, by hand or through /scale.";
         SignalLost: "The queue cannot be read. The number of workers is held, or goes to the maximum, as \
@@ -106,6 +109,15 @@ const QUEUE_REFUSED_REMEDY: &str = "\
     Read the message, which is the broker's. Common causes: too little storage for \
     spec.queue.maxBytes, fewer servers than spec.queue.replicas, missing rights, or a setting that an \
     existing stream cannot change; then drain it and delete it.";
+
+/// How a pause ends.
+const CONSUMER_PAUSED_REMEDY: &str = "\
+    Find out who paused it. `nats consumer resume JOBS_<namespace>_<model> workers-<class>` ends the pause.";
+
+/// How jobs that a limited consumer left behind come back.
+const JOBS_UNDELIVERABLE_REMEDY: &str = "\
+    Delete the consumers (`nats consumer rm JOBS_<namespace>_<model> workers-<class>`): the operator makes \
+    them anew, and they deliver all that lies in the stream. Jobs that run come again and find their outcome.";
 
 /// What a deletion waits for, and what it leaves.
 const DELETING_REMEDY: &str = "\
@@ -170,6 +182,8 @@ impl Reason {
                  Workers that hold jobs go on by themselves, and nothing is scaled down meanwhile."
             }
             Reason::QueueRefused => QUEUE_REFUSED_REMEDY,
+            Reason::ConsumerPaused => CONSUMER_PAUSED_REMEDY,
+            Reason::JobsUndeliverable => JOBS_UNDELIVERABLE_REMEDY,
             Reason::FixedReplicas => "Nothing, or replace spec.replicas by spec.scaling to follow the queue.",
             Reason::InvalidSpec => "Correct the field that the message names.",
             Reason::NameConflict => {

@@ -51,6 +51,12 @@ pub const RULES: &[Rule] = &[
          that many GPUs; raise spec.scaling.maxReplicas to use more GPUs",
     ),
     rule(
+        "spec",
+        "duration(self.queue.ackWait) >= duration(self.engine.stepTimeout) + duration(self.engine.stepTimeout)",
+        "spec.queue.ackWait must be at least twice spec.engine.stepTimeout, or a slow step loses its jobs; raise \
+         ackWait, or lower stepTimeout",
+    ),
+    rule(
         "spec.parallelism",
         "self.tensor == 1",
         "spec.parallelism.tensor must be 1: this version runs each copy of a model on one GPU",
@@ -163,7 +169,7 @@ pub const RULES: &[Rule] = &[
     rule(
         "spec.queue.ackWait",
         "duration(self) >= duration('1s') && duration(self) <= duration('1h')",
-        "spec.queue.ackWait must be between 1s and 1h; 30s suits most, because workers that live prolong it",
+        "spec.queue.ackWait must be between 1s and 1h; 60s suits most, because workers that live prolong it",
     ),
     rule(
         "spec.queue.attemptTimeout",
@@ -184,6 +190,26 @@ pub const RULES: &[Rule] = &[
         "spec.results.ttl",
         "duration(self) >= duration('1s') && duration(self) <= duration('720h')",
         "spec.results.ttl must be between 1s and 720h; outcomes to be kept longer belong into a store of yours",
+    ),
+    rule(
+        "spec.results.deadTtl",
+        "duration(self) <= duration('8760h')",
+        "spec.results.deadTtl must be at most 8760h",
+    ),
+    rule(
+        "spec.results",
+        "duration(self.deadTtl) >= duration(self.ttl)",
+        "spec.results.deadTtl must not be shorter than spec.results.ttl; a marker must outlive what it speaks of",
+    ),
+    rule(
+        "spec.results.maxBytes",
+        "quantity(self).isGreaterThan(quantity('0'))",
+        "spec.results.maxBytes must be above 0; beyond it answers wait in their workers",
+    ),
+    rule(
+        "spec.results.deadMaxBytes",
+        "quantity(self).isGreaterThan(quantity('0'))",
+        "spec.results.deadMaxBytes must be above 0; beyond it dead jobs stay in the queue",
     ),
     rule(
         "spec.results.inlineBytesMax",

@@ -132,7 +132,7 @@ pub async fn publish(
     let subject = model.jobs_subject(envelope.class);
     let over_at = Instant::now() + PUBLISH_PATIENCE;
     loop {
-        let message = envelope.message(model, id, JSON, payload.clone());
+        let message = envelope.message(model, (header::JOB_ID, id), JSON, payload.clone());
         let publishing = publish::publish_one(&broker, subject.clone(), message);
         let left = over_at.saturating_duration_since(Instant::now());
         let error = match tokio::time::timeout(left, publishing).await {

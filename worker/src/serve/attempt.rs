@@ -10,7 +10,9 @@ use millrace_queue::results::{Known, Outcome};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use super::{HAND_BACK_TIMEOUT, Held, HeldBy, OUTCOME_HEADER_BYTES_MAX, STORE_PAUSE, ServingLine, reach};
+use super::{
+    HAND_BACK_TIMEOUT, Held, HeldBy, OUTCOME_HEADER_BYTES_MAX, STORE_PAUSE, ServingLine, place_of, reach,
+};
 use crate::capacity::Taken;
 use crate::run::{Answer, Run, Work};
 
@@ -21,6 +23,13 @@ pub struct Start {
     ledger_sequence: u64,
     /// Attempts before this one of which the end is known.
     pub(super) ended: u32,
+}
+
+impl Start {
+    /// Whether there is a ledger.
+    pub(super) fn is_written(self) -> bool {
+        self.ledger_sequence > 0
+    }
 }
 
 /// The pauses between the tries of one transfer, and their end.
@@ -197,11 +206,13 @@ impl<R: Run> Held<'_, R> {
 
 /// Hands back what arrived in a drain. Without a ledger a second delivery would count as a second attempt.
 pub(super) async fn hand_back_unrun<R: Run>(line: &ServingLine<R>, delivery: &Delivery) {
-    let headers = JobHeaders::parse(delivery.header_pairs(), delivery.stream_sequence);
-    if let (1, Ok(headers)) = (delivery.delivered, headers) {
-        // A broker that does not answer must not hold the drain up.
-        let _ = tokio::time::timeout(HAND_BACK_TIMEOUT, line.results.record(&headers.id, (0, 0), 0)).await;
-    }
+    // A broker that does not answer must not hold the drain up.
+    let _ = tokio::time::timeout(HAND_BACK_TIMEOUT, async {
+        let place = place_of(line, delivery).await?;
+        let headers = JobHeaders::parse(delivery.header_pairs(), place).ok()?;
+        (delivery.delivered == 1).then_some(line.results.record(&headers.id, (0, 0), 0))?.await.ok()
+    })
+    .await;
     let _ = delivery.retry(Duration::from_millis(1)).await;
 }
 

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use millrace_crds::config::QueueConfig;
 use millrace_crds::names::{ModelRef, SubjectToken};
@@ -14,6 +15,7 @@ use millrace_queue::tokens::Tokens;
 use tokio::sync::{Notify, RwLock};
 use tokio_util::sync::CancellationToken;
 
+use super::holds::Holds;
 use crate::capacity::Capacity;
 use crate::metrics::WorkerMetrics;
 use crate::run::Run;
@@ -46,6 +48,7 @@ pub struct ServingLine<R> {
     pub queue: QueueConfig,
     /// Jobs that ended here since the start.
     pub finished: AtomicU64,
+    pub(super) holds: Holds,
     pub(super) alone: RwLock<()>,
     pub(super) capacity: std::sync::Mutex<Capacity>,
     pub(super) freed: Notify,
@@ -68,6 +71,8 @@ pub struct LineParts<R> {
     pub digest: String,
     /// The queue's settings.
     pub queue: QueueConfig,
+    /// How long outcomes live.
+    pub outcome_ttl: Duration,
     /// Claim checks.
     pub claims: Claims,
     /// Counters.
@@ -81,13 +86,15 @@ pub struct LineParts<R> {
 impl<R: Run> ServingLine<R> {
     /// A line that holds no job yet.
     pub fn new(parts: LineParts<R>) -> Arc<Self> {
-        let LineParts { run, broker, model, worker, digest, queue, claims, metrics, watch, trouble } = parts;
+        let LineParts { run, broker, model, worker, digest, queue, outcome_ttl, .. } = parts;
+        let LineParts { claims, metrics, watch, trouble, .. } = parts;
         let capacity = Capacity::new(run.limits()).into();
         Arc::new(Self {
-            results: Results::new(broker.clone(), model.clone(), worker, digest),
+            results: Results::new(broker.clone(), model.clone(), worker, digest, outcome_ttl),
             tokens: Tokens::new(broker.clone(), model.clone()),
             cancels: Cancels::default(),
             finished: AtomicU64::new(0),
+            holds: Holds::default(),
             alone: RwLock::new(()),
             freed: Notify::new(),
             drain_over: CancellationToken::new(),

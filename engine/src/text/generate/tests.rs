@@ -74,7 +74,7 @@ fn run(submission: Submission, script: &Script, cancelled: &AtomicUsize) {
 
 fn job(content: &str, body: &str) -> Job {
     let headers = [(header::JOB_ID, "j1"), (header::CONTENT_TYPE, content)];
-    let headers = JobHeaders::parse(headers, 7).unwrap();
+    let headers = JobHeaders::parse(headers, Default::default()).unwrap();
     Job::decode(headers, 1_700_000_000, body.as_bytes(), &LIMITS.into()).unwrap()
 }
 

@@ -11,7 +11,8 @@ const LIMITS: JobLimits = JobLimits { max_model_len: 512, vocabulary: 1000 };
 
 fn headers(jsonl: bool) -> JobHeaders {
     let content = if jsonl { "application/jsonl" } else { "application/json" };
-    JobHeaders::parse([(header::JOB_ID, "job-1"), (header::CONTENT_TYPE, content)], 7).unwrap()
+    JobHeaders::parse([(header::JOB_ID, "job-1"), (header::CONTENT_TYPE, content)], Default::default())
+        .unwrap()
 }
 
 fn decode(body: &str) -> Result<TextRequest, Reject> {
@@ -277,7 +278,7 @@ proptest! {
 #[test]
 fn unknown_fields_are_ignored_and_listed_where_the_job_says_so() {
     let pairs = [(header::CONTENT_TYPE, "application/jsonl"), (header::UNKNOWN_FIELDS, "ignore")];
-    let headers = JobHeaders::parse(pairs, 7).unwrap();
+    let headers = JobHeaders::parse(pairs, Default::default()).unwrap();
     let body = concat!(
         r#"{"prompt":"a","top_a":0.1,"mystery":{"x":1}}"#,
         "\n",

@@ -10,7 +10,7 @@ fn limits() -> Limits {
 }
 
 fn request(body: &str) -> TextRequest {
-    let headers = millrace_crds::job::JobHeaders::parse([], 1).unwrap();
+    let headers = millrace_crds::job::JobHeaders::parse([], Default::default()).unwrap();
     let job = crate::text::job::Job::decode(headers, 0, body.as_bytes(), &limits().into()).unwrap();
     job.lines.into_iter().next().unwrap().request.unwrap()
 }

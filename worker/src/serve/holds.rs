@@ -1,0 +1,127 @@
+//! The jobs that are held here, so that no job is held twice.
+//!
+//! A message that comes again while its first delivery is held joins that one: an ack or a keep-alive of either
+//! delivery is one of the message. Another message of the same job id waits for its turn, and finds the outcome then.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use millrace_crds::names::JobId;
+use millrace_queue::delivery::Delivery;
+use time::OffsetDateTime;
+use tokio::sync::{Mutex as Turn, OwnedMutexGuard};
+
+/// A message: its sequence, and its time, because a stream that is made anew numbers its messages from 1 again.
+type MessageKey = (u64, OffsetDateTime);
+
+/// The messages and ids that are held. Cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub struct Holds(Arc<Mutex<Tables>>);
+
+#[derive(Debug, Default)]
+struct Tables {
+    messages: HashSet<MessageKey>,
+    /// Who has the id's turn, and how many have or want it.
+    turns: HashMap<JobId, (Arc<Turn<()>>, usize)>,
+}
+
+/// A held message; forgotten when dropped.
+#[derive(Debug)]
+pub struct Hold {
+    holds: Holds,
+    message: MessageKey,
+}
+
+/// The turn of an id; passed on when dropped.
+#[derive(Debug)]
+pub struct IdTurn {
+    holds: Holds,
+    job: JobId,
+    turn: Option<OwnedMutexGuard<()>>,
+}
+
+impl Holds {
+    /// Holds the message; `None` if it is held already.
+    pub fn take(&self, delivery: &Delivery) -> Option<Hold> {
+        self.take_message((delivery.stream_sequence, delivery.published))
+    }
+
+    fn take_message(&self, message: MessageKey) -> Option<Hold> {
+        self.lock().messages.insert(message).then(|| Hold { holds: self.clone(), message })
+    }
+
+    /// Whether the message is held.
+    pub fn has(&self, delivery: &Delivery) -> bool {
+        self.lock().messages.contains(&(delivery.stream_sequence, delivery.published))
+    }
+
+    /// Waits until no other message of this job id has its turn. In the order of coming.
+    pub async fn turn(&self, job: &JobId) -> IdTurn {
+        let turn = {
+            let mut tables = self.lock();
+            let (turn, count) = tables.turns.entry(job.clone()).or_default();
+            *count += 1;
+            turn.clone()
+        };
+        // Made first, so that who gives up waiting is forgotten too.
+        let mut own = IdTurn { holds: self.clone(), job: job.clone(), turn: None };
+        own.turn = Some(turn.lock_owned().await);
+        own
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Tables> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.holds.lock().messages.remove(&self.message);
+    }
+}
+
+impl Drop for IdTurn {
+    fn drop(&mut self) {
+        self.turn = None;
+        let mut tables = self.holds.lock();
+        if let Some((_, count)) = tables.turns.get_mut(&self.job) {
+            *count -= 1;
+            if *count == 0 {
+                tables.turns.remove(&self.job);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt;
+
+    use super::*;
+
+    #[test]
+    fn a_message_is_held_once() {
+        let holds = Holds::default();
+        let (then, now) = (OffsetDateTime::UNIX_EPOCH, OffsetDateTime::now_utc());
+        let first = holds.take_message((1, now)).expect("the first one");
+        assert!(holds.take_message((1, now)).is_none());
+        assert!(holds.take_message((1, then)).is_some(), "of another stream");
+        drop(first);
+        assert!(holds.take_message((1, now)).is_some());
+    }
+
+    #[test]
+    fn messages_of_one_id_take_turns() {
+        let holds = Holds::default();
+        let (a, b): (JobId, JobId) = ("a".parse().unwrap(), "b".parse().unwrap());
+        let first = holds.turn(&a).now_or_never().expect("free");
+        let _other = holds.turn(&b).now_or_never().expect("of another id");
+        assert!(holds.turn(&a).now_or_never().is_none(), "gave up waiting");
+        let mut second = Box::pin(holds.turn(&a));
+        assert!(second.as_mut().now_or_never().is_none());
+        drop(first);
+        let second = second.now_or_never().expect("its turn");
+        drop((second, _other));
+        assert!(holds.lock().turns.is_empty());
+    }
+}
