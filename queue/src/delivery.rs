@@ -176,7 +176,7 @@ impl Queue {
     ///
     /// # Errors
     /// When the connection is closed for good.
-    pub async fn ask(&mut self, free: usize) -> Result<(), BrokerError> {
+    pub async fn ask(&mut self, free: PerClass<usize>) -> Result<(), BrokerError> {
         if self.connections.has_changed().unwrap_or(false) {
             self.connections.mark_unchanged();
             self.plan.reconnected();

@@ -9,6 +9,8 @@
 //! Slots that fall to a class whose request is in flight are kept for its next one. So the classes' shares
 //! follow their weights however fast each of them is answered, and a slot is idle for one answer at most.
 //!
+//! A worker without a free slot for all may have some for the higher classes: these are then asked or watched alone.
+//!
 //! Errors are paced: after each one the class rests, for longer with every error in a row.
 
 use std::time::{Duration, Instant};
@@ -96,14 +98,33 @@ impl PullPlan {
         }
     }
 
-    /// The requests to send now, given the free slots of the worker.
-    pub fn plan(&mut self, free: usize, now: Instant) -> Vec<PullRequest> {
+    /// The requests to send now, given the worker's free slots for each class: those of a lower class are among those of
+    /// a higher one.
+    pub fn plan(&mut self, free: PerClass<usize>, now: Instant) -> Vec<PullRequest> {
         self.expire(now);
         let asked: usize = self.phases.iter().map(|phase| phase.asked()).sum();
-        let mut free = free.saturating_sub(asked).min(PULL_BATCH_MAX as usize);
-        if free == 0 {
-            return Vec::new();
+        let free = free.map(|free| free.saturating_sub(asked).min(PULL_BATCH_MAX as usize));
+        match free[Class::Low as usize] {
+            0 => self.plan_higher(free, now),
+            for_all => self.plan_all(for_all, now),
         }
+    }
+
+    /// The first class that has slots: it is asked for all of them, or watched.
+    fn plan_higher(&mut self, free: PerClass<usize>, now: Instant) -> Vec<PullRequest> {
+        for class in Class::ALL {
+            match (self.phases[class as usize], free[class as usize]) {
+                (_, 0) => {}
+                (Phase::Unknown, batch) => return vec![self.send(class, batch, false, now)],
+                (Phase::Empty, _) => return vec![self.send(class, 1, true, now)],
+                (Phase::InFlight { .. } | Phase::Resting { .. }, _) => {}
+            }
+        }
+        Vec::new()
+    }
+
+    /// Each class by its share.
+    fn plan_all(&mut self, mut free: usize, now: Instant) -> Vec<PullRequest> {
         self.share(free);
         let mut requests = Vec::new();
         for class in Class::ALL {
@@ -258,7 +279,7 @@ mod tests {
     fn without_asking_the_clock_runs_out() {
         let mut plan = plan();
         let mut now = Instant::now();
-        assert_eq!(plan.plan(6, now).len(), 3);
+        assert_eq!(plan.plan([6; 3], now).len(), 3);
         let mut wakes = 0;
         while let Some(at) = plan.wake_at() {
             assert!(at > now, "it would turn without a pause");
@@ -273,24 +294,38 @@ mod tests {
     fn asks_by_weight_then_watches_what_is_empty() {
         let now = Instant::now();
         let mut plan = plan();
-        let asked = plan.plan(8, now);
+        let asked = plan.plan([8; 3], now);
         assert_eq!(asked.iter().map(|r| r.batch).collect::<Vec<_>>(), [4, 2, 2]);
         assert!(asked.iter().all(|r| !r.watch));
-        assert!(plan.plan(8, now).is_empty(), "all slots are asked for");
+        assert!(plan.plan([8; 3], now).is_empty(), "all slots are asked for");
         for request in &asked {
             plan.status(request.class, request.number, Status::Over, now);
         }
-        let watched = plan.plan(8, now);
+        let watched = plan.plan([8; 3], now);
         assert!(watched.iter().all(|r| r.watch && r.batch == 1) && watched.len() == 3);
         // A job on a watched class: ask that class for more at once, with all that is free.
         plan.delivered(Class::Low, now);
-        let asked = plan.plan(7, now);
+        let asked = plan.plan([7; 3], now);
         assert_eq!((asked.len(), asked[0].class, asked[0].batch, asked[0].watch), (1, Class::Low, 7, false));
     }
 
     #[test]
     fn nothing_is_asked_without_a_free_slot() {
-        assert!(plan().plan(0, Instant::now()).is_empty());
+        assert!(plan().plan([0; 3], Instant::now()).is_empty());
+    }
+
+    #[test]
+    fn a_worker_that_is_full_for_lower_classes_asks_for_higher_ones() {
+        let now = Instant::now();
+        let mut plan = plan();
+        let asked = plan.plan([5, 2, 0], now);
+        assert_eq!((asked.len(), asked[0].class, asked[0].batch, asked[0].watch), (1, Class::High, 5, false));
+        plan.status(Class::High, asked[0].number, Status::Over, now);
+        let watched = plan.plan([5, 2, 0], now);
+        assert_eq!((watched.len(), watched[0].class, watched[0].watch), (1, Class::High, true));
+        let asked = plan.plan([5, 2, 0], now);
+        assert_eq!((asked.len(), asked[0].class, asked[0].batch), (1, Class::Normal, 2));
+        assert!(plan.plan([5, 2, 0], now).is_empty(), "the two of it are among the five");
     }
 
     #[test]
@@ -300,7 +335,7 @@ mod tests {
         let mut sent = 0;
         let mut rebuilt = 0;
         for _ in 0..600 {
-            for request in plan.plan(4, now) {
+            for request in plan.plan([4; 3], now) {
                 sent += 1;
                 plan.status(request.class, request.number, Status::Failed, now);
             }
@@ -312,7 +347,7 @@ mod tests {
         assert!(rebuilt > 2, "{rebuilt}");
         assert_eq!(plan.failing(), [true; 3]);
         now += REST_MAX;
-        let requests = plan.plan(4, now);
+        let requests = plan.plan([4; 3], now);
         assert_eq!(requests.len(), 3, "the broker is back");
         plan.delivered(requests[0].class, now);
         assert_eq!(plan.errors[requests[0].class as usize], 0);
@@ -323,15 +358,15 @@ mod tests {
     fn lost_requests_are_noticed() {
         let now = Instant::now();
         let mut plan = plan();
-        let asked = plan.plan(4, now);
+        let asked = plan.plan([4; 3], now);
         assert_eq!(plan.wake_at(), Some(now + ASK_TIMEOUT));
         let later = now + ASK_TIMEOUT;
-        assert!(plan.plan(4, later).is_empty(), "it rests first");
+        assert!(plan.plan([4; 3], later).is_empty(), "it rests first");
         // A late status of the lost request changes nothing.
         plan.status(asked[0].class, asked[0].number, Status::Over, later);
-        assert_eq!(plan.plan(4, later + REST_MIN).len(), 3);
+        assert_eq!(plan.plan([4; 3], later + REST_MIN).len(), 3);
         plan.reconnected();
-        assert_eq!(plan.plan(4, later + REST_MIN).len(), 3);
+        assert_eq!(plan.plan([4; 3], later + REST_MIN).len(), 3);
     }
 
     proptest! {
@@ -348,7 +383,7 @@ mod tests {
             let mut asked = [0usize; 3];
             let mut unanswered = [0usize; 3];
             for (class, jobs) in answers {
-                for request in plan.plan(slots - running, now) {
+                for request in plan.plan([slots - running; 3], now) {
                     asked[request.class as usize] += request.batch;
                     unanswered[request.class as usize] += request.batch;
                 }
@@ -371,17 +406,20 @@ mod tests {
         /// Over any course of events, the jobs asked for never exceed the free slots.
         #[test]
         fn never_asks_for_more_than_is_free(
-            events in prop::collection::vec((0usize..3, 0u8..6, 0usize..20), 1..300),
+            events in prop::collection::vec((0usize..3, 0u8..6, 0usize..20, 0usize..4), 1..300),
         ) {
             let mut now = Instant::now();
             let mut plan = plan();
             let mut numbers = [0; 3];
-            for (class, event, free) in events {
+            for (class, event, free, extra) in events {
                 now += Duration::from_millis(50);
                 plan.expire(now);
                 let asked: usize = plan.phases.iter().map(|phase| phase.asked()).sum();
-                let requests = plan.plan(free, now);
+                let requests = plan.plan([free + extra, free + extra, free], now);
                 let more: usize = requests.iter().filter(|r| !r.watch).map(|r| r.batch).sum();
+                let low: usize = requests.iter().filter(|r| !r.watch && r.class == Class::Low).map(|r| r.batch).sum();
+                prop_assert!(low == 0 || asked + low <= free, "{asked} + {low} > {free}");
+                let free = free + extra;
                 prop_assert!(requests.is_empty() || asked + more <= free, "{asked} + {more} > {free}");
                 for request in requests {
                     prop_assert!(request.batch > 0);

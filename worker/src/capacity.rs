@@ -3,8 +3,13 @@
 //! What a job needs is only known once it is pulled and tokenized, so the guess is a running mean of what
 //! recent jobs took. The engine corrects it: while sequences wait for room there, nothing
 //! is pulled beyond a small reserve that hides the broker's round trip.
+//!
+//! Jobs of lower classes never keep a job of a higher one out: as many of them as the reserve holds do not count, nor do
+//! their sequences that wait, for the engine lets the higher class go first.
 
+use millrace_crds::names::Class;
 use millrace_engine::schedule::handle::Limits;
+use millrace_queue::classes::PerClass;
 
 /// Most jobs held at once, whatever the engine's size: bounds tasks and memory.
 pub const JOBS_HELD_MAX: usize = 2048;
@@ -51,14 +56,21 @@ impl Capacity {
         self.sequences_mean += NEWEST * (sequences - self.sequences_mean);
     }
 
-    /// How many more jobs may be pulled, when `held` are held and `waiting` sequences wait in the engine.
-    pub fn free(&self, held: usize, waiting: u64) -> usize {
+    /// How many more jobs of each class may be pulled, when so many are held and so many sequences wait in the engine.
+    /// Never more of a lower class than of a higher one.
+    pub fn free(&self, held: PerClass<usize>, waiting: PerClass<u64>) -> PerClass<usize> {
         let fits = self.fits();
         let reserve = (fits / RESERVE_SHARE).max(RESERVE_MIN);
-        if held > 0 && waiting > (reserve as f64 * self.sequences_mean) as u64 {
-            return 0;
-        }
-        (fits + reserve).min(JOBS_HELD_MAX).saturating_sub(held)
+        let waiting_max = (reserve as f64 * self.sequences_mean) as u64;
+        let all: usize = held.iter().sum();
+        Class::ALL.map(|class| {
+            let ahead = ..=class as usize;
+            let lower: usize = held[class as usize + 1..].iter().sum();
+            if all > 0 && waiting[ahead].iter().sum::<u64>() > waiting_max {
+                return 0;
+            }
+            (fits + reserve + lower.min(reserve)).min(JOBS_HELD_MAX).saturating_sub(all)
+        })
     }
 
     /// How many jobs of the mean size run at once.
@@ -80,24 +92,37 @@ mod tests {
     #[test]
     fn small_jobs_first_then_as_learnt() {
         let mut capacity = Capacity::new(limits());
-        assert_eq!(capacity.free(0, 0), 64 + 8, "256 tokens are 16 blocks; as many fit as run at once");
+        let free = |capacity: &Capacity, held| capacity.free([0, held, 0], [0; 3])[Class::Normal as usize];
+        assert_eq!(free(&capacity, 0), 64 + 8, "256 tokens are 16 blocks; as many fit as run at once");
         for _ in 0..100 {
             capacity.learn(Taken { tokens: 40, sequences: 1 });
         }
-        assert_eq!(capacity.free(0, 0), 64 + 8, "small jobs: as many as run at once, and the reserve");
-        assert_eq!(capacity.free(70, 0), 2);
-        assert_eq!(capacity.free(80, 0), 0);
+        assert_eq!(free(&capacity, 0), 64 + 8, "small jobs: as many as run at once, and the reserve");
+        assert_eq!(free(&capacity, 70), 2);
+        assert_eq!(free(&capacity, 80), 0);
         for _ in 0..100 {
             capacity.learn(Taken { tokens: 100_000, sequences: 1000 });
         }
-        assert_eq!(capacity.free(0, 0), 1 + RESERVE_MIN, "jobs larger than the engine: one and the reserve");
+        assert_eq!(free(&capacity, 0), 1 + RESERVE_MIN, "jobs larger than the engine: one and the reserve");
     }
 
     #[test]
     fn the_engine_corrects_the_guess() {
+        let mut capacity = Capacity::new(limits());
+        for _ in 0..100 {
+            capacity.learn(Taken { tokens: 4096, sequences: 1 });
+        }
+        assert!(capacity.free([0, 3, 0], [0; 3])[1] > 0);
+        assert_eq!(capacity.free([0, 3, 0], [0, 3, 0])[1], 0, "three sequences wait already");
+        assert!(capacity.free([0; 3], [0, 3, 0])[1] > 0, "a worker that holds nothing always pulls");
+    }
+
+    #[test]
+    fn lower_classes_keep_no_higher_one_out() {
         let capacity = Capacity::new(limits());
-        assert!(capacity.free(3, 0) > 0);
-        assert_eq!(capacity.free(3, 3), 0, "three sequences wait already");
-        assert!(capacity.free(0, 3) > 0, "a worker that holds nothing always pulls");
+        assert_eq!(capacity.free([0, 0, 72], [0, 0, 500]), [8, 8, 0], "it is full of low jobs");
+        assert_eq!(capacity.free([8, 0, 72], [0; 3]), [0, 0, 0], "and of the reserve");
+        assert_eq!(capacity.free([0, 72, 0], [0, 9, 0]), [8, 0, 0], "normal ones wait");
+        assert_eq!(capacity.free([1, 0, 0], [9, 0, 0]), [0, 0, 0], "high ones wait: nobody else gets in");
     }
 }

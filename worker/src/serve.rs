@@ -115,7 +115,6 @@ pub async fn serve<R: Run>(
 /// A delivery is held from here until its task ends.
 fn hold<R: Run>(line: &Arc<ServingLine<R>>, jobs: &TaskTracker, delivery: Delivery) {
     reach("after_pull");
-    line.metrics.held.inc();
     line.metrics.deliveries.with_label_values(&[delivery.class.as_str()]).inc();
     if delivery.delivered > 1 {
         line.metrics.redeliveries.inc();
@@ -126,9 +125,9 @@ fn hold<R: Run>(line: &Arc<ServingLine<R>>, jobs: &TaskTracker, delivery: Delive
             delivered = delivery.delivered,
             "held already; joined"
         );
-        line.metrics.held.dec();
         return;
     };
+    line.metrics.held.inc();
     let line = line.clone();
     jobs.spawn(async move {
         serve_one(&line, &delivery).await;

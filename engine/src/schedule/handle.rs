@@ -7,6 +7,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use millrace_crds::names::Class;
 use tokio::sync::mpsc;
 
 use super::request::{Event, Refusal, Request, Urgency};
@@ -76,6 +77,8 @@ pub struct EngineLoad {
     pub running: AtomicU64,
     /// Sequences that wait.
     pub waiting: AtomicU64,
+    /// The same by class, in the order of [`Class::ALL`]; one whose turn has come is of the first.
+    pub waiting_by_class: [AtomicU64; Class::ALL.len()],
     /// Prompt tokens computed or found in the cache.
     pub prompt_tokens: AtomicU64,
     /// Prompt tokens found in the prefix cache.

@@ -249,6 +249,9 @@ impl<O: Ops> Core<O> {
         set(kv_blocks_used, (blocks.total() - blocks.free()) as u64);
         set(running, self.scheduler.running().len() as u64);
         set(waiting, self.scheduler.waiting().len() as u64);
+        for (gauge, count) in self.inbox.load.waiting_by_class.iter().zip(self.scheduler.waiting_by_class()) {
+            set(gauge, count as u64);
+        }
         let EngineLoad { prompt_tokens, cached_tokens, output_tokens, preemptions, .. } = &*self.inbox.load;
         set(prompt_tokens, counters.prompt_tokens);
         set(cached_tokens, counters.cached_tokens);

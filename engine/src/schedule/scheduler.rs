@@ -22,6 +22,7 @@ mod admission;
 use std::collections::VecDeque;
 
 use millrace_crds::config::OutputReserve;
+use millrace_crds::names::Class;
 
 use admission::LOOK_AHEAD_MAX;
 
@@ -241,6 +242,18 @@ impl Scheduler {
     /// Waiting sequences, next one first.
     pub fn waiting(&self) -> impl ExactSizeIterator<Item = Slot> + '_ {
         self.waiting.iter().copied()
+    }
+
+    /// Waiting sequences by class, in the order of [`Class::ALL`]; one whose turn has come counts as of the first.
+    pub fn waiting_by_class(&self) -> [usize; Class::ALL.len()] {
+        let mut before = 0;
+        Class::ALL.map(|class| {
+            let up_to = self.waiting.partition_point(|&slot| match self.sequence(slot).turn {
+                Turn::Due => true,
+                Turn::By(urgency) => urgency.class <= class,
+            });
+            up_to - std::mem::replace(&mut before, up_to)
+        })
     }
 
     /// The pool.

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use async_nats::jetstream::publish::PublishAck;
 use bytes::Bytes;
-use millrace_crds::job::JSON;
+use millrace_crds::job::{JSON, header};
 use millrace_crds::names::{JobId, ModelRef};
 use millrace_crds::result::LineError;
 use serde::Deserialize;

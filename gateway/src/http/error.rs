@@ -66,7 +66,7 @@ pub enum ApiCode {
 }
 
 /// All codes.
-pub const CODES: [ApiCode; 23] = [
+pub const CODES: [ApiCode; 24] = [
     ApiCode::InvalidJson,
     ApiCode::InvalidParameter,
     ApiCode::MissingParameter,
@@ -90,6 +90,7 @@ pub const CODES: [ApiCode; 23] = [
     ApiCode::Job(ErrorCode::Cancelled),
     ApiCode::Job(ErrorCode::InferenceError),
     ApiCode::Job(ErrorCode::WorkerLost),
+    ApiCode::Job(ErrorCode::IdReused),
 ];
 
 const REQUEST: &str = "invalid_request_error";
@@ -124,6 +125,7 @@ impl ApiCode {
             ApiCode::Job(ErrorCode::Cancelled) => (409, REQUEST, "cancelled", Retry::Never),
             ApiCode::Job(ErrorCode::InferenceError) => (500, SERVER, "inference_error", Retry::Never),
             ApiCode::Job(ErrorCode::WorkerLost) => (500, SERVER, "worker_lost", Retry::Never),
+            ApiCode::Job(ErrorCode::IdReused) => (409, REQUEST, "id_reused", Retry::Never),
         }
     }
 }

@@ -3,10 +3,12 @@
 //! A message that comes again while its first delivery is held joins that one: an ack or a keep-alive of either
 //! delivery is one of the message. Another message of the same job id waits for its turn, and finds the outcome then.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use millrace_crds::names::JobId;
+use millrace_crds::names::{Class, JobId};
+use millrace_queue::classes::PerClass;
 use millrace_queue::delivery::Delivery;
 use time::OffsetDateTime;
 use tokio::sync::{Mutex as Turn, OwnedMutexGuard};
@@ -20,7 +22,9 @@ pub struct Holds(Arc<Mutex<Tables>>);
 
 #[derive(Debug, Default)]
 struct Tables {
-    messages: HashSet<MessageKey>,
+    messages: HashMap<MessageKey, Class>,
+    /// How many messages of each class are held.
+    by_class: PerClass<usize>,
     /// Who has the id's turn, and how many have or want it.
     turns: HashMap<JobId, (Arc<Turn<()>>, usize)>,
 }
@@ -43,16 +47,25 @@ pub struct IdTurn {
 impl Holds {
     /// Holds the message; `None` if it is held already.
     pub fn take(&self, delivery: &Delivery) -> Option<Hold> {
-        self.take_message((delivery.stream_sequence, delivery.published))
+        self.take_message((delivery.stream_sequence, delivery.published), delivery.class)
     }
 
-    fn take_message(&self, message: MessageKey) -> Option<Hold> {
-        self.lock().messages.insert(message).then(|| Hold { holds: self.clone(), message })
+    fn take_message(&self, message: MessageKey, class: Class) -> Option<Hold> {
+        let mut tables = self.lock();
+        let Entry::Vacant(place) = tables.messages.entry(message) else { return None };
+        place.insert(class);
+        tables.by_class[class as usize] += 1;
+        Some(Hold { holds: self.clone(), message })
+    }
+
+    /// How many messages of each class are held.
+    pub fn by_class(&self) -> PerClass<usize> {
+        self.lock().by_class
     }
 
     /// Whether the message is held.
     pub fn has(&self, delivery: &Delivery) -> bool {
-        self.lock().messages.contains(&(delivery.stream_sequence, delivery.published))
+        self.lock().messages.contains_key(&(delivery.stream_sequence, delivery.published))
     }
 
     /// Waits until no other message of this job id has its turn. In the order of coming.
@@ -76,7 +89,10 @@ impl Holds {
 
 impl Drop for Hold {
     fn drop(&mut self) {
-        self.holds.lock().messages.remove(&self.message);
+        let mut tables = self.holds.lock();
+        if let Some(class) = tables.messages.remove(&self.message) {
+            tables.by_class[class as usize] -= 1;
+        }
     }
 }
 
@@ -103,11 +119,13 @@ mod tests {
     fn a_message_is_held_once() {
         let holds = Holds::default();
         let (then, now) = (OffsetDateTime::UNIX_EPOCH, OffsetDateTime::now_utc());
-        let first = holds.take_message((1, now)).expect("the first one");
-        assert!(holds.take_message((1, now)).is_none());
-        assert!(holds.take_message((1, then)).is_some(), "of another stream");
+        let first = holds.take_message((1, now), Class::Low).expect("the first one");
+        assert!(holds.take_message((1, now), Class::Low).is_none());
+        assert!(holds.take_message((1, then), Class::High).is_some(), "of another stream");
+        assert_eq!(holds.by_class(), [0, 0, 1]);
         drop(first);
-        assert!(holds.take_message((1, now)).is_some());
+        assert!(holds.take_message((1, now), Class::Low).is_some());
+        assert_eq!(holds.by_class(), [0, 0, 0]);
     }
 
     #[test]

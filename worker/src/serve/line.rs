@@ -1,14 +1,16 @@
 //! The serving line: everything that a job passes on its way, made once a worker.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use millrace_crds::config::QueueConfig;
 use millrace_crds::names::{ModelRef, SubjectToken};
+use millrace_engine::schedule::handle::EngineLoad;
 use millrace_queue::broker::Broker;
 use millrace_queue::cancel::Cancels;
 use millrace_queue::claim::Claims;
+use millrace_queue::classes::PerClass;
 use millrace_queue::delivery::PullTrouble;
 use millrace_queue::results::Results;
 use millrace_queue::tokens::Tokens;
@@ -111,10 +113,10 @@ impl<R: Run> ServingLine<R> {
         })
     }
 
-    /// Jobs that may be pulled.
-    pub(super) fn free_slots(&self) -> usize {
-        let held = usize::try_from(self.metrics.held.get()).unwrap_or(0);
-        let waiting = self.run.load().waiting.load(Ordering::Relaxed);
-        self.capacity.lock().unwrap_or_else(std::sync::PoisonError::into_inner).free(held, waiting)
+    /// Jobs of each class that may be pulled.
+    pub(super) fn free_slots(&self) -> PerClass<usize> {
+        let waiting = self.run.load().waiting_by_class.each_ref().map(EngineLoad::get);
+        let capacity = self.capacity.lock().unwrap_or_else(PoisonError::into_inner);
+        capacity.free(self.holds.by_class(), waiting)
     }
 }

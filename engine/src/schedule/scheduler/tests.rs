@@ -4,7 +4,6 @@
 use super::*;
 use crate::schedule::blocks::{PREFIX_ROOT, PrefixHash, extend_hash};
 use crate::schedule::request::{Request, Sampling};
-use millrace_crds::names::Class;
 
 const BLOCK_TOKENS: usize = 4;
 
@@ -476,6 +475,7 @@ fn a_higher_class_and_an_earlier_deadline_go_first() {
     let late = submit_as(&mut world, by(9), vec![1; 3], 3);
     let early = submit_as(&mut world, by(5), vec![1; 3], 3);
     let high = submit_as(&mut world, of(Class::High), vec![1; 3], 3);
+    assert_eq!(world.scheduler.waiting_by_class(), [1, 3, 1]);
     assert_eq!(finish(&mut world), [running, high, early, late, whenever, low]);
     assert_eq!(world.scheduler.counters().preemptions, 0, "they waited for no more than their turn");
 }
