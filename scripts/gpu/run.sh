@@ -100,9 +100,9 @@ fi
 step attention 240 ./attention check
 step attention-time 120 ./attention time
 step products 120 ./products check
-# The driver compiles the PTX of sm_80 at each start, which takes it some 8 s, so the kernels for chips before Hopper run,
+# The driver compiles the PTX of sm_80 at each start, which takes it some 13 s, so the kernels for chips before Hopper run,
 # and those for chips whose blocks have 99 KiB of shared memory.
-step kernels-sm_80 300 env CUDA_FORCE_PTX_JIT=1 ./kernels-tests --test-threads=1 cuda::tests::small cuda::tests::sampling
+step kernels-sm_80 600 env CUDA_FORCE_PTX_JIT=1 ./kernels-tests --test-threads=1 cuda::tests::small cuda::tests::sampling
 step engine-sm_80 480 env CUDA_FORCE_PTX_JIT=1 ./gpu-tests --test-threads=1 --nocapture a_gpu_answers
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do

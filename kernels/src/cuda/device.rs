@@ -6,11 +6,11 @@
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
-use super::modules::MODULES;
+use super::modules::{MODULES, Module};
 
 /// Why a device cannot be used, or a call on it failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -95,7 +95,7 @@ impl Launch {
 pub struct CudaDevice {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
-    kernels: HashMap<String, Kernel>,
+    loaded: Loaded,
     /// Multiprocessors.
     pub multiprocessors: u32,
     /// Most bytes of shared memory that a block can have.
@@ -124,7 +124,7 @@ pub fn is_present() -> bool {
 }
 
 impl CudaDevice {
-    /// Opens a device by its number and loads the kernels.
+    /// Opens a device by its number.
     ///
     /// # Errors
     /// When driver, device or kernels are missing, or the chip is too old.
@@ -160,12 +160,11 @@ impl CudaDevice {
         let from_ptx = std::env::var_os("CUDA_FORCE_PTX_JIT").is_some_and(|value| value == "1");
         let hopper = (major, minor) == (9, 0) && !from_ptx;
         let stream = context.new_stream()?;
-        let kernels = load_kernels()?;
         let name = context.name()?;
         let device = Self {
             context,
             stream,
-            kernels,
+            loaded: Loaded::default(),
             multiprocessors,
             shared_bytes_max,
             memory_bytes_per_s,
@@ -175,13 +174,14 @@ impl CudaDevice {
         Ok(Arc::new(device))
     }
 
-    /// The kernel of this name.
+    /// The kernel of this name. The first of a module loads it: a driver that compiles takes its time, and no chip
+    /// needs all of them.
     ///
     /// # Errors
-    /// When no module has it.
+    /// When no module has it, or the driver refuses the module.
     pub fn kernel(&self, name: &str) -> Result<Kernel, DeviceError> {
-        let missing = || DeviceError::Call(format!("no module holds the kernel {name}"));
-        self.kernels.get(name).copied().ok_or_else(missing)
+        self.bind()?;
+        self.loaded.kernel(name)
     }
 
     /// Lets a kernel take this much dynamic shared memory.
@@ -272,19 +272,46 @@ impl CudaDevice {
     }
 }
 
-fn load_kernels() -> Result<HashMap<String, Kernel>, DeviceError> {
-    let mut kernels = HashMap::new();
-    for module in MODULES {
-        // SAFETY: the image is a fat binary that nvcc wrote; it is never unloaded.
-        let handle = unsafe { result::module::load_data(module.image.as_ptr().cast()) }?;
-        for resources in super::modules::resources(module.report) {
-            let name = CString::new(resources.kernel.clone()).expect("a kernel's name has no zero byte");
-            // SAFETY: the module was loaded a moment ago.
-            let function = unsafe { result::module::get_function(handle, name) }?;
-            kernels.insert(resources.kernel, Kernel(function));
-        }
+/// The modules that kernels were asked of, by their places in [`MODULES`], and the place of each kernel's.
+struct Loaded {
+    places: HashMap<String, usize>,
+    modules: Mutex<HashMap<usize, LoadedModule>>,
+}
+
+#[derive(Clone, Copy)]
+struct LoadedModule(sys::CUmodule);
+
+// SAFETY: a handle that the driver lets any thread use; the module is never unloaded.
+unsafe impl Send for LoadedModule {}
+
+impl Default for Loaded {
+    fn default() -> Self {
+        let names = |(place, module): (usize, &Module)| {
+            let kernels = super::modules::resources(module.report).into_iter();
+            kernels.map(move |resources| (resources.kernel, place)).collect::<Vec<_>>()
+        };
+        let places = MODULES.iter().enumerate().flat_map(names).collect();
+        Self { places, modules: Mutex::default() }
     }
-    Ok(kernels)
+}
+
+impl Loaded {
+    fn kernel(&self, name: &str) -> Result<Kernel, DeviceError> {
+        let missing = || DeviceError::Call(format!("no module holds the kernel {name}"));
+        let place = *self.places.get(name).ok_or_else(missing)?;
+        let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
+        let module = match modules.get(&place) {
+            Some(&module) => module,
+            None => {
+                // SAFETY: the image is a fat binary that nvcc wrote; it is never unloaded.
+                let handle = unsafe { result::module::load_data(MODULES[place].image.as_ptr().cast()) }?;
+                *modules.entry(place).or_insert(LoadedModule(handle))
+            }
+        };
+        let name = CString::new(name).expect("a kernel's name has no zero byte");
+        // SAFETY: the module is loaded.
+        Ok(Kernel(unsafe { result::module::get_function(module.0, name) }?))
+    }
 }
 
 /// Memory on the device, zeroed when taken.

@@ -17,8 +17,15 @@ fn check_rows(
     }
 }
 
-/// `sqrt(2 / pi)`, of GELU's approximation.
-const GELU_SLOPE: f64 = 0.797_884_560_802_865_4;
+fn silu_of(x: f64) -> f64 {
+    x / (1.0 + (-x).exp())
+}
+
+/// GELU by its approximation with a hyperbolic tangent.
+fn gelu_of(x: f64) -> f64 {
+    let slope = (2.0 / std::f64::consts::PI).sqrt();
+    0.5 * x * (1.0 + (slope * (x + 0.044715 * x.powi(3))).tanh())
+}
 
 /// Products of one shape at many batch sizes. Returns the bits of the values' product at the largest batch.
 pub(super) fn check_products(
@@ -29,13 +36,8 @@ pub(super) fn check_products(
     use BufferKind::{Operand, Values};
     let most = *batches.iter().max().unwrap();
     let [x, out, sums, gated, gelu] = [0, 1, 2, 3, 4].map(Buffer);
-    let widths = [
-        (columns, Operand),
-        (features, Values),
-        (features, Values),
-        (features, Operand),
-        (features, Operand),
-    ];
+    let (values, operand) = ((features, Values), (features, Operand));
+    let widths = [(columns, Operand), values, values, operand, operand];
     let weights = random(1, features * columns);
     let ups = random(4, features * columns);
     let w = matrix(cuda, features, columns, &weights);
@@ -56,26 +58,24 @@ pub(super) fn check_products(
     for &rows in &batches {
         begin(cuda, rows);
         put(cuda, x, &input);
-        put(cuda, out, &vec![f32::NAN; most * features]);
         put(cuda, sums, &before);
-        put(cuda, gated, &vec![f32::NAN; most * features]);
-        put(cuda, gelu, &vec![f32::NAN; most * features]);
+        for buffer in [out, gated, gelu] {
+            put(cuda, buffer, &vec![f32::NAN; most * features]);
+        }
         cuda.linear(&w, Some(&b), x, out);
         cuda.linear_add(&w, None, x, sums);
         cuda.linear_silu_mul(&gate_up, x, gated);
         cuda.linear_gelu_mul(&gate_up, x, gelu);
         let found = [out, sums, gated, gelu].map(|buffer| take(cuda, buffer, rows));
         if rows == most {
-            let silu = |x: f64| x / (1.0 + (-x).exp());
             let added = |r: usize, j: usize| f64::from(before[r * features + j]) + dot(r, j, &weights);
             check_rows("values", &found[0], (rows, features), 1e-5, &|r, j| {
                 dot(r, j, &weights) + f64::from(bias[j])
             });
             check_rows("add", &found[1], (rows, features), 1e-5, &added);
-            let gated = |r: usize, j: usize| silu(dot(r, j, &weights)) * dot(r, j, &ups);
+            let gated = |r: usize, j: usize| silu_of(dot(r, j, &weights)) * dot(r, j, &ups);
             check_rows("silu_mul", &found[2], (rows, features), 4e-3, &gated);
-            let tanh = |x: f64| 0.5 * x * (1.0 + (GELU_SLOPE * (x + 0.044715 * x.powi(3))).tanh());
-            let gelu = |r: usize, j: usize| tanh(dot(r, j, &weights)) * dot(r, j, &ups);
+            let gelu = |r: usize, j: usize| gelu_of(dot(r, j, &weights)) * dot(r, j, &ups);
             check_rows("gelu_mul", &found[3], (rows, features), 4e-3, &gelu);
         }
         for (kind, (found, known)) in found.iter().zip(&mut known).enumerate() {
@@ -166,9 +166,8 @@ impl Normed {
         let normed: Vec<f64> =
             values.iter().zip(&self.weight).map(|(v, &w)| v * f64::from(w) * factor).collect();
         let product = |weights: &[f32], j: usize| dot(&weights[j * hidden..][..hidden], &normed);
-        let silu = |x: f64| x / (1.0 + (-x).exp());
         let out = (0..FEATURES).map(|j| product(&self.second, j)).collect();
-        [out, (0..FEATURES).map(|j| silu(product(&self.second, j)) * product(&self.ups, j)).collect()]
+        [out, (0..FEATURES).map(|j| silu_of(product(&self.second, j)) * product(&self.ups, j)).collect()]
     }
 
     /// Against f64 and byte for byte, at many batch sizes.
