@@ -305,6 +305,22 @@ fn control_tokens_typed_as_text_are_control_tokens() {
     assert_eq!((tokens.len(), tokens[0], tokens[3]), (4, 0, 1));
 }
 
+#[test]
+fn a_template_for_tools_is_imported_beside_the_default_one() {
+    let mut model = Model::new("llama", GgmlDType::Q8_0, 1);
+    set(&mut model, "tokenizer.chat_template", Value::String("{{ messages[0].content }}".into()));
+    set(&mut model, "tokenizer.chat_template.tool_use", Value::String("{{ tools[0].function.name }}".into()));
+    let (folder, imported) = import(&model.bytes(), &options(ImportDtype::Bf16));
+    imported.expect("imported");
+    let text = fs::read(folder.path().join("out/tokenizer_config.json")).expect("a configuration");
+    let config: serde_json::Value = serde_json::from_slice(&text).expect("JSON");
+    let right = serde_json::json!([
+        {"name": "default", "template": "{{ messages[0].content }}"},
+        {"name": "tool_use", "template": "{{ tools[0].function.name }}"},
+    ]);
+    assert_eq!(config["chat_template"], right);
+}
+
 /// The `rope_scaling` of an imported model with these keys, and the notes.
 fn scaling(keys: &[(&str, Value)]) -> (serde_json::Value, Vec<String>) {
     let mut model = Model::new("llama", GgmlDType::Q8_0, 1);

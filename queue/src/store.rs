@@ -456,6 +456,9 @@ where
     };
     let outermost: &(dyn std::error::Error + 'static) = error;
     let first = std::iter::successors(Some(outermost), |error| error.source()).last().unwrap_or(outermost);
+    // A search for credentials lists where it looked, line by line.
+    let first = first.to_string();
+    let first = first.lines().next().unwrap_or_default().trim_end_matches(" Attempted:");
     format!("{what}: {first}")
 }
 

@@ -11,6 +11,7 @@ use millrace_crds::units::Bytes;
 use millrace_queue::store::Store;
 use millrace_tests::s3::S3;
 use millrace_tests::scripted::until;
+use millrace_tests::tools;
 use millrace_worker::weights::{self, Folder, PullError};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -100,12 +101,36 @@ async fn models_are_pulled_once_verified_and_resumed() -> Result<()> {
     assert_eq!(pulled, [0, put.bytes]);
     setup.assert_equal(&first)?;
 
+    is_checked(&setup)?;
     not_on_the_disk(&setup, &put).await?;
     resumes(&setup, &put).await?;
     goes_on(&setup, &put).await?;
     with_an_older_manifest(&setup, &put).await?;
     refuses(&setup, &put).await?;
     without_manifest(&setup).await
+}
+
+/// `millrace-worker check` reads the bucket as a pull does, and says in a sentence why it cannot.
+fn is_checked(setup: &Setup) -> Result<()> {
+    let checked = |uri: &str, endpoint: &str| -> Result<String> {
+        let mut command = std::process::Command::new(tools::program("millrace-worker")?);
+        command.args(["check", uri, "--s3-endpoint", endpoint, "--s3-credentials-dir"]);
+        let output = command.arg(setup.s3.credentials_dir()).output()?;
+        assert!(!output.status.success(), "no configuration of a decoder is in the folder");
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    let endpoint = setup.s3.endpoint();
+    let said = checked("s3://models/whole", &endpoint)?;
+    assert!(said.contains("4 files") && said.contains("tool_use serves chats with tools"), "{said}");
+    for (uri, endpoint, what) in [
+        ("s3://nosuch/m", endpoint.as_str(), "NoSuchBucket"),
+        ("s3://models/nothing", &endpoint, "s3://models/nothing is empty"),
+        ("s3://models/whole", "http://127.0.0.1:1", "the service cannot be reached: Connection refused"),
+    ] {
+        let said = checked(uri, endpoint)?;
+        assert!(said.contains(what) && said.lines().count() == 2, "{said}");
+    }
+    Ok(())
 }
 
 /// A folder that a power cut may have torn is hashed before it is used, and pulled again where it is torn.

@@ -70,7 +70,9 @@ async fn check(args: &CheckArgs) -> Vec<Check> {
         Ok(reached) => reached,
         Err(error) => {
             let fix = "check the address, --s3-endpoint and the credentials";
-            return vec![Check::fail(REACH, format!("{uri}: {error}"), fix)];
+            // The store's own errors begin with the address.
+            let found = if error.starts_with(uri.as_str()) { error } else { format!("{uri}: {error}") };
+            return vec![Check::fail(REACH, found, fix)];
         }
     };
     if sizes.is_empty() {

@@ -10,7 +10,10 @@ use super::ImportError;
 use super::gguf::{Gguf, GgufError, invalid, required};
 use super::sentencepiece;
 use super::vocabulary::Vocabulary;
+use crate::folder::manifest::TEMPLATES_MAX;
 
+/// The key of the default chat template; others have a name behind it.
+const TEMPLATE: &str = "tokenizer.chat_template";
 /// The split of Llama 3.
 const LLAMA3_SPLIT: &str = concat!(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}",
@@ -83,9 +86,12 @@ impl PreTokenizer {
             },
         };
         match name {
-            "gpt-2" | "gpt2" | "olmo" => Ok(Self::Gpt2),
+            "gpt-2" | "gpt2" | "olmo" | "phi-2" | "gigachat" | "a.x-4.0" | "mellum" | "exaone4" => {
+                Ok(Self::Gpt2)
+            }
             "smollm" | "starcoder" | "refact" => Ok(Self::SmolLm),
-            "llama-bpe" | "llama3" | "llama-v3" => Ok(Self::Llama3),
+            "llama-bpe" | "llama3" | "llama-v3" | "falcon3" | "falcon-h1" | "pixtral" | "midm-2.0"
+            | "lfm2" => Ok(Self::Llama3),
             "smaug-bpe" | "dbrx" => Ok(Self::Smaug),
             "qwen2" | "deepseek-r1-qwen" => Ok(Self::Qwen2),
             other => Err(invalid(PRE, other, known)),
@@ -207,12 +213,28 @@ fn tokenizer_config(gguf: &Gguf, vocabulary: &Vocabulary, add_bos: bool) -> Resu
             config.insert(key.into(), json!(vocabulary.tokens[id as usize]));
         }
     }
-    if let Some(template) = gguf.text("tokenizer.chat_template")? {
-        config.insert("chat_template".into(), json!(template));
+    match (gguf.text(TEMPLATE)?, named_templates(gguf)?) {
+        (default, named) if !named.is_empty() => {
+            let default = default.map(|template| json!({"name": "default", "template": template}));
+            config.insert("chat_template".into(), default.into_iter().chain(named).collect());
+        }
+        (Some(template), _) => drop(config.insert("chat_template".into(), json!(template))),
+        (None, _) => {}
     }
     config.insert("clean_up_tokenization_spaces".into(), json!(false));
     config.insert("tokenizer_class".into(), json!("PreTrainedTokenizerFast"));
     Ok(Json::Object(config))
+}
+
+/// The templates beside the default one, such as that for chats with tools.
+fn named_templates(gguf: &Gguf) -> Result<Vec<Json>, GgufError> {
+    let keys =
+        gguf.metadata.keys().filter_map(|key| Some((key, key.strip_prefix(TEMPLATE)?.strip_prefix('.')?)));
+    let named = keys.take(TEMPLATES_MAX).map(|(key, name)| {
+        let template = required(gguf.text(key)?, key)?;
+        Ok(json!({"name": name, "template": template}))
+    });
+    named.collect()
 }
 
 fn generation_config(vocabulary: &Vocabulary) -> Json {

@@ -23,6 +23,7 @@ pub fn strftime(seconds: i64, format: &str) -> Outcome<String> {
         if !padded {
             code = chars.next().unwrap_or('%');
         }
+        let spaced = |value: u8| format!("{value:>2}");
         let (month, weekday) = (at.month().to_string(), at.weekday().to_string());
         let mut number = |value: u32, width: usize| {
             let width = if padded { width } else { 0 };
@@ -46,18 +47,10 @@ pub fn strftime(seconds: i64, format: &str) -> Outcome<String> {
             'V' => number(at.iso_week().into(), 2),
             'U' => number(at.sunday_based_week().into(), 2),
             'W' => number(at.monday_based_week().into(), 2),
-            's' => {
-                let _ = write!(out, "{seconds}");
-            }
-            'k' => {
-                let _ = write!(out, "{:>2}", at.hour());
-            }
-            'l' => {
-                let _ = write!(out, "{:>2}", (at.hour() + 11) % 12 + 1);
-            }
-            'e' => {
-                let _ = write!(out, "{:>2}", at.day());
-            }
+            's' => out.push_str(&seconds.to_string()),
+            'k' => out.push_str(&spaced(at.hour())),
+            'l' => out.push_str(&spaced((at.hour() + 11) % 12 + 1)),
+            'e' => out.push_str(&spaced(at.day())),
             'B' => out.push_str(&month),
             'b' | 'h' => out.push_str(&month[..3]),
             'A' => out.push_str(&weekday),

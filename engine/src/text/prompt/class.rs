@@ -81,8 +81,13 @@ impl TokenizerClass {
     fn parts(self, config: &Value) -> [(&'static str, Value); 2] {
         let flag = |name: &str| config[name].as_bool();
         let spaced = flag("add_prefix_space");
-        let bytes = |regex: bool| json!({"type": "ByteLevel", "add_prefix_space": spaced.unwrap_or(false), "use_regex": regex});
-        let split = |pattern: Value, behavior: &str| json!({"type": "Split", "pattern": pattern, "behavior": behavior, "invert": false});
+        let begins_spaced = spaced.unwrap_or(false);
+        let bytes =
+            |regex: bool| json!({"type": "ByteLevel", "add_prefix_space": begins_spaced, "use_regex": regex});
+        let split = |pattern: Value, behavior: &str| {
+            let behavior = Value::from(behavior);
+            json!({"type": "Split", "pattern": pattern, "behavior": behavior, "invert": false})
+        };
         let (normalizer, splitter) = match self {
             Llama => {
                 let scheme = match (spaced.unwrap_or(true), flag("legacy").unwrap_or(false)) {

@@ -83,6 +83,12 @@ impl SpecialTokens {
                 && !NAMED.contains(&name.as_str())
                 && (value.is_string() || is_token(value))
         }));
+        // Others count only where none of those is there.
+        if let (true, Some(Value::Object(tokens))) =
+            (named.is_empty(), fields.get("model_specific_special_tokens"))
+        {
+            named.extend(tokens);
+        }
         for (name, value) in named {
             if let Some(token) = token_of(value, true) {
                 found.named.push((name.clone(), token.content.clone()));
