@@ -18,14 +18,14 @@ kube: ## build etcd, Kubernetes and helm from Go modules into ~/.cache/millrace
 build: ## the programs, optimised, with kernels for GPUs, in target/release
 	cargo build --release --locked --workspace --bins
 
-demo: ## 64 prompts, or those of DOCS=my.jsonl, through broker, S3 and worker on this machine's CPU
+demo: ## 64 prompts, or those of DOCS=my.jsonl, on this machine's CPU; with WAIT=1 then OpenAI's API until Ctrl-C
 	@echo "demo 1/3: broker, S3 server and model, 150 MB once"
 	scripts/tools
 	@echo "demo 2/3: worker and command line, some 400 crates once: about 3 minutes on 2 cores"
 	cargo build --locked --no-default-features -p millrace-worker -p millrace-gateway -p millrace-tests \
-		--bin millrace-worker --bin millrace --bin millrace-demo
+		--bin millrace-worker --bin millrace --bin millrace-gateway --bin millrace-demo
 	@echo "demo 3/3: the run"
-	target/debug/millrace-demo $(if $(DOCS),--prompts "$(DOCS)")
+	target/debug/millrace-demo $(if $(DOCS),--prompts "$(DOCS)") $(if $(WAIT),--wait)
 
 demo-k8s: kube ## control plane, chart, 200 jobs from zero to zero, then a new revision under load
 	scripts/tools

@@ -148,6 +148,17 @@ async fn models_are_what_has_a_queue() -> Result<()> {
     Ok(())
 }
 
+/// Method, path, headers and body; then status, code and param of the refusal.
+type Refused = (
+    &'static str,
+    &'static str,
+    &'static [(&'static str, &'static str)],
+    String,
+    u16,
+    &'static str,
+    Option<String>,
+);
+
 #[tokio::test(flavor = "multi_thread")]
 async fn every_error_has_openais_form() -> Result<()> {
     let Some(door) = Door::open(&["--body-timeout", "1s"]).await? else { return Ok(()) };
@@ -160,7 +171,7 @@ async fn every_error_has_openais_form() -> Result<()> {
     assert_eq!(failed.error()?, (500, "inference_error".into(), None));
     assert_eq!(failed.header("x-should-retry"), "false");
 
-    let asks: [(&str, &str, &[(&str, &str)], String, u16, &str, Option<String>); 9] = [
+    let asks: [Refused; 9] = [
         ("POST", path, &[], "{".into(), 400, "invalid_json", None),
         ("POST", path, &[], r#"{"model":"m"}"#.into(), 400, "missing_required_parameter", named("messages")),
         (

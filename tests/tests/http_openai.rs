@@ -49,6 +49,8 @@ async fn the_python_client_works_unmodified() -> Result<()> {
         .env("CLOSED", format!("http://{closed}/v1"))
         .envs([("KEY", &all), ("LISTER", &lister), ("REVOKED", &revoked)])
         .env("FULL", "full")
+        .env("MILLRACE", tools::program("millrace")?)
+        .env("BROKER", bench.server.url())
         .env_remove("OPENAI_API_KEY");
     let output = tokio::task::spawn_blocking(move || python.output()).await??;
     let told = String::from_utf8_lossy(&output.stderr);

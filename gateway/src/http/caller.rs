@@ -10,14 +10,14 @@ use millrace_crds::names::{Class, JobId, ModelRef};
 
 use crate::http::error::{ApiCode, ApiError};
 use crate::http::front::Front;
-use crate::http::keys::{KeyScopes, Verb};
+use crate::http::keys::{self, KeyScopes, Verb};
 
 /// Who asks, and what they may do.
 #[derive(Debug, Clone, Default)]
 pub struct Caller {
     /// Whose request it is; empty where everybody is let in.
     pub tenant: String,
-    /// The id of the key.
+    /// The id of the key, or `oidc:` and the subject of the token.
     pub key: String,
     /// What they may do.
     pub scopes: KeyScopes,
@@ -86,6 +86,15 @@ fn missing() -> ApiError {
     ApiError::new(ApiCode::InvalidApiKey, message)
 }
 
+/// Who has this key or token.
+async fn who(front: &Front, key: &str) -> Result<Caller, ApiError> {
+    if let Some(provider) = front.provider.as_ref().filter(|_| !keys::is_key(key)) {
+        return provider.check(key).await;
+    }
+    let (id, record) = front.keys.check(key).await?;
+    Ok(Caller { tenant: record.tenant, key: id, scopes: record.scopes })
+}
+
 /// Finds out who asks.
 ///
 /// # Errors
@@ -103,8 +112,7 @@ pub async fn authenticate(
             if !scheme.eq_ignore_ascii_case("bearer") {
                 return Err(missing());
             }
-            let (id, record) = front.keys.check(key.trim()).await?;
-            Caller { tenant: record.tenant, key: id, scopes: record.scopes }
+            who(&front, key.trim()).await?
         }
     };
     if let Some(context) = request.extensions().get::<Arc<RequestContext>>() {

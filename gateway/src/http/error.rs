@@ -55,6 +55,8 @@ pub enum ApiCode {
     QueueFull,
     /// The broker does not answer.
     BrokerUnavailable,
+    /// The identity provider does not answer.
+    ProviderUnavailable,
     /// The stored outcome cannot be read.
     OutcomeUnreadable,
     /// What was streamed is not how the stored outcome begins.
@@ -82,6 +84,7 @@ pub const CODES: [ApiCode; 24] = [
     ApiCode::Overloaded,
     ApiCode::QueueFull,
     ApiCode::BrokerUnavailable,
+    ApiCode::ProviderUnavailable,
     ApiCode::OutcomeUnreadable,
     ApiCode::StreamDiverged,
     ApiCode::Internal,
@@ -117,6 +120,7 @@ impl ApiCode {
             ApiCode::Overloaded => (503, SERVER, "overloaded", Retry::After(2)),
             ApiCode::QueueFull => (503, SERVER, "queue_full", Retry::After(10)),
             ApiCode::BrokerUnavailable => (503, SERVER, "broker_unavailable", Retry::After(2)),
+            ApiCode::ProviderUnavailable => (503, SERVER, "provider_unavailable", Retry::After(5)),
             ApiCode::OutcomeUnreadable => (500, SERVER, "outcome_unreadable", Retry::Never),
             ApiCode::StreamDiverged => (500, SERVER, "stream_diverged", Retry::After(1)),
             ApiCode::Internal => (500, SERVER, "internal_error", Retry::After(1)),

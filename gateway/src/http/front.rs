@@ -17,6 +17,7 @@ use crate::http::error::{ApiCode, ApiError};
 use crate::http::keys::KeyStore;
 use crate::http::meters::GatewayMetrics;
 use crate::http::options::GatewayArgs;
+use crate::http::token::Provider;
 use crate::http::waiting::Waiters;
 use crate::plan::MESSAGE_BODY_BYTES_MAX;
 use crate::store::Bodies;
@@ -37,6 +38,8 @@ pub struct Front {
     pub catalog: Catalog,
     /// The API keys.
     pub keys: KeyStore,
+    /// Whose tokens are let in.
+    pub provider: Option<Provider>,
     /// Who did what.
     pub audit: AuditLog,
     /// Who waits for an outcome.
@@ -69,6 +72,7 @@ impl Front {
         Ok(Arc::new(Self {
             catalog: Catalog::new(jetstream.clone(), args.namespace()?),
             keys: KeyStore::new(jetstream.clone()),
+            provider: Provider::new(&args.oidc)?,
             audit: AuditLog::open(args.audit.as_deref())?,
             waiters,
             bodies: Bodies::new(args.store.config()),

@@ -134,6 +134,11 @@ fn hash(secret: &str) -> String {
     Sha256::digest(secret).encode_hex()
 }
 
+/// Whether a text has the form of a key.
+pub fn is_key(text: &str) -> bool {
+    parse(text).is_some()
+}
+
 /// Id and secret of a key, if it has the form of one.
 fn parse(key: &str) -> Option<(&str, &str)> {
     let (id, secret) = key.strip_prefix(PREFIX)?.strip_prefix('-')?.split_once('-')?;

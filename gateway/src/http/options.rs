@@ -3,13 +3,34 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use clap::Parser;
+use clap::{Args, Parser};
 use millrace_crds::names::{Class, SubjectToken};
 use millrace_crds::units::Span;
 use millrace_queue::args::StoreArgs;
 
 use crate::args::BrokerArgs;
 use crate::failure::Failure;
+
+/// An identity provider whose tokens are let in beside keys.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Tokens of an identity provider (OIDC)")]
+pub struct OidcArgs {
+    /// Its address, as tokens say it
+    #[arg(long, env = "MILLRACE_OIDC_ISSUER", requires = "oidc_audience", value_name = "URL")]
+    pub oidc_issuer: Option<String>,
+    /// Whom its tokens must be for
+    #[arg(long, env = "MILLRACE_OIDC_AUDIENCE", requires = "oidc_issuer", value_name = "TEXT")]
+    pub oidc_audience: Option<String>,
+    /// Where its keys are; without it, where its description says
+    #[arg(long, env = "MILLRACE_OIDC_JWKS", requires = "oidc_issuer", value_name = "URL")]
+    pub oidc_jwks: Option<String>,
+    /// Claim that says whose a request is
+    #[arg(long, env = "MILLRACE_OIDC_TENANT_CLAIM", default_value = "sub", value_name = "NAME")]
+    pub oidc_tenant_claim: String,
+    /// Claim that lists the namespaces whose models may be used; all without it
+    #[arg(long, env = "MILLRACE_OIDC_NAMESPACES_CLAIM", value_name = "NAME")]
+    pub oidc_namespaces_claim: Option<String>,
+}
 
 /// OpenAI's API over the queue: every request is a durable job, every answer its one outcome.
 #[derive(Debug, Clone, Parser)]
@@ -27,6 +48,9 @@ pub struct GatewayArgs {
     /// File with its private key, PEM
     #[arg(long, env = "MILLRACE_TLS_KEY", requires = "tls_cert", value_name = "FILE")]
     pub tls_key: Option<PathBuf>,
+    /// Whose tokens are let in beside keys.
+    #[command(flatten)]
+    pub oidc: OidcArgs,
     /// Let everybody in who reaches the address, which must be a loopback one; without it a key is needed
     #[arg(long, env = "MILLRACE_ANONYMOUS")]
     pub anonymous: bool,

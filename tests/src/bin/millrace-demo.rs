@@ -17,6 +17,7 @@ use futures::StreamExt;
 use millrace_crds::config::{Dtype, Quantization, WorkerConfig};
 use millrace_crds::load::{ColdStart, LoadReport};
 use millrace_tests::demo::{self, say};
+use millrace_tests::gateway::Gateway;
 use millrace_tests::nats::NatsServer;
 use millrace_tests::s3::S3;
 use millrace_tests::worker::Worker;
@@ -47,6 +48,9 @@ struct Args {
     /// Quantise the linear layers: none or int8
     #[arg(long, default_value = "none")]
     quantization: String,
+    /// Then serve OpenAI's API over HTTP until Ctrl-C
+    #[arg(long)]
+    wait: bool,
 }
 
 fn main() -> Result<()> {
@@ -83,13 +87,31 @@ async fn run(args: &Args) -> Result<Value> {
     show_answers(&args.prompts, &output)?;
     let cold_start = cold_start(reports).await?;
     let summary = summary(&counted, &cold_start);
+    if args.wait {
+        println!("{summary}");
+        return serve(&nats).await;
+    }
     go_on(&folder);
     Ok(summary)
+}
+
+/// Serves OpenAI's API until the demo is interrupted.
+async fn serve(nats: &NatsServer) -> Result<Value> {
+    let gateway = Gateway::start(nats, &[])?;
+    let url = format!("http://{}/v1", gateway.address());
+    println!("\nOpenAI's API is served at {url} until Ctrl-C. In another terminal:\n");
+    println!("  curl {url}/chat/completions -H 'content-type: application/json' \\");
+    println!(
+        "      -d '{{\"model\": \"{MODEL}\", \"messages\": [{{\"role\": \"user\", \"content\": \"Hello\"}}]}}'"
+    );
+    println!("  examples/chat.py {url} {MODEL} \"Tell me of rivers\"    with the package openai, streamed\n");
+    std::future::pending().await
 }
 
 /// What a newcomer types next.
 fn go_on(model: &Path) {
     println!("To go on:");
+    println!("  make demo WAIT=1           the same, and then OpenAI's API over HTTP until Ctrl-C");
     println!("  make demo DOCS=my.jsonl    your own prompts, as OpenAI batch lines");
     println!("  make demo-k8s              the same under the operator, from zero workers and back to zero");
     println!("  target/debug/millrace-worker batch --input examples/prompts.jsonl --output answers.jsonl \\");

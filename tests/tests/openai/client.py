@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """Drives the unmodified `openai` package against a gateway; `http_openai.rs` starts both.
 
-Environment: DOOR, the base URL; KEY, LISTER, REVOKED: keys that may do all, that may only list, that was revoked; FULL, a
-model whose queue is full; CLOSED, a URL where nobody listens. Ends with an exception if anything is not as it should be.
+Environment: DOOR, the base URL; MILLRACE, the command line; BROKER, its address; KEY, LISTER, REVOKED: keys that may
+do all, that may only list, that was revoked; FULL, a model whose queue is full; CLOSED, a URL where nobody listens.
+Ends with an exception if anything is not as it should be.
 """
 
 import os
+import subprocess
 import threading
 import time
 
@@ -100,6 +102,13 @@ def errors():
     raises(openai.PermissionDeniedError, lambda: chat("say x", api_key=os.environ["LISTER"]),
            code="insufficient_permissions")
     assert MODEL in [model.id for model in client(api_key=os.environ["LISTER"]).models.list()]
+    # Somebody else cancels the job: a conflict, and not tried again.
+    cancel = [os.environ["MILLRACE"], "--server", os.environ["BROKER"], "-m", MODEL, "cancel", "--all-pending"]
+    timer = threading.Timer(1, subprocess.run, [cancel], {"check": True, "capture_output": True})
+    timer.start()
+    error = raises(openai.ConflictError, lambda: chat("hang"), code="cancelled")
+    assert error.response.request.headers["x-stainless-retry-count"] == "0"
+    timer.join()
     raises(openai.NotFoundError, lambda: client().embeddings.create(model=MODEL, input="x"), code="unknown_url")
     raises(openai.APIStatusError, lambda: chat("say " + "x" * (1 << 20)), code="request_too_large", status_code=413)
     raises(openai.APIConnectionError, lambda: chat("say x", base_url=os.environ["CLOSED"], **once))
