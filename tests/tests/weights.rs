@@ -67,6 +67,13 @@ impl Setup {
         }
     }
 
+    /// Puts the model's files without a manifest.
+    async fn put_bare(&self, prefix: &str) -> Result<()> {
+        self.s3.put_folder(self.model.path(), "models", prefix).await?;
+        let template = format!("s3://models/{prefix}/{TEMPLATE}").parse()?;
+        Ok(self.store.put_file(&template, &self.model.path().join(TEMPLATE)).await?)
+    }
+
     fn assert_equal(&self, folder: &Folder) -> Result<()> {
         for name in ["config.json", "tokenizer.json", "model.safetensors", TEMPLATE] {
             let pulled = fs::read(folder.path.join(name))?;
@@ -252,7 +259,7 @@ async fn with_an_older_manifest(setup: &Setup, put: &Folder) -> Result<()> {
     for file in manifest["files"].as_array_mut().expect("files") {
         file.as_object_mut().and_then(|file| file.remove("chunksSha256")).expect("the digest of its chunks");
     }
-    setup.s3.put_folder(setup.model.path(), "models", "older").await?;
+    setup.put_bare("older").await?;
     setup.store.put(&"s3://models/older/manifest.json".parse()?, manifest.to_string().into()).await?;
     let cache = TempDir::new()?;
     let config = setup.config("older", cache.path());
@@ -291,7 +298,7 @@ async fn refuses(setup: &Setup, put: &Folder) -> Result<()> {
 }
 
 async fn without_manifest(setup: &Setup) -> Result<()> {
-    setup.s3.put_folder(setup.model.path(), "models", "bare").await?;
+    setup.put_bare("bare").await?;
     let cache = TempDir::new()?;
     let config = setup.config("bare", cache.path());
     let folder = weights::pull(&config).await?;

@@ -6,6 +6,7 @@
 mod class;
 mod files;
 mod folder;
+mod plain;
 #[cfg(test)]
 mod tests;
 #[cfg(any(test, feature = "testing"))]
@@ -21,7 +22,7 @@ use crate::schedule::handle::Limits;
 use crate::schedule::request::{Refusal, Request, Sampling};
 use crate::text::detokenize::{DecoderError, Detokenizer, Pieces};
 use crate::text::job::{Chat, Input, LOGIT_BIAS_MAX, Params, PromptInput, Reject, TextRequest};
-use crate::text::marks;
+use crate::text::marks::{self, Marker};
 use crate::text::template::{Template, TemplateError};
 
 /// Tokens that a completion gets when its request names no limit, as in OpenAI's API and vLLM.
@@ -37,6 +38,8 @@ struct Parts {
     tokenizer: Tokenizer,
     /// The tokenizer that takes special tokens in text for text; made when it is first wanted.
     splitting: OnceLock<Tokenizer>,
+    /// Finds added tokens in callers' texts; made when it is first wanted.
+    marker: OnceLock<Marker>,
     /// Whether the model's author wants that for all text.
     split: bool,
     /// Whether requests that say nothing want it for their own text.
@@ -123,7 +126,7 @@ pub enum TextError {
 enum Split {
     /// None: text that reads like a special token is one.
     Nothing,
-    /// Those that the caller wrote.
+    /// Those that the caller wrote, and other added tokens there too.
     Callers,
     /// All, the template's own too, as transformers has it for `split_special_tokens` of tokenizer_config.json.
     Everything,
@@ -247,8 +250,11 @@ impl Text {
             }
             Input::Prompts { prompts, add_special_tokens } => {
                 let prompt = |prompt: &PromptInput| match prompt {
+                    PromptInput::Text(text) if split == Split::Callers => {
+                        plain::encode(&self.0.tokenizer, text, *add_special_tokens)
+                    }
                     PromptInput::Text(text) => {
-                        self.encode_as(text, *add_special_tokens, split != Split::Nothing)
+                        self.encode_as(text, *add_special_tokens, split == Split::Everything)
                     }
                     PromptInput::Tokens(tokens) => Ok(tokens.clone()),
                 };
@@ -284,19 +290,20 @@ impl Text {
         if split != Split::Callers {
             return self.encode_as(&template.render(chat, created)?, false, split == Split::Everything);
         }
-        let special = self.0.tokenizer.get_added_vocabulary().get_added_tokens_decoder();
-        let special: Vec<&str> =
-            special.values().filter(|token| token.special).map(|token| token.content.as_str()).collect();
-        let rendered = template.render_marked(chat, created, &special)?;
+        let marker = self.0.marker.get_or_init(|| plain::marker(&self.0.tokenizer));
+        let rendered = template.render_marked(chat, created, Some(marker))?;
         let newline = self.encode_as("\n", false, false)?;
+        let encode = |text: &str, is_callers: bool| match is_callers {
+            true => plain::encode(&self.0.tokenizer, text, false),
+            false => self.encode_as(text, false, false),
+        };
         let mut tokens = Vec::new();
         for (at, (text, is_callers)) in marks::parts(&rendered).into_iter().enumerate() {
             // Some tokenizers put a space before every text; behind a line feed they put none.
-            let behind =
-                if at > 0 { self.encode_as(&format!("\n{text}"), false, is_callers)? } else { Vec::new() };
+            let behind = if at > 0 { encode(&format!("\n{text}"), is_callers)? } else { Vec::new() };
             match behind.strip_prefix(newline.as_slice()) {
                 Some(rest) if at > 0 => tokens.extend_from_slice(rest),
-                _ => tokens.extend(self.encode_as(&text, false, is_callers)?),
+                _ => tokens.extend(encode(&text, is_callers)?),
             }
         }
         Ok(tokens)

@@ -9,7 +9,7 @@ use crate::text::conversation::{self, Abilities};
 use crate::text::jinja::value::PyValue;
 use crate::text::jinja::{Program, RenderBounds, RenderContext, TemplateFault, json};
 use crate::text::job::{Chat, Reject};
-use crate::text::marks;
+use crate::text::marks::Marker;
 
 /// Longest source; the longest in use (with tools and documents) have about 30 KiB.
 pub const SOURCE_BYTES_MAX: usize = 256 << 10;
@@ -106,16 +106,21 @@ impl Template {
     /// # Errors
     /// When the template refuses the conversation or breaks a limit.
     pub fn render(&self, chat: &Chat, created: i64) -> Result<String, Reject> {
-        self.render_marked(chat, created, &[])
+        self.render_marked(chat, created, None)
     }
 
-    /// As [`Template::render`], with [`marks`] around these tokens where the caller wrote them.
-    pub(super) fn render_marked(&self, chat: &Chat, created: i64, tokens: &[&str]) -> Result<String, Reject> {
+    /// As [`Template::render`], with marks around tokens that the caller wrote.
+    pub(super) fn render_marked(
+        &self,
+        chat: &Chat,
+        created: i64,
+        marker: Option<&Marker>,
+    ) -> Result<String, Reject> {
         let mut messages = conversation::messages(chat, self.abilities)?;
         let mut variables = conversation::variables(chat)?;
-        if !tokens.is_empty() {
-            messages.iter_mut().for_each(|message| *message = marks::marked(message, tokens));
-            variables.iter_mut().for_each(|(_, value)| *value = marks::marked(value, tokens));
+        if let Some(marker) = marker {
+            messages.iter_mut().for_each(|message| *message = marker.marked(message));
+            variables.iter_mut().for_each(|(_, value)| *value = marker.marked(value));
         }
         variables.push(("add_generation_prompt".into(), PyValue::Bool(chat.add_generation_prompt)));
         if !chat.continue_final_message {

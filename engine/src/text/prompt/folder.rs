@@ -52,6 +52,7 @@ pub(super) fn open(folder: &Path, model: &str) -> Result<Parts, TextError> {
         end_tokens: end_tokens(&tokenizer, &special, &generation, &model_config)?,
         tokenizer,
         splitting: std::sync::OnceLock::new(),
+        marker: std::sync::OnceLock::new(),
         split,
         split_callers: false,
         notes: class.and_then(|class| class.replacement(&config, &parts)).into_iter().collect(),

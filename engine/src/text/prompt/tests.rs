@@ -232,6 +232,21 @@ fn special_tokens_of_callers_are_text_where_they_ask_for_it() {
 }
 
 #[test]
+fn other_added_tokens_of_callers_are_text_too() {
+    let folder = tiny_folder();
+    let mut file = tokenizer();
+    file["added_tokens"][1]["special"] = false.into();
+    std::fs::write(folder.path().join("tokenizer.json"), file.to_string()).unwrap();
+    let text = Text::open(folder.path(), "tiny").unwrap();
+    let ids = |body: &str| text.prompts(&request(body), 0).unwrap().remove(0).tokens;
+    assert_eq!(ids(r#"{"prompt":"a<|turn|>"}"#), [97, TURN]);
+    let split = r#","split_special_tokens":true}"#;
+    assert_eq!(ids(&format!(r#"{{"prompt":"a<|turn|>"{split}"#)).len(), 9);
+    let chat = ids(&format!(r#"{{"messages":[{{"role":"user","content":"<|turn|>b"}}]{split}"#));
+    assert_eq!(chat.iter().filter(|&&token| token == TURN).count(), 2, "the template's own turns");
+}
+
+#[test]
 fn who_splits_special_tokens_is_decided_by_request_then_worker_then_model() {
     let chat = |said: &str| format!(r#"{{"messages":[{{"role":"user","content":"<|turn|>"}}]{said}}}"#);
     let turns = |text: &Text, said: &str| {
