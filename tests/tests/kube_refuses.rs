@@ -111,7 +111,11 @@ fn engine_and_queue_cases() -> Vec<Case> {
         ("/queue/onDelete", json!("Orphan"), &["spec.queue.onDelete", "supported values", "Retain"]),
         ("/results/ttl", json!("0s"), &["spec.results.ttl must be between 1s and 720h"]),
         ("/results/deadTtl", json!("8761h"), &["spec.results.deadTtl must be at most 8760h"]),
-        ("/results/deadTtl", json!("1h"), &["spec.results.deadTtl must not be shorter than spec.results.ttl"]),
+        (
+            "/results/deadTtl",
+            json!("1h"),
+            &["spec.results.deadTtl must not be shorter than spec.results.ttl"],
+        ),
         ("/results/maxBytes", json!("0"), &["spec.results.maxBytes must be above 0"]),
         ("/results/deadMaxBytes", json!("0"), &["spec.results.deadMaxBytes must be above 0"]),
         ("/results/inlineBytesMax", json!("65Mi"), &["spec.results.inlineBytesMax", "64Mi"]),
