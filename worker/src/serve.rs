@@ -43,7 +43,7 @@ use crate::failpoint::reach;
 use crate::run::Run;
 use naming::{bare_headers, place_of};
 use pulse::{HeldBy, Pulse, keep_alive};
-use state::{Action, End, Event, JobFacts, JobState, Verdict};
+use state::{Action, JobEnd, JobEvent, JobFacts, JobState, JobVerdict};
 
 /// Bytes that the headers of an outcome may take beside its body: names, ids, digests and numbers, all bounded.
 const OUTCOME_HEADER_BYTES_MAX: usize = 8 << 10;
@@ -236,28 +236,32 @@ impl<'a, R: Run> Held<'a, R> {
     /// Carries one action out. Returns what its event asks for.
     async fn step(&mut self, action: Action) -> Action {
         let metrics = self.line.metrics.clone();
-        let event = self.perform(action).await.unwrap_or_else(Event::Failed);
+        let event = self.perform(action).await.unwrap_or_else(JobEvent::Failed);
         let fault = match &event {
-            Event::Failed(fault) | Event::Known(_, Some(fault)) => Some(fault.clone()),
+            JobEvent::Failed(fault) | JobEvent::Known(_, Some(fault)) => Some(fault.clone()),
             _ => None,
         };
-        let known = matches!(event, Event::Known(..));
+        let known = matches!(event, JobEvent::Known(..));
         let (state, next) = self.state.clone().next(&self.facts, event);
         self.state = state;
         if known && self.state.is_repetition() {
             metrics.already_done.inc();
         }
-        if let (Some(fault), Action::Store(Verdict::Failed(..))) = (&fault, &next) {
+        if let (Some(fault), Action::Store(JobVerdict::Failed(..))) = (&fault, &next) {
             metrics.fault(fault);
         }
         next
     }
 
-    async fn perform(&mut self, action: Action) -> Result<Event, Fault> {
+    async fn perform(&mut self, action: Action) -> Result<JobEvent, Fault> {
         self.pulse.set(match action {
             Action::Turn { .. } | Action::Run | Action::Start { .. } => HeldBy::Engine,
             _ => HeldBy::Settling,
         });
+        // Others need not wait for what is left once the attempt is over.
+        if matches!(action, Action::Store(_) | Action::Record { .. } | Action::HandBack(_)) {
+            self.turn = None;
+        }
         let (results, id) = (&self.line.results, &self.headers.id);
         match action {
             Action::LookUp => self.look_up().await,
@@ -266,36 +270,36 @@ impl<'a, R: Run> Held<'a, R> {
                 self.look_up().await
             }
             Action::Record { starts, ended, after } => {
-                Ok(Event::Recorded(results.record(id, (starts, ended), after).await?))
+                Ok(JobEvent::Recorded(results.record(id, (starts, ended), after).await?))
             }
             Action::Start { ended, after } => {
                 reach("before_start_record");
                 let recorded = results.record(id, (self.state.attempt, ended), after).await?;
                 reach("after_start_record");
-                Ok(Event::Recorded(recorded))
+                Ok(JobEvent::Recorded(recorded))
             }
             Action::Turn { alone } => {
                 self.turn = Some(self.unless_over(self.place(alone)).await?);
-                Ok(Event::Turn)
+                Ok(JobEvent::Turn)
             }
             Action::Run => {
                 let answer = self.run_attempt().await;
                 self.turn = None;
-                Ok(Event::Answered(answer?))
+                Ok(JobEvent::Answered(answer?))
             }
             Action::Store(verdict) => self.store(verdict).await,
             Action::Bury(stored) => {
                 results.bury(self.delivery, id, &stored).await?;
                 reach("after_dead_copy");
-                Ok(Event::Done)
+                Ok(JobEvent::Done)
             }
             Action::Release => {
                 results.release(id).await;
-                Ok(Event::Done)
+                Ok(JobEvent::Done)
             }
             Action::Ack => self.acknowledge().await,
             Action::HandBack(fault) => self.hand_back(&fault).await,
-            Action::End => Ok(Event::Done),
+            Action::End => Ok(JobEvent::Done),
         }
     }
 
@@ -307,7 +311,7 @@ impl<'a, R: Run> Held<'a, R> {
         }
     }
 
-    async fn look_up(&mut self) -> Result<Event, Fault> {
+    async fn look_up(&mut self) -> Result<JobEvent, Fault> {
         let known = self.line.results.look_up(&self.headers.id).await?;
         reach("after_lookup");
         self.began = (Instant::now(), OffsetDateTime::now_utc());
@@ -316,7 +320,7 @@ impl<'a, R: Run> Held<'a, R> {
             None if known.cancelled => Err(Fault::Cancelled),
             None => self.check_deadline().and_then(|()| self.line.claims.check_output(&self.headers)),
         };
-        Ok(Event::Known(known, refused.err()))
+        Ok(JobEvent::Known(known, refused.err()))
     }
 
     /// The job's id has the outcome of another body. This one ends under an id of its own: with an outcome, which its
@@ -331,10 +335,12 @@ impl<'a, R: Run> Held<'a, R> {
 
     /// Creates the outcome, for as long as the broker takes no writes and one attempt may last: what was computed is
     /// not thrown away.
-    async fn store(&self, verdict: Verdict) -> Result<Event, Fault> {
+    async fn store(&self, verdict: JobVerdict) -> Result<JobEvent, Fault> {
         let outcome = match verdict {
-            Verdict::Answer(outcome) => outcome,
-            Verdict::Failed(kind, code, message) => Outcome::failed(kind, &self.headers.id, code, &message),
+            JobVerdict::Answer(outcome) => outcome,
+            JobVerdict::Failed(kind, code, message) => {
+                Outcome::failed(kind, &self.headers.id, code, &message)
+            }
         };
         let queue_wait = (self.began.1 - self.delivery.published).max(time::Duration::ZERO);
         let envelope = OutcomeEnvelope {
@@ -371,10 +377,10 @@ impl<'a, R: Run> Held<'a, R> {
         line.metrics.settle.observe(answered.elapsed().as_secs_f64());
         let total = OffsetDateTime::now_utc() - self.delivery.published;
         line.metrics.end_to_end.observe(total.as_seconds_f64());
-        Ok(Event::Created(created))
+        Ok(JobEvent::Created(created))
     }
 
-    async fn acknowledge(&self) -> Result<Event, Fault> {
+    async fn acknowledge(&self) -> Result<JobEvent, Fault> {
         reach("before_ack");
         if let Err(error) = self.delivery.finish().await {
             self.line.metrics.ack_failures.inc();
@@ -382,10 +388,10 @@ impl<'a, R: Run> Held<'a, R> {
             return Err(error.into());
         }
         reach("after_ack");
-        Ok(Event::Done)
+        Ok(JobEvent::Done)
     }
 
-    async fn hand_back(&self, fault: &Fault) -> Result<Event, Fault> {
+    async fn hand_back(&self, fault: &Fault) -> Result<JobEvent, Fault> {
         let line = self.line;
         line.metrics.fault(fault);
         let after = match fault.disposition() {
@@ -395,7 +401,7 @@ impl<'a, R: Run> Held<'a, R> {
             Disposition::Exit => {
                 tracing::error!(job = %self.headers.id, category = fault.category(), %fault, "ending the process");
                 line.broken.cancel();
-                return Ok(Event::Done);
+                return Ok(JobEvent::Done);
             }
         };
         // What does not count as an attempt is paced by the deliveries, or an outage would use them all up.
@@ -407,12 +413,14 @@ impl<'a, R: Run> Held<'a, R> {
             category = fault.category(), %fault, pause_ms = pause.as_millis() as u64,
             confirmed = handed.is_ok(), "handed back"
         );
-        Ok(Event::Done)
+        Ok(JobEvent::Done)
     }
 
     /// Says how it ended, unless that was said when it was given back.
     fn tell(&self) {
-        let Some(ended) = self.state.end().filter(|end| !matches!(end, End::HandedBack(_))) else { return };
+        let Some(ended) = self.state.end().filter(|end| !matches!(end, JobEnd::HandedBack(_))) else {
+            return;
+        };
         self.line.finished.fetch_add(1, Ordering::Relaxed);
         let (trace, attempt) = (self.headers.trace_id(), self.state.attempt);
         let (job, delivered) = (&self.headers.id, self.delivery.delivered);

@@ -1,7 +1,7 @@
 //! The state of a held job: what it asks for, what it owes, and what each event makes of it. Pure.
 //!
-//! A state asks for one [`Action`] at a time, and what comes of it is the next [`Event`]; a fault may come in place of
-//! any. Losing a delivery or the process in any state leads to a redelivery, which finds what was stored.
+//! A state asks for one [`Action`] at a time, and what comes of it is the next [`JobEvent`]; a fault may come in place
+//! of any. Losing a delivery or the process in any state leads to a redelivery, which finds what was stored.
 //!
 //! | state | asks for | owes while it waits | a fault leads to |
 //! |---|---|---|---|
@@ -51,7 +51,7 @@ pub struct JobFacts {
 
 /// Why a job ends without an answer, or its answer.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Verdict {
+pub enum JobVerdict {
     /// It has its answer.
     Answer(Outcome),
     /// It has none.
@@ -89,7 +89,7 @@ pub enum Action {
     /// Run the attempt.
     Run,
     /// Create the outcome.
-    Store(Verdict),
+    Store(JobVerdict),
     /// Keep a dead job's copy.
     Bury(StoredOutcome),
     /// Let marker and ledger age with the outcome.
@@ -104,7 +104,7 @@ pub enum Action {
 
 /// What came of an action.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Event {
+pub enum JobEvent {
     /// What the broker knows, and why the job is refused, if it is.
     Known(Known, Option<Fault>),
     /// The ledger was replaced, or is another one.
@@ -123,7 +123,7 @@ pub enum Event {
 
 /// How it was left.
 #[derive(Debug, Clone, PartialEq)]
-pub enum End {
+pub enum JobEnd {
     /// Its outcome was stored, now by this worker, and it was acknowledged.
     Finished(OutcomeKind),
     /// Its outcome was there already.
@@ -143,14 +143,14 @@ enum State {
     Starting,
     Rereading(Fault),
     Running,
-    Storing(Verdict),
+    Storing(JobVerdict),
     Contesting,
     Burying(StoredOutcome, bool),
     Releasing(StoredOutcome, bool),
     Acking(StoredOutcome, bool),
     TakingBack(Fault),
     HandingBack(Fault),
-    Over(End),
+    Over(JobEnd),
 }
 
 /// A start, as the ledger has it.
@@ -184,7 +184,7 @@ impl JobState {
     }
 
     /// How it was left, if it is over.
-    pub fn end(&self) -> Option<&End> {
+    pub fn end(&self) -> Option<&JobEnd> {
         match &self.state {
             State::Over(end) => Some(end),
             _ => None,
@@ -193,25 +193,27 @@ impl JobState {
 
     /// What an event makes of the state, and what that asks for. An event that the state did not ask for is a mistake
     /// of the caller; the delivery is then given back.
-    pub fn next(mut self, job: &JobFacts, event: Event) -> (Self, Action) {
+    pub fn next(mut self, job: &JobFacts, event: JobEvent) -> (Self, Action) {
         let state = std::mem::replace(&mut self.state, State::Looking);
         match (state, event) {
-            (State::Looking, Event::Known(known, refused)) => self.known(job, known, refused),
-            (State::Opening(mut known), Event::Recorded(Created::Stored(sequence))) => {
+            (State::Looking, JobEvent::Known(known, refused)) => self.known(job, known, refused),
+            (State::Opening(mut known), JobEvent::Recorded(Created::Stored(sequence))) => {
                 self.start = Some(Start { sequence, ended: 0 });
                 (known.ledger, self.marked) = (None, true);
                 self.count(job, 1, &known)
             }
-            (State::Waiting, Event::Turn) => match self.start {
+            (State::Waiting, JobEvent::Turn) => match self.start {
                 // The delivery count shows a first attempt well enough.
                 Some(Start { sequence: 0, .. }) if self.attempt == 1 => self.to(State::Running),
                 _ => self.to(State::Starting),
             },
-            (State::Starting, Event::Recorded(Created::Stored(sequence))) => self.started(sequence),
+            (State::Starting, JobEvent::Recorded(Created::Stored(sequence))) => self.started(sequence),
             // Not written, or its answer was lost and it lost against itself.
-            (State::Starting, Event::Recorded(Created::Lost)) => self.to(State::Rereading(Fault::Contended)),
-            (State::Starting, Event::Failed(fault)) => self.to(State::Rereading(fault)),
-            (State::Rereading(fault), Event::Known(known, _)) => match known.ledger {
+            (State::Starting, JobEvent::Recorded(Created::Lost)) => {
+                self.to(State::Rereading(Fault::Contended))
+            }
+            (State::Starting, JobEvent::Failed(fault)) => self.to(State::Rereading(fault)),
+            (State::Rereading(fault), JobEvent::Known(known, _)) => match known.ledger {
                 Some((record, sequence)) if record.starts == self.attempt && record.worker == job.worker => {
                     self.started(sequence)
                 }
@@ -220,34 +222,36 @@ impl JobState {
                 }
                 _ => self.hand_back(job, fault),
             },
-            (State::Rereading(_), Event::Failed(fault)) => self.to(State::HandingBack(fault)),
-            (State::Running, Event::Answered(outcome)) => self.to(State::Storing(Verdict::Answer(outcome))),
-            (State::Storing(verdict), Event::Created(Created::Stored(_))) => {
+            (State::Rereading(_), JobEvent::Failed(fault)) => self.to(State::HandingBack(fault)),
+            (State::Running, JobEvent::Answered(outcome)) => {
+                self.to(State::Storing(JobVerdict::Answer(outcome)))
+            }
+            (State::Storing(verdict), JobEvent::Created(Created::Stored(_))) => {
                 let stored = self.stored(job, &verdict);
                 self.conclude(stored, true)
             }
-            (State::Storing(_), Event::Created(Created::Lost)) => self.to(State::Contesting),
-            (State::Contesting, Event::Known(known, _)) => self.contested(job, known),
-            (State::Burying(stored, own), Event::Done) => self.release(stored, own),
-            (State::Releasing(stored, own), Event::Done | Event::Failed(_)) => {
+            (State::Storing(_), JobEvent::Created(Created::Lost)) => self.to(State::Contesting),
+            (State::Contesting, JobEvent::Known(known, _)) => self.contested(job, known),
+            (State::Burying(stored, own), JobEvent::Done) => self.release(stored, own),
+            (State::Releasing(stored, own), JobEvent::Done | JobEvent::Failed(_)) => {
                 self.to(State::Acking(stored, own))
             }
-            (State::Acking(stored, own), Event::Done) => {
-                let end = if own { End::Finished } else { End::AlreadyDone };
+            (State::Acking(stored, own), JobEvent::Done) => {
+                let end = if own { JobEnd::Finished } else { JobEnd::AlreadyDone };
                 self.to(State::Over(end(stored.kind)))
             }
-            (State::Acking(stored, _), Event::Failed(_)) => {
-                self.to(State::Over(End::Unconfirmed(stored.kind)))
+            (State::Acking(stored, _), JobEvent::Failed(_)) => {
+                self.to(State::Over(JobEnd::Unconfirmed(stored.kind)))
             }
-            (State::TakingBack(fault), Event::Recorded(_) | Event::Failed(_)) => {
+            (State::TakingBack(fault), JobEvent::Recorded(_) | JobEvent::Failed(_)) => {
                 self.to(State::HandingBack(fault))
             }
-            (State::HandingBack(fault), Event::Done | Event::Failed(_)) => {
-                self.to(State::Over(End::HandedBack(fault)))
+            (State::HandingBack(fault), JobEvent::Done | JobEvent::Failed(_)) => {
+                self.to(State::Over(JobEnd::HandedBack(fault)))
             }
-            (state, Event::Failed(fault)) => self.failed(job, &state, fault),
+            (state, JobEvent::Failed(fault)) => self.failed(job, &state, fault),
             // Somebody else wrote it at the same moment: what is there is not ours.
-            (State::Opening(_), Event::Recorded(Created::Lost)) => {
+            (State::Opening(_), JobEvent::Recorded(Created::Lost)) => {
                 self.to(State::HandingBack(Fault::Contended))
             }
             (_, _) => self.hand_back(job, Fault::Contended),
@@ -292,7 +296,7 @@ impl JobState {
             (None, ..) if self.renamed => {
                 let message =
                     format!("job id {} was used before with another body, and keeps that outcome", job.id);
-                self.to(State::Storing(Verdict::Failed(OutcomeKind::Dead, ErrorCode::IdReused, message)))
+                self.to(State::Storing(JobVerdict::Failed(OutcomeKind::Dead, ErrorCode::IdReused, message)))
             }
             (None, Some(fault), _) => self.attempt_failed(job, fault),
             (None, None, Some((record, sequence))) => {
@@ -322,7 +326,7 @@ impl JobState {
                 job.delivered,
                 starts.saturating_sub(ended)
             );
-            let verdict = Verdict::Failed(OutcomeKind::Dead, ErrorCode::WorkerLost, message);
+            let verdict = JobVerdict::Failed(OutcomeKind::Dead, ErrorCode::WorkerLost, message);
             return self.to(State::Storing(verdict));
         }
         self.attempt = starts + 1;
@@ -356,12 +360,12 @@ impl JobState {
         (Self { state: State::Looking, start: None, marked: false, renamed: true, ..self }, Action::Rename)
     }
 
-    fn stored(&self, job: &JobFacts, verdict: &Verdict) -> StoredOutcome {
+    fn stored(&self, job: &JobFacts, verdict: &JobVerdict) -> StoredOutcome {
         let (kind, reason) = match verdict {
-            Verdict::Answer(outcome) => {
+            JobVerdict::Answer(outcome) => {
                 (outcome.kind, outcome.error.as_ref().map(reason).unwrap_or_default())
             }
-            Verdict::Failed(kind, code, message) => {
+            JobVerdict::Failed(kind, code, message) => {
                 (*kind, reason(&LineError { code: *code, message: message.clone() }))
             }
         };
@@ -389,9 +393,9 @@ impl JobState {
         match (state, &fault) {
             (State::Waiting | State::Running, _) => self.attempt_failed(job, fault),
             // An outcome that the broker refuses for its size is replaced by one that says so.
-            (State::Storing(Verdict::Answer(_)), Fault::Invalid { message }) => {
+            (State::Storing(JobVerdict::Answer(_)), Fault::Invalid { message }) => {
                 let message = format!("the outcome: {message}");
-                let verdict = Verdict::Failed(OutcomeKind::Rejected, ErrorCode::InvalidRequest, message);
+                let verdict = JobVerdict::Failed(OutcomeKind::Rejected, ErrorCode::InvalidRequest, message);
                 self.to(State::Storing(verdict))
             }
             (State::Burying(..), _) => self.to(State::HandingBack(fault)),
@@ -410,7 +414,7 @@ impl JobState {
             Disposition::Retry { .. } | Disposition::Exit => return self.hand_back(job, fault),
         };
         self.marked |= code == ErrorCode::Cancelled;
-        self.to(State::Storing(Verdict::Failed(kind, code, message)))
+        self.to(State::Storing(JobVerdict::Failed(kind, code, message)))
     }
 
     /// The delivery is given back; before that the ledger is put right, as far as there is something to put right. The

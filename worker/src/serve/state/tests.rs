@@ -153,7 +153,7 @@ impl World {
         let action = std::mem::replace(&mut held.action, Action::End);
         let storm = !self.calm;
         let (refuses, forgets) = (storm && self.random.percent(6), storm && self.random.percent(6));
-        let away = || Event::Failed(Fault::Broker { message: String::new() });
+        let away = || JobEvent::Failed(Fault::Broker { message: String::new() });
         let remote = !matches!(action, Action::Turn { .. } | Action::Run);
         let event = if remote && refuses { away() } else { self.carry_out(&held, &action) };
         let event = if remote && forgets { away() } else { event };
@@ -166,8 +166,8 @@ impl World {
     }
 
     /// What nobody could write down while the broker was away.
-    fn excuse(&mut self, held: &Delivered, action: &Action, event: &Event) {
-        let failed = matches!(event, Event::Failed(_));
+    fn excuse(&mut self, held: &Delivered, action: &Action, event: &JobEvent) {
+        let failed = matches!(event, JobEvent::Failed(_));
         let unread = matches!(held.state.state, State::Rereading(_)) && failed;
         let unwritten = matches!(action, Action::Record { .. }) && failed;
         self.ids[MESSAGES[held.message].0].excused += u32::from(unread || unwritten);
@@ -180,24 +180,24 @@ impl World {
         }
     }
 
-    fn carry_out(&mut self, held: &Delivered, action: &Action) -> Event {
+    fn carry_out(&mut self, held: &Delivered, action: &Action) -> JobEvent {
         match action {
             Action::LookUp | Action::Rename => {
                 let records = self.records(held, action);
                 let (outcome, ledger) = (records.outcome.clone(), records.ledger.clone());
                 let cancelled = records.cancelled;
                 let refused = cancelled.then_some(Fault::Cancelled);
-                Event::Known(Known { outcome, cancelled, ledger }, refused)
+                JobEvent::Known(Known { outcome, cancelled, ledger }, refused)
             }
             Action::Record { starts, ended, after } => self.record(held, action, (*starts, *ended), *after),
             Action::Start { ended, after } => self.record(held, action, (held.state.attempt, *ended), *after),
-            Action::Turn { .. } if !self.calm && self.random.percent(3) => Event::Failed(Fault::Draining),
-            Action::Turn { .. } => Event::Turn,
+            Action::Turn { .. } if !self.calm && self.random.percent(3) => JobEvent::Failed(Fault::Draining),
+            Action::Turn { .. } => JobEvent::Turn,
             Action::Run => self.run(held),
             Action::Store(verdict) => self.store(held, verdict),
             Action::Bury(_) => {
                 self.records(held, action).buried = true;
-                Event::Done
+                JobEvent::Done
             }
             Action::Ack => {
                 let stored =
@@ -209,9 +209,9 @@ impl World {
                 let buried = self.records(held, action).buried;
                 assert!(stored.kind != OutcomeKind::Dead || buried, "acknowledged without its copy");
                 self.queue[held.message].0 = false;
-                Event::Done
+                JobEvent::Done
             }
-            Action::Release | Action::HandBack(_) | Action::End => Event::Done,
+            Action::Release | Action::HandBack(_) | Action::End => JobEvent::Done,
         }
     }
 
@@ -221,19 +221,19 @@ impl World {
         action: &Action,
         (starts, ended): (u32, u32),
         after: u64,
-    ) -> Event {
+    ) -> JobEvent {
         self.sequence += 1;
         let sequence = self.sequence;
         let worker = held.facts.worker.clone();
         let ledger = &mut self.records(held, action).ledger;
         if ledger.as_ref().map_or(0, |(_, sequence)| *sequence) != after {
-            return Event::Recorded(Created::Lost);
+            return JobEvent::Recorded(Created::Lost);
         }
         *ledger = Some((AttemptRecord { starts, ended, worker }, sequence));
-        Event::Recorded(Created::Stored(sequence))
+        JobEvent::Recorded(Created::Stored(sequence))
     }
 
-    fn run(&mut self, held: &Delivered) -> Event {
+    fn run(&mut self, held: &Delivered) -> JobEvent {
         let records = &mut self.ids[MESSAGES[held.message].0];
         assert!(records.outcome.as_ref().is_none_or(|stored| stored.attempt > 0));
         let trouble = if self.calm { 100 } else { self.random.below(100) };
@@ -241,26 +241,26 @@ impl World {
         match trouble {
             0..14 => {
                 records.charged += 1;
-                Event::Failed(Fault::Inference { message: text() })
+                JobEvent::Failed(Fault::Inference { message: text() })
             }
-            14..20 => Event::Failed(Fault::Store { message: text() }),
-            20..23 => Event::Failed(Fault::Draining),
-            23..25 => Event::Failed(Fault::Invalid { message: text() }),
-            _ => Event::Answered(Outcome::completed(Bytes::from_static(b"answer"), Vec::new())),
+            14..20 => JobEvent::Failed(Fault::Store { message: text() }),
+            20..23 => JobEvent::Failed(Fault::Draining),
+            23..25 => JobEvent::Failed(Fault::Invalid { message: text() }),
+            _ => JobEvent::Answered(Outcome::completed(Bytes::from_static(b"answer"), Vec::new())),
         }
     }
 
-    fn store(&mut self, held: &Delivered, verdict: &Verdict) -> Event {
-        if matches!(verdict, Verdict::Answer(_)) && !self.calm && self.random.percent(2) {
-            return Event::Failed(Fault::Invalid { message: "too large".into() });
+    fn store(&mut self, held: &Delivered, verdict: &JobVerdict) -> JobEvent {
+        if matches!(verdict, JobVerdict::Answer(_)) && !self.calm && self.random.percent(2) {
+            return JobEvent::Failed(Fault::Invalid { message: "too large".into() });
         }
         let stored = held.state.stored(&held.facts, verdict);
         let (delivered, attempt) = (held.facts.delivered, held.state.attempt);
         let records = self.records(held, &Action::End);
         if records.outcome.is_some() {
-            return Event::Created(Created::Lost);
+            return JobEvent::Created(Created::Lost);
         }
-        if let Verdict::Failed(OutcomeKind::Dead, ErrorCode::WorkerLost | ErrorCode::InferenceError, _) =
+        if let JobVerdict::Failed(OutcomeKind::Dead, ErrorCode::WorkerLost | ErrorCode::InferenceError, _) =
             verdict
         {
             let may = records.charged + records.excused;
@@ -268,7 +268,7 @@ impl World {
             assert!(given_up || attempt <= may, "dead after {attempt} attempts of which {may} were one");
         }
         records.outcome = Some(stored);
-        Event::Created(Created::Stored(1))
+        JobEvent::Created(Created::Stored(1))
     }
 }
 
@@ -315,10 +315,10 @@ fn an_event_that_nobody_asked_for_gives_the_job_back() {
     };
     let (state, action) = JobState::begin();
     assert_eq!(action, Action::LookUp);
-    let (state, action) = state.next(&facts, Event::Turn);
+    let (state, action) = state.next(&facts, JobEvent::Turn);
     assert_eq!(action, Action::Record { starts: 0, ended: 0, after: 0 });
-    let (state, action) = state.next(&facts, Event::Recorded(Created::Stored(1)));
+    let (state, action) = state.next(&facts, JobEvent::Recorded(Created::Stored(1)));
     assert_eq!(action, Action::HandBack(Fault::Contended));
-    let (state, action) = state.next(&facts, Event::Done);
-    assert_eq!((state.end(), action), (Some(&End::HandedBack(Fault::Contended)), Action::End));
+    let (state, action) = state.next(&facts, JobEvent::Done);
+    assert_eq!((state.end(), action), (Some(&JobEnd::HandedBack(Fault::Contended)), Action::End));
 }
