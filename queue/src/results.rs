@@ -118,6 +118,11 @@ impl Results {
         Self { broker, model, worker, digest, ttl }
     }
 
+    /// Who writes.
+    pub fn worker(&self) -> &SubjectToken {
+        &self.worker
+    }
+
     /// Reads the outcome, cancel marker and ledger of a job; tried again while the broker does not answer.
     ///
     /// # Errors

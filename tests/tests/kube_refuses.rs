@@ -91,6 +91,7 @@ fn engine_and_queue_cases() -> Vec<Case> {
         ("/engine/kvCacheBytes", json!("lots"), &["spec.engine.kvCacheBytes"]),
         ("/engine/stepTimeout", json!("1ms"), &["spec.engine.stepTimeout must be between 100ms and 1h"]),
         ("/engine/stepTimeout", json!("soon"), &["spec.engine.stepTimeout"]),
+        ("/engine/stepTimeout", json!("31s"), &["spec.queue.ackWait must be at least twice"]),
         ("/engine/threads", json!(0), &["spec.engine.threads must be between 1 and 1024"]),
         ("/engine/gpuMemoryUtilization", json!(0.9), &["gpuMemoryUtilization", "field not declared"]),
         ("/parallelism/tensor", json!(2), &["spec.parallelism.tensor must be 1"]),
@@ -109,6 +110,14 @@ fn engine_and_queue_cases() -> Vec<Case> {
         ("/queue/weights/high", json!(0), &["spec.queue.weights.high", "greater than or equal to 1"]),
         ("/queue/onDelete", json!("Orphan"), &["spec.queue.onDelete", "supported values", "Retain"]),
         ("/results/ttl", json!("0s"), &["spec.results.ttl must be between 1s and 720h"]),
+        ("/results/deadTtl", json!("8761h"), &["spec.results.deadTtl must be at most 8760h"]),
+        (
+            "/results/deadTtl",
+            json!("1h"),
+            &["spec.results.deadTtl must not be shorter than spec.results.ttl"],
+        ),
+        ("/results/maxBytes", json!("0"), &["spec.results.maxBytes must be above 0"]),
+        ("/results/deadMaxBytes", json!("0"), &["spec.results.deadMaxBytes must be above 0"]),
         ("/results/inlineBytesMax", json!("65Mi"), &["spec.results.inlineBytesMax", "64Mi"]),
         (
             "/results/objectStore",

@@ -9,18 +9,16 @@
 //! 7. create the outcome, where there is none;
 //! 8. acknowledge, by request; before that a dead job's copy is stored.
 //!
-//! A crash anywhere leads to a redelivery that finds what was stored and does only the rest.
-//!
-//! Kept: no ack before the outcome is stored; a job with an outcome never runs again; a keep-alive is only
-//! sent if the engine stepped since the last one; the last attempt of a job that may have killed its process
-//! runs alone, so that it is given up without the jobs that ran beside it; an answer that was computed is kept
-//! while broker or object store are away.
+//! What follows what is decided in [`state`], which is pure and has the table; here it is carried out. A crash anywhere
+//! leads to a redelivery that finds what was stored and does only the rest. A keep-alive is only sent if the engine
+//! stepped since the last one, and an answer that was computed is kept while broker or object store are away.
 
 mod attempt;
 mod holds;
 mod line;
 mod naming;
 mod pulse;
+mod state;
 
 pub use line::{LineParts, ServingLine};
 
@@ -30,14 +28,14 @@ use std::time::{Duration, Instant};
 
 use millrace_crds::config::{ClassWeights, QueueConfig, ResultsConfig};
 use millrace_crds::job::JobHeaders;
-use millrace_crds::result::{ErrorCode, OutcomeKind};
 use millrace_queue::broker::{BrokerError, Created};
 use millrace_queue::claim::Claims;
 use millrace_queue::delivery::{Delivery, Queue};
 use millrace_queue::fault::{Disposition, Fault};
-use millrace_queue::identity::{AnswerOf, body_digest};
-use millrace_queue::results::{Known, Outcome, OutcomeEnvelope, StoredOutcome, reason};
+use millrace_queue::identity::body_digest;
+use millrace_queue::results::{Outcome, OutcomeEnvelope};
 use time::OffsetDateTime;
+use tokio::sync::{RwLockReadGuard, RwLockWriteGuard};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -45,10 +43,8 @@ use crate::failpoint::reach;
 use crate::run::Run;
 use naming::{bare_headers, place_of};
 use pulse::{HeldBy, Pulse, keep_alive};
+use state::{Action, JobEnd, JobEvent, JobFacts, JobState, JobVerdict};
 
-/// Deliveries after which a job is given up whatever its ledger says, in multiples of its attempts: the bound
-/// for a job that comes back again and again without an attempt that counts. The broker itself has none.
-const DELIVERIES_PER_ATTEMPT_MAX: u32 = 10;
 /// Bytes that the headers of an outcome may take beside its body: names, ids, digests and numbers, all bounded.
 const OUTCOME_HEADER_BYTES_MAX: usize = 8 << 10;
 /// Pause before a store that is away is asked again, and the end of its doubling.
@@ -65,17 +61,6 @@ pub enum ServeError {
     /// The connection is closed for good.
     #[error(transparent)]
     Broker(#[from] BrokerError),
-}
-
-/// What became of a delivery that did not fault.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Ended {
-    /// Its outcome was stored, now by this worker, and it was acknowledged.
-    Finished(OutcomeKind),
-    /// Its outcome was there already.
-    AlreadyDone(OutcomeKind),
-    /// Its outcome is stored and the ack was not confirmed: it comes again and is finished then.
-    Unconfirmed(OutcomeKind),
 }
 
 /// Pulls and runs jobs until `drain` is cancelled; then finishes what it holds within `drain_timeout` and
@@ -181,277 +166,264 @@ async fn serve_one<R: Run>(line: &ServingLine<R>, delivery: &Delivery) {
         Ok(headers) => (headers, None),
         Err(error) => (bare_headers(delivery, place), Some(Fault::Invalid { message: error.to_string() })),
     };
+    let id = headers.id.clone();
+    let facts = JobFacts {
+        id: id.clone(),
+        worker: line.results.worker().clone(),
+        delivered: delivery.delivered,
+        max_deliver: line.queue.max_deliver,
+        body_digest: body_digest(&delivery.body, headers.input.as_deref()),
+    };
+    let (state, action) = JobState::begin();
+    let cancel = line.cancels.hold(&id);
+    let pulse = Pulse::default();
     let mut job = Held {
         line,
         delivery,
-        cancel: line.cancels.hold(&headers.id),
-        body_digest: body_digest(&delivery.body, headers.input.as_deref()),
+        cancel: line.cancels.hold(&id),
+        malformed,
         headers,
-        marked: false,
-        pulse: Pulse::default(),
-        attempt: 1,
-        start: None,
+        facts,
+        state,
+        pulse: pulse.clone(),
+        turn: None,
+        began: (Instant::now(), OffsetDateTime::now_utc()),
     };
-    let pulse = job.pulse.clone();
-    let (id, cancel) = (job.headers.id.clone(), line.cancels.hold(&job.headers.id));
-    let ended = tokio::select! {
-        ended = job.eight_steps(malformed) => ended,
+    let action = tokio::select! {
+        action = job.until_given_back(action) => action,
         () = keep_alive(line, delivery, (&id, &cancel), &pulse) => unreachable!("it beats until dropped"),
     };
-    match ended {
-        Ok(ended) => {
-            line.finished.fetch_add(1, Ordering::Relaxed);
-            let trace = job.headers.trace_id();
-            tracing::info!(job = %id, trace, attempt = job.attempt, delivered = delivery.delivered, ?ended, "done");
-        }
-        Err(fault) => job.hand_back(&fault).await,
+    // No keep-alive goes out any more: one behind the hand-back would hold the job up.
+    let mut next = action;
+    while !matches!(next, Action::End) {
+        next = job.step(next).await;
     }
+    job.tell();
 }
 
-/// One held job: what the steps hand to each other.
+/// One held job: its state, and what carries it out.
 struct Held<'a, R> {
     line: &'a ServingLine<R>,
     delivery: &'a Delivery,
-    headers: JobHeaders,
-    body_digest: String,
     cancel: millrace_queue::cancel::Cancel,
-    /// There is a cancel marker or a ledger.
-    marked: bool,
+    malformed: Option<Fault>,
+    headers: JobHeaders,
+    facts: JobFacts,
+    state: JobState,
     pulse: Pulse,
-    attempt: u32,
-    start: Option<attempt::Start>,
+    turn: Option<Place<'a>>,
+    /// When the attempt began, or what was decided instead of one.
+    began: (Instant, OffsetDateTime),
 }
 
-impl<R: Run> Held<'_, R> {
-    async fn eight_steps(&mut self, malformed: Option<Fault>) -> Result<Ended, Fault> {
-        let _turn = match self.unless_over(self.line.holds.turn(&self.headers.id)).await {
-            Err(Fault::Draining) => return Err(Fault::Draining),
-            // Cancelled or late while it waited: its outcome says so below.
-            turn => turn.ok(),
+/// The place of a running job: beside others, or with none.
+enum Place<'a> {
+    Company { _others: RwLockReadGuard<'a, ()> },
+    Alone { _all: RwLockWriteGuard<'a, ()> },
+}
+
+impl<'a, R: Run> Held<'a, R> {
+    /// Carries actions out until the delivery is to be given back, or nothing is left to do.
+    async fn until_given_back(&mut self, mut action: Action) -> Action {
+        let _turn = self.unless_over(self.line.holds.turn(&self.headers.id)).await;
+        while !matches!(action, Action::HandBack(_) | Action::End) {
+            action = self.step(action).await;
+        }
+        action
+    }
+
+    /// Carries one action out. Returns what its event asks for.
+    async fn step(&mut self, action: Action) -> Action {
+        let metrics = self.line.metrics.clone();
+        let event = self.perform(action).await.unwrap_or_else(JobEvent::Failed);
+        let fault = match &event {
+            JobEvent::Failed(fault) | JobEvent::Known(_, Some(fault)) => Some(fault.clone()),
+            _ => None,
         };
+        let known = matches!(event, JobEvent::Known(..));
+        let (state, next) = self.state.clone().next(&self.facts, event);
+        self.state = state;
+        if known && self.state.is_repetition() {
+            metrics.already_done.inc();
+        }
+        if let (Some(fault), Action::Store(JobVerdict::Failed(..))) = (&fault, &next) {
+            metrics.fault(fault);
+        }
+        next
+    }
+
+    async fn perform(&mut self, action: Action) -> Result<JobEvent, Fault> {
+        self.pulse.set(match action {
+            Action::Turn { .. } | Action::Run | Action::Start { .. } => HeldBy::Engine,
+            _ => HeldBy::Settling,
+        });
+        // Others need not wait for what is left once the attempt is over.
+        if matches!(action, Action::Store(_) | Action::Record { .. } | Action::HandBack(_)) {
+            self.turn = None;
+        }
+        let (results, id) = (&self.line.results, &self.headers.id);
+        match action {
+            Action::LookUp => self.look_up().await,
+            Action::Rename => {
+                self.rename();
+                self.look_up().await
+            }
+            Action::Record { starts, ended, after } => {
+                Ok(JobEvent::Recorded(results.record(id, (starts, ended), after).await?))
+            }
+            Action::Start { ended, after } => {
+                reach("before_start_record");
+                let recorded = results.record(id, (self.state.attempt, ended), after).await?;
+                reach("after_start_record");
+                Ok(JobEvent::Recorded(recorded))
+            }
+            Action::Turn { alone } => {
+                self.turn = Some(self.unless_over(self.place(alone)).await?);
+                Ok(JobEvent::Turn)
+            }
+            Action::Run => {
+                let answer = self.run_attempt().await;
+                self.turn = None;
+                Ok(JobEvent::Answered(answer?))
+            }
+            Action::Store(verdict) => self.store(verdict).await,
+            Action::Bury(stored) => {
+                results.bury(self.delivery, id, &stored).await?;
+                reach("after_dead_copy");
+                Ok(JobEvent::Done)
+            }
+            Action::Release => {
+                results.release(id).await;
+                Ok(JobEvent::Done)
+            }
+            Action::Ack => self.acknowledge().await,
+            Action::HandBack(fault) => self.hand_back(&fault).await,
+            Action::End => Ok(JobEvent::Done),
+        }
+    }
+
+    async fn place(&self, alone: bool) -> Place<'a> {
+        let line: &'a ServingLine<R> = self.line;
+        match alone {
+            true => Place::Alone { _all: line.alone.write().await },
+            false => Place::Company { _others: line.alone.read().await },
+        }
+    }
+
+    async fn look_up(&mut self) -> Result<JobEvent, Fault> {
         let known = self.line.results.look_up(&self.headers.id).await?;
         reach("after_lookup");
-        self.marked = known.cancelled || known.ledger.is_some();
-        match &known.outcome {
-            Some(stored) if stored.of.is_of_body(&self.body_digest) => {
-                self.line.metrics.already_done.inc();
-                return self.finish(stored, Ended::AlreadyDone(stored.kind)).await;
-            }
-            Some(_) => return self.refuse_reused().await,
-            None => {}
-        }
-        let times = (Instant::now(), OffsetDateTime::now_utc());
-        let outcome = match self.settle(malformed, &known).await {
-            Ok(outcome) => outcome,
-            Err(fault) => self.outcome_of(fault)?,
+        self.began = (Instant::now(), OffsetDateTime::now_utc());
+        let refused = match &self.malformed {
+            Some(fault) => Err(fault.clone()),
+            None if known.cancelled => Err(Fault::Cancelled),
+            None => self.check_deadline().and_then(|()| self.line.claims.check_output(&self.headers)),
         };
-        match self.conclude(outcome, times).await? {
-            Some(ended) => Ok(ended),
-            None => self.refuse_reused().await,
-        }
+        Ok(JobEvent::Known(known, refused.err()))
     }
 
     /// The job's id has the outcome of another body. This one ends under an id of its own: with an outcome, which its
     /// publisher hears where it asked for a copy, and a dead letter, which can be published again.
-    async fn refuse_reused(&mut self) -> Result<Ended, Fault> {
+    fn rename(&mut self) {
         let published_ms = self.delivery.published.unix_timestamp_nanos() / 1_000_000;
         let published_ms = i64::try_from(published_ms).unwrap_or_default();
-        let own = self.headers.id.reused(published_ms, self.delivery.stream_sequence);
-        let used = std::mem::replace(&mut self.headers.id, own);
-        // What is written under the id that was used before speaks of the other job.
-        (self.marked, self.start) = (false, None);
-        let known = self.line.results.look_up(&self.headers.id).await?;
-        if let Some(stored) = &known.outcome {
-            return self.finish(stored, Ended::AlreadyDone(stored.kind)).await;
-        }
-        let message = format!(
-            "job id {used} was used before with another body, and keeps that outcome; this job is {}",
-            self.headers.id
-        );
-        tracing::warn!(job = %used, refused_as = %self.headers.id, "a job id was used again with another body");
-        let outcome = Outcome::failed(OutcomeKind::Dead, &self.headers.id, ErrorCode::IdReused, &message);
-        let times = (Instant::now(), OffsetDateTime::now_utc());
-        self.conclude(outcome, times).await?.ok_or(Fault::Contended)
-    }
-
-    /// Steps 7 and 8. `None` if the outcome that is stored is that of another body.
-    async fn conclude(
-        &mut self,
-        outcome: Outcome,
-        (began, began_utc): (Instant, OffsetDateTime),
-    ) -> Result<Option<Ended>, Fault> {
-        let queue_wait = (began_utc - self.delivery.published).max(time::Duration::ZERO);
-        let envelope = OutcomeEnvelope {
-            headers: &self.headers,
-            body_digest: &self.body_digest,
-            attempt: self.attempt,
-            queue_wait_ms: queue_wait.as_seconds_f64() * 1000.0,
-            run_ms: began.elapsed().as_secs_f64() * 1000.0,
-        };
-        self.pulse.set(HeldBy::Settling);
-        let answered = Instant::now();
-        reach("before_publish");
-        let (created, outcome) = self.store(outcome, envelope).await?;
-        reach("after_publish");
-        let stored = match created {
-            Created::Stored(_) => {
-                self.line.metrics.stored(outcome.kind);
-                self.line.metrics.queue_wait.observe(queue_wait.as_seconds_f64());
-                self.line.results.copy(&outcome, envelope).await;
-                let reason = outcome.error.as_ref().map(reason).unwrap_or_default();
-                let of = AnswerOf { body: Some(self.body_digest.clone()), model: None };
-                StoredOutcome { kind: outcome.kind, attempt: self.attempt, reason, of }
-            }
-            // Somebody else's outcome counts, and it may be of another kind.
-            Created::Lost => {
-                self.line.metrics.create_races_lost.inc();
-                let known = self.line.results.look_up(&self.headers.id).await?;
-                self.marked |= known.cancelled || known.ledger.is_some();
-                known.outcome.ok_or(Fault::Contended)?
-            }
-        };
-        if !stored.of.is_of_body(&self.body_digest) {
-            return Ok(None);
-        }
-        let ended = self.finish(&stored, Ended::Finished(stored.kind)).await?;
-        self.line.metrics.settle.observe(answered.elapsed().as_secs_f64());
-        let total = OffsetDateTime::now_utc() - self.delivery.published;
-        self.line.metrics.end_to_end.observe(total.as_seconds_f64());
-        Ok(Some(ended))
+        self.headers.id = self.facts.id.reused(published_ms, self.delivery.stream_sequence);
+        let (used, own) = (&self.facts.id, &self.headers.id);
+        tracing::warn!(job = %used, refused_as = %own, "a job id was used again with another body");
     }
 
     /// Creates the outcome, for as long as the broker takes no writes and one attempt may last: what was computed is
-    /// not thrown away. An outcome that the broker refuses for its size is replaced by one that says so.
-    async fn store(
-        &self,
-        mut outcome: Outcome,
-        envelope: OutcomeEnvelope<'_>,
-    ) -> Result<(Created, Outcome), Fault> {
-        let over_at = Instant::now() + self.line.queue.attempt_timeout.0;
-        loop {
+    /// not thrown away.
+    async fn store(&self, verdict: JobVerdict) -> Result<JobEvent, Fault> {
+        let outcome = match verdict {
+            JobVerdict::Answer(outcome) => outcome,
+            JobVerdict::Failed(kind, code, message) => {
+                Outcome::failed(kind, &self.headers.id, code, &message)
+            }
+        };
+        let queue_wait = (self.began.1 - self.delivery.published).max(time::Duration::ZERO);
+        let envelope = OutcomeEnvelope {
+            headers: &self.headers,
+            body_digest: &self.facts.body_digest,
+            attempt: self.state.attempt,
+            queue_wait_ms: queue_wait.as_seconds_f64() * 1000.0,
+            run_ms: self.began.0.elapsed().as_secs_f64() * 1000.0,
+        };
+        let (line, answered) = (self.line, Instant::now());
+        let over_at = answered + line.queue.attempt_timeout.0;
+        reach("before_publish");
+        let created = loop {
             let tried = tokio::select! {
-                tried = self.line.results.create(&outcome, envelope) => tried,
-                () = self.line.drain_over.cancelled() => return Err(Fault::Draining),
+                tried = line.results.create(&outcome, envelope) => tried,
+                () = line.drain_over.cancelled() => return Err(Fault::Draining),
             };
             match tried {
-                Ok(created) => return Ok((created, outcome)),
-                Err(error @ BrokerError::TooLarge { .. }) if outcome.kind == OutcomeKind::Completed => {
-                    let (job, message) = (&self.headers.id, format!("the outcome: {error}"));
-                    outcome =
-                        Outcome::failed(OutcomeKind::Rejected, job, ErrorCode::InvalidRequest, &message);
-                }
                 Err(error @ BrokerError::Request { .. }) if Instant::now() < over_at => {
                     tracing::warn!(job = %self.headers.id, %error, "the outcome is kept until the broker takes it");
                 }
-                Err(error) => return Err(error.into()),
+                created => break created?,
             }
+        };
+        reach("after_publish");
+        match created {
+            Created::Stored(_) => {
+                line.metrics.stored(outcome.kind);
+                line.metrics.queue_wait.observe(queue_wait.as_seconds_f64());
+                line.results.copy(&outcome, envelope).await;
+            }
+            Created::Lost => line.metrics.create_races_lost.inc(),
         }
+        line.metrics.settle.observe(answered.elapsed().as_secs_f64());
+        let total = OffsetDateTime::now_utc() - self.delivery.published;
+        line.metrics.end_to_end.observe(total.as_seconds_f64());
+        Ok(JobEvent::Created(created))
     }
 
-    /// Steps 3 to 6: the job's outcome, or why it has none yet.
-    async fn settle(&mut self, malformed: Option<Fault>, known: &Known) -> Result<Outcome, Fault> {
-        if let Some(fault) = malformed {
-            return Err(fault);
-        }
-        if known.cancelled {
-            return Err(Fault::Cancelled);
-        }
-        self.check_deadline()?;
-        self.line.claims.check_output(&self.headers)?;
-        let limit = self.line.queue.max_deliver;
-        let starts = self.starts_before(known).await?;
-        if starts >= limit || self.delivery.delivered > limit.saturating_mul(DELIVERIES_PER_ATTEMPT_MAX) {
-            self.attempt = starts.max(1);
-            let worker = known.ledger.as_ref().map_or("unknown", |(record, _)| record.worker.as_str());
-            let unended = known.ledger.as_ref().map_or(starts, |(record, _)| record.unended());
-            let message = format!(
-                "{starts} attempts of {limit} were begun in {} deliveries, {unended} of them without an end; the \
-                 last one on worker {worker}",
-                self.delivery.delivered
-            );
-            let job = &self.headers.id;
-            return Ok(Outcome::failed(OutcomeKind::Dead, job, ErrorCode::WorkerLost, &message));
-        }
-        self.attempt = starts + 1;
-        self.pulse.set(HeldBy::Engine);
-        // Only a job during which a process died can be a killer. With one attempt in all there is nothing to
-        // tell it from its neighbours by.
-        let suspect = starts > self.start.map_or(0, |start| start.ended);
-        if suspect && self.attempt == limit && limit > 1 {
-            let _alone = self.unless_over(self.line.alone.write()).await?;
-            self.attempt_once(known).await
-        } else {
-            let _company = self.unless_over(self.line.alone.read()).await?;
-            self.attempt_once(known).await
-        }
-    }
-
-    /// What a fault of this attempt amounts to: an outcome, or the fault itself.
-    fn outcome_of(&mut self, fault: Fault) -> Result<Outcome, Fault> {
-        let job = &self.headers.id;
-        match fault.disposition() {
-            Disposition::Reject(code) => {
-                self.line.metrics.fault(&fault);
-                self.marked |= code == ErrorCode::Cancelled;
-                Ok(Outcome::failed(OutcomeKind::Rejected, job, code, &fault.to_string()))
-            }
-            Disposition::Retry { counts: true, .. } if self.attempt >= self.line.queue.max_deliver => {
-                self.line.metrics.fault(&fault);
-                let message = format!("attempt {} was the last one: {fault}", self.attempt);
-                Ok(Outcome::failed(OutcomeKind::Dead, job, ErrorCode::InferenceError, &message))
-            }
-            Disposition::Retry { .. } | Disposition::Exit => Err(fault),
-        }
-    }
-
-    /// The outcome is stored: what is left is the copy of a dead job, the marks that shall not outlive the outcome,
-    /// and the ack.
-    async fn finish(&self, stored: &StoredOutcome, ended: Ended) -> Result<Ended, Fault> {
-        self.pulse.set(HeldBy::Settling);
-        if stored.kind == OutcomeKind::Dead {
-            self.line.results.bury(self.delivery, &self.headers.id, stored).await?;
-            reach("after_dead_copy");
-        }
-        if self.marked || self.start.is_some_and(|start| start.is_written()) {
-            self.line.results.release(&self.headers.id).await;
-        }
+    async fn acknowledge(&self) -> Result<JobEvent, Fault> {
         reach("before_ack");
         if let Err(error) = self.delivery.finish().await {
             self.line.metrics.ack_failures.inc();
             tracing::warn!(job = %self.headers.id, %error, "the ack was not confirmed");
-            return Ok(Ended::Unconfirmed(stored.kind));
+            return Err(error.into());
         }
         reach("after_ack");
-        Ok(ended)
+        Ok(JobEvent::Done)
     }
 
-    async fn hand_back(&self, fault: &Fault) {
+    async fn hand_back(&self, fault: &Fault) -> Result<JobEvent, Fault> {
         let line = self.line;
         line.metrics.fault(fault);
-        let (after, counts) = match fault.disposition() {
-            Disposition::Retry { after, counts } => (after, counts),
+        let after = match fault.disposition() {
+            Disposition::Retry { after, .. } => after,
             // What cannot be refused by an outcome comes again: no message is a reason to end the process.
-            Disposition::Reject(_) => (None, false),
+            Disposition::Reject(_) => None,
             Disposition::Exit => {
                 tracing::error!(job = %self.headers.id, category = fault.category(), %fault, "ending the process");
                 line.broken.cancel();
-                return;
+                return Ok(JobEvent::Done);
             }
         };
-        if counts {
-            self.end_start().await;
-        } else {
-            self.take_back_start().await;
-        }
         // What does not count as an attempt is paced by the deliveries, or an outage would use them all up.
-        let step = if counts { self.attempt } else { self.delivery.delivered };
+        let step = if state::counts(fault) { self.state.attempt } else { self.delivery.delivered };
         let pause = after.unwrap_or_else(|| backoff(&line.queue, step));
         let handed = self.delivery.retry(pause).await;
         tracing::warn!(
-            job = %self.headers.id, trace = self.headers.trace_id(), attempt = self.attempt,
+            job = %self.headers.id, trace = self.headers.trace_id(), attempt = self.state.attempt,
             category = fault.category(), %fault, pause_ms = pause.as_millis() as u64,
             confirmed = handed.is_ok(), "handed back"
         );
+        Ok(JobEvent::Done)
+    }
+
+    /// Says how it ended, unless that was said when it was given back.
+    fn tell(&self) {
+        let Some(ended) = self.state.end().filter(|end| !matches!(end, JobEnd::HandedBack(_))) else {
+            return;
+        };
+        self.line.finished.fetch_add(1, Ordering::Relaxed);
+        let (trace, attempt) = (self.headers.trace_id(), self.state.attempt);
+        let (job, delivered) = (&self.headers.id, self.delivery.delivered);
+        tracing::info!(%job, trace, attempt, delivered, ?ended, "done");
     }
 }
 

@@ -1,12 +1,11 @@
-//! One attempt: counted before it begins, run under its limits, and taken back if it was not one.
+//! One attempt: its body fetched, run under its limits, and its answer put away.
 
 use std::time::{Duration, Instant};
 
 use millrace_crds::job::JobHeaders;
-use millrace_queue::broker::Created;
 use millrace_queue::delivery::Delivery;
 use millrace_queue::fault::Fault;
-use millrace_queue::results::{Known, Outcome};
+use millrace_queue::results::Outcome;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
@@ -16,22 +15,6 @@ use super::{
 use crate::capacity::Taken;
 use crate::run::{Answer, Run, Work};
 
-/// A begun attempt, as the ledger has it.
-#[derive(Debug, Clone, Copy)]
-pub struct Start {
-    /// Sequence of the ledger's last record; 0 if there is none.
-    ledger_sequence: u64,
-    /// Attempts before this one of which the end is known.
-    pub(super) ended: u32,
-}
-
-impl Start {
-    /// Whether there is a ledger.
-    pub(super) fn is_written(self) -> bool {
-        self.ledger_sequence > 0
-    }
-}
-
 /// The pauses between the tries of one transfer, and their end.
 struct StoreWaits {
     over_at: Instant,
@@ -39,72 +22,6 @@ struct StoreWaits {
 }
 
 impl<R: Run> Held<'_, R> {
-    /// How many attempts were begun before this delivery.
-    pub(super) async fn starts_before(&mut self, known: &Known) -> Result<u32, Fault> {
-        let delivered_before = self.delivery.delivered.saturating_sub(1);
-        match &known.ledger {
-            Some((record, sequence)) => {
-                self.start = Some(Start { ledger_sequence: *sequence, ended: record.ended });
-                Ok(record.starts)
-            }
-            None if delivered_before == 0 => {
-                self.start = Some(Start { ledger_sequence: 0, ended: 0 });
-                Ok(0)
-            }
-            // Its first delivery is taken to have been begun. From here on the ledger counts, so that
-            // deliveries that are only held beside a killer do not.
-            None => {
-                let opened = self.line.results.record(&self.headers.id, (1, 0), 0).await?;
-                let Created::Stored(sequence) = opened else { return Err(Fault::Contended) };
-                self.start = Some(Start { ledger_sequence: sequence, ended: 0 });
-                Ok(1)
-            }
-        }
-    }
-
-    /// Writes the ledger unless this is the first attempt, which the delivery count shows well enough.
-    async fn begin(&mut self, known: &Known) -> Result<(), Fault> {
-        let Start { ledger_sequence: sequence, ended } =
-            self.start.unwrap_or(Start { ledger_sequence: 0, ended: 0 });
-        if self.attempt == 1 && known.ledger.is_none() {
-            return Ok(());
-        }
-        reach("before_start_record");
-        let written = self.line.results.record(&self.headers.id, (self.attempt, ended), sequence).await?;
-        let Created::Stored(sequence) = written else {
-            self.start = None;
-            return Err(Fault::Contended);
-        };
-        self.start = Some(Start { ledger_sequence: sequence, ended });
-        reach("after_start_record");
-        Ok(())
-    }
-
-    /// The attempt was handed back without fault of the job: it does not count.
-    pub(super) async fn take_back_start(&self) {
-        let starts = (self.attempt - 1, self.start.map_or(0, |start| start.ended));
-        match self.start {
-            Some(start) => self.note(starts, start.ledger_sequence).await,
-            // It faulted before its ledger was read: without one, its next delivery would count as a second attempt.
-            None if self.delivery.delivered == 1 => self.note((0, 0), 0).await,
-            None => {}
-        }
-    }
-
-    /// The attempt ended with a fault that counts, and its worker lives.
-    pub(super) async fn end_start(&self) {
-        if let Some(start) = self.start {
-            self.note((self.attempt, start.ended + 1), start.ledger_sequence).await;
-        }
-    }
-
-    /// Replaces the ledger, if it is still the one that was read.
-    async fn note(&self, starts: (u32, u32), sequence: u64) {
-        if let Err(error) = self.line.results.record(&self.headers.id, starts, sequence).await {
-            tracing::debug!(job = %self.headers.id, %error, "the ledger could not be replaced");
-        }
-    }
-
     pub(super) fn check_deadline(&self) -> Result<(), Fault> {
         match self.headers.deadline {
             Some(deadline) if deadline <= OffsetDateTime::now_utc() => Err(late(deadline)),
@@ -133,9 +50,8 @@ impl<R: Run> Held<'_, R> {
         }
     }
 
-    /// Begins the attempt, gets the body, runs it and puts a large answer away.
-    pub(super) async fn attempt_once(&mut self, known: &Known) -> Result<Outcome, Fault> {
-        self.begin(known).await?;
+    /// Gets the body, runs the attempt and puts a large answer away.
+    pub(super) async fn run_attempt(&self) -> Result<Outcome, Fault> {
         self.pulse.set(HeldBy::Settling);
         let mut waits = self.store_waits();
         let body = loop {
@@ -153,7 +69,7 @@ impl<R: Run> Held<'_, R> {
         let running = async {
             let _busy = self.line.watch.enter();
             let deltas =
-                self.headers.stream.then(|| self.line.tokens.publish(&self.headers.id, self.attempt));
+                self.headers.stream.then(|| self.line.tokens.publish(&self.headers.id, self.state.attempt));
             tokio::join!(self.line.run.run(work, deltas), async { reach("while_running") }).0
         };
         let answer = self
