@@ -319,7 +319,7 @@ impl Default for QueueConfig {
             ack_wait: Span::seconds(60),
             backoff: vec![Span::seconds(1), Span::seconds(5), Span::seconds(30)],
             max_jobs: 1_000_000,
-            max_bytes: Bytes(10 << 30),
+            max_bytes: Bytes(4 << 30),
             replicas: 1,
             attempt_timeout: Span::seconds(3600),
             weights: ClassWeights::default(),

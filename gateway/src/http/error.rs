@@ -68,7 +68,7 @@ pub enum ApiCode {
 }
 
 /// All codes.
-pub const CODES: [ApiCode; 24] = [
+pub const CODES: [ApiCode; 25] = [
     ApiCode::InvalidJson,
     ApiCode::InvalidParameter,
     ApiCode::MissingParameter,
