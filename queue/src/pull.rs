@@ -98,8 +98,8 @@ impl PullPlan {
         }
     }
 
-    /// The requests to send now, given the worker's free slots for each class: those of a lower class are among those of
-    /// a higher one.
+    /// The requests to send now, given the worker's free slots for each class: those of a lower class are among those
+    /// of a higher one.
     pub fn plan(&mut self, free: PerClass<usize>, now: Instant) -> Vec<PullRequest> {
         self.expire(now);
         let asked: usize = self.phases.iter().map(|phase| phase.asked()).sum();

@@ -43,7 +43,10 @@ async fn nothing_is_lost_and_nothing_is_done_twice() -> Result<()> {
     let (redelivered, kinds) = (report.record.redelivered(), report.record.kinds());
     eprintln!("{}", report.numbers(&plan));
     let attempts = report.record.outcomes.values().map(|outcome| outcome.attempt).max().unwrap_or(0);
-    eprintln!("{} worker stops, {kinds:?} completed, rejected and dead, {attempts} attempts at most", report.worker_stops);
+    eprintln!(
+        "{} worker stops, {kinds:?} completed, rejected and dead, {attempts} attempts at most",
+        report.worker_stops
+    );
     let done = [report.worker_kills, report.broker_kills, report.worker_stops];
     let planned = [plan.worker_kills, plan.broker_kills, plan.worker_stops];
     assert_eq!(done, planned, "faults that really happened");

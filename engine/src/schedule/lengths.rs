@@ -2,9 +2,9 @@
 //! will probably generate and not for all that it may. Pure.
 //!
 //! Lengths are kept as a histogram with buckets a quarter of an octave wide, whose weights halve every
-//! [`HALF_LIFE`] ends. The estimate for a sequence that has generated `g` tokens is the mean of the lengths beyond `g`,
-//! together with one sequence of `max(2g, LENGTH_ASSUMED)` tokens that nobody saw: before anything ended, and beyond all
-//! that did, the longer an output is, the longer it is expected to go on.
+//! [`HALF_LIFE`] ends. The estimate for a sequence that has generated `g` tokens is the mean of the lengths beyond
+//! `g`, together with one sequence of `max(2g, LENGTH_ASSUMED)` tokens that nobody saw: before anything ended, and
+//! beyond all that did, the longer an output is, the longer it is expected to go on.
 
 /// Tokens of an output before any was seen.
 const LENGTH_ASSUMED: f64 = 64.0;
