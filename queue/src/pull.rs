@@ -110,17 +110,21 @@ impl PullPlan {
         }
     }
 
-    /// The first class that has slots: it is asked for all of them, or watched.
+    /// The classes that have slots, higher ones first: each is asked for all that are left of its own, or watched.
     fn plan_higher(&mut self, free: PerClass<usize>, now: Instant) -> Vec<PullRequest> {
+        let (mut requests, mut taken) = (Vec::new(), 0);
         for class in Class::ALL {
-            match (self.phases[class as usize], free[class as usize]) {
-                (_, 0) => {}
-                (Phase::Unknown, batch) => return vec![self.send(class, batch, false, now)],
-                (Phase::Empty, _) => return vec![self.send(class, 1, true, now)],
-                (Phase::InFlight { .. } | Phase::Resting { .. }, _) => {}
+            let batch = free[class as usize].saturating_sub(taken);
+            match self.phases[class as usize] {
+                Phase::Unknown if batch > 0 => {
+                    taken += batch;
+                    requests.push(self.send(class, batch, false, now));
+                }
+                Phase::Empty if batch > 0 => requests.push(self.send(class, 1, true, now)),
+                _ => {}
             }
         }
-        Vec::new()
+        requests
     }
 
     /// Each class by its share.
@@ -321,10 +325,9 @@ mod tests {
         let asked = plan.plan([5, 2, 0], now);
         assert_eq!((asked.len(), asked[0].class, asked[0].batch, asked[0].watch), (1, Class::High, 5, false));
         plan.status(Class::High, asked[0].number, Status::Over, now);
-        let watched = plan.plan([5, 2, 0], now);
-        assert_eq!((watched.len(), watched[0].class, watched[0].watch), (1, Class::High, true));
-        let asked = plan.plan([5, 2, 0], now);
-        assert_eq!((asked.len(), asked[0].class, asked[0].batch), (1, Class::Normal, 2));
+        let next = plan.plan([5, 2, 0], now);
+        let next: Vec<_> = next.iter().map(|request| (request.class, request.batch, request.watch)).collect();
+        assert_eq!(next, [(Class::High, 1, true), (Class::Normal, 2, false)]);
         assert!(plan.plan([5, 2, 0], now).is_empty(), "the two of it are among the five");
     }
 

@@ -4,8 +4,9 @@
 //! recent jobs took. The engine corrects it: while sequences wait for room there, nothing
 //! is pulled beyond a small reserve that hides the broker's round trip.
 //!
-//! Jobs of lower classes never keep a job of a higher one out: as many of them as the reserve holds do not count, nor do
-//! their sequences that wait, for the engine lets the higher class go first.
+//! Jobs of lower classes keep no job of a higher one out: a class that holds less than the reserve gets up to that many
+//! beyond what fits, whatever sequences of lower classes wait, for the engine lets the higher class go first. What comes
+//! beyond that goes by the classes' weights.
 
 use millrace_crds::names::Class;
 use millrace_engine::schedule::handle::Limits;
@@ -65,11 +66,12 @@ impl Capacity {
         let all: usize = held.iter().sum();
         Class::ALL.map(|class| {
             let ahead = ..=class as usize;
-            let lower: usize = held[class as usize + 1..].iter().sum();
+            let own: usize = held[ahead].iter().sum();
+            let lower = (all - own).min(reserve);
             if all > 0 && waiting[ahead].iter().sum::<u64>() > waiting_max {
                 return 0;
             }
-            (fits + reserve + lower.min(reserve)).min(JOBS_HELD_MAX).saturating_sub(all)
+            (fits + reserve + lower.saturating_sub(own)).min(JOBS_HELD_MAX).saturating_sub(all)
         })
     }
 
@@ -122,6 +124,11 @@ mod tests {
         let capacity = Capacity::new(limits());
         assert_eq!(capacity.free([0, 0, 72], [0, 0, 500]), [8, 8, 0], "it is full of low jobs");
         assert_eq!(capacity.free([8, 0, 72], [0; 3]), [0, 0, 0], "and of the reserve");
+        assert_eq!(
+            capacity.free([9, 0, 62], [0; 3]),
+            [1, 1, 1],
+            "there are enough high ones: the weights decide"
+        );
         assert_eq!(capacity.free([0, 72, 0], [0, 9, 0]), [8, 0, 0], "normal ones wait");
         assert_eq!(capacity.free([1, 0, 0], [9, 0, 0]), [0, 0, 0], "high ones wait: nobody else gets in");
     }

@@ -135,15 +135,17 @@ async fn finish_held<R: Run>(
     tokio::pin!(timeout);
     loop {
         tokio::select! {
-            () = jobs.wait() => break,
-            () = &mut timeout => break,
+            biased;
             () = line.broken.cancelled() => return Err(ServeError::EngineStopped),
+            () = &mut timeout => break,
             delivery = queue.next() => {
                 // One that is held here is not given away: it runs, or is handed back by who holds it.
                 if let Some(delivery) = delivery.filter(|delivery| !line.holds.has(delivery)) {
-                    attempt::hand_back_unrun(line, &delivery).await;
+                    let line = line.clone();
+                    jobs.spawn(async move { attempt::hand_back_unrun(&line, &delivery).await });
                 }
             }
+            () = jobs.wait() => break,
         }
     }
     line.drain_over.cancel();
@@ -225,7 +227,12 @@ enum Place<'a> {
 impl<'a, R: Run> Held<'a, R> {
     /// Carries actions out until the delivery is to be given back, or nothing is left to do.
     async fn until_given_back(&mut self, mut action: Action) -> Action {
-        let _turn = self.unless_over(self.line.holds.turn(&self.headers.id)).await;
+        // A deadline does not end this wait: what has its turn is of the same id, and may have its answer soon.
+        let _turn = tokio::select! {
+            turn = self.line.holds.turn(&self.headers.id) => Some(turn),
+            () = self.cancel.cancelled() => None,
+            () = self.line.drain_over.cancelled() => None,
+        };
         while !matches!(action, Action::HandBack(_) | Action::End) {
             action = self.step(action).await;
         }

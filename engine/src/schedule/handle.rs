@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 
 use super::request::{Event, Refusal, Request, Urgency};
 
-/// Requests that may wait between the async side and the engine's thread; more submitters wait.
+/// Requests of a class that may wait between the async side and the engine's thread; more submitters wait.
 pub const SUBMIT_QUEUE: usize = 256;
 
 /// What the engine's sizes allow. Constant after start.
@@ -112,26 +112,51 @@ pub struct Submission {
 pub struct EngineHandle {
     limits: Limits,
     load: Arc<EngineLoad>,
-    submissions: mpsc::Sender<Submission>,
+    /// One channel a class, so that none waits behind the submissions of another.
+    submissions: [mpsc::Sender<Submission>; Class::ALL.len()],
+    /// Room for one word: that a channel may hold something.
+    wake: mpsc::Sender<()>,
     urgency: Urgency,
 }
 
 /// The inside end, for the engine's thread (or a test's fake).
 #[derive(Debug)]
 pub struct EngineInbox {
-    /// Incoming requests, bounded by [`SUBMIT_QUEUE`].
-    pub submissions: mpsc::Receiver<Submission>,
+    /// Incoming requests by class, each bounded by [`SUBMIT_QUEUE`].
+    submissions: [mpsc::Receiver<Submission>; Class::ALL.len()],
+    wake: mpsc::Receiver<()>,
     /// Where to report.
     pub load: Arc<EngineLoad>,
 }
 
+impl EngineInbox {
+    /// The next request of the classes that are wanted, higher ones first, if there is one.
+    pub fn try_next(&mut self, wanted: [bool; Class::ALL.len()]) -> Option<Submission> {
+        let wanted = self.submissions.iter_mut().zip(wanted).filter(|(_, wanted)| *wanted);
+        wanted.filter_map(|(submissions, _)| submissions.try_recv().ok()).next()
+    }
+
+    /// Waits for the next request; `None` when every handle is dropped.
+    pub fn next_blocking(&mut self) -> Option<Submission> {
+        let all = [true; Class::ALL.len()];
+        loop {
+            match self.try_next(all) {
+                Some(submission) => return Some(submission),
+                None => self.wake.blocking_recv()?,
+            }
+        }
+    }
+}
+
 /// Makes both ends.
 pub fn channel(limits: Limits) -> (EngineHandle, EngineInbox) {
-    let (sender, submissions) = mpsc::channel(SUBMIT_QUEUE);
+    let channels = Class::ALL.map(|_| mpsc::channel(SUBMIT_QUEUE));
+    let senders = channels.each_ref().map(|(sender, _)| sender.clone());
+    let (wake, woken) = mpsc::channel(1);
     let load = Arc::new(EngineLoad::default());
-    let handle =
-        EngineHandle { limits, load: load.clone(), submissions: sender, urgency: Urgency::default() };
-    (handle, EngineInbox { submissions, load })
+    let urgency = Urgency::default();
+    let handle = EngineHandle { limits, load: load.clone(), submissions: senders, wake, urgency };
+    (handle, EngineInbox { submissions: channels.map(|(_, receiver)| receiver), wake: woken, load })
 }
 
 impl EngineHandle {
@@ -144,6 +169,10 @@ impl EngineHandle {
     #[must_use]
     pub fn with_urgency(&self, urgency: Urgency) -> Self {
         Self { urgency, ..self.clone() }
+    }
+
+    fn queue(&self) -> &mpsc::Sender<Submission> {
+        &self.submissions[self.urgency.class as usize]
     }
 
     /// Counters and gauges.
@@ -160,7 +189,8 @@ impl EngineHandle {
         self.limits.admit(&request)?;
         let (events, receiver) = mpsc::channel(request.max_tokens as usize + 1);
         let submission = Submission { request, urgency: self.urgency, events };
-        self.submissions.blocking_send(submission).map_err(|_| Refusal::Stopped)?;
+        self.queue().blocking_send(submission).map_err(|_| Refusal::Stopped)?;
+        let _ = self.wake.try_send(());
         Ok(Generation { events: receiver })
     }
 
@@ -172,7 +202,9 @@ impl EngineHandle {
         self.limits.admit(&request)?;
         let (events, receiver) = mpsc::channel(request.max_tokens as usize + 1);
         let submission = Submission { request, urgency: self.urgency, events };
-        self.submissions.send(submission).await.map_err(|_| Refusal::Stopped)?;
+        self.queue().send(submission).await.map_err(|_| Refusal::Stopped)?;
+        // A word that waits already says the same.
+        let _ = self.wake.try_send(());
         Ok(Generation { events: receiver })
     }
 }
@@ -192,5 +224,27 @@ impl Generation {
     /// The next event, for callers without an async runtime.
     pub fn next_blocking(&mut self) -> Option<Event> {
         self.events.blocking_recv()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_class_waits_behind_no_submission_of_another() {
+        let limits =
+            Limits { max_model_len: 64, max_sequences: 1, block_tokens: 16, kv_blocks: 4, vocabulary: 9 };
+        let (handle, mut inbox) = channel(limits);
+        let of = |class| handle.with_urgency(Urgency { class, ..Urgency::default() });
+        let (low, high) = (of(Class::Low), of(Class::High));
+        let submit = |handle: &EngineHandle| handle.submit_blocking(Request::greedy(vec![1], 1)).unwrap();
+        let _generations: Vec<Generation> = (0..SUBMIT_QUEUE).map(|_| submit(&low)).collect();
+        let _urgent = submit(&high);
+        assert_eq!(inbox.next_blocking().unwrap().urgency.class, Class::High);
+        assert!(inbox.try_next([true, true, false]).is_none(), "low ones are not wanted");
+        assert_eq!(inbox.next_blocking().unwrap().urgency.class, Class::Low);
+        drop((handle, low, high));
+        assert_eq!(std::iter::from_fn(|| inbox.next_blocking()).count(), SUBMIT_QUEUE - 1, "none is lost");
     }
 }

@@ -21,7 +21,6 @@ use std::time::Duration;
 use millrace_kernels::ops::{Ops, StepError};
 use millrace_kernels::sampling::Sampled;
 use tokio::sync::mpsc;
-use tokio::sync::mpsc::error::TryRecvError;
 
 use handle::{EngineInbox, EngineLoad, Submission};
 use request::{Event, SequenceUsage};
@@ -29,7 +28,7 @@ use runner::Runner;
 use scheduler::{Chunk, Scheduler, Slot};
 use sequence::Sequence;
 
-/// Sequences that the scheduler holds beyond the running ones; more wait in the channel, and then their
+/// Sequences of a class that the scheduler holds beyond the running ones; more wait in the channel, and then their
 /// submitters wait. Enough for prefixes to be found and for the longest-first window.
 const WAITING_MAX: usize = 1024;
 
@@ -135,15 +134,16 @@ impl<O: Ops> Core<O> {
     fn take_in(&mut self) -> bool {
         if self.is_idle() {
             self.report();
-            match self.inbox.submissions.blocking_recv() {
+            match self.inbox.next_blocking() {
                 Some(submission) => self.submit(submission),
                 None => return false,
             }
         }
-        while self.scheduler.waiting().len() < WAITING_MAX {
-            match self.inbox.submissions.try_recv() {
-                Ok(submission) => self.submit(submission),
-                Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
+        loop {
+            let wanted = self.scheduler.waiting_by_class().map(|waiting| waiting < WAITING_MAX);
+            match self.inbox.try_next(wanted) {
+                Some(submission) => self.submit(submission),
+                None => break,
             }
         }
         true

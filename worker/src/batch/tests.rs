@@ -22,7 +22,7 @@ fn engine(deaths: Option<usize>) -> (EngineHandle, Arc<AtomicUsize>) {
     let begun = Arc::new(AtomicUsize::new(0));
     let count = begun.clone();
     std::thread::spawn(move || {
-        while let Some(submission) = inbox.submissions.blocking_recv() {
+        while let Some(submission) = inbox.next_blocking() {
             if deaths.is_some_and(|deaths| count.fetch_add(1, Ordering::SeqCst) == deaths) {
                 return;
             }

@@ -59,7 +59,8 @@ pub async fn keep_alive<R: Run>(
         let now = steps();
         let moved = now != seen;
         seen = now;
-        if moved || !pulse.needs_steps() {
+        // Where no job is in the engine, its silence is no sign of anything.
+        if moved || !pulse.needs_steps() || line.watch.busy() == 0 {
             delivery.keep_alive().await;
         } else {
             line.metrics.keep_alives_withheld.inc();

@@ -94,18 +94,25 @@ impl Scheduler {
         }
     }
 
-    /// Whether running sequences of classes below a waiting one's hold what it lacks.
+    /// Whether a waiting sequence lacks what running ones of classes below its own hold.
     fn gives_way_to(&self, slot: Slot) -> bool {
-        let below = |running: &&Slot| is_below(self.sequence(**running).turn, self.sequence(slot).turn);
-        let held: usize =
-            self.running.iter().filter(below).map(|&slot| self.sequence(slot).table.len()).sum();
-        let full = self.running.len() >= self.policy.max_sequences;
         let sequence = self.sequence(slot);
-        let needed = self.promised(sequence);
-        held > 0
-            && (full || self.blocks.free() < needed)
-            && self.blocks.free() + held >= needed
-            && !self.defers(sequence, self.prefix_hits(sequence).0)
+        let (hits, shared) = self.prefix_hits(sequence);
+        let (mut owed, mut owed_above, mut held) = (0, 0, 0);
+        for running in self.running.iter().map(|&running| self.sequence(running)) {
+            let more = self.promised(running).saturating_sub(running.table.len());
+            owed += more;
+            match is_below(running.turn, sequence.turn) {
+                true => held += running.table.iter().filter(|&&id| self.blocks.references(id) == 1).count(),
+                false => owed_above += more,
+            }
+        }
+        let full = self.running.len() >= self.policy.max_sequences;
+        let (free, needed) = (self.blocks.free(), self.promised(sequence) - shared);
+        self.last_is_below(slot)
+            && (full || free < owed + needed)
+            && free + held >= owed_above + needed
+            && !self.defers(sequence, hits)
     }
 
     fn last_is_below(&self, slot: Slot) -> bool {

@@ -559,3 +559,30 @@ fn chats_without_a_limit_run_nearly_as_many_at_once() {
     assert!(learned * 10 >= with_limit * 9, "{learned} beside {with_limit}");
     assert!(preemptions <= 4, "{preemptions}");
 }
+
+/// 20 blocks, all promised to low sequences that hold 4 of them.
+#[test]
+fn what_is_promised_to_lower_classes_keeps_no_higher_one_out() {
+    let mut world = World::new(policy(), 20, false, 1);
+    let first = submit_as(&mut world, of(Class::Low), vec![1; 4], 36);
+    let second = submit_as(&mut world, of(Class::Low), vec![2; 4], 36);
+    world.step();
+    assert_eq!(world.scheduler.running(), [first, second]);
+    let high = submit_as(&mut world, of(Class::High), vec![3; 8], 12);
+    world.step();
+    assert_eq!(world.scheduler.running(), [high, first]);
+}
+
+/// What a sequence of the same class was promised is not there for another one, whatever lower ones hold.
+#[test]
+fn nothing_gives_way_in_vain() {
+    let mut world = World::new(policy(), 12, false, 1);
+    let high = submit_as(&mut world, of(Class::High), vec![1; 4], 20);
+    let low = submit_as(&mut world, of(Class::Low), vec![2; 8], 8);
+    world.step();
+    assert_eq!(world.scheduler.running(), [high, low]);
+    let other = submit_as(&mut world, of(Class::High), vec![3; 8], 20);
+    world.step();
+    assert_eq!((world.scheduler.running(), world.scheduler.counters().preemptions), (&[high, low][..], 0));
+    assert_eq!(world.scheduler.waiting().collect::<Vec<_>>(), [other]);
+}

@@ -35,7 +35,7 @@ impl Engine {
         let script: Arc<Script> = Arc::new(script);
         let (asking, cancelling) = (asked.clone(), cancelled.clone());
         std::thread::spawn(move || {
-            while let Some(submission) = inbox.submissions.blocking_recv() {
+            while let Some(submission) = inbox.next_blocking() {
                 asking.lock().unwrap().push(submission.request.clone());
                 let (script, cancelled) = (script.clone(), cancelling.clone());
                 // A thread for each, so that sequences end in any order.
@@ -331,7 +331,7 @@ async fn dropping_the_job_cancels_its_sequences() {
 async fn the_engines_faults_are_told_apart() {
     let (handle, mut inbox) = channel(LIMITS);
     std::thread::spawn(move || {
-        while let Some(submission) = inbox.submissions.blocking_recv() {
+        while let Some(submission) = inbox.next_blocking() {
             match submission.request.prompt[0] {
                 97 => drop(submission.events.blocking_send(Event::Failed("not a number".into()))),
                 98 => drop(

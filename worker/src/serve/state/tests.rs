@@ -322,3 +322,22 @@ fn an_event_that_nobody_asked_for_gives_the_job_back() {
     let (state, action) = state.next(&facts, JobEvent::Done);
     assert_eq!((state.end(), action), (Some(&JobEnd::HandedBack(Fault::Contended)), Action::End));
 }
+
+/// What killed its workers must not lose one of its starts because its outcome could not be stored.
+#[test]
+fn a_death_that_cannot_be_stored_stays_counted() {
+    let facts = JobFacts {
+        id: "a".parse().unwrap(),
+        worker: worker(0),
+        delivered: MAX_DELIVER + 1,
+        max_deliver: MAX_DELIVER,
+        body_digest: digest(0),
+    };
+    let record = AttemptRecord { starts: MAX_DELIVER, worker: worker(1), ended: 0 };
+    let known = Known { outcome: None, cancelled: false, ledger: Some((record, 7)) };
+    let (state, _) = JobState::begin();
+    let (state, action) = state.next(&facts, JobEvent::Known(known, None));
+    assert!(matches!(action, Action::Store(JobVerdict::Failed(OutcomeKind::Dead, ..))), "{action:?}");
+    let (_, action) = state.next(&facts, JobEvent::Failed(Fault::Draining));
+    assert_eq!(action, Action::HandBack(Fault::Draining));
+}
