@@ -5,8 +5,8 @@
 //! is pulled beyond a small reserve that hides the broker's round trip.
 //!
 //! Jobs of lower classes keep no job of a higher one out: a class that holds less than the reserve gets up to that many
-//! beyond what fits, whatever sequences of lower classes wait, for the engine lets the higher class go first. What comes
-//! beyond that goes by the classes' weights.
+//! beyond what fits, whatever sequences of lower classes wait, for the engine lets the higher class go first. What
+//! comes beyond that goes by the classes' weights.
 
 use millrace_crds::names::Class;
 use millrace_engine::schedule::handle::Limits;

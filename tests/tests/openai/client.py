@@ -87,8 +87,8 @@ def streams():
 
 def pings():
     # Silence is longer than the client bears, and pings break it.
-    chunks = client(timeout=2, max_retries=0).chat.completions.create(
-        model=MODEL, messages=user("hang"), stream=True, extra_headers={"millrace-deadline": "4s"})
+    chunks = client(timeout=4, max_retries=0).chat.completions.create(
+        model=MODEL, messages=user("hang"), stream=True, extra_headers={"millrace-deadline": "8s"})
     raises(openai.APIError, lambda: list(chunks), code="deadline_exceeded", type="server_error")
 
 

@@ -11,7 +11,7 @@
 //! | `Starting` | its start in the ledger | the start, if it was written | `Rereading` |
 //! | `Rereading` | the ledger, to see whether the start was written | the same | `HandingBack` |
 //! | `Running` | the answer | the start | an outcome, or `TakingBack`, counted if the fault counts |
-//! | `Storing` | the outcome created where there is none | the answer, the start | `TakingBack`; `HandingBack` if it is dead |
+//! | `Storing` | the outcome created where there is none | the answer, the start | `TakingBack`, not if it is dead |
 //! | `Contesting` | the outcome that was there first | the start | `TakingBack` |
 //! | `Burying` | a dead job's copy | the copy, the ack | `HandingBack` |
 //! | `Releasing` | marks that age with the outcome | the ack | `Acking`: the marks age by themselves |
