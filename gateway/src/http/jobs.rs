@@ -1,7 +1,8 @@
 //! `/v1/jobs`: a request that nobody waits for. It is submitted, looked at and cancelled, from any gateway.
 //!
 //! A job's name over HTTP holds all that is needed to find it, `<namespace>.<model>.<sequence>.<job>`, so that no
-//! gateway has to remember it. Its place in the stream tells a job that waits or runs from one that never was.
+//! gateway has to remember it. Its place in the stream tells a job that waits or runs from one that never was. The
+//! job's own id begins with a hash of its tenant: the jobs of others are as good as none.
 
 use std::sync::Arc;
 
@@ -34,8 +35,10 @@ const TIME_MAX: Span = Span(std::time::Duration::from_secs(7 * 24 * 3600));
 const IDEMPOTENCY_KEY: &str = "idempotency-key";
 /// Longest of these, in bytes.
 const KEY_BYTES_MAX: usize = 256;
-/// Hex digits of such a job's id: 128 bits.
-const ID_DIGITS: usize = 32;
+/// Hex digits of the key in such a job's id: 128 bits.
+const KEY_DIGITS: usize = 32;
+/// Hex digits of the tenant in the id of each job: 64 bits.
+const TENANT_DIGITS: usize = 16;
 
 /// A job's name over HTTP.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -93,8 +96,8 @@ pub async fn submit(
     let (envelope, _) = envelope(&front, caller, &head.headers, TIME_MAX)?;
     let envelope = JobEnvelope { stream: asked.stream, ..envelope };
     let job = match text(&head.headers, IDEMPOTENCY_KEY) {
-        None => context.id.clone(),
-        Some(key) => id_of(&caller.tenant, key)?,
+        None => id_of_request(&caller.tenant, &context.id),
+        Some(key) => id_of_key(&caller.tenant, key)?,
     };
     let done = JobName { model, sequence: 0, job };
     if let Some(outcome) = stored(&front, &done).await? {
@@ -106,8 +109,19 @@ pub async fn submit(
     Ok((StatusCode::ACCEPTED, Json(object(&front, &name, None)?)))
 }
 
+/// How the ids of all jobs of a tenant begin, and of nobody else's.
+fn prefix_of(tenant: &str) -> String {
+    let digits: String = Sha256::digest(tenant).encode_hex();
+    format!("job-{}-", &digits[..TENANT_DIGITS])
+}
+
+/// The id of a job that is submitted by this request alone.
+fn id_of_request(tenant: &str, request: &JobId) -> JobId {
+    format!("{}{request}", prefix_of(tenant)).parse().expect("two short ids make an id")
+}
+
 /// The id of a job that is submitted once: nobody of another tenant has the same.
-fn id_of(tenant: &str, key: &str) -> Result<JobId, ApiError> {
+fn id_of_key(tenant: &str, key: &str) -> Result<JobId, ApiError> {
     if key.is_empty() || key.len() > KEY_BYTES_MAX {
         let message = format!("it has {} bytes; 1 to {KEY_BYTES_MAX} are allowed", key.len());
         return Err(ApiError::of(ApiCode::InvalidParameter, IDEMPOTENCY_KEY, message));
@@ -118,7 +132,8 @@ fn id_of(tenant: &str, key: &str) -> Result<JobId, ApiError> {
         hash.update(part);
     }
     let digits: String = hash.finalize().encode_hex();
-    Ok(format!("once-{}", &digits[..ID_DIGITS]).parse().expect("hex makes an id"))
+    let id = format!("{}once-{}", prefix_of(tenant), &digits[..KEY_DIGITS]);
+    Ok(id.parse().expect("hex makes an id"))
 }
 
 /// `GET /v1/jobs/{id}`
@@ -148,11 +163,13 @@ pub async fn cancel(
     Ok(Json(job))
 }
 
-/// The job that a path names, if the caller may see its model.
+/// The job that a path names, if it is of the caller's tenant and the caller may see its model.
 async fn named(front: &Front, context: &RequestContext, id: &str) -> Result<JobName, ApiError> {
     let caller = context.caller()?;
     caller.may(Verb::Jobs)?;
-    let name = JobName::parse(id).ok_or_else(missing)?;
+    let prefix = prefix_of(&caller.tenant);
+    let own = JobName::parse(id).filter(|name| name.job.as_str().starts_with(&prefix));
+    let name = own.ok_or_else(missing)?;
     // Where there is no such model there is no stream to ask either.
     front.catalog.find(&name.model.to_string(), &caller.scopes).await.map_err(|error| match error.code {
         ApiCode::ModelNotFound => missing(),
@@ -259,14 +276,28 @@ mod tests {
     }
 
     #[test]
+    fn an_id_is_its_tenants_own() {
+        let request: JobId = "req-0123456789abcdef0123456789abcdef".parse().unwrap();
+        // As `printf team-a | sha256sum` begins.
+        assert_eq!(prefix_of("team-a"), "job-96c2886c51d1dfb4-");
+        assert_eq!(
+            id_of_request("team-a", &request).as_str(),
+            "job-96c2886c51d1dfb4-req-0123456789abcdef0123456789abcdef"
+        );
+        assert_ne!(prefix_of("team-a"), prefix_of("team-b"));
+        assert!(id_of_key("team-a", "k").unwrap().as_str().starts_with("job-96c2886c51d1dfb4-once-"));
+    }
+
+    #[test]
     fn an_idempotency_key_is_its_tenants_own() {
-        let id = |tenant, key| id_of(tenant, key).unwrap();
+        let id = |tenant, key| id_of_key(tenant, key).unwrap();
         assert_eq!(id("a", "k"), id("a", "k"));
-        assert_ne!(id("a", "bk"), id("ab", "k"));
-        assert!(id("a", "k").as_str().starts_with("once-"));
+        assert_ne!(id("a", "k"), id("a", "l"));
+        let key = |id: JobId| id.as_str().rsplit('-').next().map(str::to_owned);
+        assert_ne!(key(id("a", "bk")), key(id("ab", "k")));
         let long = "k".repeat(KEY_BYTES_MAX + 1);
         for wrong in ["", &long] {
-            assert_eq!(id_of("a", wrong).unwrap_err().param.as_deref(), Some(IDEMPOTENCY_KEY));
+            assert_eq!(id_of_key("a", wrong).unwrap_err().param.as_deref(), Some(IDEMPOTENCY_KEY));
         }
     }
 }
