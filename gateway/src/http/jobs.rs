@@ -14,6 +14,7 @@ use axum::{Extension, Json};
 use hex::ToHex;
 use millrace_crds::job::header;
 use millrace_crds::names::{JobId, ModelRef};
+use millrace_crds::result::ErrorCode;
 use millrace_crds::units::Span;
 use serde::Serialize;
 use serde_json::value::RawValue;
@@ -26,7 +27,7 @@ use crate::http::front::Front;
 use crate::http::inference::{Asked, envelope, read_json, text};
 use crate::http::keys::Verb;
 use crate::outcome::CollectedOutcome;
-use crate::publish::JobEnvelope;
+use crate::publish::{self, JobEnvelope, JobStanding, Payload};
 use crate::{cancel as marker, follow};
 
 /// Latest deadline of a job.
@@ -100,13 +101,47 @@ pub async fn submit(
         Some(key) => id_of_key(&caller.tenant, key)?,
     };
     let done = JobName { model, sequence: 0, job };
+    let payload = awaited::payload(&front, body).await?;
     if let Some(outcome) = stored(&front, &done).await? {
+        if !outcome.of.is_of_body(&payload.digest()) {
+            return Err(reused());
+        }
         return Ok((StatusCode::OK, Json(object(&front, &done, Some(&outcome))?)));
     }
-    let payload = awaited::payload(&front, body).await?;
-    let ack = awaited::publish(&front, &done.model, &done.job, &envelope, payload).await?;
-    let name = JobName { sequence: ack.sequence, ..done };
+    let sequence = publish_once(&front, &done, &envelope, payload).await?;
+    let name = JobName { sequence, ..done };
     Ok((StatusCode::ACCEPTED, Json(object(&front, &name, None)?)))
+}
+
+/// Publishes a job that has no outcome, unless it lies in the queue already, and gives its place there.
+///
+/// That the broker knows the id is no promise that the job is there: its queue may have been purged. Then the job is
+/// published again, named in a way that the broker does not compare.
+async fn publish_once(
+    front: &Front,
+    name: &JobName,
+    envelope: &JobEnvelope,
+    payload: Payload,
+) -> Result<u64, ApiError> {
+    let digest = payload.digest();
+    let (model, job) = (&name.model, &name.job);
+    let ack = awaited::publish(front, model, (header::JOB_ID, job), envelope, payload.clone()).await?;
+    if !ack.duplicate {
+        return Ok(ack.sequence);
+    }
+    let standing = publish::standing(&front.connection(model), (job, &digest), ack.sequence).await;
+    let standing = standing.map_err(|error| {
+        tracing::warn!(%job, %error, "a job that was submitted before cannot be looked up");
+        unavailable()
+    })?;
+    match standing {
+        JobStanding::There => Ok(ack.sequence),
+        JobStanding::OtherBody => Err(reused()),
+        JobStanding::Gone => {
+            let again = (header::RESULT_JOB_ID, job);
+            Ok(awaited::publish(front, model, again, envelope, payload).await?.sequence)
+        }
+    }
 }
 
 /// How the ids of all jobs of a tenant begin, and of nobody else's.
@@ -223,7 +258,8 @@ async fn waits(front: &Front, name: &JobName) -> Result<bool, ApiError> {
     };
     match stream.direct_get(name.sequence).await {
         Ok(message) => {
-            Ok(message.headers.get(header::JOB_ID).is_some_and(|id| id.as_str() == name.job.as_str()))
+            let id = message.headers.get(header::RESULT_JOB_ID).or(message.headers.get(header::JOB_ID));
+            Ok(id.is_some_and(|id| id.as_str() == name.job.as_str()))
         }
         Err(error) if error.kind() == DirectGetErrorKind::NotFound => Ok(false),
         Err(error) => Err(away(&error)),
@@ -242,6 +278,11 @@ fn object(front: &Front, name: &JobName, outcome: Option<&CollectedOutcome>) -> 
         status: outcome.map_or("queued", |outcome| outcome.kind.as_str()),
         outcome: line.transpose()?,
     })
+}
+
+fn reused() -> ApiError {
+    let message = "a job with another body was submitted under this key; give another key";
+    ApiError::of(ApiCode::Job(ErrorCode::IdReused), IDEMPOTENCY_KEY, message)
 }
 
 fn missing() -> ApiError {
