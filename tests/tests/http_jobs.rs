@@ -70,6 +70,10 @@ async fn a_job_is_submitted_here_and_looked_at_there() -> Result<()> {
         ensure!(cancelled.status == 200, "{cancelled:?}");
         let ended = ended(&here, &hangs)?;
         ensure!(ended["status"] == "rejected" && ended["outcome"]["error"]["code"] == "CANCELLED", "{ended}");
+        // A key that would be passed over would be none, and its job run twice.
+        let odd = submit(&here, "say hello", &[("Idempotency-Key", "ключ")])?;
+        let named = Some("idempotency-key".to_owned());
+        ensure!(odd.error()? == (400, "invalid_parameter".into(), named), "{odd:?}");
         let empty = here.ask("POST", "/v1/jobs", &[], "{\"model\":\"m\"}")?.whole()?;
         ensure!(empty.error()?.1 == "missing_required_parameter");
         Ok((id, done))

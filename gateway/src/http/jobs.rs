@@ -96,7 +96,7 @@ pub async fn submit(
     let _ = context.model.set(model.clone());
     let (envelope, _) = envelope(&front, caller, &head.headers, TIME_MAX)?;
     let envelope = JobEnvelope { stream: asked.stream, ..envelope };
-    let job = match text(&head.headers, IDEMPOTENCY_KEY) {
+    let job = match text(&head.headers, IDEMPOTENCY_KEY)? {
         None => id_of_request(&caller.tenant, &context.id),
         Some(key) => id_of_key(&caller.tenant, key)?,
     };
