@@ -318,7 +318,7 @@ async fn publish_parcel(
         return Ok(Some(ack));
     }
     let digest = parcel.payload().digest();
-    match standing(broker, (&parcel.job.id, &digest), ack.sequence).await? {
+    match standing(broker, (&parcel.job.id, digest.as_str()), ack.sequence).await? {
         JobStanding::There => Ok(Some(ack)),
         JobStanding::OtherBody => Ok(None),
         JobStanding::Gone => Ok(Some(send(header::RESULT_JOB_ID).await?)),

@@ -5,6 +5,7 @@
 //! job's own id begins with a hash of its tenant: the jobs of others are as good as none.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_nats::jetstream::context::GetStreamErrorKind;
 use async_nats::jetstream::stream::DirectGetErrorKind;
@@ -31,7 +32,9 @@ use crate::publish::{self, JobEnvelope, JobStanding, Payload};
 use crate::{cancel as marker, follow};
 
 /// Latest deadline of a job.
-const TIME_MAX: Span = Span(std::time::Duration::from_secs(7 * 24 * 3600));
+const TIME_MAX: Span = Span(Duration::from_secs(7 * 24 * 3600));
+/// How long the broker may take to say what it knows of a job.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(5);
 /// The request header under which a job is submitted once, however often it is sent.
 const IDEMPOTENCY_KEY: &str = "idempotency-key";
 /// Longest of these, in bytes.
@@ -129,12 +132,14 @@ async fn publish_once(
     if !ack.duplicate {
         return Ok(ack.sequence);
     }
-    let standing = publish::standing(&front.connection(model), (job, &digest), ack.sequence).await;
-    let standing = standing.map_err(|error| {
-        tracing::warn!(%job, %error, "a job that was submitted before cannot be looked up");
-        unavailable()
-    })?;
-    match standing {
+    let broker = front.connection(model);
+    let looking = async {
+        publish::standing(&broker, (job, digest.as_str()), ack.sequence).await.map_err(|error| {
+            tracing::warn!(%job, %error, "a job that was submitted before cannot be looked up");
+            unavailable()
+        })
+    };
+    match soon(looking).await? {
         JobStanding::There => Ok(ack.sequence),
         JobStanding::OtherBody => Err(reused()),
         JobStanding::Gone => {
@@ -190,10 +195,14 @@ pub async fn cancel(
     let name = named(&front, &context, &id).await?;
     let job = state_of(&front, &name).await?;
     if job.outcome.is_none() {
-        marker::mark(&front.connection(&name.model), &name.job).await.map_err(|failure| {
-            tracing::warn!(job = %name.job, %failure, "a job was not cancelled");
-            unavailable()
-        })?;
+        let broker = front.connection(&name.model);
+        let marking = async {
+            marker::mark(&broker, &name.job).await.map_err(|failure| {
+                tracing::warn!(job = %name.job, %failure, "a job was not cancelled");
+                unavailable()
+            })
+        };
+        soon(marking).await?;
     }
     Ok(Json(job))
 }
@@ -218,7 +227,7 @@ async fn state_of(front: &Front, name: &JobName) -> Result<JobObject, ApiError> 
     if let Some(outcome) = stored(front, name).await? {
         return object(front, name, Some(&outcome));
     }
-    if waits(front, name).await? {
+    if soon(waits(front, name)).await? {
         return object(front, name, None);
     }
     // Between the two looks the job may have got its outcome and left the queue.
@@ -230,10 +239,13 @@ async fn state_of(front: &Front, name: &JobName) -> Result<JobObject, ApiError> 
 
 async fn stored(front: &Front, name: &JobName) -> Result<Option<CollectedOutcome>, ApiError> {
     let broker = front.connection(&name.model);
-    let mut found = follow::stored(&broker, std::slice::from_ref(&name.job)).await.map_err(|failure| {
-        tracing::warn!(job = %name.job, %failure, "an outcome cannot be looked up");
-        unavailable()
-    })?;
+    let looking = async {
+        follow::stored(&broker, std::slice::from_ref(&name.job)).await.map_err(|failure| {
+            tracing::warn!(job = %name.job, %failure, "an outcome cannot be looked up");
+            unavailable()
+        })
+    };
+    let mut found = soon(looking).await?;
     let Some(mut outcome) = found.pop() else { return Ok(None) };
     match front.bodies.fetch(&mut outcome).await {
         Ok(Ok(())) => Ok(Some(outcome)),
@@ -278,6 +290,11 @@ fn object(front: &Front, name: &JobName, outcome: Option<&CollectedOutcome>) -> 
         status: outcome.map_or("queued", |outcome| outcome.kind.as_str()),
         outcome: line.transpose()?,
     })
+}
+
+/// What the broker says of a job, or that it is not there.
+async fn soon<T>(asking: impl Future<Output = Result<T, ApiError>>) -> Result<T, ApiError> {
+    tokio::time::timeout(LOOK_TIMEOUT, asking).await.unwrap_or_else(|_| Err(unavailable()))
 }
 
 fn reused() -> ApiError {
