@@ -285,6 +285,8 @@ async fn a_client_that_leaves_cancels_its_job() -> Result<()> {
         until("the job is cancelled", || chats.dropped.load(Ordering::SeqCst) == dropped).await;
         asking.join().expect("no panic")?;
     }
+    // Who leaves leaves a trace.
+    until("both are written down", || door.gateway.log().matches("\"status\":499").count() == 2).await;
     door.bench.until_empty().await
 }
 
