@@ -109,7 +109,7 @@ impl Drop for AwaitedJob {
         }
         self.front.metrics.cancelled.inc();
         let (broker, job) = (self.front.connection(&self.model), self.id.clone());
-        tokio::spawn(async move {
+        self.front.cancels.spawn(async move {
             if let Err(error) = cancel::mark(&broker, &job).await {
                 tracing::warn!(%job, %error, "a job that nobody waits for was not cancelled");
             }
