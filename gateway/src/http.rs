@@ -4,8 +4,9 @@
 //! its own, so any number of them can run. [`server`] listens and drains; [`routes`] has the paths; [`inference`]
 //! makes a request a job and its outcome an answer, in one piece or, by [`stream`] and [`chunk`], while it is made;
 //! [`awaited`] publishes, awaits and cancels, and [`jobs`] leaves that to the client; [`waiting`] hears outcomes;
-//! [`catalog`] knows the models; [`keys`], [`token`] and [`caller`] say who may, [`audit`] who did; [`error`] is the
-//! closed table of errors; [`front`] is what all requests share; [`pages`] and [`meters`] show how it is.
+//! [`catalog`] knows the models, which are [`kept`]; [`keys`], [`token`] and [`caller`] say who may, [`audit`] who did;
+//! [`error`] is the closed table of errors; [`front`] is what all requests share; [`pages`] and [`meters`] show how it
+//! is.
 
 pub mod audit;
 pub mod awaited;
@@ -16,6 +17,7 @@ pub mod error;
 pub mod front;
 pub mod inference;
 pub mod jobs;
+pub mod kept;
 pub mod keys;
 pub mod log;
 pub mod meters;

@@ -58,6 +58,16 @@ pub enum Payload {
     At(String),
 }
 
+impl Payload {
+    /// What tells two bodies of one job id apart.
+    pub fn digest(&self) -> String {
+        match self {
+            Payload::Body(body) => body_digest(body, None),
+            Payload::At(uri) => body_digest(b"", Some(uri)),
+        }
+    }
+}
+
 impl JobEnvelope {
     /// The message of a job of `model`, which a header names; `content_type` is that of the payload.
     pub fn message(
@@ -103,26 +113,23 @@ pub struct Parcel<'a> {
 }
 
 impl Parcel<'_> {
-    /// The message; `id_header` names the job.
-    fn message(&self, envelope: &JobEnvelope, model: &ModelRef, id_header: &str) -> PublishMessage {
-        let payload = match &self.input {
+    fn payload(&self) -> Payload {
+        match &self.input {
             Some(uri) => Payload::At(uri.clone()),
             None => Payload::Body(self.job.body.clone()),
-        };
-        let content_type = if self.job.jsonl { JSONL } else { JSON };
-        envelope.message(model, (id_header, &self.job.id), content_type, payload)
+        }
     }
 
-    fn body_digest(&self) -> String {
-        match &self.input {
-            Some(uri) => body_digest(b"", Some(uri)),
-            None => body_digest(&self.job.body, None),
-        }
+    /// The message; `id_header` names the job.
+    fn message(&self, envelope: &JobEnvelope, model: &ModelRef, id_header: &str) -> PublishMessage {
+        let content_type = if self.job.jsonl { JSONL } else { JSON };
+        envelope.message(model, (id_header, &self.job.id), content_type, self.payload())
     }
 }
 
 /// What is left of a job whose id the broker knows.
-enum Standing {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum JobStanding {
     /// It lies in the queue, or has its outcome.
     There,
     /// One with another body does.
@@ -310,35 +317,42 @@ async fn publish_parcel(
     if !ack.duplicate {
         return Ok(Some(ack));
     }
-    match standing(broker, parcel, ack.sequence).await? {
-        Standing::There => Ok(Some(ack)),
-        Standing::OtherBody => Ok(None),
-        Standing::Gone => Ok(Some(send(header::RESULT_JOB_ID).await?)),
+    let digest = parcel.payload().digest();
+    match standing(broker, (&parcel.job.id, digest.as_str()), ack.sequence).await? {
+        JobStanding::There => Ok(Some(ack)),
+        JobStanding::OtherBody => Ok(None),
+        JobStanding::Gone => Ok(Some(send(header::RESULT_JOB_ID).await?)),
     }
 }
 
 /// Looks for the job of which the broker says that it stored it at `sequence`: first in the queue and then among the
-/// outcomes, since that is the way it goes.
-async fn standing(broker: &Connection, parcel: &Parcel<'_>, sequence: u64) -> Result<Standing, PublishError> {
+/// outcomes, since that is the way it goes. `digest` is that of its body.
+///
+/// # Errors
+/// [`PublishErrorKind::TimedOut`] when the broker cannot be asked.
+pub async fn standing(
+    broker: &Connection,
+    (id, digest): (&JobId, &str),
+    sequence: u64,
+) -> Result<JobStanding, PublishError> {
     let unread = |error: &dyn std::fmt::Display| {
         PublishError::with_source(PublishErrorKind::TimedOut, error.to_string())
     };
-    let same = |same| if same { Standing::There } else { Standing::OtherBody };
-    let digest = parcel.body_digest();
+    let same = |same| if same { JobStanding::There } else { JobStanding::OtherBody };
     let jobs = broker.jetstream.get_stream_no_info(broker.model.jobs_stream()).await;
     match jobs.map_err(|error| unread(&error))?.direct_get(sequence).await {
         Ok(found) => {
             let text = |name: &str| found.headers.get(name).map(|value| value.as_str());
-            if text(header::JOB_ID) == Some(parcel.job.id.as_str()) {
+            if text(header::JOB_ID) == Some(id.as_str()) {
                 return Ok(same(body_digest(&found.payload, text(header::INPUT)) == digest));
             }
         }
         Err(error) if error.kind() == DirectGetErrorKind::NotFound => {}
         Err(error) => return Err(unread(&error)),
     }
-    let outcomes = follow::stored(broker, std::slice::from_ref(&parcel.job.id)).await;
+    let outcomes = follow::stored(broker, std::slice::from_ref(id)).await;
     let outcomes = outcomes.map_err(|failure| unread(&failure))?;
-    Ok(outcomes.first().map_or(Standing::Gone, |outcome| same(outcome.of.is_of_body(&digest))))
+    Ok(outcomes.first().map_or(JobStanding::Gone, |outcome| same(outcome.of.is_of_body(digest))))
 }
 
 #[cfg(test)]
@@ -349,6 +363,15 @@ mod tests {
         let json = serde_json::json!({"code": 503, "err_code": code, "description": description});
         let error: jetstream::Error = serde_json::from_value(json).unwrap();
         PublishError::with_source(PublishErrorKind::Other, error)
+    }
+
+    #[test]
+    fn a_payload_is_told_by_its_body_or_its_address() {
+        let body = |text: &'static str| Payload::Body(Bytes::from_static(text.as_bytes())).digest();
+        assert_eq!(body("a"), body_digest(b"a", None));
+        assert_ne!(body("a"), body("b"));
+        assert_eq!(Payload::At("s3://b/a".into()).digest(), body_digest(b"", Some("s3://b/a")));
+        assert_ne!(Payload::At("s3://b/a".into()).digest(), body("s3://b/a"));
     }
 
     #[test]

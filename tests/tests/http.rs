@@ -3,6 +3,8 @@
 //! What holds here: an answer is the stored outcome byte for byte, also where it is streamed and deltas are lost; every
 //! error has OpenAI's form; a client that leaves cancels its job; a drain finishes what runs.
 
+use std::io::Write;
+use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -265,26 +267,27 @@ async fn a_stream_is_kept_alive_and_fails_in_the_clients_form() -> Result<()> {
     Ok(())
 }
 
+/// Asks for what never ends, over a socket that stays open.
+fn hanging(gateway: &Gateway, stream: bool) -> Result<TcpStream> {
+    let body = chat("hang", stream).to_string();
+    let mut socket = TcpStream::connect(gateway.address())?;
+    let head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n";
+    write!(socket, "{head}Content-Length: {}\r\n\r\n{body}", body.len())?;
+    Ok(socket)
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_leaves_cancels_its_job() -> Result<()> {
     let Some(door) = Door::open(&[]).await? else { return Ok(()) };
     for (stream, dropped) in [(false, 1), (true, 2)] {
-        let gateway = door.gateway.clone();
-        let asking = std::thread::spawn(move || -> Result<()> {
-            let address = gateway.address();
-            let body = chat("hang", stream).to_string();
-            let mut socket = std::net::TcpStream::connect(address)?;
-            let head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n";
-            let request = format!("{head}Content-Length: {}\r\n\r\n{body}", body.len());
-            std::io::Write::write_all(&mut socket, request.as_bytes())?;
-            std::thread::sleep(Duration::from_millis(500));
-            Ok(())
-        });
+        let socket = hanging(&door.gateway, stream)?;
         let chats = door.worker.chats.clone();
         until("the job runs", || chats.begun.load(Ordering::SeqCst) == dropped).await;
+        drop(socket);
         until("the job is cancelled", || chats.dropped.load(Ordering::SeqCst) == dropped).await;
-        asking.join().expect("no panic")?;
     }
+    // Who leaves leaves a trace.
+    until("it is written down", || door.gateway.log().contains("\"status\":499")).await;
     door.bench.until_empty().await
 }
 
@@ -308,6 +311,21 @@ async fn a_drain_finishes_what_runs() -> Result<()> {
     assert!(gateway.wait(PATIENCE)?.success(), "{}", gateway.log());
     assert!(gateway.log().contains("draining"), "{}", gateway.log());
     Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_drain_cuts_off_is_cancelled() -> Result<()> {
+    let Some(mut door) = Door::open(&["--drain-timeout", "300ms"]).await? else { return Ok(()) };
+    let sockets = [hanging(&door.gateway, false)?, hanging(&door.gateway, true)?];
+    let chats = door.worker.chats.clone();
+    until("both jobs run", || chats.begun.load(Ordering::SeqCst) == 2).await;
+    let gateway = Arc::get_mut(&mut door.gateway).context("the gateway is in use")?;
+    gateway.signal(Signal::Terminate)?;
+    assert!(gateway.wait(PATIENCE)?.success(), "{}", gateway.log());
+    assert!(!gateway.log().contains("not all jobs"), "{}", gateway.log());
+    until("both jobs are cancelled", || chats.dropped.load(Ordering::SeqCst) == 2).await;
+    drop(sockets);
+    door.bench.until_empty().await
 }
 
 #[tokio::test(flavor = "multi_thread")]

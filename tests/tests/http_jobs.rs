@@ -1,5 +1,6 @@
 //! `/v1/jobs`: requests that nobody waits for, seen from two gateways.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
@@ -54,7 +55,12 @@ async fn a_job_is_submitted_here_and_looked_at_there() -> Result<()> {
         let first = submit(&here, "slow one two three four five six", &key)?;
         let again = submit(&there, "slow one two three four five six", &key)?;
         ensure!((first.status, again.status) == (202, 202) && id_of(&first)? == id_of(&again)?, "{again:?}");
+        let other = submit(&there, "say other", &key)?;
+        let reused = (409, "id_reused".to_owned(), Some("idempotency-key".to_owned()));
+        ensure!(other.error()? == reused, "queued: {other:?}");
         ended(&here, &id_of(&first)?)?;
+        let other = submit(&here, "say other", &key)?;
+        ensure!(other.error()? == reused, "done: {other:?}");
         let later = submit(&there, "slow one two three four five six", &key)?;
         ensure!(later.status == 200 && later.json()?["status"] == "completed", "{later:?}");
         ensure!(ended(&here, &id_of(&later)?)?["outcome"] == later.json()?["outcome"]);
@@ -64,6 +70,10 @@ async fn a_job_is_submitted_here_and_looked_at_there() -> Result<()> {
         ensure!(cancelled.status == 200, "{cancelled:?}");
         let ended = ended(&here, &hangs)?;
         ensure!(ended["status"] == "rejected" && ended["outcome"]["error"]["code"] == "CANCELLED", "{ended}");
+        // A key that would be passed over would be none, and its job run twice.
+        let odd = submit(&here, "say hello", &[("Idempotency-Key", "ключ")])?;
+        let named = Some("idempotency-key".to_owned());
+        ensure!(odd.error()? == (400, "invalid_parameter".into(), named), "{odd:?}");
         let empty = here.ask("POST", "/v1/jobs", &[], "{\"model\":\"m\"}")?.whole()?;
         ensure!(empty.error()?.1 == "missing_required_parameter");
         Ok((id, done))
@@ -71,5 +81,28 @@ async fn a_job_is_submitted_here_and_looked_at_there() -> Result<()> {
     let (id, done) = done.await??;
     let stored = bench.outcome(id.rsplit('.').next().unwrap_or_default()).await?;
     assert_eq!(done["outcome"], serde_json::from_slice::<Value>(&stored.payload)?);
+    bench.until_empty().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_whose_queue_was_purged_is_published_again() -> Result<()> {
+    let Some(bench) = Bench::start().await? else { return Ok(()) };
+    let gateway = Arc::new(Gateway::start(&bench.server, &[])?);
+    let ask = async || -> Result<HttpReply> {
+        let gateway = gateway.clone();
+        tokio::task::spawn_blocking(move || submit(&gateway, "say hello", &[("Idempotency-Key", "k")]))
+            .await?
+    };
+    let first = ask().await?;
+    ensure!(first.status == 202, "{first:?}");
+    let same = ask().await?;
+    ensure!(id_of(&same)? == id_of(&first)?, "a job that waits is published once: {same:?}");
+    bench.context.get_stream(bench.model.jobs_stream()).await?.purge().await?;
+    let again = ask().await?;
+    ensure!(again.status == 202 && id_of(&again)? != id_of(&first)?, "it has another place: {again:?}");
+    let _worker = ChatWorker::start(&bench, "w").await?;
+    let done = tokio::task::spawn_blocking(move || ended(&gateway, &id_of(&again)?));
+    let done = done.await??;
+    ensure!(done["status"] == "completed", "{done}");
     bench.until_empty().await
 }

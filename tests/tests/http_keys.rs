@@ -118,3 +118,40 @@ fn audited(text: &str, key: &str, request: &str) -> Result<()> {
     ensure!(lines[0]["status"] == 401 && lines[0]["tenant"].is_null(), "{}", lines[0]);
     Ok(())
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_is_seen_and_cancelled_by_its_own_tenant_alone() -> Result<()> {
+    let Some(bench) = Bench::start().await? else { return Ok(()) };
+    let _worker = ChatWorker::start(&bench, "w").await?;
+    blocking(move || {
+        let mut gateway = Gateway::launch(&bench.server.url(), &[])?;
+        gateway.wait_ready()?;
+        let (_, own) = create(&bench, &["--tenant", "a"])?;
+        let (_, colleague) = create(&bench, &["--tenant", "a"])?;
+        let (_, other) = create(&bench, &["--tenant", "b"])?;
+        let send = |key: &str, method: &str, path: &str, body: &str| -> Result<HttpReply> {
+            let bearer = format!("Bearer {key}");
+            gateway.ask(method, path, &[("authorization", bearer.as_str())], body)?.whole()
+        };
+        let body = json!({"model": "m", "messages": [{"role": "user", "content": "hang"}]}).to_string();
+        let made = send(&own, "POST", "/v1/jobs", &body)?;
+        ensure!(made.status == 202, "{made:?}");
+        let id = made.json()?["id"].as_str().context("no id")?.to_owned();
+        ensure!(id.ends_with(made.header("x-request-id")), "{made:?}");
+        let (look, cancel) = (format!("/v1/jobs/{id}"), format!("/v1/jobs/{id}/cancel"));
+        for (method, path) in [("GET", &look), ("POST", &cancel)] {
+            let refused = send(&other, method, path, "")?;
+            ensure!(refused.error()? == (404, "job_not_found".into(), None), "{method}: {refused:?}");
+        }
+        let seen = send(&own, "GET", &look, "")?;
+        ensure!(seen.json()?["status"] == "queued", "{seen:?}");
+        ensure!(send(&colleague, "POST", &cancel, "")?.status == 200);
+        let began = Instant::now();
+        while send(&own, "GET", &look, "")?.json()?["status"] != "rejected" {
+            ensure!(began.elapsed() < PATIENCE, "the job is not cancelled");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    })
+    .await
+}

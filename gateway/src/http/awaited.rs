@@ -70,7 +70,7 @@ impl AwaitedJob {
             over_at: Instant::now() + order.time + OUTCOME_GRACE,
             at_large: true,
         };
-        let sent = publish(front, &job.model, &job.id, &order.envelope, payload).await;
+        let sent = publish(front, &job.model, (header::JOB_ID, &job.id), &order.envelope, payload).await;
         match &sent {
             Ok(_) => {}
             // The broker said that it did not take the job: there is nothing to cancel.
@@ -109,7 +109,7 @@ impl Drop for AwaitedJob {
         }
         self.front.metrics.cancelled.inc();
         let (broker, job) = (self.front.connection(&self.model), self.id.clone());
-        tokio::spawn(async move {
+        self.front.cancels.spawn(async move {
             if let Err(error) = cancel::mark(&broker, &job).await {
                 tracing::warn!(%job, %error, "a job that nobody waits for was not cancelled");
             }
@@ -117,14 +117,14 @@ impl Drop for AwaitedJob {
     }
 }
 
-/// Publishes a job, and gives what the broker says of it.
+/// Publishes a job, which a header names, and gives what the broker says of it.
 ///
 /// # Errors
 /// [`ApiCode::QueueFull`], [`ApiCode::BrokerUnavailable`].
 pub async fn publish(
     front: &Front,
     model: &ModelRef,
-    id: &JobId,
+    (id_header, id): (&str, &JobId),
     envelope: &JobEnvelope,
     payload: Payload,
 ) -> Result<PublishAck, ApiError> {
@@ -132,7 +132,7 @@ pub async fn publish(
     let subject = model.jobs_subject(envelope.class);
     let over_at = Instant::now() + PUBLISH_PATIENCE;
     loop {
-        let message = envelope.message(model, (header::JOB_ID, id), JSON, payload.clone());
+        let message = envelope.message(model, (id_header, id), JSON, payload.clone());
         let publishing = publish::publish_one(&broker, subject.clone(), message);
         let left = over_at.saturating_duration_since(Instant::now());
         let error = match tokio::time::timeout(left, publishing).await {

@@ -1,10 +1,11 @@
 //! The models that there are: each has a stream of jobs in the broker.
 //!
 //! The list is kept for [`FRESH`], and read again at once when a model is asked for that it lacks, but not more often
-//! than once in [`REREAD_MIN`]: a client that asks for what is not there must not turn into load on the broker.
+//! than once in [`REREAD_MIN`]: a client that asks for what is not there must not turn into load on the broker. While
+//! the broker does not answer the list is used for [`STALE_MAX`].
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use async_nats::jetstream::Context;
 use async_nats::jetstream::response::Response;
@@ -13,15 +14,19 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
-use tokio::sync::Mutex;
 
 use crate::http::error::{ApiCode, ApiError};
+use crate::http::kept::{Kept, KeptValue, ReadingLimits};
 use crate::http::keys::KeyScopes;
 
 /// How long a list is believed.
 const FRESH: Duration = Duration::from_secs(10);
 /// Shortest time between two readings.
 const REREAD_MIN: Duration = Duration::from_millis(500);
+/// How long a list is used while the broker does not answer.
+const STALE_MAX: Duration = Duration::from_secs(60);
+/// How long a reading may take.
+const READ_TIMEOUT: Duration = Duration::from_secs(5);
 /// Most pages of one list; the broker's have 256 streams.
 const PAGES_MAX: usize = 64;
 
@@ -34,24 +39,19 @@ pub struct ListedModel {
     pub created: i64,
 }
 
-#[derive(Debug)]
-struct Reading {
-    at: Instant,
-    models: Arc<Vec<ListedModel>>,
-}
-
 /// The list, shared by all requests.
 #[derive(Debug)]
 pub struct Catalog {
     jetstream: Context,
     namespace: SubjectToken,
-    last: Mutex<Option<Reading>>,
+    kept: Kept<Vec<ListedModel>>,
 }
 
 impl Catalog {
     /// `namespace` is that of models that are named without one.
     pub fn new(jetstream: Context, namespace: SubjectToken) -> Self {
-        Self { jetstream, namespace, last: Mutex::default() }
+        let limits = ReadingLimits { timeout: READ_TIMEOUT, pause: REREAD_MIN, stale: STALE_MAX };
+        Self { jetstream, namespace, kept: Kept::new("the list of models", limits) }
     }
 
     /// All models, by name.
@@ -59,7 +59,7 @@ impl Catalog {
     /// # Errors
     /// [`ApiCode::BrokerUnavailable`].
     pub async fn list(&self) -> Result<Arc<Vec<ListedModel>>, ApiError> {
-        self.read_unless_younger(FRESH).await
+        Ok(self.known(FRESH).await?.value)
     }
 
     /// One model, by what a client calls it. One that the scopes hide is as good as none.
@@ -73,13 +73,16 @@ impl Catalog {
             ApiError { code: ApiCode::ModelNotFound, message, param: Some("model".to_owned()) }
         };
         let model = self.parse(name).filter(|model| scopes.allow_model(model)).ok_or_else(missing)?;
+        let mut is_current = true;
         for age in [FRESH, REREAD_MIN] {
-            let models = self.read_unless_younger(age).await?;
-            if let Some(found) = models.iter().find(|listed| listed.model == model) {
+            let known = self.known(age).await?;
+            if let Some(found) = known.value.iter().find(|listed| listed.model == model) {
                 return Ok(found.clone());
             }
+            is_current = known.is_current;
         }
-        Err(missing())
+        // An old list does not say that there is no such model.
+        Err(if is_current { missing() } else { away() })
     }
 
     /// `model` or `namespace/model`.
@@ -101,16 +104,13 @@ impl Catalog {
         json!({"id": self.id_of(&listed.model), "object": "model", "created": listed.created, "owned_by": owner})
     }
 
-    async fn read_unless_younger(&self, age: Duration) -> Result<Arc<Vec<ListedModel>>, ApiError> {
-        // One reader at a time: those who wait here take what it brings.
-        let mut last = self.last.lock().await;
-        if let Some(reading) = last.as_ref().filter(|reading| reading.at.elapsed() < age) {
-            return Ok(reading.models.clone());
-        }
-        let models = Arc::new(read(&self.jetstream).await?);
-        *last = Some(Reading { at: Instant::now(), models: models.clone() });
-        Ok(models)
+    async fn known(&self, age: Duration) -> Result<KeptValue<Vec<ListedModel>>, ApiError> {
+        self.kept.get(age, read(&self.jetstream)).await.ok_or_else(away)
     }
+}
+
+fn away() -> ApiError {
+    ApiError::new(ApiCode::BrokerUnavailable, "the broker does not list the models at the moment")
 }
 
 #[derive(Debug, Deserialize)]
@@ -130,19 +130,16 @@ struct Named {
     name: String,
 }
 
-async fn read(jetstream: &Context) -> Result<Vec<ListedModel>, ApiError> {
-    let away = |e: &dyn std::fmt::Display| {
-        tracing::warn!(error = %e, "the models cannot be listed");
-        ApiError::new(ApiCode::BrokerUnavailable, "the broker does not list the models at the moment")
-    };
+async fn read(jetstream: &Context) -> Result<Vec<ListedModel>, String> {
     let mut models = Vec::new();
     let mut offset = 0;
     for _ in 0..PAGES_MAX {
         let ask = json!({"subject": "millrace.jobs.>", "offset": offset});
-        let answer: Response<Page> = jetstream.request("STREAM.LIST", &ask).await.map_err(|e| away(&e))?;
+        let answer: Response<Page> =
+            jetstream.request("STREAM.LIST", &ask).await.map_err(|e| e.to_string())?;
         let page = match answer {
             Response::Ok(page) => page,
-            Response::Err { error } => return Err(away(&error)),
+            Response::Err { error } => return Err(error.to_string()),
         };
         let streams = page.streams.unwrap_or_default();
         offset += streams.len();

@@ -2,12 +2,14 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use async_nats::Client;
 use async_nats::jetstream::Context;
 use hex::ToHex;
 use millrace_crds::names::{JobId, ModelRef};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::task::TaskTracker;
 
 use crate::connect::{self, Connection};
 use crate::failure::Failure;
@@ -26,6 +28,8 @@ use crate::store::Bodies;
 const HEADER_BYTES: usize = 8 << 10;
 /// Largest body of one request; larger ones are refused by the workers too.
 const REQUEST_BYTES_MAX: usize = 4 << 20;
+/// Pause between two looks whether requests run.
+const SETTLE_PAUSE: Duration = Duration::from_millis(10);
 /// Bytes of a random id.
 const ID_BYTES: usize = 16;
 
@@ -48,6 +52,8 @@ pub struct Front {
     pub bodies: Bodies,
     /// What is counted.
     pub metrics: GatewayMetrics,
+    /// The cancelling of jobs that nobody waits for any more.
+    pub cancels: TaskTracker,
     client: Client,
     jetstream: Context,
     places: Arc<Semaphore>,
@@ -77,6 +83,7 @@ impl Front {
             waiters,
             bodies: Bodies::new(args.store.config()),
             metrics: GatewayMetrics::new(),
+            cancels: TaskTracker::new(),
             client,
             jetstream,
             places: Arc::new(Semaphore::new(args.requests_max as usize)),
@@ -124,6 +131,16 @@ impl Front {
     /// From now on not ready.
     pub fn drain(&self) {
         self.draining.store(true, Ordering::Relaxed);
+    }
+
+    /// Waits until no request runs and all jobs that nobody waits for are cancelled.
+    pub async fn settle(&self) {
+        // A request gives its place back after its job.
+        while self.running() > 0 {
+            tokio::time::sleep(SETTLE_PAUSE).await;
+        }
+        self.cancels.close();
+        self.cancels.wait().await;
     }
 
     /// All that is missing until ready.

@@ -192,13 +192,14 @@ pub fn envelope(
     limit: Span,
 ) -> Result<(JobEnvelope, Duration), ApiError> {
     let now = OffsetDateTime::now_utc();
-    let asked = text(headers, CLASS).map(str::parse::<Class>).transpose();
+    let asked = text(headers, CLASS)?.map(str::parse::<Class>).transpose();
     let asked = asked.map_err(|error| ApiError::of(ApiCode::InvalidParameter, CLASS, error))?;
-    let time = time_of(text(headers, DEADLINE), now, limit)?;
+    let time = time_of(text(headers, DEADLINE)?, now, limit)?;
     let envelope = JobEnvelope {
         class: caller.class(asked, front.args.class)?,
         deadline: (now + time).format(&Rfc3339).ok(),
-        traceparent: text(headers, "traceparent").map(str::to_owned),
+        // Its standard says to pass over a wrong one.
+        traceparent: text(headers, "traceparent").ok().flatten().map(str::to_owned),
         ..JobEnvelope::default()
     };
     Ok((envelope, time))
@@ -223,8 +224,15 @@ fn time_of(text: Option<&str>, now: OffsetDateTime, limit: Span) -> Result<Durat
 }
 
 /// A header's text.
-pub fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
-    headers.get(name)?.to_str().ok()
+///
+/// # Errors
+/// [`ApiCode::InvalidParameter`] where it is not visible ASCII.
+pub fn text<'a>(headers: &'a HeaderMap, name: &str) -> Result<Option<&'a str>, ApiError> {
+    let Some(value) = headers.get(name) else { return Ok(None) };
+    value.to_str().map(Some).map_err(|_| {
+        let shown: String = String::from_utf8_lossy(value.as_bytes()).chars().take(80).collect();
+        ApiError::of(ApiCode::InvalidParameter, name, format_args!("{shown:?} is not visible ASCII"))
+    })
 }
 
 /// A JSON body, whole.
@@ -232,7 +240,7 @@ pub fn text<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
 /// # Errors
 /// [`ApiCode::UnsupportedMediaType`], [`ApiCode::RequestTooLarge`], [`ApiCode::BodyTimeout`].
 pub async fn read_json(front: &Front, headers: &HeaderMap, body: Body) -> Result<Bytes, ApiError> {
-    let media_type = text(headers, "content-type").unwrap_or_default();
+    let media_type = text(headers, "content-type").ok().flatten().unwrap_or_default();
     let media_type = media_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
     if media_type != "application/json" {
         let message = format!("the content type is {media_type:?}; it must be application/json");
@@ -266,6 +274,8 @@ async fn collect(body: Body, limit: usize) -> Result<Bytes, ApiError> {
 
 #[cfg(test)]
 mod tests {
+    use axum::http::HeaderValue;
+
     use super::*;
 
     fn refused(endpoint: Endpoint, body: &str) -> (ApiCode, Option<String>) {
@@ -315,6 +325,18 @@ mod tests {
             let error = time(Some(wrong)).unwrap_err();
             assert!(error.message.contains(wrong) && error.param.as_deref() == Some(DEADLINE), "{error:?}");
         }
+    }
+
+    #[test]
+    fn a_header_that_is_no_text_is_refused() {
+        let mut headers = HeaderMap::new();
+        assert_eq!(text(&headers, CLASS), Ok(None));
+        headers.insert(CLASS, HeaderValue::from_static("high"));
+        assert_eq!(text(&headers, CLASS), Ok(Some("high")));
+        headers.insert(CLASS, HeaderValue::from_bytes("höher".as_bytes()).unwrap());
+        let error = text(&headers, CLASS).unwrap_err();
+        assert_eq!((error.code, error.param.as_deref()), (ApiCode::InvalidParameter, Some(CLASS)));
+        assert!(error.message.contains("höher"), "{}", error.message);
     }
 
     #[tokio::test]

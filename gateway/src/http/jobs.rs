@@ -1,9 +1,11 @@
 //! `/v1/jobs`: a request that nobody waits for. It is submitted, looked at and cancelled, from any gateway.
 //!
 //! A job's name over HTTP holds all that is needed to find it, `<namespace>.<model>.<sequence>.<job>`, so that no
-//! gateway has to remember it. Its place in the stream tells a job that waits or runs from one that never was.
+//! gateway has to remember it. Its place in the stream tells a job that waits or runs from one that never was. The
+//! job's own id begins with a hash of its tenant: the jobs of others are as good as none.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_nats::jetstream::context::GetStreamErrorKind;
 use async_nats::jetstream::stream::DirectGetErrorKind;
@@ -13,6 +15,7 @@ use axum::{Extension, Json};
 use hex::ToHex;
 use millrace_crds::job::header;
 use millrace_crds::names::{JobId, ModelRef};
+use millrace_crds::result::ErrorCode;
 use millrace_crds::units::Span;
 use serde::Serialize;
 use serde_json::value::RawValue;
@@ -25,17 +28,21 @@ use crate::http::front::Front;
 use crate::http::inference::{Asked, envelope, read_json, text};
 use crate::http::keys::Verb;
 use crate::outcome::CollectedOutcome;
-use crate::publish::JobEnvelope;
+use crate::publish::{self, JobEnvelope, JobStanding, Payload};
 use crate::{cancel as marker, follow};
 
 /// Latest deadline of a job.
-const TIME_MAX: Span = Span(std::time::Duration::from_secs(7 * 24 * 3600));
+const TIME_MAX: Span = Span(Duration::from_secs(7 * 24 * 3600));
+/// How long the broker may take to say what it knows of a job.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(5);
 /// The request header under which a job is submitted once, however often it is sent.
 const IDEMPOTENCY_KEY: &str = "idempotency-key";
 /// Longest of these, in bytes.
 const KEY_BYTES_MAX: usize = 256;
-/// Hex digits of such a job's id: 128 bits.
-const ID_DIGITS: usize = 32;
+/// Hex digits of the key in such a job's id: 128 bits.
+const KEY_DIGITS: usize = 32;
+/// Hex digits of the tenant in the id of each job: 64 bits.
+const TENANT_DIGITS: usize = 16;
 
 /// A job's name over HTTP.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -92,22 +99,69 @@ pub async fn submit(
     let _ = context.model.set(model.clone());
     let (envelope, _) = envelope(&front, caller, &head.headers, TIME_MAX)?;
     let envelope = JobEnvelope { stream: asked.stream, ..envelope };
-    let job = match text(&head.headers, IDEMPOTENCY_KEY) {
-        None => context.id.clone(),
-        Some(key) => id_of(&caller.tenant, key)?,
+    let job = match text(&head.headers, IDEMPOTENCY_KEY)? {
+        None => id_of_request(&caller.tenant, &context.id),
+        Some(key) => id_of_key(&caller.tenant, key)?,
     };
     let done = JobName { model, sequence: 0, job };
+    let payload = awaited::payload(&front, body).await?;
     if let Some(outcome) = stored(&front, &done).await? {
+        if !outcome.of.is_of_body(&payload.digest()) {
+            return Err(reused());
+        }
         return Ok((StatusCode::OK, Json(object(&front, &done, Some(&outcome))?)));
     }
-    let payload = awaited::payload(&front, body).await?;
-    let ack = awaited::publish(&front, &done.model, &done.job, &envelope, payload).await?;
-    let name = JobName { sequence: ack.sequence, ..done };
+    let sequence = publish_once(&front, &done, &envelope, payload).await?;
+    let name = JobName { sequence, ..done };
     Ok((StatusCode::ACCEPTED, Json(object(&front, &name, None)?)))
 }
 
+/// Publishes a job that has no outcome, unless it lies in the queue already, and gives its place there.
+///
+/// That the broker knows the id is no promise that the job is there: its queue may have been purged. Then the job is
+/// published again, named in a way that the broker does not compare.
+async fn publish_once(
+    front: &Front,
+    name: &JobName,
+    envelope: &JobEnvelope,
+    payload: Payload,
+) -> Result<u64, ApiError> {
+    let digest = payload.digest();
+    let (model, job) = (&name.model, &name.job);
+    let ack = awaited::publish(front, model, (header::JOB_ID, job), envelope, payload.clone()).await?;
+    if !ack.duplicate {
+        return Ok(ack.sequence);
+    }
+    let broker = front.connection(model);
+    let looking = async {
+        publish::standing(&broker, (job, digest.as_str()), ack.sequence).await.map_err(|error| {
+            tracing::warn!(%job, %error, "a job that was submitted before cannot be looked up");
+            unavailable()
+        })
+    };
+    match soon(looking).await? {
+        JobStanding::There => Ok(ack.sequence),
+        JobStanding::OtherBody => Err(reused()),
+        JobStanding::Gone => {
+            let again = (header::RESULT_JOB_ID, job);
+            Ok(awaited::publish(front, model, again, envelope, payload).await?.sequence)
+        }
+    }
+}
+
+/// How the ids of all jobs of a tenant begin, and of nobody else's.
+fn prefix_of(tenant: &str) -> String {
+    let digits: String = Sha256::digest(tenant).encode_hex();
+    format!("job-{}-", &digits[..TENANT_DIGITS])
+}
+
+/// The id of a job that is submitted by this request alone.
+fn id_of_request(tenant: &str, request: &JobId) -> JobId {
+    format!("{}{request}", prefix_of(tenant)).parse().expect("two short ids make an id")
+}
+
 /// The id of a job that is submitted once: nobody of another tenant has the same.
-fn id_of(tenant: &str, key: &str) -> Result<JobId, ApiError> {
+fn id_of_key(tenant: &str, key: &str) -> Result<JobId, ApiError> {
     if key.is_empty() || key.len() > KEY_BYTES_MAX {
         let message = format!("it has {} bytes; 1 to {KEY_BYTES_MAX} are allowed", key.len());
         return Err(ApiError::of(ApiCode::InvalidParameter, IDEMPOTENCY_KEY, message));
@@ -118,7 +172,8 @@ fn id_of(tenant: &str, key: &str) -> Result<JobId, ApiError> {
         hash.update(part);
     }
     let digits: String = hash.finalize().encode_hex();
-    Ok(format!("once-{}", &digits[..ID_DIGITS]).parse().expect("hex makes an id"))
+    let id = format!("{}once-{}", prefix_of(tenant), &digits[..KEY_DIGITS]);
+    Ok(id.parse().expect("hex makes an id"))
 }
 
 /// `GET /v1/jobs/{id}`
@@ -140,19 +195,25 @@ pub async fn cancel(
     let name = named(&front, &context, &id).await?;
     let job = state_of(&front, &name).await?;
     if job.outcome.is_none() {
-        marker::mark(&front.connection(&name.model), &name.job).await.map_err(|failure| {
-            tracing::warn!(job = %name.job, %failure, "a job was not cancelled");
-            unavailable()
-        })?;
+        let broker = front.connection(&name.model);
+        let marking = async {
+            marker::mark(&broker, &name.job).await.map_err(|failure| {
+                tracing::warn!(job = %name.job, %failure, "a job was not cancelled");
+                unavailable()
+            })
+        };
+        soon(marking).await?;
     }
     Ok(Json(job))
 }
 
-/// The job that a path names, if the caller may see its model.
+/// The job that a path names, if it is of the caller's tenant and the caller may see its model.
 async fn named(front: &Front, context: &RequestContext, id: &str) -> Result<JobName, ApiError> {
     let caller = context.caller()?;
     caller.may(Verb::Jobs)?;
-    let name = JobName::parse(id).ok_or_else(missing)?;
+    let prefix = prefix_of(&caller.tenant);
+    let own = JobName::parse(id).filter(|name| name.job.as_str().starts_with(&prefix));
+    let name = own.ok_or_else(missing)?;
     // Where there is no such model there is no stream to ask either.
     front.catalog.find(&name.model.to_string(), &caller.scopes).await.map_err(|error| match error.code {
         ApiCode::ModelNotFound => missing(),
@@ -166,7 +227,7 @@ async fn state_of(front: &Front, name: &JobName) -> Result<JobObject, ApiError> 
     if let Some(outcome) = stored(front, name).await? {
         return object(front, name, Some(&outcome));
     }
-    if waits(front, name).await? {
+    if soon(waits(front, name)).await? {
         return object(front, name, None);
     }
     // Between the two looks the job may have got its outcome and left the queue.
@@ -178,10 +239,13 @@ async fn state_of(front: &Front, name: &JobName) -> Result<JobObject, ApiError> 
 
 async fn stored(front: &Front, name: &JobName) -> Result<Option<CollectedOutcome>, ApiError> {
     let broker = front.connection(&name.model);
-    let mut found = follow::stored(&broker, std::slice::from_ref(&name.job)).await.map_err(|failure| {
-        tracing::warn!(job = %name.job, %failure, "an outcome cannot be looked up");
-        unavailable()
-    })?;
+    let looking = async {
+        follow::stored(&broker, std::slice::from_ref(&name.job)).await.map_err(|failure| {
+            tracing::warn!(job = %name.job, %failure, "an outcome cannot be looked up");
+            unavailable()
+        })
+    };
+    let mut found = soon(looking).await?;
     let Some(mut outcome) = found.pop() else { return Ok(None) };
     match front.bodies.fetch(&mut outcome).await {
         Ok(Ok(())) => Ok(Some(outcome)),
@@ -206,7 +270,8 @@ async fn waits(front: &Front, name: &JobName) -> Result<bool, ApiError> {
     };
     match stream.direct_get(name.sequence).await {
         Ok(message) => {
-            Ok(message.headers.get(header::JOB_ID).is_some_and(|id| id.as_str() == name.job.as_str()))
+            let id = message.headers.get(header::RESULT_JOB_ID).or(message.headers.get(header::JOB_ID));
+            Ok(id.is_some_and(|id| id.as_str() == name.job.as_str()))
         }
         Err(error) if error.kind() == DirectGetErrorKind::NotFound => Ok(false),
         Err(error) => Err(away(&error)),
@@ -225,6 +290,16 @@ fn object(front: &Front, name: &JobName, outcome: Option<&CollectedOutcome>) -> 
         status: outcome.map_or("queued", |outcome| outcome.kind.as_str()),
         outcome: line.transpose()?,
     })
+}
+
+/// What the broker says of a job, or that it is not there.
+async fn soon<T>(asking: impl Future<Output = Result<T, ApiError>>) -> Result<T, ApiError> {
+    tokio::time::timeout(LOOK_TIMEOUT, asking).await.unwrap_or_else(|_| Err(unavailable()))
+}
+
+fn reused() -> ApiError {
+    let message = "a job with another body was submitted under this key; give another key";
+    ApiError::of(ApiCode::Job(ErrorCode::IdReused), IDEMPOTENCY_KEY, message)
 }
 
 fn missing() -> ApiError {
@@ -259,14 +334,28 @@ mod tests {
     }
 
     #[test]
+    fn an_id_is_its_tenants_own() {
+        let request: JobId = "req-0123456789abcdef0123456789abcdef".parse().unwrap();
+        // As `printf team-a | sha256sum` begins.
+        assert_eq!(prefix_of("team-a"), "job-96c2886c51d1dfb4-");
+        assert_eq!(
+            id_of_request("team-a", &request).as_str(),
+            "job-96c2886c51d1dfb4-req-0123456789abcdef0123456789abcdef"
+        );
+        assert_ne!(prefix_of("team-a"), prefix_of("team-b"));
+        assert!(id_of_key("team-a", "k").unwrap().as_str().starts_with("job-96c2886c51d1dfb4-once-"));
+    }
+
+    #[test]
     fn an_idempotency_key_is_its_tenants_own() {
-        let id = |tenant, key| id_of(tenant, key).unwrap();
+        let id = |tenant, key| id_of_key(tenant, key).unwrap();
         assert_eq!(id("a", "k"), id("a", "k"));
-        assert_ne!(id("a", "bk"), id("ab", "k"));
-        assert!(id("a", "k").as_str().starts_with("once-"));
+        assert_ne!(id("a", "k"), id("a", "l"));
+        let key = |id: JobId| id.as_str().rsplit('-').next().map(str::to_owned);
+        assert_ne!(key(id("a", "bk")), key(id("ab", "k")));
         let long = "k".repeat(KEY_BYTES_MAX + 1);
         for wrong in ["", &long] {
-            assert_eq!(id_of("a", wrong).unwrap_err().param.as_deref(), Some(IDEMPOTENCY_KEY));
+            assert_eq!(id_of_key("a", wrong).unwrap_err().param.as_deref(), Some(IDEMPOTENCY_KEY));
         }
     }
 }

@@ -88,7 +88,7 @@ impl KeyScopes {
 pub struct KeyRecord {
     /// The SHA-256 of the secret in hex.
     pub sha256: String,
-    /// Whose it is; a label in the audit log.
+    /// Whose it is: who sees which jobs, and a label in the audit log.
     pub tenant: String,
     /// What it is for, in its maker's words.
     #[serde(default)]

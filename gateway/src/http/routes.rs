@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use axum::extract::{MatchedPath, Path, Request, State};
-use axum::http::{HeaderName, HeaderValue, Uri};
+use axum::http::{HeaderName, HeaderValue, Method, Uri};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -21,6 +21,10 @@ use crate::http::{caller, inference, jobs, pages};
 
 /// The header with the request's id, which is the id of its job.
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// The status that stands in the audit, the log and the metrics where the client left before its answer's head,
+/// or the drain was over.
+const CLIENT_LEFT: u16 = 499;
 
 /// All paths of a gateway.
 pub fn router(front: Arc<Front>) -> Router {
@@ -86,17 +90,41 @@ fn panicked(_: Box<dyn Any + Send + 'static>) -> Response {
     ApiError::new(ApiCode::Internal, "the gateway failed on this request").into_response()
 }
 
+/// What is written down of a request, once: when it is answered, or when it is dropped before that.
+struct Observation {
+    front: Arc<Front>,
+    context: Arc<RequestContext>,
+    began: Instant,
+    method: Method,
+    path: String,
+    status: u16,
+}
+
+impl Drop for Observation {
+    fn drop(&mut self) {
+        let Self { front, context, began, method, path, status } = &*self;
+        let (status, seconds) = (*status, began.elapsed().as_secs_f64());
+        front.metrics.answered(path, status, seconds);
+        front.audit.write(context, method.as_str(), path, status);
+        let said = if status == CLIENT_LEFT { "left without an answer" } else { "answered" };
+        tracing::info!(request = %context.id, %method, path, status, seconds, "{said}");
+    }
+}
+
 async fn observe(State(front): State<Arc<Front>>, mut request: Request, next: Next) -> Response {
-    let (began, context) = (Instant::now(), RequestContext::new(front::request_id()));
+    let context = RequestContext::new(front::request_id());
     let matched = request.extensions().get::<MatchedPath>();
-    let path = matched.map_or("other", MatchedPath::as_str).to_owned();
-    let method = request.method().clone();
+    let mut observation = Observation {
+        front,
+        context: context.clone(),
+        began: Instant::now(),
+        method: request.method().clone(),
+        path: matched.map_or("other", MatchedPath::as_str).to_owned(),
+        status: CLIENT_LEFT,
+    };
     request.extensions_mut().insert(context.clone());
     let mut response = next.run(request).await;
-    let (status, seconds) = (response.status().as_u16(), began.elapsed().as_secs_f64());
-    front.metrics.answered(&path, status, seconds);
-    front.audit.write(&context, method.as_str(), &path, status);
-    tracing::info!(request = %context.id, %method, path, status, seconds, "answered");
+    observation.status = response.status().as_u16();
     if let Ok(value) = HeaderValue::from_str(context.id.as_str()) {
         response.headers_mut().insert(REQUEST_ID, value);
     }

@@ -1,5 +1,5 @@
 //! Listens, with TLS where it is told to, and drains: after SIGTERM or SIGINT no connection is taken, and requests that
-//! run may go on for `--drain-timeout`.
+//! run may go on for `--drain-timeout`. Those that are cut off then cancel their jobs.
 
 use std::net::TcpListener;
 use std::path::PathBuf;
@@ -28,6 +28,8 @@ const HEADERS_MAX: usize = 100;
 const STREAMS_MAX: u32 = 256;
 /// How often a connection of HTTP/2 is asked whether it lives.
 const PROBE_PAUSE: Duration = Duration::from_secs(20);
+/// How long the cancelling of jobs may take whose requests the end of the drain cut off.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often the certificate's file is looked at.
 const CERTIFICATE_PAUSE: Duration = Duration::from_secs(5);
 
@@ -62,6 +64,10 @@ pub async fn serve(front: Arc<Front>) -> Result<(), Failure> {
             server.serve(router.into_make_service()).await
         }
     };
+    // Requests that were cut off end now, and cancel their jobs.
+    if tokio::time::timeout(SETTLE_TIMEOUT, front.settle()).await.is_err() {
+        tracing::warn!(running = front.running(), "not all jobs of requests that were cut off are cancelled");
+    }
     served.map_err(refused)
 }
 

@@ -26,6 +26,8 @@ use crate::outcome::CollectedOutcome;
 const HEAD_PATIENCE: Duration = Duration::from_secs(2);
 /// Chunks that may wait for a slow client; deltas wait in the subscription then.
 const CHUNKS_MAX: usize = 64;
+/// How long a client may take none of them before it counts as one that left.
+const CLIENT_PATIENCE: Duration = Duration::from_secs(60);
 
 /// A piece of a body.
 enum Piece {
@@ -168,7 +170,7 @@ impl Streaming {
             Err(error) => self.send(event(&error.body())).await?,
         }
         self.send(DONE).await?;
-        self.client.send(Piece::End).await.map_err(|_| Left)
+        offer(&self.client, Piece::End, CLIENT_PATIENCE).await
     }
 
     async fn send_all(&self, chunks: &[Value]) -> Result<(), Left> {
@@ -179,6 +181,28 @@ impl Streaming {
     }
 
     async fn send(&self, bytes: Bytes) -> Result<(), Left> {
-        self.client.send(Piece::Bytes(bytes)).await.map_err(|_| Left)
+        offer(&self.client, Piece::Bytes(bytes), CLIENT_PATIENCE).await
+    }
+}
+
+/// Waits for room for a piece. Who stops reading would otherwise keep its place for as long as it likes.
+async fn offer(client: &mpsc::Sender<Piece>, piece: Piece, patience: Duration) -> Result<(), Left> {
+    client.send_timeout(piece, patience).await.map_err(|_| Left)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_client_that_reads_nothing_has_left() {
+        let patience = Duration::from_millis(20);
+        let (client, mut pieces) = mpsc::channel(1);
+        assert!(offer(&client, Piece::End, patience).await.is_ok(), "there is room");
+        assert!(offer(&client, Piece::End, patience).await.is_err(), "nobody reads");
+        assert!(pieces.recv().await.is_some());
+        assert!(offer(&client, Piece::End, patience).await.is_ok(), "it reads again");
+        drop(pieces);
+        assert!(offer(&client, Piece::End, Duration::from_secs(600)).await.is_err(), "it left");
     }
 }

@@ -4,8 +4,7 @@
 //! are believed for [`FRESH`], and read again for a key that is not among them, but not more often than once in
 //! [`REREAD_MIN`]: a provider can change its keys, and a client that makes some up cannot load it.
 
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use axum::http::Uri;
 use bytes::Bytes;
@@ -18,11 +17,11 @@ use jsonwebtoken::jwk::{Jwk, JwkSet, PublicKeyUse};
 use jsonwebtoken::{Algorithm, DecodingKey, Validation, decode, decode_header};
 use millrace_crds::names::SubjectToken;
 use serde_json::{Map, Value};
-use tokio::sync::Mutex;
 
 use crate::failure::Failure;
 use crate::http::caller::Caller;
 use crate::http::error::{ApiCode, ApiError};
+use crate::http::kept::{Kept, KeptValue, ReadingLimits};
 use crate::http::keys::KeyScopes;
 use crate::http::options::OidcArgs;
 
@@ -62,20 +61,13 @@ struct Rules {
     namespaces_claim: Option<String>,
 }
 
-#[derive(Debug)]
-struct Reading {
-    tried_at: Instant,
-    read_at: Instant,
-    keys: Arc<JwkSet>,
-}
-
 /// An identity provider.
 #[derive(Debug)]
 pub struct Provider {
     rules: Rules,
     jwks: Option<Uri>,
     client: Client<HttpsConnector<HttpConnector>, Empty<Bytes>>,
-    last: Mutex<Option<Reading>>,
+    kept: Kept<JwkSet>,
 }
 
 impl Provider {
@@ -102,7 +94,8 @@ impl Provider {
             namespaces_claim: args.oidc_namespaces_claim.clone(),
         };
         let client = Client::builder(TokioExecutor::new()).build(connector);
-        Ok(Some(Self { rules, jwks, client, last: Mutex::default() }))
+        let limits = ReadingLimits { timeout: READ_TIMEOUT, pause: REREAD_MIN, stale: STALE_MAX };
+        Ok(Some(Self { rules, jwks, client, kept: Kept::new("the identity provider's keys", limits) }))
     }
 
     /// Who has this token.
@@ -112,47 +105,17 @@ impl Provider {
     pub async fn check(&self, token: &str) -> Result<Caller, ApiError> {
         let key_id = key_id_of(token).ok_or_else(refused)?;
         let keys = self.keys(FRESH).await?;
-        if let Some(key) = find(&keys, key_id.as_deref()) {
+        if let Some(key) = find(&keys.value, key_id.as_deref()) {
             return verify(&self.rules, key, token);
         }
         // The provider may have a new key.
         let keys = self.keys(REREAD_MIN).await?;
-        verify(&self.rules, find(&keys, key_id.as_deref()).ok_or_else(refused)?, token)
+        let unknown = || if keys.is_current { refused() } else { away() };
+        verify(&self.rules, find(&keys.value, key_id.as_deref()).ok_or_else(unknown)?, token)
     }
 
-    async fn keys(&self, age: Duration) -> Result<Arc<JwkSet>, ApiError> {
-        // One reader at a time: those who wait here take what it brings.
-        let mut last = self.last.lock().await;
-        let kept = match last.as_mut() {
-            Some(reading) if reading.read_at.elapsed() < age || reading.tried_at.elapsed() < REREAD_MIN => {
-                return Ok(reading.keys.clone());
-            }
-            other => other,
-        };
-        let now = Instant::now();
-        match tokio::time::timeout(READ_TIMEOUT, self.read())
-            .await
-            .unwrap_or_else(|_| Err("no answer".into()))
-        {
-            Ok(keys) => {
-                let keys = Arc::new(keys);
-                *last = Some(Reading { tried_at: now, read_at: now, keys: keys.clone() });
-                Ok(keys)
-            }
-            Err(reason) => {
-                tracing::warn!(issuer = %self.rules.issuer, %reason, "the provider's keys cannot be read");
-                match kept.filter(|reading| reading.read_at.elapsed() < STALE_MAX) {
-                    Some(reading) => {
-                        reading.tried_at = now;
-                        Ok(reading.keys.clone())
-                    }
-                    None => {
-                        let message = "the identity provider does not answer, so no token can be checked";
-                        Err(ApiError::new(ApiCode::ProviderUnavailable, message))
-                    }
-                }
-            }
-        }
+    async fn keys(&self, age: Duration) -> Result<KeptValue<JwkSet>, ApiError> {
+        self.kept.get(age, self.read()).await.ok_or_else(away)
     }
 
     async fn read(&self) -> Result<JwkSet, String> {
@@ -248,6 +211,11 @@ fn namespaces(claim: Option<&Value>) -> Option<Vec<SubjectToken>> {
     };
     let names: Vec<SubjectToken> = names.iter().map(|name| name.parse().ok()).collect::<Option<_>>()?;
     (!names.is_empty()).then_some(names)
+}
+
+fn away() -> ApiError {
+    let message = "the identity provider does not answer, so the token cannot be checked";
+    ApiError::new(ApiCode::ProviderUnavailable, message)
 }
 
 /// One message for all that can be wrong with a token.

@@ -19,6 +19,10 @@ use crate::outcome::CollectedOutcome;
 
 /// Pause between two look-ups.
 const SWEEP_PAUSE: Duration = Duration::from_secs(1);
+/// Models whose outcomes are looked up at once.
+const SWEEP_MODELS_MAX: usize = 16;
+/// How long the look-ups of one model may take.
+const SWEEP_TIMEOUT: Duration = Duration::from_secs(5);
 /// Who waits for less than this is not looked up: most outcomes come sooner.
 const SWEEP_AGE_MIN: Duration = Duration::from_millis(900);
 
@@ -101,12 +105,19 @@ impl Waiters {
     pub async fn sweep(self: Arc<Self>, connection: impl Fn(ModelRef) -> Connection) {
         loop {
             tokio::time::sleep(SWEEP_PAUSE).await;
-            for (model, jobs) in self.unheard() {
-                match follow::stored(&connection(model.clone()), &jobs).await {
-                    Ok(outcomes) => outcomes.into_iter().for_each(|outcome| self.deliver(outcome)),
-                    Err(error) => tracing::warn!(%model, %error, "outcomes cannot be looked up"),
-                }
-            }
+            let unheard = self.unheard().into_iter();
+            let looks: Vec<_> =
+                unheard.map(|(model, jobs)| self.clone().look_up(connection(model), jobs)).collect();
+            side_by_side(looks).await;
+        }
+    }
+
+    async fn look_up(self: Arc<Self>, broker: Connection, jobs: Vec<JobId>) {
+        let model = &broker.model;
+        match tokio::time::timeout(SWEEP_TIMEOUT, follow::stored(&broker, &jobs)).await {
+            Ok(Ok(outcomes)) => outcomes.into_iter().for_each(|outcome| self.deliver(outcome)),
+            Ok(Err(error)) => tracing::warn!(%model, %error, "outcomes cannot be looked up"),
+            Err(_) => tracing::warn!(%model, "outcomes cannot be looked up: the broker does not answer"),
         }
     }
 
@@ -119,6 +130,11 @@ impl Waiters {
         }
         jobs
     }
+}
+
+/// Some of these at once: one that hangs keeps the others waiting only where many do.
+async fn side_by_side<L: Future<Output = ()>>(looks: impl IntoIterator<Item = L>) {
+    futures::stream::iter(looks).for_each_concurrent(SWEEP_MODELS_MAX, |look| look).await;
 }
 
 impl Pending {
@@ -146,6 +162,23 @@ mod tests {
         let mut headers = HeaderMap::new();
         headers.insert("Millrace-Outcome", "completed");
         CollectedOutcome::from_parts(job.parse().unwrap(), &headers, bytes::Bytes::from_static(b"x"))
+    }
+
+    #[tokio::test]
+    async fn a_look_up_that_hangs_keeps_no_other_waiting() {
+        let done = std::sync::atomic::AtomicUsize::new(0);
+        let looks = (0..40).map(|i| {
+            let done = &done;
+            async move {
+                if i < SWEEP_MODELS_MAX - 1 {
+                    std::future::pending::<()>().await;
+                }
+                done.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+            }
+        });
+        let hangs = tokio::time::timeout(Duration::from_millis(200), side_by_side(looks)).await;
+        assert!(hangs.is_err());
+        assert_eq!(done.into_inner(), 40 - (SWEEP_MODELS_MAX - 1));
     }
 
     #[tokio::test]
