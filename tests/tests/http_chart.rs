@@ -51,6 +51,10 @@ fn the_gateway_is_rendered_by_value() -> Result<()> {
         "gateway.natsSecret=nats",
         "gateway.natsCaKey=ca.crt",
         "gateway.objectStore=s3://bodies/a",
+        "gateway.s3.endpoint=https://s3.example",
+        "gateway.s3.region=eu-1",
+        "gateway.s3.credentialsSecret=s3",
+        "gateway.extraArgs={--requests-max=512,--keep-alive=5s}",
         "gateway.oidc.issuer=https://id.example",
         "gateway.oidc.audience=millrace",
         "gateway.oidc.namespacesClaim=spaces",
@@ -62,7 +66,14 @@ fn the_gateway_is_rendered_by_value() -> Result<()> {
     ensure!(deployment["spec"]["replicas"].is_null());
     let pod = &deployment["spec"]["template"]["spec"];
     ensure!(pod["automountServiceAccountToken"] == false);
-    ensure!(pod["volumes"].as_sequence().is_some_and(|volumes| volumes.len() == 2));
+    ensure!(pod["volumes"].as_sequence().is_some_and(|volumes| volumes.len() == 3));
+    ensure!(pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"] == 5);
+    ensure!(pod["terminationGracePeriodSeconds"] == 45);
+    let arguments = pod["containers"][0]["args"].as_sequence().context("no arguments")?;
+    let folder = "--s3-credentials-dir=/etc/millrace/s3";
+    for given in ["--s3-endpoint=https://s3.example", "--s3-region=eu-1", folder, "--requests-max=512"] {
+        ensure!(arguments.iter().any(|argument| argument == given), "{given}");
+    }
     for object in [&plain, &full] {
         let deployment = named(object, "Deployment").context("no deployment")?;
         let container = &deployment["spec"]["template"]["spec"]["containers"][0];
@@ -78,7 +89,12 @@ fn the_gateway_is_rendered_by_value() -> Result<()> {
 
 #[test]
 fn a_wrong_value_is_refused() {
-    for value in ["gateway.replica=3", "gateway.class=urgent", "gateway.oidc.issuer=http://id.example"] {
+    for value in [
+        "gateway.replica=3",
+        "gateway.class=urgent",
+        "gateway.oidc.issuer=http://id.example",
+        "gateway.extraArgs={x}",
+    ] {
         let refused = render(&[value]).expect_err(value).to_string();
         assert!(refused.contains("gateway"), "{value}: {refused}");
     }
