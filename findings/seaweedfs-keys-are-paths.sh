@@ -10,8 +10,9 @@
 #      `start-after` goes by the walk's names: after "o/a.b" the listing leaves out "o/a/b", which is greater.
 #   4. A folder that lost its last object is listed as a common prefix.
 #   5. A part of a key between slashes has at most 255 bytes; S3 allows 1,024 in all, wherever the slashes are.
-# What rests on it: `deposit` in queue/src/claim.rs never writes a key that ends with "/"; an address with an empty part is
-# refused, and `list` pages by the server's token, never by `start-after` (both in queue/src/store.rs).
+# What rests on it: `deposit` in queue/src/claim.rs never writes a key that ends with "/", and outputs are created with
+# `If-None-Match: *`, so that of two keys that are one path neither replaces the other; `list` in queue/src/store.rs
+# pages by the server's token, never by `start-after`.
 set -eu
 folder=$(mktemp -d)
 trap 'kill "$weed" 2>/dev/null || true; wait 2>/dev/null || true; rm -rf "$folder"' EXIT
