@@ -3,6 +3,8 @@
 //! Refused: addresses that are no `s3://bucket/key`, objects over the caller's limit. Retries of single
 //! requests are the SDK's, with exponential backoff and a bound.
 
+mod failure;
+
 use std::fmt;
 use std::path::Path;
 use std::str::FromStr;
@@ -12,7 +14,7 @@ use aws_config::retry::RetryConfig;
 use aws_credential_types::Credentials;
 use aws_sdk_s3::Client;
 use aws_sdk_s3::config::{Region, RequestChecksumCalculation, ResponseChecksumValidation};
-use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
+use aws_sdk_s3::error::ProvideErrorMetadata;
 use aws_sdk_s3::primitives::ByteStream;
 use aws_sdk_s3::types::{CompletedMultipartUpload, CompletedPart};
 use aws_smithy_http_client::{Builder, tls};
@@ -22,6 +24,7 @@ use futures::{StreamExt, TryStreamExt};
 use millrace_crds::config::StoreConfig;
 
 use crate::claim::{ObjectError, Objects};
+use failure::{broken, failed};
 
 /// Tries of one request before it fails.
 const ATTEMPTS_MAX: u32 = 5;
@@ -63,6 +66,14 @@ pub enum StoreError {
         bytes: u64,
         /// The limit.
         limit: u64,
+    },
+    /// The service will never take an object of this name or size.
+    #[error("{uri}: {reason}")]
+    Refused {
+        /// The object.
+        uri: S3Uri,
+        /// What the service said.
+        reason: String,
     },
     /// The service refused or did not answer.
     #[error("{uri}: {reason}")]
@@ -406,9 +417,10 @@ impl Objects for Store {
 
 fn object(error: StoreError) -> ObjectError {
     match error {
-        StoreError::Address(_) | StoreError::Missing(_) | StoreError::TooLarge { .. } => {
-            ObjectError::Refused(error.to_string())
-        }
+        StoreError::Address(_)
+        | StoreError::Missing(_)
+        | StoreError::TooLarge { .. }
+        | StoreError::Refused { .. } => ObjectError::Refused(error.to_string()),
         _ => ObjectError::Unavailable(error.to_string()),
     }
 }
@@ -422,48 +434,6 @@ fn credentials(folder: &Path) -> Result<Credentials, StoreError> {
     };
     let token = folder.join("AWS_SESSION_TOKEN").exists().then(|| read("AWS_SESSION_TOKEN")).transpose()?;
     Ok(Credentials::new(read("AWS_ACCESS_KEY_ID")?, read("AWS_SECRET_ACCESS_KEY")?, token, None, "files"))
-}
-
-fn failed<E>(uri: &S3Uri, error: &SdkError<E>) -> StoreError
-where
-    E: std::error::Error + ProvideErrorMetadata + Send + Sync + 'static,
-{
-    let status = error.raw_response().map(|response| response.status().as_u16());
-    if status == Some(404) && error.code() != Some("NoSuchBucket") {
-        return StoreError::Missing(uri.clone());
-    }
-    StoreError::Service { uri: uri.clone(), reason: reason(error, status) }
-}
-
-/// What the service or the connection said, as one sentence: the first cause, without the client's layers around it.
-fn reason<E>(error: &SdkError<E>, status: Option<u16>) -> String
-where
-    E: std::error::Error + ProvideErrorMetadata + Send + Sync + 'static,
-{
-    let status = status.map(|status| format!("HTTP {status}")).unwrap_or_default();
-    let what = match error {
-        SdkError::ServiceError(_) => {
-            let said = [error.code().unwrap_or_default(), error.message().unwrap_or_default()];
-            let said: Vec<&str> =
-                [status.as_str()].into_iter().chain(said).filter(|s| !s.is_empty()).collect();
-            return format!("the service refused: {}", said.join(", "));
-        }
-        SdkError::DispatchFailure(failure) if failure.is_io() => "the service cannot be reached",
-        SdkError::DispatchFailure(failure) if failure.is_timeout() => "the service did not answer in time",
-        SdkError::TimeoutError(_) => "the service did not answer in time",
-        SdkError::ResponseError(_) => "the answer cannot be read",
-        _ => "the request cannot be sent",
-    };
-    let outermost: &(dyn std::error::Error + 'static) = error;
-    let first = std::iter::successors(Some(outermost), |error| error.source()).last().unwrap_or(outermost);
-    // A search for credentials lists where it looked, line by line.
-    let first = first.to_string();
-    let first = first.lines().next().unwrap_or_default().trim_end_matches(" Attempted:");
-    format!("{what}: {first}")
-}
-
-fn broken(uri: &S3Uri, error: &(dyn std::error::Error + 'static)) -> StoreError {
-    StoreError::Service { uri: uri.clone(), reason: format!("the transfer broke off: {error}") }
 }
 
 #[cfg(test)]

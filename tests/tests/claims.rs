@@ -21,6 +21,13 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// Smaller than any answer of the long jobs, larger than those of the short ones.
 const INLINE_BYTES_MAX: u64 = 700;
 const BYTES_MAX: u64 = 1 << 20;
+/// One byte more than a part of a name may have in SeaweedFS; it will never do, so that it is no outage.
+const LONG_NAME: &str = concat!(
+    "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
+    "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
+    "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
+    "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
+);
 /// How long the store is away.
 const AWAY: Duration = Duration::from_secs(10);
 
@@ -90,6 +97,7 @@ async fn bodies_and_outcomes_travel_by_reference() -> Result<()> {
         referring("long-in", "s3://claims/m/long.json"),
         referring("lines-in", "s3://claims/m/lines.jsonl").with(header::CONTENT_TYPE, JSONL),
         NewJob::new("to-place", &request(4)).with(header::OUTPUT, "s3://claims/m/answers/mine.jsonl"),
+        NewJob::new("unnameable", &request(4)).with(header::OUTPUT, &format!("s3://claims/m/{LONG_NAME}")),
         referring("outside", "s3://claims/elsewhere/short.json"),
         referring("absent", "s3://claims/m/absent.json"),
     ];
@@ -109,9 +117,11 @@ async fn bodies_and_outcomes_travel_by_reference() -> Result<()> {
     assert_eq!(text(&mine)?, text(&short.body)?);
     let (_, answers) = referred(&store, record.of("lines-in")?).await?;
     assert_eq!(custom_ids(&answers)?, ["c0", "c1", "c2"]);
-    for (id, word) in
-        [("outside", "s3://claims/elsewhere/short.json"), ("absent", "s3://claims/m/absent.json")]
-    {
+    for (id, word) in [
+        ("outside", "s3://claims/elsewhere/short.json"),
+        ("absent", "s3://claims/m/absent.json"),
+        ("unnameable", "KeyTooLongError"),
+    ] {
         let error = record.of(id)?.lines()?[0].error.clone().context("an answer")?;
         assert_eq!(error.code, ErrorCode::InvalidRequest);
         assert!(error.message.contains(word), "{}", error.message);

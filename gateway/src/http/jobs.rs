@@ -182,6 +182,7 @@ pub async fn look(
     Extension(context): Extension<Arc<RequestContext>>,
     Path(id): Path<String>,
 ) -> Result<Json<JobObject>, ApiError> {
+    let _place = front.admit()?;
     let name = named(&front, &context, &id).await?;
     Ok(Json(state_of(&front, &name).await?))
 }
@@ -192,6 +193,7 @@ pub async fn cancel(
     Extension(context): Extension<Arc<RequestContext>>,
     Path(id): Path<String>,
 ) -> Result<Json<JobObject>, ApiError> {
+    let _place = front.admit()?;
     let name = named(&front, &context, &id).await?;
     let job = state_of(&front, &name).await?;
     if job.outcome.is_none() {
