@@ -88,10 +88,14 @@ impl Asked {
     /// # Errors
     /// [`ApiCode::InvalidJson`], [`ApiCode::MissingParameter`], [`ApiCode::InvalidParameter`].
     pub fn read(endpoint: Option<Endpoint>, body: &[u8]) -> Result<Self, ApiError> {
-        let fields: Fields<'_> = serde_json::from_slice(body).map_err(|error| {
-            let message = format!("the body is not a JSON object: {error}");
-            ApiError::new(ApiCode::InvalidJson, message)
-        })?;
+        let invalid = |reason: &dyn std::fmt::Display| {
+            ApiError::new(ApiCode::InvalidJson, format!("the body is not a JSON object: {reason}"))
+        };
+        // An array would be taken for the fields in their order.
+        if body.trim_ascii_start().first() == Some(&b'[') {
+            return Err(invalid(&"it is an array"));
+        }
+        let fields: Fields<'_> = serde_json::from_slice(body).map_err(|error| invalid(&error))?;
         let input = match endpoint {
             Some(Endpoint::Chat) => fields.messages,
             Some(Endpoint::Completions) => fields.prompt,
@@ -300,7 +304,7 @@ mod tests {
     fn refusals_name_the_field() {
         let named = |field: &str| Some(field.to_owned());
         let chat = |body| refused(Endpoint::Chat, body);
-        for body in ["", "[1]", "{", "\"x\"", r#"{"n":1}{}"#] {
+        for body in ["", "[1]", r#" ["m",null,null,null,[],null]"#, "{", "\"x\"", r#"{"n":1}{}"#] {
             assert_eq!(chat(body), (ApiCode::InvalidJson, None), "{body}");
         }
         assert_eq!(chat(r#"{"model":"m"}"#), (ApiCode::MissingParameter, named("messages")));
