@@ -97,7 +97,7 @@ async fn bodies_and_outcomes_travel_by_reference() -> Result<()> {
         referring("long-in", "s3://claims/m/long.json"),
         referring("lines-in", "s3://claims/m/lines.jsonl").with(header::CONTENT_TYPE, JSONL),
         NewJob::new("to-place", &request(4)).with(header::OUTPUT, "s3://claims/m/answers/mine.jsonl"),
-        NewJob::new("unnameable", &request(4)).with(header::OUTPUT, &format!("s3://claims/m/{LONG_NAME}")),
+        NewJob::new("unnameable", &request(4)).with(header::OUTPUT, format!("s3://claims/m/{LONG_NAME}")),
         referring("outside", "s3://claims/elsewhere/short.json"),
         referring("absent", "s3://claims/m/absent.json"),
     ];
