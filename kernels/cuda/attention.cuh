@@ -154,10 +154,13 @@ struct AttentionArguments {
     uint32_t window;
     /// Decode items for which `partials` has room.
     uint32_t items_max;
-    /// Factor on the scores times log2(e); that of the keys' codes, if any, is in it.
+    /// Factor on the scores times log2(e); that of the keys' codes, if any, is in it. Of capped scores log2(e) alone.
     float scale_log2;
     /// Factor on the values' codes, if they are any.
     float value_scale;
+    /// Cap of the scores, and twice log2(e) times their factor over it. Read by the kernels with `capped` in their names.
+    float cap;
+    float cap_rate;
 };
 
 /// Floats of `AttentionArguments::partials`.
@@ -182,6 +185,8 @@ __host__ __device__ constexpr uint64_t counter_words(uint64_t spans_max, uint64_
 //   attention_prefill_fp8_h{64,96,128,256}  as attention_prefill, over such a cache
 //   attention_decode_small_h*, attention_decode_small_fp8_h*, attention_prefill_small_h{96,128,256} and
 //   attention_prefill_small_fp8_h{96,128,256}: the same for chips whose blocks have 99 KiB of shared memory
+//   attention_decode_capped_h*, attention_decode_capped_fp8_h*, attention_prefill_capped_h* and
+//   attention_prefill_capped_fp8_h*, all of {64,96,128,256}: the same for every chip, with capped scores
 // All take one AttentionArguments. Raise the limit of dynamic shared memory to the bytes below, once per kernel.
 // Grids need not follow the batch: what finds no work leaves. Launches that share `partials` and `counters` must
 // be ordered (one stream). Every kernel may be launched as a programmatic dependent: before it waits for its predecessor

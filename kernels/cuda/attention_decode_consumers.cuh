@@ -171,6 +171,7 @@ __device__ __forceinline__ void score_unit(const Consumer<S>& me, const Attentio
             if (S::ROUNDS > 1 && me.warp / S::AT_ONCE != round) continue;
             if (tile >= tiles) continue;
             score_tile<S>(s[i], me, board, note, tile);
+            cap_scores(s[i], arguments);
             const float even = __fmul_rn(tile_max_transposed<S::PAGES, 0>(s[i]), arguments.scale_log2);
             const float odd = __fmul_rn(tile_max_transposed<S::PAGES, 1>(s[i]), arguments.scale_log2);
             if (me.lane < 4) {

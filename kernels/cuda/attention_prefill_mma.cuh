@@ -124,7 +124,7 @@ __device__ __forceinline__ void accumulate_codes(float (&o)[S::HEAD / 8][4], con
 /// Scores of a tile and, from them, weights; rescales what the rows have accumulated.
 template <class S>
 __device__ __forceinline__ void score_tile(float (&s)[S::COLUMNS][4], Unit<S::HEAD>& unit, const Work& work,
-                                           uint32_t tile, uint32_t shared, float scale_log2, bool windowed) {
+                                           uint32_t tile, uint32_t shared, const AttentionArguments& arguments) {
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
     for (int j = 0; j < int(S::COLUMNS); ++j) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0.f;
@@ -143,12 +143,13 @@ __device__ __forceinline__ void score_tile(float (&s)[S::COLUMNS][4], Unit<S::HE
         multiply_key_codes<S>(s, shared + warp * S::PAGE_BYTES, shared + S::KEY_AT, lane);
     }
     const uint32_t key = tile * S::KEYS;
-    if (key + S::KEYS > work.position_first + 1 || windowed) {
+    if (key + S::KEYS > work.position_first + 1 || arguments.window != 0) {
         hide<S::COLUMNS, 0>(s, key + lane % 4 * 2, unit.rows.first[0], unit.rows.end[0]);
         hide<S::COLUMNS, 1>(s, key + lane % 4 * 2, unit.rows.first[1], unit.rows.end[1]);
     }
-    const float factors[2] = {soften<S::COLUMNS, 0>(s, unit.rows.split[0], scale_log2),
-                              soften<S::COLUMNS, 1>(s, unit.rows.split[1], scale_log2)};
+    cap_scores(s, arguments);
+    const float factors[2] = {soften<S::COLUMNS, 0>(s, unit.rows.split[0], arguments.scale_log2),
+                              soften<S::COLUMNS, 1>(s, unit.rows.split[1], arguments.scale_log2)};
 #pragma unroll
     for (int j = 0; j < S::HEAD / 8; ++j) {
 #pragma unroll
@@ -201,7 +202,7 @@ __device__ __forceinline__ void prefill(const AttentionArguments& arguments) {
         __syncthreads();
         if (!S::SMALL) copy_tile<S>(arguments, work, 1, tile, shared + S::VALUE_AT);
         commit_copies();
-        score_tile<S>(s, unit, work, tile, shared, arguments.scale_log2, arguments.window != 0);
+        score_tile<S>(s, unit, work, tile, shared, arguments);
         if constexpr (S::SMALL) {
             __syncthreads();
             copy_tile<S>(arguments, work, 1, tile, shared + S::VALUE_AT);

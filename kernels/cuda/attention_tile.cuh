@@ -263,6 +263,26 @@ __device__ __forceinline__ float row_sum(float value) {
 /// What a score is measured from: 0 for a row that has seen no key, so that no infinities are subtracted.
 __device__ __forceinline__ float anchor(float top) { return top == minus_infinity() ? 0.f : top; }
 
+#ifndef MILLRACE_SCORES_CAPPED
+#define MILLRACE_SCORES_CAPPED 0
+#endif
+
+/// `cap * tanh(score * factor / cap)` of each score where the source says so; what is hidden stays so.
+template <int COLUMNS>
+__device__ __forceinline__ void cap_scores(float (&s)[COLUMNS][4], const AttentionArguments& arguments) {
+    if constexpr (MILLRACE_SCORES_CAPPED) {
+#pragma unroll
+        for (int j = 0; j < COLUMNS; ++j) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const float power = exp2_approx(__fmul_rn(s[j][e], arguments.cap_rate));
+                const float capped = __fmaf_rn(-2.f * arguments.cap, __frcp_rn(__fadd_rn(1.f, power)), arguments.cap);
+                s[j][e] = isinf(s[j][e]) ? s[j][e] : capped;
+            }
+        }
+    }
+}
+
 /// Turns the scores of row `HALF` (0: `lane / 4`, 1: that plus 8) of a tile into weights, adds them to the row's
 /// sum, and returns the factor for what the row has accumulated so far.
 template <int COLUMNS, int HALF>

@@ -100,6 +100,17 @@ scaled_add(const float *x, int x_stride, float factor, float *out, int out_strid
     for (int i = threadIdx.x; i < width; i += NORM_THREADS) target[i] = __fmaf_rn(source[i], factor, target[i]);
 }
 
+/// x = cap * tanh(x / cap), f32; what is no number or infinite stays. Grid: rows.
+extern "C" __global__ void __launch_bounds__(NORM_THREADS) cap_rows(float *x, int stride, float cap, int width) {
+    launch_dependents();
+    wait_for_predecessor();
+    float *row = x + size_t(blockIdx.x) * stride;
+    for (int i = threadIdx.x; i < width; i += NORM_THREADS) {
+        const float value = row[i];
+        row[i] = isinf(value) ? value : cap - 2.0f * cap / (1.0f + exp2f(value * (2.0f * 1.44269504f / cap)));
+    }
+}
+
 /// Norms (if weights are given) and turns queries and keys of a product that only wrote values; writes queries as bf16
 /// rows, keys and values into the cache of one layer, in the pages of attention.cuh. A row of qkv holds the queries, then
 /// the keys, then the values; `pairs` are turned, element i with element i + pairs, if any. One warp per head. Grid: (rows,

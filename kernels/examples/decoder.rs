@@ -71,6 +71,8 @@ impl Model {
             heads: SHAPE.heads,
             buffers: buffers.map(|(width, kind)| BufferPlan { width, kind }).to_vec(),
             kv,
+            score_cap: None,
+            logits_cap: None,
             rope: RopePlan {
                 inverse_frequencies: (0..32).map(|i| 1e5_f32.powf(-i as f32 / 32.0)).collect(),
                 amplitude: 1.0,

@@ -110,6 +110,10 @@ pub struct ArenaPlan {
     pub kv: KvPlan,
     /// The position embedding.
     pub rope: RopePlan,
+    /// Scores of attention, their factor included, come no further from 0 than this: `cap * tanh(score / cap)`.
+    pub score_cap: Option<f32>,
+    /// The same of logits.
+    pub logits_cap: Option<f32>,
 }
 
 /// Why an arena cannot be allocated.

@@ -33,7 +33,8 @@ pub fn write(folder: &Path, config: &Value, seed: u64) -> Result<()> {
 /// # Errors
 /// As [`write`].
 pub fn write_named(folder: &Path, config: &Value) -> Result<()> {
-    let offset = if config["model_type"] == "gemma3_text" { 0.0 } else { 1.0 };
+    let gemma = config["model_type"].as_str().is_some_and(|kind| kind.starts_with("gemma"));
+    let offset = if gemma { 0.0 } else { 1.0 };
     write_drawn(folder, config, |name, shape| {
         let start = name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
             (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)

@@ -90,12 +90,16 @@ type Forgotten = (&'static str, fn(&mut DecoderConfig));
 
 #[test]
 fn each_forgotten_part_is_found_in_every_precision() -> Result<()> {
-    let forgotten: [Forgotten; 14] = [
+    let forgotten: [Forgotten; 18] = [
         ("gemma3", |config| config.norm_offset = 0.0),
         ("gemma3", |config| config.embedding_scale = 1.0),
         ("gemma3", |config| config.windows.fill(None)),
         ("gemma3", |config| config.activation = GateActivation::Silu),
         ("gemma3", |config| config.norms = NormPlaces::Before),
+        ("gemma3, capped logits", |config| config.logits_cap = None),
+        ("gemma2, low caps, biases", |config| config.logits_cap = None),
+        ("gemma2, low caps, biases", |config| config.score_cap = None),
+        ("gemma2", |config| config.windows.fill(None)),
         ("gemma3, scaled full layers", |config| config.rope_of.fill(Some(0))),
         ("phi3, window", |config| config.windows.fill(None)),
         ("phi3, long contexts", |config| config.ropes[0].scaling = RopeScaling::None),

@@ -73,7 +73,7 @@ fn models() -> [(&'static str, Value); 3] {
 }
 
 /// The wider families, each with what it has of its own, and groups of more query heads than one unit takes.
-fn families() -> [(&'static str, Value); 6] {
+fn families() -> [(&'static str, Value); 7] {
     let with = |changes: Value| checkpoint::with(&sizes(), &changes);
     [
         (
@@ -81,6 +81,12 @@ fn families() -> [(&'static str, Value); 6] {
             with(json!({"architectures": ["Gemma3ForCausalLM"], "num_hidden_layers": 4, "head_dim": 256,
             "num_attention_heads": 4, "sliding_window": 100, "sliding_window_pattern": 2,
             "rope_local_base_freq": 300.0, "query_pre_attn_scalar": 4096})),
+        ),
+        (
+            "gemma2",
+            with(json!({"architectures": ["Gemma2ForCausalLM"], "num_hidden_layers": 4, "head_dim": 256,
+            "num_attention_heads": 4, "sliding_window": 100, "query_pre_attn_scalar": 256,
+            "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0})),
         ),
         ("phi3", with(json!({"architectures": ["Phi3ForCausalLM"], "partial_rotary_factor": 0.75}))),
         ("smollm3", with(json!({"architectures": ["SmolLM3ForCausalLM"], "num_hidden_layers": 4}))),

@@ -49,6 +49,8 @@ pub enum Architecture {
     Qwen2,
     /// `Qwen3ForCausalLM`: norms on the heads of Q and K.
     Qwen3,
+    /// `Gemma2ForCausalLM`: windows on each second layer, norms around both branches, scaled embeddings, soft caps.
+    Gemma2,
     /// `Gemma3ForCausalLM`: windows but for each sixth layer, norms around both branches, scaled embeddings.
     Gemma3,
     /// `Phi3ForCausalLM`: Phi-3 and Phi-4; matrices stored together, RoPE of a part of a head.
@@ -141,6 +143,10 @@ pub struct DecoderConfig {
     pub branch_scale: f32,
     /// What logits are divided by.
     pub logits_divisor: f32,
+    /// Scores come no further from 0 than this: `cap * tanh(score / cap)`.
+    pub score_cap: Option<f32>,
+    /// The same of logits.
+    pub logits_cap: Option<f32>,
     /// For each layer, how many positions a token sees up to its own; `None` is all.
     pub windows: Vec<Option<u32>>,
     /// Tokens that end a sequence, of both configuration files.

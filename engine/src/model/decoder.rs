@@ -247,6 +247,8 @@ fn arena_plan(config: &DecoderConfig, sizes: ArenaSizes) -> ArenaPlan {
         buffers,
         kv: kv_plan(config, sizes.kv_blocks, sizes.kv_dtype),
         rope: config.ropes[0].plan(config.head_dim, sizes.positions_max),
+        score_cap: config.score_cap,
+        logits_cap: config.logits_cap,
     }
 }
 

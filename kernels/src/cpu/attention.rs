@@ -53,6 +53,7 @@ struct Task<'a> {
     /// What queries and weights are held in.
     left: Held,
     scales: KvScales,
+    cap: Option<f32>,
 }
 
 /// Which half of a block.
@@ -79,7 +80,8 @@ pub fn attention(
     (layer, qkv, target): (usize, Buffer, AttentionOutput),
     shape: &AttentionShape,
 ) {
-    let Arena { buffers, cache, step, runs, attention: scratch, .. } = arena;
+    let Arena { plan, buffers, cache, step, runs, attention: scratch, .. } = arena;
+    let cap = plan.score_cap;
     assert!(shape.heads.is_multiple_of(shape.kv_heads), "query heads are a multiple of key-value heads");
     let (parts, group) = cut_group(shape.heads / shape.kv_heads, TILE_ROWS);
     assert_eq!((shape.kv_heads, shape.head_dim), (cache.plan.kv_heads, cache.plan.head_dim), "cache shape");
@@ -102,7 +104,8 @@ pub fn attention(
         let scratch = unsafe { &mut *scratch.range(thread, 1)[0] };
         let (run, first_head) = (runs[index / tasks], index % tasks * heads);
         let table = &step.block_tables[step.spans[run.span].table as usize..];
-        let task = Task { forms, shape, run, table, layer, cache, places, parts, group, pack, left, scales };
+        let task =
+            Task { forms, shape, run, table, layer, cache, places, parts, group, pack, left, scales, cap };
         for head in first_head..first_head + heads {
             task.load_queries(head, (qkv.values(), qkv.stride), scratch);
             task.stream(head, scratch);
@@ -258,6 +261,7 @@ impl Task<'_> {
             blocks: blocks.len(),
             seen: &seen[..rows],
             scale: self.shape.scale * self.scales.key * LOG2_E,
+            cap: self.cap.map(|cap| cap * LOG2_E),
             query_scales: &scratch.query_scales,
             scores: &mut scratch.scores,
             maxima: &mut scratch.maxima,

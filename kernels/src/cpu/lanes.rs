@@ -124,6 +124,16 @@ pub fn multiply(lanes: &mut [f32; LANES], factor: f32) {
     }
 }
 
+/// `cap * tanh(lane / cap)`, to 1.2e-7 of the cap; what is no number or infinite stays.
+#[inline(always)]
+pub fn cap(lanes: &mut [f32], cap: f32) {
+    let rate = 2.0 * std::f32::consts::LOG2_E / cap;
+    for lane in lanes {
+        let capped = cap - 2.0 * cap / (1.0 + exp2(*lane * rate));
+        *lane = if lane.is_infinite() { *lane } else { capped };
+    }
+}
+
 /// Sum of lanes in a fixed tree.
 #[inline(always)]
 pub fn sum(mut lanes: [f32; LANES]) -> f32 {

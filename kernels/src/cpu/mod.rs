@@ -215,13 +215,15 @@ impl Cpu {
         assert_eq!(rows.len(), arena.step.rows, "one sampling row per logits row");
         assert_eq!(head.rows, arena.plan.vocabulary, "rows of the head");
         let (vocabulary, x) = (head.rows, (&arena.buffers[x.0], rows.len()));
-        if rows.iter().all(SampleRow::is_plain_argmax) {
+        let cap = arena.plan.logits_cap;
+        // Two logits may be one once they are capped, so that the greatest is looked for behind the cap.
+        if cap.is_none() && rows.iter().all(SampleRow::is_plain_argmax) {
             let best = &mut greedy[..pool.threads() * rows.len()];
             linear::product(pool, *forms, head, x, &Greedy::new(forms.isa, best, rows.len(), vocabulary));
             let seen = |row: usize| best.iter().skip(row).step_by(rows.len());
             out.extend((0..rows.len()).map(|row| greedy::choose(seen(row))));
         } else {
-            logits_product(pool, *forms, head, x, logits);
+            logits_product(pool, *forms, head, x, (logits, cap));
             out.resize(rows.len(), Err(Poisoned));
             let (sampled, scratch) = (Scattered::new(out), Scattered::new(sampling));
             let logits = &logits[..];
@@ -247,10 +249,22 @@ fn pair(buffers: &mut [Activation], read: Buffer, write: Buffer) -> (&Activation
 }
 
 /// Writes logits of all rows of `x`.
-fn logits_product(pool: &mut Pool, forms: Forms, head: &Matrix, x: (&Activation, usize), out: &mut [f32]) {
+fn logits_product(
+    pool: &mut Pool,
+    forms: Forms,
+    head: &Matrix,
+    x: (&Activation, usize),
+    (out, cap): (&mut [f32], Option<f32>),
+) {
     let (out, features) = (Scattered::new(out), head.rows);
     let values = Values { isa: forms.isa, out, stride: features, features, add: false, bias: None };
     linear::product(pool, forms, head, x, &values);
+    if let Some(cap) = cap {
+        // SAFETY: each row belongs to one task.
+        pool.run(x.1, |_, row| {
+            rows::cap(forms.isa, unsafe { values.out.range(row * features, features) }, cap)
+        });
+    }
 }
 
 impl Ops for Cpu {
@@ -401,7 +415,8 @@ impl Ops for Cpu {
     fn logits(&mut self, head: &Matrix, x: Buffer, out: &mut [f32]) -> Result<(), StepError> {
         let (pool, forms, arena) = self.parts();
         assert_eq!(out.len(), arena.step.rows * head.rows, "room for the logits");
-        logits_product(pool, forms, head, (&arena.buffers[x.0], arena.step.rows), out);
+        let cap = arena.plan.logits_cap;
+        logits_product(pool, forms, head, (&arena.buffers[x.0], arena.step.rows), (out, cap));
         Ok(())
     }
 

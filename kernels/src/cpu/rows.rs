@@ -398,6 +398,16 @@ lanes::versions! {
     fn write_f16(row: (&[f32], &[f32]), slot: usize, out: (&mut [u16], &mut [u16])) = write_f16_body;
 }
 
+#[inline(always)]
+fn cap_body(row: &mut [f32], cap: f32) {
+    lanes::cap(row, cap);
+}
+
+lanes::versions! {
+    /// `cap * tanh(value / cap)` of each value.
+    pub fn cap(row: &mut [f32], cap: f32) = cap_body;
+}
+
 /// Moves the chosen rows to the front. They ascend, so a row is never overwritten before it is moved.
 pub fn narrow(buffer: &mut Activation, chosen: &[u32]) {
     let stride = buffer.stride;

@@ -57,6 +57,8 @@ fn plan(widths: &[(usize, BufferKind)], kv: KvPlan) -> ArenaPlan {
         heads: kv.kv_heads,
         buffers: widths.iter().map(|&(width, kind)| BufferPlan { width, kind }).collect(),
         kv,
+        score_cap: None,
+        logits_cap: None,
         rope: RopePlan { inverse_frequencies: vec![1.0, 0.3, 0.05, 0.01], amplitude: 1.0 },
     }
 }

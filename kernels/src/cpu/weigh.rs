@@ -13,6 +13,8 @@ pub struct Weighing<'a> {
     pub seen: &'a [(u32, u32)],
     /// Factor that makes exponents of two of scores.
     pub scale: f32,
+    /// What exponents come no further from 0 than, if there is a cap.
+    pub cap: Option<f32>,
     /// Factors of rows beside it.
     pub query_scales: &'a [f32; TILE_ROWS],
     pub scores: &'a mut [[[f32; LANES]; TILE_BLOCKS]; TILE_ROWS],
@@ -40,7 +42,7 @@ fn weigh_blocks<const BLOCKS: usize, T: Copy>(
     out: &mut [[T; TILE_TOKENS]; TILE_ROWS],
     convert: impl Fn(f32) -> T,
 ) {
-    let Weighing { seen, scale, query_scales, scores, maxima, totals, results, panels, .. } = tile;
+    let Weighing { seen, scale, cap, query_scales, scores, maxima, totals, results, panels, .. } = tile;
     let mut shifts = [0.0; TILE_ROWS];
     for (row, &(low, high)) in seen.iter().enumerate() {
         let whole = low == 0 && high as usize == BLOCKS * BLOCK_TOKENS;
@@ -48,6 +50,9 @@ fn weigh_blocks<const BLOCKS: usize, T: Copy>(
         for (block, scores) in scores[row][..BLOCKS].iter_mut().enumerate() {
             let mut scaled = *scores;
             lanes::multiply(&mut scaled, scale * query_scales[row]);
+            if let Some(cap) = cap {
+                lanes::cap(&mut scaled, cap);
+            }
             if !whole {
                 for (lane, score) in scaled.iter_mut().enumerate() {
                     let token = (block * LANES + lane) as u32;

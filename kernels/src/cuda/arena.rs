@@ -439,6 +439,8 @@ mod tests {
             heads,
             buffers: vec![BufferPlan { width: 64, kind: BufferKind::Values }],
             kv: KvPlan { layers: 1, kv_heads: 2, head_dim: 64, blocks: 4, dtype: KvDtype::Operand },
+            score_cap: None,
+            logits_cap: None,
             rope: RopePlan { inverse_frequencies: vec![1.0; 32], amplitude: 1.0 },
         };
         assert_eq!([check(&plan(24)), check(&plan(128))], [Ok(()), Ok(())]);

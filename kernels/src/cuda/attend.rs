@@ -3,14 +3,17 @@
 //! Spans of one row go to a decode kernel, longer ones to a prefill kernel; both read the same plan, and what finds
 //! no work leaves at once. Few decodes go to the kernel whose CTAs share a split, many on Hopper to the one whose warps
 //! walk runs of splits. All give a row the same bytes. A cache of 8-bit floats has kernels of its own; its scales
-//! are factors on the scores and on the result. Where a block can have little shared memory, small kernels run.
+//! are factors on the scores and on the result. Where a block can have little shared memory, small kernels run; capped scores
+//! have kernels of their own.
+
+use std::f32::consts::LOG2_E;
 
 use super::KernelSet;
 use super::arena::{Activation, Arena, HEAD_DIMS, RowPlace};
 use super::device::{CudaDevice, DeviceError, Kernel, Launch, arguments};
 use super::plan;
 use super::step::StepRun;
-use crate::ops::{AttentionShape, KvDtype, KvScales};
+use crate::ops::{ArenaPlan, AttentionShape, KvDtype, KvScales};
 
 /// As in `attention.cuh`.
 const DECODE_THREADS: u32 = 224;
@@ -79,6 +82,8 @@ struct AttentionArguments {
     items_max: u32,
     scale_log2: f32,
     value_scale: f32,
+    cap: f32,
+    cap_rate: f32,
 }
 
 /// The kernels for one size of heads and one type of cache.
@@ -86,7 +91,10 @@ struct AttentionArguments {
 struct Kernels {
     head_dim: u32,
     kv: KvDtype,
+    /// Whether scores are capped.
+    capped: bool,
     decode: Kernel,
+    decode_shared_bytes: u32,
     /// Decode by runs of splits, on Hopper.
     runs: Option<Kernel>,
     prefill: Kernel,
@@ -100,9 +108,6 @@ struct Kernels {
 #[derive(Debug)]
 pub struct Attend {
     kernels: Vec<Kernels>,
-    decode_shared_bytes: u32,
-    /// Whether the kernels are those for chips with little shared memory.
-    pub small: bool,
 }
 
 impl Attend {
@@ -117,28 +122,38 @@ impl Attend {
         }
         let small = set == KernelSet::Small || has < SHARED_BYTES;
         let hopper = device.hopper && set == KernelSet::Own;
-        let decode_shared_bytes = decode_shared_bytes(has, small);
         let mut kernels = Vec::new();
-        for (kv, suffix) in [(KvDtype::Operand, ""), (KvDtype::Fp8E4m3, "_fp8")] {
+        let kinds = [(KvDtype::Operand, ""), (KvDtype::Fp8E4m3, "_fp8")];
+        for ((kv, suffix), capped) in kinds.into_iter().flat_map(|kind| [(kind, false), (kind, true)]) {
+            let (small, hopper) = (small || capped, hopper && !capped);
+            let decode_shared_bytes = decode_shared_bytes(has, small);
             for head_dim in HEAD_DIMS.map(|head_dim| head_dim as u32) {
                 let kernel = |name: &str| device.kernel(&format!("attention_{name}{suffix}_h{head_dim}"));
                 let wgmma = hopper && kv == KvDtype::Operand && WGMMA_HEAD_DIMS.contains(&head_dim);
                 let walks = hopper && head_dim <= RUN_HEAD_DIM_MAX;
                 let prefill = match (wgmma, small && has_small_prefill(head_dim)) {
+                    _ if capped => "prefill_capped",
                     (true, _) => "prefill_wgmma",
                     (_, true) => "prefill_small",
                     _ => "prefill",
                 };
+                let decode = match small {
+                    _ if capped => "decode_capped",
+                    true => "decode_small",
+                    false => "decode",
+                };
                 let entry = Kernels {
                     head_dim,
                     kv,
-                    decode: kernel(if small { "decode_small" } else { "decode" })?,
+                    capped,
+                    decode: kernel(decode)?,
+                    decode_shared_bytes,
                     runs: walks.then(|| kernel("decode_runs")).transpose()?,
                     prefill: kernel(prefill)?,
                     wgmma,
                     small,
                 };
-                device.allow_shared(entry.decode, decode_shared_bytes)?;
+                device.allow_shared(entry.decode, entry.decode_shared_bytes)?;
                 if let Some(runs) = entry.runs {
                     device.allow_shared(runs, RUN_SHARED_BYTES)?;
                 }
@@ -146,18 +161,28 @@ impl Attend {
                 kernels.push(entry);
             }
         }
-        Ok(Self { kernels, decode_shared_bytes, small })
+        Ok(Self { kernels })
     }
 
-    fn kernels(&self, kv: KvDtype, head_dim: usize) -> &Kernels {
-        let fits = |entry: &&Kernels| entry.head_dim as usize == head_dim && entry.kv == kv;
-        self.kernels.iter().find(fits).expect("the arena refuses other sizes of heads")
+    /// The kernels of a plan; `None` for heads of other sizes, which the arena refuses.
+    fn kernels(&self, plan: &ArenaPlan) -> Option<&Kernels> {
+        let fits = |entry: &&Kernels| {
+            entry.head_dim as usize == plan.kv.head_dim
+                && entry.kv == plan.kv.dtype
+                && entry.capped == plan.score_cap.is_some()
+        };
+        self.kernels.iter().find(fits)
+    }
+
+    /// Whether the kernels of a plan are the small ones.
+    pub fn is_small(&self, plan: &ArenaPlan) -> bool {
+        self.kernels(plan).is_some_and(|kernels| kernels.small)
     }
 
     /// Splits of a run for a step with this many spans of one row; none where the CTAs share each split.
     pub fn run_splits(&self, arena: &Arena, decodes: usize, multiprocessors: u32) -> Option<usize> {
         let kv = &arena.plan.kv;
-        self.kernels(kv.dtype, kv.head_dim).runs?;
+        self.kernels(&arena.plan)?.runs?;
         plan::run_splits(decodes, kv.kv_heads * arena.decode_parts().0, multiprocessors as usize)
     }
 
@@ -174,6 +199,7 @@ impl Attend {
     ) -> Result<(), DeviceError> {
         let (arena, layout, kv) = (run.arena, run.layout, run.arena.plan.kv.dtype);
         let scales = if kv == KvDtype::Fp8E4m3 { shape.kv_scales } else { KvScales::ONE };
+        let (scale, cap) = (shape.scale * scales.key, arena.plan.score_cap);
         let attention = AttentionArguments {
             queries: arena.queries,
             out: place.pointer,
@@ -194,10 +220,12 @@ impl Attend {
             parts: 1,
             window: shape.sliding_window.unwrap_or(0),
             items_max: arena.items_max as u32,
-            scale_log2: shape.scale * scales.key * std::f32::consts::LOG2_E,
+            scale_log2: if cap.is_some() { LOG2_E } else { scale * LOG2_E },
             value_scale: scales.value,
+            cap: cap.unwrap_or_default(),
+            cap_rate: cap.map_or(0.0, |cap| 2.0 * LOG2_E * scale / cap),
         };
-        let kernels = self.kernels(kv, shape.head_dim);
+        let kernels = self.kernels(&arena.plan).expect("the arena refuses other sizes of heads");
         let multiprocessors = run.device.multiprocessors;
         if layout.capacity.items > 0 {
             // Each part of a group is a key-value head of its own, which reads the pages of the group's.
@@ -210,7 +238,7 @@ impl Attend {
             };
             let (kernel, threads, shared_bytes) = match layout.run_splits.and(kernels.runs) {
                 Some(runs) => (runs, RUN_THREADS, RUN_SHARED_BYTES),
-                None => (kernels.decode, DECODE_THREADS, self.decode_shared_bytes),
+                None => (kernels.decode, DECODE_THREADS, kernels.decode_shared_bytes),
             };
             let launch = Launch { shared_bytes, ..Launch::grid([multiprocessors, 1, 1], threads) };
             // SAFETY: the argument is the one that the kernel declares; its memory is the arena's.

@@ -64,7 +64,8 @@ impl Ops for Cuda {
         // Weights are loaded: their pinned buffers are not needed any more.
         self.upload = None;
         self.adjustments = Adjustments::new(plan.vocabulary);
-        self.arena = Some(Arena::new(&self.device, plan, self.attend.small)?);
+        let small = self.attend.is_small(&plan);
+        self.arena = Some(Arena::new(&self.device, plan, small)?);
         Ok(())
     }
 

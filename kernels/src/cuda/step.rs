@@ -128,6 +128,7 @@ pub struct Kernels {
     round_rows: Kernel,
     norm_values: Kernel,
     scaled_add: Kernel,
+    cap_rows: Kernel,
     rope_cache: Kernel,
     gather_rows: Kernel,
     logprobs: Kernel,
@@ -151,6 +152,7 @@ impl Kernels {
             round_rows: device.kernel("round_rows")?,
             norm_values: device.kernel("norm_values")?,
             scaled_add: device.kernel("scaled_add")?,
+            cap_rows: device.kernel("cap_rows")?,
             rope_cache: device.kernel("rope_cache")?,
             gather_rows: device.kernel("gather_rows")?,
             logprobs: device.kernel("sample_logprobs")?,
@@ -451,7 +453,14 @@ impl<'a> StepRun<'a> {
             before: self.preceding(before),
             ..Output::default()
         };
-        self.multiply(Epilogue::Values, &self.weights.matrices[matrix], self.buffer(x), output)
+        self.multiply(Epilogue::Values, &self.weights.matrices[matrix], self.buffer(x), output)?;
+        let Some(cap) = self.arena.plan.logits_cap else { return Ok(()) };
+        let (stride, vocabulary) = (int(self.arena.logits_stride), int(self.arena.plan.vocabulary));
+        self.launch(
+            self.kernels.cap_rows,
+            self.row_grid(),
+            arguments![self.arena.logits, stride, cap, vocabulary],
+        )
     }
 
     fn sample(&self, all: bool) -> Result<(), DeviceError> {

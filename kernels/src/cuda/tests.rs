@@ -6,7 +6,7 @@ mod products;
 mod rows;
 mod sampling;
 
-use attention::{check_attention, check_attention_of_product};
+use attention::{check_attention, check_attention_of_product, check_capped_attention};
 use half::bf16;
 use products::{check_normed_products, check_products};
 use sampling::{sample, sampling_device};
@@ -67,6 +67,8 @@ fn plan(widths: &[(usize, BufferKind)], kv: KvPlan, heads: usize, rows_max: usiz
         heads,
         buffers: widths.iter().map(|&(width, kind)| BufferPlan { width, kind }).collect(),
         kv,
+        score_cap: None,
+        logits_cap: None,
         rope: RopePlan {
             inverse_frequencies: (0..kv.head_dim / 2).map(|i| 0.5_f32.powi(i as i32 % 12)).collect(),
             amplitude: 1.0,
@@ -138,6 +140,7 @@ fn small_sizes_of_every_kernel() {
     };
     // As many heads as it takes for 40 decodes to be walked in runs.
     check_attention(AttentionShape { heads: 16, kv_heads: 8, ..shape }, 40);
+    check_capped_attention(AttentionShape { head_dim: 256, ..shape }, 40, Some(0.5));
     check_attention_of_product(KvDtype::Operand, AttentionShape { head_dim: 128, ..shape }, 40);
     let Some(mut cuda) = sampling_device(9001) else { return };
     let (logits, output) = (random(3, 9001 * 3), [1, 2, 3, 1]);

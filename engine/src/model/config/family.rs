@@ -56,6 +56,10 @@ pub struct FamilyDefaults {
     pub eos: Option<u32>,
     /// `hidden_act`, for Gemma `hidden_activation`.
     pub activation: GateActivation,
+    /// `attn_logit_softcapping`.
+    pub score_cap: Option<f32>,
+    /// `final_logit_softcapping`.
+    pub logits_cap: Option<f32>,
 }
 
 const LLAMA: FamilyDefaults = FamilyDefaults {
@@ -78,6 +82,8 @@ const LLAMA: FamilyDefaults = FamilyDefaults {
     window: None,
     eos: Some(2),
     activation: GateActivation::Silu,
+    score_cap: None,
+    logits_cap: None,
 };
 
 const QWEN2: FamilyDefaults = FamilyDefaults {
@@ -95,8 +101,31 @@ const QWEN2: FamilyDefaults = FamilyDefaults {
     ..LLAMA
 };
 
+const GEMMA2: FamilyDefaults = FamilyDefaults {
+    architecture: Architecture::Gemma2,
+    class: "Gemma2ForCausalLM",
+    model_types: &["gemma2"],
+    models: "Gemma 2",
+    own: "windows on each second layer, norms around both branches, scaled embeddings, soft caps",
+    hidden: 2304,
+    intermediate: 9216,
+    layers: 26,
+    heads: 8,
+    kv_heads: KvHeads::Count(4),
+    head_dim: Some(256),
+    vocabulary: 256_000,
+    positions: 8192,
+    tied: true,
+    window: Some(4096),
+    eos: Some(1),
+    activation: GateActivation::GeluTanh,
+    score_cap: Some(50.0),
+    logits_cap: Some(30.0),
+    ..LLAMA
+};
+
 /// All families, in the order in which they are listed to users.
-pub const FAMILIES: [FamilyDefaults; 9] = [
+pub const FAMILIES: [FamilyDefaults; 10] = [
     LLAMA,
     FamilyDefaults {
         architecture: Architecture::Mistral,
@@ -120,26 +149,19 @@ pub const FAMILIES: [FamilyDefaults; 9] = [
         head_dim: Some(128),
         ..QWEN2
     },
+    GEMMA2,
     FamilyDefaults {
         architecture: Architecture::Gemma3,
         class: "Gemma3ForCausalLM",
         model_types: &["gemma3_text"],
         models: "Gemma 3, text",
-        own: "windows but for each sixth layer, norms around both branches, scaled embeddings",
-        hidden: 2304,
-        intermediate: 9216,
-        layers: 26,
-        heads: 8,
-        kv_heads: KvHeads::Count(4),
-        head_dim: Some(256),
+        own: "windows but for each sixth layer, norms around both branches and on the heads of Q and K",
         vocabulary: 262_208,
         positions: 131_072,
         theta: 1_000_000.0,
-        tied: true,
-        window: Some(4096),
-        eos: Some(1),
-        activation: GateActivation::GeluTanh,
-        ..LLAMA
+        score_cap: None,
+        logits_cap: None,
+        ..GEMMA2
     },
     FamilyDefaults {
         architecture: Architecture::Phi3,

@@ -19,13 +19,14 @@ pub(super) struct Layered<'a> {
 }
 
 impl Layered<'_> {
-    /// The window of each layer. Mistral and Phi-3 have one for all, Gemma 3 for all but each sixth; Qwen and SmolLM3
+    /// The window of each layer. Mistral and Phi-3 have one for all, Gemma 2 for each second, Gemma 3
+    /// for all but each sixth; Qwen and SmolLM3
     /// switch it on. `layer_types` decides where the family reads it.
     pub fn windows(&self) -> Result<Vec<Option<u32>>, ModelConfigError> {
-        use Architecture::{Gemma3, Granite, Llama, Mistral, Olmo2, Phi3, Qwen2, Qwen3, SmolLm3};
+        use Architecture::{Gemma2, Gemma3, Granite, Llama, Mistral, Olmo2, Phi3, Qwen2, Qwen3, SmolLm3};
         let window = match self.raw.family.architecture {
             Llama | Olmo2 | Granite => None,
-            Mistral | Phi3 | Gemma3 => self.raw.window()?,
+            Mistral | Phi3 | Gemma2 | Gemma3 => self.raw.window()?,
             Qwen2 | Qwen3 | SmolLm3 => {
                 let used = self.raw.fields.flag("use_sliding_window")?.unwrap_or(false);
                 if used { self.raw.window()? } else { None }
@@ -45,6 +46,7 @@ impl Layered<'_> {
     fn slides_by_rule(&self) -> Result<Vec<bool>, ModelConfigError> {
         let fields = self.raw.fields;
         Ok(match self.raw.family.architecture {
+            Architecture::Gemma2 => (0..self.layers).map(|layer| layer % 2 == 0).collect(),
             Architecture::Gemma3 => {
                 let names = ["sliding_window_pattern", "_sliding_window_pattern"];
                 let name = fields.any(&names).map_or(names[0], |(name, _)| name);

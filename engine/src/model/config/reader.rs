@@ -10,6 +10,9 @@ use super::{
 use crate::model::rope;
 use crate::model::source::StoredDtype;
 
+/// The key of the cap of scores.
+const SCORE_CAP: &str = "attn_logit_softcapping";
+
 /// A `config.json` beside the defaults of its class.
 #[derive(Clone, Copy)]
 pub(super) struct Reader<'a> {
@@ -25,7 +28,7 @@ impl Reader<'_> {
 
     /// Everything that the decoder is, checked. `ends` are further files that name ends of a sequence.
     pub fn decoder(&self, ends: [Option<Fields<'_>>; 2]) -> Result<DecoderConfig, ModelConfigError> {
-        use Architecture::{Gemma3, Mistral, Olmo2, Phi3, Qwen2, Qwen3};
+        use Architecture::{Gemma2, Gemma3, Mistral, Olmo2, Phi3, Qwen2, Qwen3};
         let activation = self.check_unsupported()?;
         let (family, fields) = (self.family, self.fields);
         let hidden =
@@ -58,9 +61,9 @@ impl Reader<'_> {
             vocabulary: bounded("vocab_size", vocabulary, WIDTH_MAX)?,
             positions_max: positions as u32,
             rms_norm_eps: self.eps()?,
-            norm_offset: if self.is(&[Gemma3]) { 1.0 } else { 0.0 },
+            norm_offset: if self.is(&[Gemma2, Gemma3]) { 1.0 } else { 0.0 },
             norms: match family.architecture {
-                Gemma3 => NormPlaces::Around,
+                Gemma2 | Gemma3 => NormPlaces::Around,
                 Olmo2 => NormPlaces::Behind,
                 _ => NormPlaces::Before,
             },
@@ -80,6 +83,8 @@ impl Reader<'_> {
             embedding_scale: factors.embedding,
             branch_scale: factors.branch,
             logits_divisor: factors.logits,
+            score_cap: self.cap(SCORE_CAP, family.score_cap)?,
+            logits_cap: self.cap("final_logit_softcapping", family.logits_cap)?,
             windows,
             eos: self.eos(ends, vocabulary)?,
             stored: self.stored(),
@@ -96,12 +101,7 @@ impl Reader<'_> {
         let usual =
             Factors { attention: (head_dim as f32).powf(-0.5), embedding: 1.0, branch: 1.0, logits: 1.0 };
         Ok(match self.family.architecture {
-            Architecture::Gemma3 => {
-                for field in ["attn_logit_softcapping", "final_logit_softcapping"] {
-                    if let Some(cap) = self.fields.value(field) {
-                        return refuse(field, cap, "null, as in all published models of Gemma 3");
-                    }
-                }
+            Architecture::Gemma2 | Architecture::Gemma3 => {
                 if self.fields.flag("use_bidirectional_attention")? == Some(true) {
                     return refuse("use_bidirectional_attention", true, "false");
                 }
@@ -118,6 +118,23 @@ impl Reader<'_> {
         })
     }
 
+    /// A soft cap, where the family knows them: absent it is the class's, `null` is none.
+    fn cap(&self, field: &'static str, absent: Option<f32>) -> Result<Option<f32>, ModelConfigError> {
+        if !self.is(&[Architecture::Gemma2, Architecture::Gemma3]) {
+            return Ok(None);
+        }
+        match self.fields.number(field)? {
+            // transformers 5.24 reads that of scores for Gemma 3 and does not apply it; other engines do.
+            Some(cap) if field == SCORE_CAP && self.is(&[Architecture::Gemma3]) => {
+                refuse(field, cap, "null: whether Gemma 3 caps its scores depends on who computes it")
+            }
+            Some(cap) if cap > 0.0 && cap <= 1e6 => Ok(Some(cap as f32)),
+            Some(cap) => refuse(field, cap, "above 0 and at most 1e6, or null"),
+            None if self.fields.is_null(field) => Ok(None),
+            None => Ok(absent),
+        }
+    }
+
     /// Refuses what the decoder does not do; gives the activation.
     fn check_unsupported(&self) -> Result<GateActivation, ModelConfigError> {
         refuse_quantised(self.fields)?;
@@ -125,7 +142,7 @@ impl Reader<'_> {
         if has_mlp_bias && self.fields.flag("mlp_bias")? == Some(true) {
             return refuse("mlp_bias", true, "false");
         }
-        let gemma = self.is(&[Architecture::Gemma3]);
+        let gemma = self.is(&[Architecture::Gemma2, Architecture::Gemma3]);
         let field = if gemma { "hidden_activation" } else { "hidden_act" };
         match self.fields.text(field)? {
             None => Ok(self.family.activation),

@@ -303,6 +303,13 @@ fn the_wider_families_have_their_classes_defaults() {
     assert_eq!((gemma.rope_of[5], gemma.rope_of[6]), (Some(0), Some(1)));
     assert_eq!((gemma.attention_scale, gemma.embedding_scale), (1.0 / 16.0, 48.0));
     assert!(gemma.tied && gemma.eos == [1] && gemma.activation == GateActivation::GeluTanh);
+    assert_eq!((gemma.score_cap, gemma.logits_cap), (None, None));
+    let gemma2 = of("gemma2");
+    assert_eq!(sizes(&gemma2), (2304, 9216, 26, 8, 4, 256, 256_000, 8192));
+    assert_eq!((gemma2.windows[0], gemma2.windows[1], gemma2.ropes.len()), (Some(4096), None, 1));
+    assert_eq!((gemma2.score_cap, gemma2.logits_cap, gemma2.norm_offset), (Some(50.0), Some(30.0), 1.0));
+    let uncapped = parse(&json!({"model_type": "gemma2", "attn_logit_softcapping": null})).expect("valid");
+    assert_eq!((uncapped.score_cap, uncapped.logits_cap), (None, Some(30.0)));
     let phi3 = of("phi3");
     assert_eq!(sizes(&phi3), (3072, 8192, 32, 32, 32, 96, 32_064, 4096));
     assert!(phi3.fused && phi3.eos == [32_000] && phi3.windows[0].is_none());

@@ -11,8 +11,9 @@ fn attention_is_right() {
             // Groups of 32 and of 13 heads do not fit into a tile.
             let shapes = [(6, 2, 8), (9, 3, 64), (4, 4, 24), (7, 1, 128), (64, 2, 8), (13, 1, 16)];
             for (heads, kv_heads, dim) in shapes {
-                for window in [None, Some(5), Some(40)] {
-                    check_attention(isa, kind, (heads, kv_heads, dim), window);
+                for (window, cap) in [(None, None), (Some(5), None), (Some(40), Some(1.5)), (None, Some(0.2))]
+                {
+                    check_attention(isa, kind, (heads, kv_heads, dim), (window, cap));
                 }
             }
         }
@@ -26,7 +27,7 @@ fn check_attention(
     isa: Isa,
     (precision, dtype): (Precision, KvDtype),
     (heads, kv_heads, dim): (usize, usize, usize),
-    window: Option<u32>,
+    (window, cap): (Option<u32>, Option<f32>),
 ) {
     use BufferKind::{Operand, Values};
     let (rows, width) = (75, (heads + 2 * kv_heads) * dim);
@@ -34,6 +35,7 @@ fn check_attention(
     let kv = KvPlan { layers: 1, kv_heads, head_dim: dim, blocks: 64, dtype };
     let mut plan = plan(&[(width, Values), (heads * dim, Operand), (heads * dim, Values)], kv);
     plan.rope.inverse_frequencies.clear();
+    plan.score_cap = cap;
     cpu.allocate(plan).unwrap();
     begin(&mut cpu, rows);
     let inputs = random(31, rows * width);
@@ -77,7 +79,8 @@ fn check_attention(
             let weights: Vec<f64> = (first..=row)
                 .map(|at| {
                     let pairs = part(row, head).iter().zip(part(at, key_head));
-                    (0.4 * pairs.map(|(&q, &k)| f64::from(q) * f64::from(k)).sum::<f64>()).exp()
+                    let score = 0.4 * pairs.map(|(&q, &k)| f64::from(q) * f64::from(k)).sum::<f64>();
+                    cap.map(f64::from).map_or(score, |cap| cap * (score / cap).tanh()).exp()
                 })
                 .collect();
             let total: f64 = weights.iter().sum();

@@ -7,6 +7,8 @@ struct Attended {
     shape: AttentionShape,
     kv: KvDtype,
     context: usize,
+    /// What scores are capped at.
+    cap: Option<f32>,
     qkv: Vec<f32>,
     norms: [Vec<f32>; 2],
     /// Norms are over all heads of a row at once.
@@ -69,7 +71,8 @@ impl Attended {
             let (query, kv_head) = (self.head(row, head), head / (heads / kv_heads));
             let score = |key: usize| -> f64 {
                 let key = self.head(key, heads + kv_head);
-                f64::from(scale) * query.iter().zip(&key).map(|(a, b)| a * b).sum::<f64>()
+                let score = f64::from(scale) * query.iter().zip(&key).map(|(a, b)| a * b).sum::<f64>();
+                self.cap.map(f64::from).map_or(score, |cap| cap * (score / cap).tanh())
             };
             let scores: Vec<f64> = (first..=row).map(score).collect();
             let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -119,7 +122,7 @@ impl Attended {
         let (qkv, out, x) = (Buffer(0), Buffer(1), Buffer(2));
         let widths = [(self.width(), Values), (out_width, Operand), (COLUMNS, Operand)];
         let matrix = self.product.as_ref().map(|(_, weights)| self.matrix(&mut cuda, weights));
-        cuda.allocate(plan(&widths, kv, shape.heads, chunk)).unwrap();
+        cuda.allocate(ArenaPlan { score_cap: self.cap, ..plan(&widths, kv, shape.heads, chunk) }).unwrap();
         cuda.add_rope(&RopePlan { inverse_frequencies: frequencies(1, shape.head_dim), amplitude: 1.0 })
             .unwrap();
         let tables: Vec<u32> = (0..256).map(|block| (block * 7 + 3) % 300).collect();
@@ -172,17 +175,22 @@ fn frequencies(rope: usize, head_dim: usize) -> Vec<f32> {
 const SCALES: KvScales = KvScales { key: 0.013, value: 0.003 };
 
 pub(super) fn check_attention(shape: AttentionShape, context: usize) {
+    check_capped_attention(shape, context, None);
+}
+
+pub(super) fn check_capped_attention(shape: AttentionShape, context: usize, cap: Option<f32>) {
     for kv in [KvDtype::Operand, KvDtype::Fp8E4m3] {
-        check_attention_over(kv, AttentionShape { kv_scales: SCALES, ..shape }, context);
+        check_attention_over(kv, AttentionShape { kv_scales: SCALES, ..shape }, (context, cap));
     }
 }
 
-fn check_attention_over(kv: KvDtype, shape: AttentionShape, context: usize) {
+fn check_attention_over(kv: KvDtype, shape: AttentionShape, (context, cap): (usize, Option<f32>)) {
     let width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
     let attended = Attended {
         shape,
         kv,
         context,
+        cap,
         qkv: random(11, context * width),
         norms: [random(12, shape.head_dim), random(13, shape.head_dim)],
         whole: false,
@@ -206,6 +214,7 @@ fn heads_are_normed_and_turned_as_asked() {
                 shape,
                 kv: KvDtype::Operand,
                 context: 50,
+                cap: None,
                 qkv: random(11, 50 * width),
                 norms: [random(12, weights(heads)), random(13, weights(kv_heads))],
                 whole,
@@ -229,7 +238,9 @@ pub(super) fn check_attention_of_product(kv: KvDtype, shape: AttentionShape, con
         .collect();
     let norms = [random(12, shape.head_dim), random(13, shape.head_dim)];
     let product = Some((input, weights));
-    check_attended(&Attended { shape, kv, context, qkv, norms, whole: false, rope: Some(0), product });
+    let attended =
+        Attended { shape, kv, context, cap: None, qkv, norms, whole: false, rope: Some(0), product };
+    check_attended(&attended);
 }
 
 fn check_attended(attended: &Attended) {
@@ -284,6 +295,10 @@ fn attention_is_right_in_any_chunks() {
     check_attention(shape(16, 1, 64), 530);
     check_attention(AttentionShape { sliding_window: Some(50), ..shape(13, 1, 96) }, 130);
     check_attention(shape(64, 1, 64), 40);
+    check_capped_attention(shape(4, 2, 64), 250, Some(0.5));
+    check_capped_attention(shape(4, 2, 96), 130, Some(2.0));
+    check_capped_attention(AttentionShape { sliding_window: Some(50), ..shape(4, 2, 128) }, 250, Some(0.5));
+    check_capped_attention(shape(4, 2, 256), 250, Some(0.5));
 }
 
 #[test]

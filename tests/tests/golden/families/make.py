@@ -31,6 +31,10 @@ CASES = [
         **GEMMA, "attention_bias": True, "layer_types": ["sliding_attention", "full_attention"] * 3 + ["full_attention"],
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 900.0},
                             "sliding_attention": {"rope_type": "default", "rope_theta": 70.0}}}, 128),
+    ("gemma3, capped logits", {**GEMMA, "final_logit_softcapping": 1.5}, 128),
+    ("gemma2", {**GEMMA, "model_type": "gemma2", "num_hidden_layers": 4}, 128),
+    ("gemma2, low caps, biases", {**GEMMA, "model_type": "gemma2", "num_hidden_layers": 4, "attention_bias": True,
+                                  "attn_logit_softcapping": 0.7, "final_logit_softcapping": 1.5}, 128),
     ("phi3, window", {"model_type": "phi3", "sliding_window": 11}, 128),
     ("phi3, a part of each head", {"model_type": "phi3", **PARTIAL, "tie_word_embeddings": True}, 128),
     ("phi3, short contexts", {"model_type": "phi3", **PARTIAL, "rope_scaling": LONG,
@@ -91,7 +95,7 @@ for name, changes, served in CASES:
     config = AutoConfig.for_model(kind, **fields)
     config._attn_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    offset = 0.0 if kind == "gemma3_text" else 1.0
+    offset = 0.0 if kind.startswith("gemma") else 1.0
     with torch.no_grad():
         for tensor, parameter in model.named_parameters():
             parameter.copy_(weights(tensor, tuple(parameter.shape), offset))
