@@ -331,7 +331,7 @@ fn token_deltas_and_the_ledger_of_attempts() {
     let last =
         TokenDelta { number: 1, text: String::new(), finish_reason: Some("stop".into()), ..delta.clone() };
     golden_of("token-delta.json", &[delta, last]);
-    golden_of("attempt-record.json", &[AttemptRecord { starts: 2, ended: 0, worker: worker() }]);
+    golden_of("attempt-record.json", &[AttemptRecord { starts: 2, ..AttemptRecord::unstarted(worker()) }]);
 }
 
 #[test]

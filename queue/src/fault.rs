@@ -59,8 +59,11 @@ pub enum Fault {
     #[error("the worker is shutting down")]
     Draining,
     /// The engine ended or the device broke.
-    #[error("the engine has stopped")]
-    EngineStopped,
+    #[error("{cause}")]
+    EngineStopped {
+        /// What broke; it holds no text of the job.
+        cause: String,
+    },
 }
 
 /// What must happen next.
@@ -111,7 +114,7 @@ impl Fault {
             Fault::Contended | Fault::Draining => {
                 Disposition::Retry { after: Some(HAND_OVER), counts: false }
             }
-            Fault::EngineStopped => Disposition::Exit,
+            Fault::EngineStopped { .. } => Disposition::Exit,
         }
     }
 
@@ -127,7 +130,7 @@ impl Fault {
             Fault::Broker { .. } => "broker",
             Fault::Contended => "contended",
             Fault::Draining => "draining",
-            Fault::EngineStopped => "engine_stopped",
+            Fault::EngineStopped { .. } => "engine_stopped",
         }
     }
 }
@@ -161,7 +164,7 @@ mod tests {
             (Fault::Broker { message: text() }, free(None)),
             (Fault::Contended, free(Some(HAND_OVER))),
             (Fault::Draining, free(Some(HAND_OVER))),
-            (Fault::EngineStopped, Disposition::Exit),
+            (Fault::EngineStopped { cause: String::new() }, Disposition::Exit),
         ];
         let mut categories = std::collections::BTreeSet::new();
         for (fault, expected) in table {

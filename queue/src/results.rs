@@ -314,11 +314,10 @@ impl Results {
     pub async fn record(
         &self,
         job: &JobId,
-        (starts, ended): (u32, u32),
+        record: &AttemptRecord,
         last_sequence: u64,
     ) -> Result<Created, BrokerError> {
-        let record = AttemptRecord { starts, ended, worker: self.worker.clone() };
-        let body = serde_json::to_vec(&record).expect("numbers and strings serialise").into();
+        let body = serde_json::to_vec(record).expect("numbers and strings serialise").into();
         let (stream, subject) = (self.model.results_stream(), self.model.attempts_subject(job));
         let record = Record { stream, subject, headers: HeaderMap::new(), body, lifetime: None };
         self.put(record, last_sequence).await

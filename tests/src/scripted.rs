@@ -22,6 +22,7 @@ use millrace_queue::claim::Claims;
 use millrace_queue::delivery::PullTrouble;
 use millrace_queue::fault::Fault;
 use millrace_queue::provision::{Mode, provision};
+use millrace_worker::broken::Broken;
 use millrace_worker::metrics::WorkerMetrics;
 use millrace_worker::run::{Answer, Run, Work};
 use millrace_worker::serve::{LineParts, ServingLine, serve};
@@ -243,6 +244,7 @@ impl Bench {
             claims: Claims::without_store(1 << 20),
             metrics,
             watch: Watch::default(),
+            broken: Broken::default(),
             trouble: PullTrouble::default(),
         }))
     }

@@ -176,6 +176,54 @@ async fn a_job_that_kills_its_workers_is_given_up_and_its_neighbours_complete() 
     Ok(())
 }
 
+/// Deaths until a job is given up that kills each process in which it runs, among others that all complete. `how` is
+/// the failpoint.
+async fn hunt(how: &str, others: usize, deaths_max: usize) -> Result<(String, Duration)> {
+    let mut cluster = QueueHarness::tiny()?;
+    cluster.config.queue.max_deliver = 3;
+    cluster.config.engine.max_sequences = Some(64);
+    cluster.set_ack_wait(Duration::from_secs(2));
+    drop(cluster.worker()?);
+    let queue = cluster.queue().await?;
+    let mut jobs: Vec<NewJob> =
+        (0..others).map(|i| NewJob::completion(&format!("well-{i}"), "Live", 400)).collect();
+    jobs.insert(others / 3, NewJob::completion("poison", "Kill", 400));
+    queue.publish_all(&jobs).await?;
+    let (mut deaths, mut record, start) = (0, OutcomeLog::default(), Instant::now());
+    while record.outcomes.len() < jobs.len() {
+        let mut worker = Worker::start(&cluster.config, &[(failpoint::VARIABLE, how)])?;
+        while worker.ended()?.is_none() && record.outcomes.len() < jobs.len() {
+            record.follow(&queue).await?;
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            anyhow::ensure!(start.elapsed() < 2 * LIMIT, "after {deaths} deaths\n{}", worker.log_tail());
+        }
+        deaths += usize::from(worker.ended()?.is_some());
+    }
+    println!("{how}: {deaths} deaths, {:.1} s", start.elapsed().as_secs_f64());
+    assert_eq!(record.kinds(), [others, 0, 1]);
+    anyhow::ensure!(deaths > 1 && deaths <= deaths_max, "{deaths} deaths of at most {deaths_max}");
+    let poison = &record.of("poison")?.lines()?[0];
+    let error = poison.error.as_ref().context("an error")?;
+    assert_eq!(error.code, ErrorCode::WorkerLost);
+    Ok((error.message.clone(), start.elapsed()))
+}
+
+/// Among 33 jobs the killer is alone after 6 halvings. Killed without a word it then has the attempts that a job has;
+/// where the process says twice of what it died, that is enough, and nobody waits for a lease to run out.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killer_is_found_by_halves_and_the_others_complete() -> Result<()> {
+    if !tools::have(&[nats::PROGRAM]) {
+        return Ok(());
+    }
+    let (silent, said) =
+        tokio::join!(hunt("while_running@poison", 32, 9), hunt("while_running@poison!panic", 32, 8));
+    let (silent, _) = silent?;
+    assert!(silent.contains("alone): no last word"), "{silent}");
+    let (said, _) = said?;
+    assert!(said.contains("alone): a panic at"), "{said}");
+    Ok(())
+}
+
 #[test]
 fn a_bad_configuration_is_refused_with_field_and_value() -> Result<()> {
     if !tools::have(&[nats::PROGRAM]) {

@@ -5,6 +5,7 @@
 
 pub mod batch;
 pub mod bench;
+pub mod broken;
 pub mod capacity;
 pub mod check;
 pub mod config;

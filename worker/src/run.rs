@@ -136,6 +136,6 @@ fn fault_of(fault: generate::AnswerError) -> Fault {
     match fault {
         generate::AnswerError::Reject(reject) => Fault::Invalid { message: reject.to_string() },
         generate::AnswerError::Sequence(message) => Fault::Inference { message },
-        generate::AnswerError::Stopped => Fault::EngineStopped,
+        generate::AnswerError::Stopped => Fault::EngineStopped { cause: "the engine has stopped".into() },
     }
 }

@@ -14,6 +14,7 @@
 //! stepped since the last one, and an answer that was computed is kept while broker or object store are away.
 
 mod attempt;
+mod cohorts;
 mod holds;
 mod line;
 mod naming;
@@ -35,12 +36,13 @@ use millrace_queue::fault::{Disposition, Fault};
 use millrace_queue::identity::body_digest;
 use millrace_queue::results::{Outcome, OutcomeEnvelope};
 use time::OffsetDateTime;
-use tokio::sync::{RwLockReadGuard, RwLockWriteGuard};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::broken::LAST_WORDS;
 use crate::failpoint::reach;
 use crate::run::Run;
+use cohorts::Place;
 use naming::{bare_headers, place_of};
 use pulse::{HeldBy, Pulse, keep_alive};
 use state::{Action, JobEnd, JobEvent, JobFacts, JobState, JobVerdict};
@@ -51,13 +53,15 @@ const OUTCOME_HEADER_BYTES_MAX: usize = 8 << 10;
 const STORE_PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 /// After the drain's end, how long handing back may take.
 const HAND_BACK_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long giving a job back may take a process that must end, and after what it may come again.
+const LAST_HAND_BACK: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(1));
 
 /// Why serving ended other than by a drain.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
     /// The engine or the device is broken: the process must end.
-    #[error("the engine has stopped")]
-    EngineStopped,
+    #[error("{0}")]
+    Broken(String),
     /// The connection is closed for good.
     #[error(transparent)]
     Broker(#[from] BrokerError),
@@ -77,6 +81,7 @@ pub async fn serve<R: Run>(
     let mut queue =
         Queue::open(line.broker.clone(), line.model.clone(), weights, line.trouble.clone()).await?;
     line.cancels.listen(&line.broker, &line.model).await?;
+    line.broken.await_words();
     let jobs = TaskTracker::new();
     while !drain.is_cancelled() {
         queue.ask(line.free_slots()).await?;
@@ -84,7 +89,7 @@ pub async fn serve<R: Run>(
         line.metrics.pull_errors.inc_by(std::mem::take(&mut queue.pull_errors));
         tokio::select! {
             biased;
-            () = line.broken.cancelled() => return Err(ServeError::EngineStopped),
+            () = line.broken.declared() => return Err(last_words(line, &jobs).await),
             () = drain.cancelled() => break,
             delivery = queue.next() => {
                 if let Some(delivery) = delivery {
@@ -136,7 +141,7 @@ async fn finish_held<R: Run>(
     loop {
         tokio::select! {
             biased;
-            () = line.broken.cancelled() => return Err(ServeError::EngineStopped),
+            () = line.broken.declared() => return Err(last_words(line, &jobs).await),
             () = &mut timeout => break,
             delivery = queue.next() => {
                 // One that is held here is not given away: it runs, or is handed back by who holds it.
@@ -157,6 +162,14 @@ async fn finish_held<R: Run>(
     }
     let _ = tokio::time::timeout(HAND_BACK_TIMEOUT, line.broker.client().flush()).await;
     Ok(())
+}
+
+/// The process must end: what runs in it is written into the ledgers first.
+async fn last_words<R: Run>(line: &ServingLine<R>, jobs: &TaskTracker) -> ServeError {
+    jobs.close();
+    let _ = tokio::time::timeout(LAST_WORDS, jobs.wait()).await;
+    line.broken.all_written();
+    ServeError::Broken(line.broken.cause())
 }
 
 /// Takes one delivery to its end, whatever happens.
@@ -218,12 +231,6 @@ struct Held<'a, R> {
     began: (Instant, OffsetDateTime),
 }
 
-/// The place of a running job: beside others, or with none.
-enum Place<'a> {
-    Company { _others: RwLockReadGuard<'a, ()> },
-    Alone { _all: RwLockWriteGuard<'a, ()> },
-}
-
 impl<'a, R: Run> Held<'a, R> {
     /// Carries actions out until the delivery is to be given back, or nothing is left to do.
     async fn until_given_back(&mut self, mut action: Action) -> Action {
@@ -261,12 +268,12 @@ impl<'a, R: Run> Held<'a, R> {
 
     async fn perform(&mut self, action: Action) -> Result<JobEvent, Fault> {
         self.pulse.set(match action {
-            Action::Turn { .. } | Action::Run | Action::Start { .. } => HeldBy::Engine,
+            Action::Turn(_) | Action::Run | Action::Start { .. } => HeldBy::Engine,
             _ => HeldBy::Settling,
         });
         // Others need not wait for what is left once the attempt is over.
         if matches!(action, Action::Store(_) | Action::Record { .. } | Action::HandBack(_)) {
-            self.turn = None;
+            self.give_up_turn();
         }
         let (results, id) = (&self.line.results, &self.headers.id);
         match action {
@@ -275,22 +282,28 @@ impl<'a, R: Run> Held<'a, R> {
                 self.rename();
                 self.look_up().await
             }
-            Action::Record { starts, ended, after } => {
-                Ok(JobEvent::Recorded(results.record(id, (starts, ended), after).await?))
+            Action::Record { record, after } => {
+                Ok(JobEvent::Recorded(results.record(id, &record, after).await?))
             }
-            Action::Start { ended, after } => {
+            Action::Start { record, after } => {
                 reach("before_start_record");
-                let recorded = results.record(id, (self.state.attempt, ended), after).await?;
+                let recorded = results.record(id, &record, after).await?;
                 reach("after_start_record");
                 Ok(JobEvent::Recorded(recorded))
             }
-            Action::Turn { alone } => {
-                self.turn = Some(self.unless_over(self.place(alone)).await?);
-                Ok(JobEvent::Turn)
+            Action::Turn(suspicion) => {
+                let line: &'a ServingLine<R> = self.line;
+                let turn = self.unless_over(line.cohorts.enter(suspicion)).await?;
+                if line.broken.is_declared() {
+                    return Err(Fault::Draining);
+                }
+                let company = turn.company;
+                self.turn = Some(turn);
+                Ok(JobEvent::Turn(company))
             }
             Action::Run => {
                 let answer = self.run_attempt().await;
-                self.turn = None;
+                self.give_up_turn();
                 Ok(JobEvent::Answered(answer?))
             }
             Action::Store(verdict) => self.store(verdict).await,
@@ -309,11 +322,10 @@ impl<'a, R: Run> Held<'a, R> {
         }
     }
 
-    async fn place(&self, alone: bool) -> Place<'a> {
-        let line: &'a ServingLine<R> = self.line;
-        match alone {
-            true => Place::Alone { _all: line.alone.write().await },
-            false => Place::Company { _others: line.alone.read().await },
+    /// Lets others have their turns; not in a process that dies, for they would be taken for its killers.
+    fn give_up_turn(&mut self) {
+        if !self.line.broken.is_declared() {
+            self.turn = None;
         }
     }
 
@@ -406,7 +418,10 @@ impl<'a, R: Run> Held<'a, R> {
             Disposition::Reject(_) => None,
             Disposition::Exit => {
                 tracing::error!(job = %self.headers.id, category = fault.category(), %fault, "ending the process");
-                line.broken.cancel();
+                // Its death is in the ledger: it need not wait until its lease runs out.
+                let (patience, pause) = LAST_HAND_BACK;
+                let _ = tokio::time::timeout(patience, self.delivery.retry(pause)).await;
+                line.broken.declare(fault.to_string());
                 return Ok(JobEvent::Done);
             }
         };

@@ -9,6 +9,8 @@ use std::str::FromStr;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::Directive;
 
+use crate::broken::Broken;
+
 /// The environment variable with the log filter, such as `info` or `millrace_worker=debug`.
 pub const VARIABLE: &str = "MILLRACE_LOG";
 
@@ -59,8 +61,8 @@ pub fn filter(text: &str) -> Result<EnvFilter, String> {
 
 /// Makes every panic, on whatever thread, end the process. A worker that lost a thread would only seem to
 /// work; one that is gone is replaced, and its jobs are delivered again.
-pub fn abort_on_panic() {
-    std::panic::set_hook(Box::new(|info| {
+pub fn abort_on_panic(broken: Broken) {
+    std::panic::set_hook(Box::new(move |info| {
         let place = info.location().map(ToString::to_string).unwrap_or_default();
         let thread = std::thread::current();
         tracing::error!(
@@ -69,7 +71,7 @@ pub fn abort_on_panic() {
             thread = thread.name().unwrap_or("unnamed"),
             "a panic; aborting"
         );
-        std::process::abort();
+        broken.abort(format!("a panic at {place}"));
     }));
 }
 

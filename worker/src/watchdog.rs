@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::broken::Broken;
+
 /// What the watchdog looks at, and what `/healthz` answers.
 #[derive(Debug, Clone, Default)]
 pub struct Watch {
@@ -65,7 +67,12 @@ impl Judge {
 ///
 /// # Errors
 /// When the thread cannot be started.
-pub fn start(watch: Watch, limit: Duration, steps: impl Fn() -> u64 + Send + 'static) -> std::io::Result<()> {
+pub fn start(
+    watch: Watch,
+    broken: Broken,
+    limit: Duration,
+    steps: impl Fn() -> u64 + Send + 'static,
+) -> std::io::Result<()> {
     // Four looks a limit: the process is gone within a quarter of the limit after it.
     let pause = (limit / 4).clamp(Duration::from_millis(10), Duration::from_secs(1));
     let body = move || {
@@ -80,7 +87,7 @@ pub fn start(watch: Watch, limit: Duration, steps: impl Fn() -> u64 + Send + 'st
                     limit_s = limit.as_secs_f64(),
                     "no step ended within engine.stepTimeout; aborting"
                 );
-                std::process::abort();
+                broken.abort(format!("no step ended within {} s", limit.as_secs_f64()));
             }
         }
     };

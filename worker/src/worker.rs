@@ -25,6 +25,7 @@ use millrace_queue::store::{Store, StoreError};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
+use crate::broken::Broken;
 use crate::health::Health;
 use crate::load::{self, Model};
 use crate::metrics::WorkerMetrics;
@@ -71,7 +72,8 @@ pub struct ServeArgs {
 pub fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     let started = Instant::now();
     telemetry::start().map_err(anyhow::Error::msg)?;
-    telemetry::abort_on_panic();
+    let broken = Broken::default();
+    telemetry::abort_on_panic(broken.clone());
     failpoint::arm().map_err(anyhow::Error::msg)?;
     let mut config = config::read(&args.config)?;
     if let Some(address) = args.listen_address {
@@ -83,7 +85,7 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         .thread_name("async")
         .enable_all()
         .build()?;
-    let ended = runtime.block_on(Start::new(config, name, started).go());
+    let ended = runtime.block_on(Start::new(config, name, (started, broken)).go());
     // What still runs there (a stuck transfer, a lookup) must not hold up the end.
     runtime.shutdown_background();
     ended.map(|()| ExitCode::SUCCESS)
@@ -97,16 +99,17 @@ struct Start {
     started: Instant,
     metrics: Arc<WorkerMetrics>,
     watch: Watch,
+    broken: Broken,
     health: Health,
     phase: CurrentPhase,
 }
 
 impl Start {
-    fn new(config: WorkerConfig, name: SubjectToken, started: Instant) -> Self {
+    fn new(config: WorkerConfig, name: SubjectToken, (started, broken): (Instant, Broken)) -> Self {
         let metrics = Arc::new(WorkerMetrics::new(&config.model_ref()));
         let watch = Watch::default();
         let health = Health::new(metrics.clone(), watch.clone());
-        Self { config, name, started, metrics, watch, health, phase: CurrentPhase::default() }
+        Self { config, name, started, metrics, watch, broken, health, phase: CurrentPhase::default() }
     }
 
     async fn go(self) -> anyhow::Result<()> {
@@ -204,7 +207,8 @@ impl Start {
     ) -> anyhow::Result<Arc<ServingLine<EngineRun>>> {
         let engine = model.engine.clone();
         let steps = move || millrace_engine::schedule::handle::EngineLoad::get(&engine.load().steps);
-        watchdog::start(self.watch.clone(), self.config.engine.step_timeout.0, steps)?;
+        let limit = self.config.engine.step_timeout.0;
+        watchdog::start(self.watch.clone(), self.broken.clone(), limit, steps)?;
         let line = ServingLine::new(LineParts {
             run: EngineRun::new(model.text, model.engine),
             broker,
@@ -217,6 +221,7 @@ impl Start {
             metrics: self.metrics.clone(),
             watch: self.watch.clone(),
             trouble: self.health.pull_trouble(),
+            broken: self.broken.clone(),
         });
         self.health.set_warm(cold_start);
         self.phase.set(Phase::Ready);

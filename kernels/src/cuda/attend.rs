@@ -1,10 +1,10 @@
 //! Launching attention, as `attention.cuh` says.
 //!
 //! Spans of one row go to a decode kernel, longer ones to a prefill kernel; both read the same plan, and what finds
-//! no work leaves at once. Few decodes go to the kernel whose CTAs share a split, many on Hopper to the one whose warps
-//! walk runs of splits. All give a row the same bytes. A cache of 8-bit floats has kernels of its own; its scales
-//! are factors on the scores and on the result. Where a block can have little shared memory, small kernels run; capped scores
-//! have kernels of their own.
+//! no work leaves at once. Few decodes go to the kernel whose CTAs share a split, many on Hopper to the one whose
+//! warps walk runs of splits. All give a row the same bytes. A cache of 8-bit floats has kernels of its own; its
+//! scales are factors on the scores and on the result. Where a block can have little shared memory, small kernels
+//! run; capped scores have kernels of their own.
 
 use std::f32::consts::LOG2_E;
 

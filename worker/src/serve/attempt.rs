@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use millrace_crds::attempts::AttemptRecord;
 use millrace_crds::job::JobHeaders;
 use millrace_queue::delivery::Delivery;
 use millrace_queue::fault::Fault;
@@ -13,6 +14,7 @@ use super::{
     HAND_BACK_TIMEOUT, Held, HeldBy, OUTCOME_HEADER_BYTES_MAX, STORE_PAUSE, ServingLine, place_of, reach,
 };
 use crate::capacity::Taken;
+use crate::failpoint::reach_with;
 use crate::run::{Answer, Run, Work};
 
 /// The pauses between the tries of one transfer, and their end.
@@ -46,6 +48,7 @@ impl<R: Run> Held<'_, R> {
             turn = turn => Ok(turn),
             () = self.cancel.cancelled() => Err(Fault::Cancelled),
             fault = deadline => Err(fault),
+            () = self.line.broken.declared() => Err(Fault::EngineStopped { cause: self.line.broken.cause() }),
             () = self.line.drain_over.cancelled() => Err(Fault::Draining),
         }
     }
@@ -70,7 +73,10 @@ impl<R: Run> Held<'_, R> {
             let _busy = self.line.watch.enter();
             let deltas =
                 self.headers.stream.then(|| self.line.tokens.publish(&self.headers.id, self.state.attempt));
-            tokio::join!(self.line.run.run(work, deltas), async { reach("while_running") }).0
+            tokio::join!(self.line.run.run(work, deltas), async {
+                reach_with("while_running", &self.headers.id)
+            })
+            .0
         };
         let answer = self
             .unless_over(tokio::time::timeout(limit, running))
@@ -126,7 +132,8 @@ pub(super) async fn hand_back_unrun<R: Run>(line: &ServingLine<R>, delivery: &De
     let _ = tokio::time::timeout(HAND_BACK_TIMEOUT, async {
         let place = place_of(line, delivery).await?;
         let headers = JobHeaders::parse(delivery.header_pairs(), place).ok()?;
-        (delivery.delivered == 1).then_some(line.results.record(&headers.id, (0, 0), 0))?.await.ok()
+        let unstarted = AttemptRecord::unstarted(line.results.worker().clone());
+        (delivery.delivered == 1).then_some(line.results.record(&headers.id, &unstarted, 0))?.await.ok()
     })
     .await;
     let _ = delivery.retry(Duration::from_millis(1)).await;

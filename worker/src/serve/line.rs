@@ -14,10 +14,12 @@ use millrace_queue::classes::PerClass;
 use millrace_queue::delivery::PullTrouble;
 use millrace_queue::results::Results;
 use millrace_queue::tokens::Tokens;
-use tokio::sync::{Notify, RwLock};
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
+use super::cohorts::Cohorts;
 use super::holds::Holds;
+use crate::broken::Broken;
 use crate::capacity::Capacity;
 use crate::metrics::WorkerMetrics;
 use crate::run::Run;
@@ -51,11 +53,12 @@ pub struct ServingLine<R> {
     /// Jobs that ended here since the start.
     pub finished: AtomicU64,
     pub(super) holds: Holds,
-    pub(super) alone: RwLock<()>,
+    pub(super) cohorts: Cohorts,
     pub(super) capacity: std::sync::Mutex<Capacity>,
     pub(super) freed: Notify,
     pub(super) drain_over: CancellationToken,
-    pub(super) broken: CancellationToken,
+    /// Whether the process must end.
+    pub broken: Broken,
 }
 
 /// What a line is made from.
@@ -83,13 +86,15 @@ pub struct LineParts<R> {
     pub watch: Watch,
     /// Where it is said why no job can be pulled.
     pub trouble: PullTrouble,
+    /// Whether the process must end.
+    pub broken: Broken,
 }
 
 impl<R: Run> ServingLine<R> {
     /// A line that holds no job yet.
     pub fn new(parts: LineParts<R>) -> Arc<Self> {
         let LineParts { run, broker, model, worker, digest, queue, outcome_ttl, .. } = parts;
-        let LineParts { claims, metrics, watch, trouble, .. } = parts;
+        let LineParts { claims, metrics, watch, trouble, broken, .. } = parts;
         let capacity = Capacity::new(run.limits()).into();
         Arc::new(Self {
             results: Results::new(broker.clone(), model.clone(), worker, digest, outcome_ttl),
@@ -97,10 +102,9 @@ impl<R: Run> ServingLine<R> {
             cancels: Cancels::default(),
             finished: AtomicU64::new(0),
             holds: Holds::default(),
-            alone: RwLock::new(()),
+            cohorts: Cohorts::default(),
             freed: Notify::new(),
             drain_over: CancellationToken::new(),
-            broken: CancellationToken::new(),
             capacity,
             run,
             broker,
@@ -109,6 +113,7 @@ impl<R: Run> ServingLine<R> {
             metrics,
             watch,
             trouble,
+            broken,
             queue,
         })
     }

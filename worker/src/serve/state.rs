@@ -1,13 +1,13 @@
 //! The state of a held job: what it asks for, what it owes, and what each event makes of it. Pure.
 //!
-//! A state asks for one [`Action`] at a time, and what comes of it is the next [`JobEvent`]; a fault may come in place
-//! of any. Losing a delivery or the process in any state leads to a redelivery, which finds what was stored.
+//! A state asks for one [`Action`] at a time, and what comes of it is the next [`JobEvent`]; a fault may come in
+//! place of any. Losing a delivery or the process in any state leads to a redelivery, which finds what was stored.
 //!
 //! | state | asks for | owes while it waits | a fault leads to |
 //! |---|---|---|---|
 //! | `Looking` | outcome, marker and ledger | nothing | `TakingBack` |
 //! | `Opening` | a ledger, where a delivery before this one left none | nothing | `TakingBack` |
-//! | `Waiting` | its turn, alone if a process died of it | nothing | an outcome, or `TakingBack` |
+//! | `Waiting` | its turn, as `cohorts` gives it | nothing | an outcome, or `TakingBack` |
 //! | `Starting` | its start in the ledger | the start, if it was written | `Rereading` |
 //! | `Rereading` | the ledger, to see whether the start was written | the same | `HandingBack` |
 //! | `Running` | the answer | the start | an outcome, or `TakingBack`, counted if the fault counts |
@@ -23,6 +23,7 @@
 //! Kept: no ack before the outcome is stored; a job with an outcome never runs again; a start that was no attempt is
 //! taken back, and one that ended is not taken for a death.
 
+use millrace_crds::attempts::{AttemptRecord, Company};
 use millrace_crds::names::{JobId, SubjectToken};
 use millrace_crds::result::{ErrorCode, LineError, OutcomeKind};
 use millrace_queue::broker::Created;
@@ -30,9 +31,13 @@ use millrace_queue::fault::{Disposition, Fault};
 use millrace_queue::identity::AnswerOf;
 use millrace_queue::results::{Known, Outcome, StoredOutcome, reason};
 
+use super::cohorts::Suspicion;
+
 /// Deliveries after which a job is given up whatever its ledger says, in multiples of its attempts: the bound
 /// for a job that comes back again and again without an attempt that counts. The broker itself has none.
 const DELIVERIES_PER_ATTEMPT_MAX: u32 = 10;
+/// And not before so many: a killer among many jobs takes them along as often as their number has halves.
+const DELIVERIES_MIN: u32 = 64;
 
 /// What does not change about a held job.
 #[derive(Debug, Clone)]
@@ -65,27 +70,22 @@ pub enum Action {
     LookUp,
     /// Name the job anew, since its id is another one's, and read as [`Action::LookUp`].
     Rename,
-    /// Replace the ledger by these starts, of which so many ended, if it is the one of this sequence; 0 is none.
+    /// Replace the ledger, if it is the one of this sequence; 0 is none.
     Record {
-        /// Attempts begun.
-        starts: u32,
-        /// Of them, those of which the end is known.
-        ended: u32,
+        /// The new one.
+        record: AttemptRecord,
         /// The ledger's sequence.
         after: u64,
     },
     /// Write the start of this attempt into the ledger, as [`Action::Record`].
     Start {
-        /// Attempts before it of which the end is known.
-        ended: u32,
+        /// The ledger with the start.
+        record: AttemptRecord,
         /// The ledger's sequence.
         after: u64,
     },
     /// Wait for the turn.
-    Turn {
-        /// With no other job beside it.
-        alone: bool,
-    },
+    Turn(Suspicion),
     /// Run the attempt.
     Run,
     /// Create the outcome.
@@ -109,8 +109,8 @@ pub enum JobEvent {
     Known(Known, Option<Fault>),
     /// The ledger was replaced, or is another one.
     Recorded(Created),
-    /// It is its turn.
-    Turn,
+    /// It is its turn, in this company.
+    Turn(Company),
     /// The answer.
     Answered(Outcome),
     /// The outcome was created by this worker, or was there.
@@ -138,8 +138,8 @@ pub enum JobEnd {
 #[derive(Debug, Clone, PartialEq)]
 enum State {
     Looking,
-    Opening(Known),
-    Waiting,
+    Opening(AttemptRecord),
+    Waiting(Suspicion),
     Starting,
     Rereading(Fault),
     Running,
@@ -153,13 +153,12 @@ enum State {
     Over(JobEnd),
 }
 
-/// A start, as the ledger has it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Start {
+/// The ledger, with this delivery's start once there is one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Ledger {
     /// Sequence of the ledger's last record; 0 if there is none.
     sequence: u64,
-    /// Attempts before this one of which the end is known.
-    ended: u32,
+    record: AttemptRecord,
 }
 
 /// A held job.
@@ -169,7 +168,7 @@ pub struct JobState {
     /// The attempt, from 1.
     pub attempt: u32,
     /// What the ledger says, once it was read.
-    start: Option<Start>,
+    ledger: Option<Ledger>,
     /// There is a cancel marker or a ledger.
     marked: bool,
     /// Its id was another one's.
@@ -179,7 +178,7 @@ pub struct JobState {
 impl JobState {
     /// As it is delivered.
     pub fn begin() -> (Self, Action) {
-        let begun = Self { state: State::Looking, attempt: 1, start: None, marked: false, renamed: false };
+        let begun = Self { state: State::Looking, attempt: 1, ledger: None, marked: false, renamed: false };
         (begun, Action::LookUp)
     }
 
@@ -197,16 +196,19 @@ impl JobState {
         let state = std::mem::replace(&mut self.state, State::Looking);
         match (state, event) {
             (State::Looking, JobEvent::Known(known, refused)) => self.known(job, known, refused),
-            (State::Opening(mut known), JobEvent::Recorded(Created::Stored(sequence))) => {
-                self.start = Some(Start { sequence, ended: 0 });
-                (known.ledger, self.marked) = (None, true);
-                self.count(job, 1, &known)
+            (State::Opening(record), JobEvent::Recorded(Created::Stored(sequence))) => {
+                self.ledger = Some(Ledger { sequence, record });
+                self.marked = true;
+                self.count(job)
             }
-            (State::Waiting, JobEvent::Turn) => match self.start {
+            (State::Waiting(_), JobEvent::Turn(company)) => {
+                let Some(ledger) = self.ledger.take() else { return self.hand_back(Fault::Contended) };
                 // The delivery count shows a first attempt well enough.
-                Some(Start { sequence: 0, .. }) if self.attempt == 1 => self.to(State::Running),
-                _ => self.to(State::Starting),
-            },
+                let first = ledger.sequence == 0 && self.attempt == 1;
+                let record = ledger.record.started(company, job.worker.clone());
+                self.ledger = Some(Ledger { record, ..ledger });
+                self.to(if first { State::Running } else { State::Starting })
+            }
             (State::Starting, JobEvent::Recorded(Created::Stored(sequence))) => self.started(sequence),
             // Not written, or its answer was lost and it lost against itself.
             (State::Starting, JobEvent::Recorded(Created::Lost)) => {
@@ -217,10 +219,10 @@ impl JobState {
                 Some((record, sequence)) if record.starts == self.attempt && record.worker == job.worker => {
                     self.started(sequence)
                 }
-                Some((_, sequence)) if self.start.is_none_or(|start| start.sequence != sequence) => {
+                Some((_, sequence)) if self.ledger.as_ref().is_none_or(|own| own.sequence != sequence) => {
                     self.to(State::HandingBack(fault))
                 }
-                _ => self.hand_back(job, fault),
+                _ => self.hand_back(fault),
             },
             (State::Rereading(_), JobEvent::Failed(fault)) => self.to(State::HandingBack(fault)),
             (State::Running, JobEvent::Answered(outcome)) => {
@@ -254,29 +256,32 @@ impl JobState {
             (State::Opening(_), JobEvent::Recorded(Created::Lost)) => {
                 self.to(State::HandingBack(Fault::Contended))
             }
-            (_, _) => self.hand_back(job, Fault::Contended),
+            (_, _) => self.hand_back(Fault::Contended),
         }
     }
 
     /// Enters a state; what it asks for follows from it.
+    ///
+    /// # Panics
+    /// When what is to be written was never read: a mistake of this file.
     fn to(mut self, state: State) -> (Self, Action) {
-        let start = self.start.unwrap_or(Start { sequence: 0, ended: 0 });
+        let ledger = || self.ledger.clone().expect("the ledger was read before it is written");
         let action = match &state {
             State::Looking | State::Rereading(_) | State::Contesting => Action::LookUp,
-            State::Opening(_) => Action::Record { starts: 1, ended: 0, after: 0 },
-            State::Waiting => Action::Turn { alone: false },
-            State::Starting => Action::Start { ended: start.ended, after: start.sequence },
+            State::Opening(record) => Action::Record { record: record.clone(), after: 0 },
+            State::Waiting(suspicion) => Action::Turn(*suspicion),
+            State::Starting => {
+                let Ledger { record, sequence: after } = ledger();
+                Action::Start { record, after }
+            }
             State::Running => Action::Run,
             State::Storing(verdict) => Action::Store(verdict.clone()),
             State::Burying(stored, _) => Action::Bury(stored.clone()),
             State::Releasing(..) => Action::Release,
             State::Acking(..) => Action::Ack,
-            // An end of an attempt that counts is written beside its start; another one was no start.
-            State::TakingBack(fault) if counts(fault) => {
-                Action::Record { starts: self.attempt, ended: start.ended + 1, after: start.sequence }
-            }
-            State::TakingBack(_) => {
-                Action::Record { starts: self.attempt - 1, ended: start.ended, after: start.sequence }
+            State::TakingBack(fault) => {
+                let Ledger { record, sequence: after } = ledger();
+                Action::Record { record: left_by(record, fault), after }
             }
             State::HandingBack(fault) => Action::HandBack(fault.clone()),
             State::Over(_) => Action::End,
@@ -300,45 +305,40 @@ impl JobState {
             }
             (None, Some(fault), _) => self.attempt_failed(job, fault),
             (None, None, Some((record, sequence))) => {
-                self.start = Some(Start { sequence: *sequence, ended: record.ended });
-                self.count(job, record.starts, &known)
+                let record = record.clone().delivered_again();
+                self.ledger = Some(Ledger { sequence: *sequence, record });
+                self.count(job)
             }
             (None, None, None) if job.delivered <= 1 => {
-                self.start = Some(Start { sequence: 0, ended: 0 });
-                self.count(job, 0, &known)
+                let record = AttemptRecord::unstarted(job.worker.clone());
+                self.ledger = Some(Ledger { sequence: 0, record });
+                self.count(job)
             }
-            // Its first delivery is taken to have been begun. From here on the ledger counts, so that deliveries that
-            // are only held beside a killer do not.
-            (None, None, None) => self.to(State::Opening(known)),
+            (None, None, None) => self.to(State::Opening(opened(job))),
         }
     }
 
-    /// So many attempts were begun before this delivery.
-    fn count(mut self, job: &JobFacts, starts: u32, known: &Known) -> (Self, Action) {
-        let limit = job.max_deliver;
-        let ended = self.start.map_or(0, |start| start.ended);
-        if starts >= limit || job.delivered > limit.saturating_mul(DELIVERIES_PER_ATTEMPT_MAX) {
-            self.attempt = starts.max(1);
-            let worker = known.ledger.as_ref().map_or("unknown", |(record, _)| record.worker.as_str());
-            let message = format!(
-                "{starts} attempts of {limit} were begun in {} deliveries, {} of them without an end; the last one \
-                 on worker {worker}",
-                job.delivered,
-                starts.saturating_sub(ended)
-            );
+    /// The ledger was read: the job is given up, or has its next attempt.
+    fn count(mut self, job: &JobFacts) -> (Self, Action) {
+        let Some(Ledger { record, .. }) = &self.ledger else { return self.hand_back(Fault::Contended) };
+        let (limit, counted) = (job.max_deliver, record.counted());
+        let deliveries_max = limit.saturating_mul(DELIVERIES_PER_ATTEMPT_MAX).max(DELIVERIES_MIN);
+        if counted >= limit || record.is_convicted() || job.delivered > deliveries_max {
+            let message = given_up(job, record);
+            self.attempt = record.starts.max(1);
             let verdict = JobVerdict::Failed(OutcomeKind::Dead, ErrorCode::WorkerLost, message);
             return self.to(State::Storing(verdict));
         }
-        self.attempt = starts + 1;
-        // Only a job during which a process died can be a killer. With one attempt in all there is nothing to tell it
-        // from its neighbours by.
-        let alone = starts > ended && self.attempt == limit && limit > 1;
-        self.state = State::Waiting;
-        (self, Action::Turn { alone })
+        self.attempt = record.starts + 1;
+        // A last attempt after a death is alone, too: it decides. With one attempt in all there is nothing to tell the
+        // job from its neighbours by.
+        let last = record.unended() > 0 && counted + 1 == limit && limit > 1;
+        let suspicion = Suspicion { deaths: record.unended(), alone: record.is_accused() || last };
+        self.to(State::Waiting(suspicion))
     }
 
     fn started(mut self, sequence: u64) -> (Self, Action) {
-        self.start = Some(Start { sequence, ended: self.start.map_or(0, |start| start.ended) });
+        self.ledger = self.ledger.map(|ledger| Ledger { sequence, ..ledger });
         self.marked = true;
         self.to(State::Running)
     }
@@ -351,13 +351,13 @@ impl JobState {
                 self.conclude(stored, true)
             }
             Some(_) => self.rename(),
-            None => self.hand_back(job, Fault::Contended),
+            None => self.hand_back(Fault::Contended),
         }
     }
 
     /// The job goes on under an id of its own. What is written under the other one speaks of the other job.
     fn rename(self) -> (Self, Action) {
-        (Self { state: State::Looking, start: None, marked: false, renamed: true, ..self }, Action::Rename)
+        (Self { state: State::Looking, ledger: None, marked: false, renamed: true, ..self }, Action::Rename)
     }
 
     fn stored(&self, job: &JobFacts, verdict: &JobVerdict) -> StoredOutcome {
@@ -391,7 +391,7 @@ impl JobState {
     /// A fault came in place of what the state asked for.
     fn failed(self, job: &JobFacts, state: &State, fault: Fault) -> (Self, Action) {
         match (state, &fault) {
-            (State::Waiting | State::Running, _) => self.attempt_failed(job, fault),
+            (State::Waiting(_) | State::Running, _) => self.attempt_failed(job, fault),
             // An outcome that the broker refuses for its size is replaced by one that says so.
             (State::Storing(JobVerdict::Answer(_)), Fault::Invalid { message }) => {
                 let message = format!("the outcome: {message}");
@@ -402,7 +402,7 @@ impl JobState {
             (State::Burying(..) | State::Storing(JobVerdict::Failed(OutcomeKind::Dead, ..)), _) => {
                 self.to(State::HandingBack(fault))
             }
-            _ => self.hand_back(job, fault),
+            _ => self.hand_back(fault),
         }
     }
 
@@ -414,17 +414,15 @@ impl JobState {
                 let message = format!("attempt {} was the last one: {fault}", self.attempt);
                 (OutcomeKind::Dead, ErrorCode::InferenceError, message)
             }
-            Disposition::Retry { .. } | Disposition::Exit => return self.hand_back(job, fault),
+            Disposition::Retry { .. } | Disposition::Exit => return self.hand_back(fault),
         };
         self.marked |= code == ErrorCode::Cancelled;
         self.to(State::Storing(JobVerdict::Failed(kind, code, message)))
     }
 
-    /// The delivery is given back; before that the ledger is put right, as far as there is something to put right. The
-    /// end of the process puts nothing right: its starts are what it dies of.
-    fn hand_back(self, job: &JobFacts, fault: Fault) -> (Self, Action) {
-        let unread = self.start.is_none() && (job.delivered > 1 || self.renamed);
-        match fault.disposition() == Disposition::Exit || unread {
+    /// The delivery is given back; before that the ledger is put right, as far as it is known.
+    fn hand_back(self, fault: Fault) -> (Self, Action) {
+        match self.ledger.is_none() {
             true => self.to(State::HandingBack(fault)),
             false => self.to(State::TakingBack(fault)),
         }
@@ -434,6 +432,42 @@ impl JobState {
     pub fn is_repetition(&self) -> bool {
         matches!(self.state, State::Burying(_, false) | State::Releasing(_, false) | State::Acking(_, false))
     }
+}
+
+/// The ledger of a job that comes again and has none. Its first delivery is taken to have been begun, beside others.
+/// From here on the ledger counts, so that deliveries that are only held beside a killer do not.
+fn opened(job: &JobFacts) -> AttemptRecord {
+    AttemptRecord { starts: 1, crowded: 1, ..AttemptRecord::unstarted(job.worker.clone()) }
+}
+
+/// What a fault leaves in the ledger: the end of an attempt that counts is written beside its start, and so is that
+/// of the process; another attempt was none.
+fn left_by(record: AttemptRecord, fault: &Fault) -> AttemptRecord {
+    if record.company.is_none() {
+        return record;
+    }
+    match fault.disposition() {
+        Disposition::Exit => {
+            let worker = record.worker.clone();
+            record.died(worker, Some(&fault.to_string()))
+        }
+        _ if counts(fault) => record.ended(),
+        _ => record.taken_back(),
+    }
+}
+
+/// Why a job is given up whose processes died, or that comes again and again.
+fn given_up(job: &JobFacts, record: &AttemptRecord) -> String {
+    let (counted, limit, deaths) = (record.counted(), job.max_deliver, record.unended());
+    let history = match record.history() {
+        history if history.is_empty() => format!("the last one on worker {}", record.worker),
+        history => history,
+    };
+    format!(
+        "{counted} attempts of {limit} count, in {} deliveries; {deaths} processes died while it ran, {} of them \
+         beside other suspects: {history}",
+        job.delivered, record.crowded
+    )
 }
 
 /// Whether the attempt of which the fault is counts.

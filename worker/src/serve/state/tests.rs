@@ -1,7 +1,7 @@
 //! The states against a model of the broker that refuses, delays, duplicates and reorders, while workers die.
 
 use bytes::Bytes;
-use millrace_crds::attempts::AttemptRecord;
+use millrace_crds::attempts::Company;
 
 use super::*;
 
@@ -41,7 +41,8 @@ struct Records {
     ledger: Option<(AttemptRecord, u64)>,
     buried: bool,
     cancelled: bool,
-    /// Starts that may be counted: a process died in them, or its delivery went to another one, or they ended.
+    /// Starts that may be counted: they ended, or a process died in them, or lost the delivery, that nobody else is
+    /// suspected of.
     charged: u32,
     /// Starts that may be counted because the broker was away when they had to be taken back.
     excused: u32,
@@ -66,6 +67,12 @@ struct World {
     held: Vec<Delivered>,
     /// Actions carried out.
     actions: u64,
+}
+
+/// Whether the attempt that runs is one that speaks against its job if the process dies.
+fn accuses(held: &Delivered) -> bool {
+    let company = held.state.ledger.as_ref().and_then(|ledger| ledger.record.company);
+    company.is_some_and(Company::accuses)
 }
 
 fn worker(number: u64) -> SubjectToken {
@@ -117,9 +124,6 @@ impl World {
         if !queued || here || (again && (self.calm || !self.random.percent(5))) {
             return;
         }
-        if self.held.iter().any(|held| beside(&held)) {
-            self.ids[id].charged += 1;
-        }
         self.queue[message].1 = delivered + 1;
         let facts = JobFacts {
             id: format!("id-{id}").parse().unwrap(),
@@ -136,9 +140,7 @@ impl World {
         let worker = self.random.below(WORKERS);
         for held in self.held.extract_if(.., |held| held.worker == worker) {
             let records = &mut self.ids[MESSAGES[held.message].0];
-            let before = matches!(held.state.state, State::Looking | State::Opening(_) | State::Waiting);
-            // A first delivery is taken to have been begun.
-            records.charged += u32::from(records.ledger.is_none() || !before);
+            records.charged += u32::from(accuses(&held));
         }
     }
 
@@ -154,7 +156,7 @@ impl World {
         let storm = !self.calm;
         let (refuses, forgets) = (storm && self.random.percent(6), storm && self.random.percent(6));
         let away = || JobEvent::Failed(Fault::Broker { message: String::new() });
-        let remote = !matches!(action, Action::Turn { .. } | Action::Run);
+        let remote = !matches!(action, Action::Turn(_) | Action::Run);
         let event = if remote && refuses { away() } else { self.carry_out(&held, &action) };
         let event = if remote && forgets { away() } else { event };
         self.excuse(&held, &action, &event);
@@ -183,16 +185,25 @@ impl World {
     fn carry_out(&mut self, held: &Delivered, action: &Action) -> JobEvent {
         match action {
             Action::LookUp | Action::Rename => {
+                // A start that another delivery of the id has open is taken for a death.
+                let id = MESSAGES[held.message].0;
+                let open = self.held.iter().filter(|other| MESSAGES[other.message].0 == id && accuses(other));
+                self.ids[id].charged += open.count() as u32;
                 let records = self.records(held, action);
                 let (outcome, ledger) = (records.outcome.clone(), records.ledger.clone());
                 let cancelled = records.cancelled;
                 let refused = cancelled.then_some(Fault::Cancelled);
                 JobEvent::Known(Known { outcome, cancelled, ledger }, refused)
             }
-            Action::Record { starts, ended, after } => self.record(held, action, (*starts, *ended), *after),
-            Action::Start { ended, after } => self.record(held, action, (held.state.attempt, *ended), *after),
-            Action::Turn { .. } if !self.calm && self.random.percent(3) => JobEvent::Failed(Fault::Draining),
-            Action::Turn { .. } => JobEvent::Turn,
+            Action::Record { record, after } | Action::Start { record, after } => {
+                self.record(held, action, record, *after)
+            }
+            Action::Turn(_) if !self.calm && self.random.percent(3) => JobEvent::Failed(Fault::Draining),
+            Action::Turn(Suspicion { alone: true, .. }) => JobEvent::Turn(Company::Alone),
+            Action::Turn(Suspicion { deaths: 1.., .. }) if self.random.percent(50) => {
+                JobEvent::Turn(Company::OnlySuspect)
+            }
+            Action::Turn(_) => JobEvent::Turn(Company::Crowd),
             Action::Run => self.run(held),
             Action::Store(verdict) => self.store(held, verdict),
             Action::Bury(_) => {
@@ -215,21 +226,14 @@ impl World {
         }
     }
 
-    fn record(
-        &mut self,
-        held: &Delivered,
-        action: &Action,
-        (starts, ended): (u32, u32),
-        after: u64,
-    ) -> JobEvent {
+    fn record(&mut self, held: &Delivered, action: &Action, record: &AttemptRecord, after: u64) -> JobEvent {
         self.sequence += 1;
         let sequence = self.sequence;
-        let worker = held.facts.worker.clone();
         let ledger = &mut self.records(held, action).ledger;
         if ledger.as_ref().map_or(0, |(_, sequence)| *sequence) != after {
             return JobEvent::Recorded(Created::Lost);
         }
-        *ledger = Some((AttemptRecord { starts, ended, worker }, sequence));
+        *ledger = Some((record.clone(), sequence));
         JobEvent::Recorded(Created::Stored(sequence))
     }
 
@@ -244,7 +248,11 @@ impl World {
                 JobEvent::Failed(Fault::Inference { message: text() })
             }
             14..20 => JobEvent::Failed(Fault::Store { message: text() }),
-            20..23 => JobEvent::Failed(Fault::Draining),
+            20..22 => JobEvent::Failed(Fault::Draining),
+            22..23 => {
+                records.charged += u32::from(accuses(held));
+                JobEvent::Failed(Fault::EngineStopped { cause: text() })
+            }
             23..25 => JobEvent::Failed(Fault::Invalid { message: text() }),
             _ => JobEvent::Answered(Outcome::completed(Bytes::from_static(b"answer"), Vec::new())),
         }
@@ -255,7 +263,8 @@ impl World {
             return JobEvent::Failed(Fault::Invalid { message: "too large".into() });
         }
         let stored = held.state.stored(&held.facts, verdict);
-        let (delivered, attempt) = (held.facts.delivered, held.state.attempt);
+        let delivered = held.facts.delivered;
+        let counted = held.state.ledger.as_ref().map_or(0, |ledger| ledger.record.counted());
         let records = self.records(held, &Action::End);
         if records.outcome.is_some() {
             return JobEvent::Created(Created::Lost);
@@ -264,8 +273,8 @@ impl World {
             verdict
         {
             let may = records.charged + records.excused;
-            let given_up = delivered > MAX_DELIVER * DELIVERIES_PER_ATTEMPT_MAX;
-            assert!(given_up || attempt <= may, "dead after {attempt} attempts of which {may} were one");
+            let given_up = delivered > (MAX_DELIVER * DELIVERIES_PER_ATTEMPT_MAX).max(DELIVERIES_MIN);
+            assert!(given_up || counted <= may, "dead after {counted} attempts of which {may} were one");
         }
         records.outcome = Some(stored);
         JobEvent::Created(Created::Stored(1))
@@ -315,9 +324,7 @@ fn an_event_that_nobody_asked_for_gives_the_job_back() {
     };
     let (state, action) = JobState::begin();
     assert_eq!(action, Action::LookUp);
-    let (state, action) = state.next(&facts, JobEvent::Turn);
-    assert_eq!(action, Action::Record { starts: 0, ended: 0, after: 0 });
-    let (state, action) = state.next(&facts, JobEvent::Recorded(Created::Stored(1)));
+    let (state, action) = state.next(&facts, JobEvent::Turn(Company::Crowd));
     assert_eq!(action, Action::HandBack(Fault::Contended));
     let (state, action) = state.next(&facts, JobEvent::Done);
     assert_eq!((state.end(), action), (Some(&JobEnd::HandedBack(Fault::Contended)), Action::End));
@@ -333,7 +340,7 @@ fn a_death_that_cannot_be_stored_stays_counted() {
         max_deliver: MAX_DELIVER,
         body_digest: digest(0),
     };
-    let record = AttemptRecord { starts: MAX_DELIVER, worker: worker(1), ended: 0 };
+    let record = AttemptRecord { starts: MAX_DELIVER, ..AttemptRecord::unstarted(worker(1)) };
     let known = Known { outcome: None, cancelled: false, ledger: Some((record, 7)) };
     let (state, _) = JobState::begin();
     let (state, action) = state.next(&facts, JobEvent::Known(known, None));
