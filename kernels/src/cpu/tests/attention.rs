@@ -38,7 +38,7 @@ fn check_attention(
     plan.score_cap = cap;
     cpu.allocate(plan).unwrap();
     begin(&mut cpu, rows);
-    let inputs = random(31, rows * width);
+    let mut inputs = random(31, rows * width);
     for row in 0..rows {
         values(&mut cpu, Buffer(0), row).copy_from_slice(&inputs[row * width..][..width]);
     }
@@ -61,7 +61,6 @@ fn check_attention(
         _ => unreachable!("no int8 here"),
     };
     // Keys and values as the cache holds them.
-    let mut inputs = inputs;
     if dtype == KvDtype::Fp8E4m3 {
         for row in inputs.chunks_exact_mut(width) {
             let (keys, values) = row[heads * dim..].split_at_mut(kv_heads * dim);
