@@ -9,7 +9,9 @@ use millrace_crds::units::{Bytes, Span};
 use millrace_queue::args::StoreArgs;
 
 use crate::failure::{EXIT_CODES, Failure};
+use crate::http::cache::CacheUse;
 use crate::http::keys::Verb;
+use crate::http::limits::set::LimitRule;
 
 /// Job-queue inference: publish prompts to a durable queue, collect exactly one result for each.
 #[derive(Debug, Parser)]
@@ -321,6 +323,8 @@ pub struct KeyArgs {
 pub enum KeyCommand {
     /// Make a key and print it, the only time that it can be read
     Create(KeyCreateArgs),
+    /// Say how much keys may; what is not given stays
+    Limit(KeyLimitCommandArgs),
     /// List the keys, without their secrets
     List,
     /// Let keys in no more
@@ -355,9 +359,45 @@ pub struct KeyCreateArgs {
     /// Class that its jobs may have; may be repeated
     #[arg(long, value_name = "CLASS")]
     pub allow_class: Vec<Class>,
+    /// How much it may.
+    #[command(flatten)]
+    pub limits: KeyLimitArgs,
     /// Copies of the bucket of keys, where this makes it
     #[arg(long, default_value = "1", value_name = "N", value_parser = clap::value_parser!(u8).range(1..=5))]
     pub replicas: u8,
+}
+
+/// How much a key and its tenant may.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Limits")]
+pub struct KeyLimitArgs {
+    /// Limit of this key: requests=60/min, input-tokens=100k/min, output-tokens=20k/min, concurrent=8 or
+    /// batch-tokens=2M; may be repeated
+    #[arg(long, value_name = "LIMIT")]
+    pub key_limit: Vec<LimitRule>,
+    /// Limit of its tenant with all its keys; may be repeated
+    #[arg(long, value_name = "LIMIT")]
+    pub tenant_limit: Vec<LimitRule>,
+    /// Weight of its tenant where tenants share a model [default: 1]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub weight: Option<u32>,
+    /// Whether its deterministic requests are answered from stored outcomes; the gateway says without it
+    #[arg(long, value_enum, value_name = "WHEN")]
+    pub cache: Option<CacheUse>,
+}
+
+/// `millrace key limit`
+#[derive(Debug, Args)]
+pub struct KeyLimitCommandArgs {
+    /// Ids of keys
+    #[arg(required = true, value_name = "ID")]
+    pub ids: Vec<String>,
+    /// How much they may.
+    #[command(flatten)]
+    pub limits: KeyLimitArgs,
+    /// Take away all limits that it has, before others are set
+    #[arg(long)]
+    pub clear: bool,
 }
 
 /// `millrace queue`

@@ -20,7 +20,7 @@ pub const SUBJECTS_MAX: usize = 256;
 /// Most messages that one request reads.
 pub const BATCH_MESSAGES_MAX: usize = 512;
 /// Most bytes that one request reads: what waits in memory here.
-const BATCH_BYTES_MAX: usize = 32 << 20;
+const BATCH_BYTES_MAX: usize = 8 << 20;
 /// Longest silence within one answer.
 const SILENCE_MAX: Duration = Duration::from_secs(10);
 /// Attempts of one read: with the pauses below they span a broker's restart.

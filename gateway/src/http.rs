@@ -5,26 +5,37 @@
 //! makes a request a job and its outcome an answer, in one piece or, by [`stream`] and [`chunk`], while it is made;
 //! [`awaited`] publishes, awaits and cancels, and [`jobs`] leaves that to the client; [`waiting`] hears outcomes;
 //! [`catalog`] knows the models, which are [`kept`]; [`keys`], [`token`] and [`caller`] say who may, [`audit`] who did;
+//! [`limits`] say how much, [`fair`] in which turn and [`room`] whether at all; [`cache`] answers what was answered before;
+//! [`connections`] and [`memory`] have bounds, whatever comes; [`state`] is what gateways share in the broker;
 //! [`error`] is the closed table of errors; [`front`] is what all requests share; [`pages`] and [`meters`] show how it
 //! is.
 
 pub mod audit;
 pub mod awaited;
+pub mod cache;
 pub mod caller;
 pub mod catalog;
 pub mod chunk;
+pub mod claimed;
+pub mod connections;
+pub mod digests;
 pub mod error;
+pub mod fair;
 pub mod front;
 pub mod inference;
 pub mod jobs;
 pub mod kept;
 pub mod keys;
+pub mod limits;
 pub mod log;
+pub mod memory;
 pub mod meters;
 pub mod options;
 pub mod pages;
+pub mod room;
 pub mod routes;
 pub mod server;
+pub mod state;
 pub mod stream;
 pub mod token;
 pub mod waiting;

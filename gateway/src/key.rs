@@ -8,10 +8,11 @@ use serde_json::json;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use crate::args::{Global, KeyCommand, KeyCreateArgs};
+use crate::args::{Global, KeyCommand, KeyCreateArgs, KeyLimitCommandArgs};
 use crate::connect;
 use crate::failure::{Failure, Verdict};
 use crate::http::keys::{BUCKET, FreshKey, KeyRecord, KeyScopes};
+use crate::http::limits::set::{LimitRule, LimitSet};
 use crate::output::{Printer, note, table};
 use crate::plan;
 
@@ -28,11 +29,17 @@ pub async fn run(global: &Global, command: &KeyCommand) -> Result<Verdict, Failu
     let printer = Printer { json: global.json };
     let planned = match command {
         KeyCommand::Create(args) => Some(plan(args, OffsetDateTime::now_utc())?),
+        KeyCommand::Limit(args) => {
+            limits("--key-limit", &args.limits.key_limit)?;
+            limits("--tenant-limit", &args.limits.tenant_limit)?;
+            None
+        }
         _ => None,
     };
     let (_, jetstream) = connect::connect_without_model(global).await?;
     match (command, planned) {
         (KeyCommand::Create(args), Some(record)) => create(&jetstream, args, record, printer).await,
+        (KeyCommand::Limit(args), _) => limit(&jetstream, args, printer).await,
         (KeyCommand::Revoke { ids }, _) => revoke(&jetstream, ids, printer).await,
         _ => list(&jetstream, printer).await,
     }
@@ -69,6 +76,35 @@ fn plan(args: &KeyCreateArgs, now: OffsetDateTime) -> Result<KeyRecord, Failure>
             verbs: args.allow_verb.clone(),
             classes: args.allow_class.clone(),
         },
+        limits: limits("--key-limit", &args.limits.key_limit)?,
+        tenant_limits: limits("--tenant-limit", &args.limits.tenant_limit)?,
+        weight: args.limits.weight.unwrap_or(1),
+        cache: args.limits.cache,
+    })
+}
+
+fn limits(option: &str, rules: &[LimitRule]) -> Result<LimitSet, Failure> {
+    LimitSet::of(rules).map_err(|reason| Failure::Usage(format!("{option}: {reason}")))
+}
+
+/// A record with other limits.
+fn limited(record: KeyRecord, args: &KeyLimitCommandArgs) -> Result<KeyRecord, Failure> {
+    let record = match args.clear {
+        true => KeyRecord {
+            limits: LimitSet::default(),
+            tenant_limits: LimitSet::default(),
+            weight: 1,
+            cache: None,
+            ..record
+        },
+        false => record,
+    };
+    Ok(KeyRecord {
+        limits: limits("--key-limit", &args.limits.key_limit)?.or(record.limits),
+        tenant_limits: limits("--tenant-limit", &args.limits.tenant_limit)?.or(record.tenant_limits),
+        weight: args.limits.weight.unwrap_or(record.weight),
+        cache: args.limits.cache.or(record.cache),
+        ..record
     })
 }
 
@@ -114,12 +150,31 @@ async fn create(
     Ok(Verdict::Well)
 }
 
+async fn limit(
+    jetstream: &Context,
+    args: &KeyLimitCommandArgs,
+    printer: Printer,
+) -> Result<Verdict, Failure> {
+    let store = bucket(jetstream).await?;
+    let mut changed = 0;
+    for id in &args.ids {
+        let done = match &store {
+            Some(store) => change(store, id, |record| limited(record, args)).await?,
+            None => false,
+        };
+        changed += usize::from(done);
+        printer.object(&json!({"id": id, "changed": done}));
+        printer.say(&format!("{id}: {}", if done { "changed" } else { "no such key" }));
+    }
+    Ok(Verdict::of(changed == args.ids.len()))
+}
+
 async fn revoke(jetstream: &Context, ids: &[String], printer: Printer) -> Result<Verdict, Failure> {
     let store = bucket(jetstream).await?;
     let mut revoked = 0;
     for id in ids {
         let done = match &store {
-            Some(store) => revoke_one(store, id).await?,
+            Some(store) => change(store, id, |record| Ok(revoked_now(record))).await?,
             None => false,
         };
         revoked += usize::from(done);
@@ -129,13 +184,22 @@ async fn revoke(jetstream: &Context, ids: &[String], printer: Printer) -> Result
     Ok(Verdict::of(revoked == ids.len()))
 }
 
-/// Whether there is such a key; one that was revoked before stays so.
-async fn revoke_one(store: &Store, id: &str) -> Result<bool, Failure> {
+/// One that was revoked before stays so.
+fn revoked_now(record: KeyRecord) -> KeyRecord {
+    KeyRecord { revoked: record.revoked.or_else(|| Some(OffsetDateTime::now_utc())), ..record }
+}
+
+/// Writes another record in the place of a key's, unless somebody else did in between; whether there is such a key.
+async fn change(
+    store: &Store,
+    id: &str,
+    change: impl FnOnce(KeyRecord) -> Result<KeyRecord, Failure>,
+) -> Result<bool, Failure> {
     let Some(entry) = store.entry(id).await.map_err(refused)? else { return Ok(false) };
-    let Ok(mut record) = serde_json::from_slice::<KeyRecord>(&entry.value) else { return Ok(false) };
-    if record.revoked.is_none() {
-        record.revoked = Some(OffsetDateTime::now_utc());
-        let body = serde_json::to_vec(&record).expect("our own types are JSON");
+    let Ok(record) = serde_json::from_slice::<KeyRecord>(&entry.value) else { return Ok(false) };
+    let changed = change(record.clone())?;
+    if changed != record {
+        let body = serde_json::to_vec(&changed).expect("our own types are JSON");
         store.update(id, body.into(), entry.revision).await.map_err(refused)?;
     }
     Ok(true)
@@ -160,7 +224,8 @@ async fn list(jetstream: &Context, printer: Printer) -> Result<Verdict, Failure>
         printer.object(&json!({
             "id": id, "tenant": record.tenant, "label": record.label, "created": time(Some(record.created)),
             "expires": record.expires.map(|at| time(Some(at))), "revoked": record.revoked.map(|at| time(Some(at))),
-            "scopes": record.scopes,
+            "scopes": record.scopes, "limits": record.limits, "tenant_limits": record.tenant_limits,
+            "weight": record.weight, "cache": record.cache,
         }));
         rows.push(vec![id, record.tenant, time(record.expires), time(record.revoked), record.label]);
     }

@@ -26,6 +26,8 @@ pub struct CollectedOutcome {
     pub kind: OutcomeKind,
     /// How long the job waited, if the worker says so.
     pub queue_wait_ms: Option<f64>,
+    /// How long the attempt ran, if the worker says so.
+    pub run_ms: Option<f64>,
     /// Whose answer it is.
     pub of: AnswerOf,
     /// One line a request, or a reference to them.
@@ -55,11 +57,12 @@ impl CollectedOutcome {
             other => {
                 note(&format!("error: job {job}: header {} of the outcome is {other:?}", header::OUTCOME));
                 let (kind, body) = (OutcomeKind::Rejected, Bytes::new());
-                return Self { job, kind, queue_wait_ms: None, of, body };
+                return Self { job, kind, queue_wait_ms: None, run_ms: None, of, body };
             }
         };
-        let queue_wait_ms = text(header::QUEUE_WAIT_MS).and_then(|value| value.parse().ok());
-        Self { kind, queue_wait_ms, of, body, job }
+        let number = |name: &str| text(name).and_then(|value| value.parse().ok());
+        let (queue_wait_ms, run_ms) = (number(header::QUEUE_WAIT_MS), number(header::RUN_MS));
+        Self { kind, queue_wait_ms, run_ms, of, body, job }
     }
 
     /// The address of the body, if it is not in the message.
@@ -130,6 +133,7 @@ mod tests {
             job: "j".parse().unwrap(),
             kind,
             queue_wait_ms: None,
+            run_ms: None,
             of: AnswerOf::default(),
             body: Bytes::copy_from_slice(body.as_bytes()),
         }

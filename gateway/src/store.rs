@@ -9,7 +9,7 @@ use millrace_crds::config::StoreConfig;
 use millrace_crds::job::INPUT_BYTES_MAX;
 use millrace_crds::names::JobId;
 use millrace_crds::result::OutputReference;
-use millrace_queue::store::{S3Uri, Store};
+use millrace_queue::store::{RangeBody, S3Uri, Store};
 use sha2::{Digest, Sha256};
 use tokio::sync::OnceCell;
 
@@ -78,6 +78,28 @@ impl Bodies {
         Ok(Ok(()))
     }
 
+    /// The body of an outcome as it comes, checked at its end.
+    ///
+    /// # Errors
+    /// [`Failure::Refused`] when it cannot be read or has another length.
+    pub async fn open(&self, job: &JobId, reference: &OutputReference) -> Result<ClaimedBody, Failure> {
+        let refused = |reason: String| {
+            Failure::Refused(format!("job {job}: the outcome's body at {}: {reason}", reference.output))
+        };
+        let (said, limit) = (reference.bytes, OUTPUT_BYTES_MAX);
+        if said == 0 || said > limit {
+            return Err(refused(format!("{said} bytes; 1 to {limit} are allowed")));
+        }
+        let uri: S3Uri = reference.output.parse().map_err(|e| refused(format!("{e}")))?;
+        let store = self.store().await?;
+        let head = store.head(&uri).await.map_err(|e| refused(e.to_string()))?;
+        if head.bytes != said {
+            return Err(refused(format!("{} bytes; the outcome says {said}", head.bytes)));
+        }
+        let body = store.get_range(&uri, &head, 0, said).await.map_err(|e| refused(e.to_string()))?;
+        Ok(ClaimedBody { body, hash: Sha256::new(), expected: reference.sha256.clone(), last: None })
+    }
+
     /// Puts a job's input below `prefix` and gives its address.
     ///
     /// # Errors
@@ -94,6 +116,45 @@ impl Bodies {
         let put = self.store().await?.put(&uri, body).await;
         put.map_err(|error| Failure::Refused(format!("--object-store: {uri}: {error}")))?;
         Ok(uri.to_string())
+    }
+}
+
+/// A body that comes from the object store. Its last piece is held back until all of it is known to be right.
+#[derive(Debug)]
+pub struct ClaimedBody {
+    body: RangeBody,
+    hash: Sha256,
+    expected: String,
+    last: Option<Bytes>,
+}
+
+impl ClaimedBody {
+    /// The next piece; none after the last.
+    ///
+    /// # Errors
+    /// [`Failure::Refused`] when the transfer breaks off, or what came is not what the outcome says.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, Failure> {
+        loop {
+            let piece = self.body.next().await.map_err(|error| Failure::Refused(error.to_string()))?;
+            match piece {
+                Some(piece) => {
+                    self.hash.update(&piece);
+                    if let Some(before) = self.last.replace(piece) {
+                        return Ok(Some(before));
+                    }
+                }
+                None => {
+                    let found: String = std::mem::take(&mut self.hash).finalize().encode_hex();
+                    return match self.last.take() {
+                        Some(_) if found != self.expected => Err(Failure::Refused(format!(
+                            "SHA-256 {found}; the outcome says {}",
+                            self.expected
+                        ))),
+                        last => Ok(last),
+                    };
+                }
+            }
+        }
     }
 }
 

@@ -153,6 +153,7 @@ mod tests {
             job: "j".parse().unwrap(),
             kind,
             queue_wait_ms: Some(queue_wait_ms),
+            run_ms: None,
             of: Default::default(),
             body: bytes::Bytes::new(),
         }

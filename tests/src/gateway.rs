@@ -96,6 +96,22 @@ impl Gateway {
         self.process.wait(limit)
     }
 
+    /// Its resident memory, in bytes.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn resident_bytes(&self) -> Result<u64> {
+        Ok(self.process.memory()?.0)
+    }
+
+    /// Processor time that it used so far, in seconds.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn processor_s(&self) -> Result<f64> {
+        self.process.processor_s()
+    }
+
     /// All that it logged.
     pub fn log(&self) -> String {
         self.process.log()

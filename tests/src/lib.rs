@@ -13,6 +13,7 @@ pub mod chat;
 pub mod checkpoint;
 pub mod cluster;
 pub mod demo;
+pub mod door;
 pub mod figures;
 pub mod gateway;
 pub mod http;

@@ -23,6 +23,9 @@ const LOG_LINES_SHOWN: usize = 30;
 /// Starts that may wait for the starting thread; a start takes a millisecond, and more callers wait.
 const ORDERS_MAX: usize = 16;
 
+/// What the kernel counts processor time in.
+const TICKS_PER_S: f64 = 100.0;
+
 /// Set once this process is about to end.
 static STOPPING: AtomicBool = AtomicBool::new(false);
 
@@ -86,6 +89,32 @@ impl Process {
     /// The process id.
     pub fn id(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Its resident memory, in bytes: now, and the most so far.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn memory(&self) -> Result<(u64, u64)> {
+        let text = std::fs::read_to_string(format!("/proc/{}/status", self.id()))?;
+        let field = |name: &str| -> Result<u64> {
+            let line = text.lines().find(|line| line.starts_with(name)).context("no such field")?;
+            let kib: u64 = line.split_whitespace().nth(1).context("no value")?.parse()?;
+            Ok(kib << 10)
+        };
+        Ok((field("VmRSS:")?, field("VmHWM:")?))
+    }
+
+    /// Processor time used so far, in seconds.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn processor_s(&self) -> Result<f64> {
+        let text = std::fs::read_to_string(format!("/proc/{}/stat", self.id()))?;
+        // The second field is the program's name in parentheses and may hold spaces.
+        let rest = text.rsplit(')').next().unwrap_or_default();
+        let ticks = rest.split_whitespace().skip(11).take(2).map(str::parse::<f64>);
+        Ok(ticks.sum::<Result<f64, _>>()? / TICKS_PER_S)
     }
 
     /// Sends a signal. A process that has already ended is no error.

@@ -42,6 +42,7 @@ impl AuditLog {
             "method": method,
             "path": path,
             "model": context.model.get().map(ToString::to_string),
+            "cached": context.cached.get().and_then(Option::as_ref),
             "status": status,
         });
         let written =

@@ -12,8 +12,14 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use crate::cancel;
+use crate::http::cache::{self, CacheKey};
+use crate::http::caller::RequestContext;
+use crate::http::claimed;
 use crate::http::error::{ApiCode, ApiError};
+use crate::http::fair::desk::FairPlace;
 use crate::http::front::Front;
+use crate::http::limits::estimate::{estimate, usage};
+use crate::http::limits::{RateStanding, RateTicket};
 use crate::http::waiting::Pending;
 use crate::outcome::CollectedOutcome;
 use crate::publish::{self, JobEnvelope, Next, Payload};
@@ -30,6 +36,8 @@ const OUTCOME_GRACE: Duration = Duration::from_secs(5);
 pub struct JobOrder {
     /// Its id.
     pub id: JobId,
+    /// The request, whose caller is known.
+    pub context: Arc<RequestContext>,
     /// Whose queue.
     pub model: ModelRef,
     /// Its headers.
@@ -38,9 +46,11 @@ pub struct JobOrder {
     pub body: Bytes,
     /// How long until the deadline that the envelope says.
     pub time: Duration,
+    /// Whether the answer may come from a stored outcome.
+    pub cache: bool,
 }
 
-/// A published job whose outcome is awaited. Dropped before the outcome came, the job is cancelled.
+/// A job whose outcome is awaited. Dropped before the outcome came, the job is cancelled.
 #[derive(Debug)]
 pub struct AwaitedJob {
     front: Arc<Front>,
@@ -52,31 +62,79 @@ pub struct AwaitedJob {
     over_at: Instant,
     /// Whether a worker may have it.
     at_large: bool,
+    /// Whether it was published: its tokens count.
+    published: bool,
+    ticket: RateTicket,
+    place: Option<FairPlace>,
+    /// The stored outcome that answers it.
+    ready: Option<CollectedOutcome>,
+    /// What to remember its outcome as.
+    cache_key: Option<CacheKey>,
 }
 
 impl AwaitedJob {
-    /// Publishes a job.
+    /// Publishes a job, once its caller's limits let it in and it is its tenant's turn; one that a stored outcome
+    /// answers is not published.
     ///
     /// # Errors
-    /// [`ApiCode::QueueFull`], [`ApiCode::BrokerUnavailable`], [`ApiCode::RequestTooLarge`].
+    /// [`ApiCode::RateLimitExceeded`], [`ApiCode::QueueFull`], [`ApiCode::BrokerUnavailable`],
+    /// [`ApiCode::RequestTooLarge`].
     pub async fn publish(front: &Arc<Front>, mut order: JobOrder) -> Result<Self, ApiError> {
-        let payload = payload(front, order.body).await?;
-        order.envelope.reply = Some(front.waiters.reply_subject(&order.id));
+        let caller = order.context.caller()?;
         let mut job = Self {
+            ticket: admit(front, &order.context, &order.body).await?,
             front: front.clone(),
             pending: front.waiters.wait(&order.model, &order.id),
-            id: order.id,
-            model: order.model,
+            id: order.id.clone(),
+            model: order.model.clone(),
             over_at: Instant::now() + order.time + OUTCOME_GRACE,
-            at_large: true,
+            at_large: false,
+            published: false,
+            place: None,
+            ready: None,
+            cache_key: None,
         };
+        if order.cache && job.find(&order).await? {
+            return Ok(job);
+        }
+        front.room.check(&job.model, order.envelope.class)?;
+        let payload = payload(front, order.body).await?;
+        job.place = front.fair.join(&job.model, caller, order.time).await?;
+        order.envelope.reply = Some(front.waiters.reply_subject(&order.id));
+        (job.at_large, job.published) = (true, true);
         let sent = publish(front, &job.model, (header::JOB_ID, &job.id), &order.envelope, payload).await;
         match &sent {
             Ok(_) => {}
             // The broker said that it did not take the job: there is nothing to cancel.
-            Err(error) => job.at_large = error.code == ApiCode::BrokerUnavailable,
+            Err(error) => {
+                job.at_large = error.code == ApiCode::BrokerUnavailable;
+                job.published = job.at_large;
+            }
         }
         sent.map(|_| job)
+    }
+
+    /// Whether a stored outcome answers the request.
+    async fn find(&mut self, order: &JobOrder) -> Result<bool, ApiError> {
+        let front = self.front.clone();
+        let Some(key) = front.cache.key(order.context.caller()?, &self.model, &order.body) else {
+            return Ok(false);
+        };
+        let found = front.cache.find(&front.connection(&self.model), &key).await;
+        if let Some(mut outcome) = found
+            && claimed::fetch(&front, &mut outcome).await.is_ok()
+            && cache::is_answer(&outcome.body)
+            && let Some(body) = front.memory.keep(outcome.body)
+        {
+            front.metrics.cache_hits.inc();
+            let _ = order.context.cached.set(Some(outcome.job.clone()));
+            self.ready = Some(CollectedOutcome { body, ..outcome });
+            return Ok(true);
+        }
+        front.metrics.cache_misses.inc();
+        let _ = order.context.cached.set(None);
+        self.cache_key = Some(key);
+        Ok(false)
     }
 
     /// The outcome, with its body fetched from wherever it is. The call may be given up and made again.
@@ -84,26 +142,48 @@ impl AwaitedJob {
     /// # Errors
     /// [`ApiCode::OutcomeUnreadable`]; a deadline exceeded when none came in time.
     pub async fn outcome(&mut self) -> Result<CollectedOutcome, ApiError> {
+        if let Some(outcome) = &self.ready {
+            return Ok(outcome.clone());
+        }
         let left = self.over_at.saturating_duration_since(Instant::now());
         let Ok(mut outcome) = tokio::time::timeout(left, self.pending.outcome()).await else {
             let code = millrace_crds::result::ErrorCode::DeadlineExceeded;
             return Err(ApiError::new(ApiCode::Job(code), "no worker answered before the job's deadline"));
         };
         self.at_large = false;
-        let unreadable = |reason: &dyn std::fmt::Display| {
-            tracing::error!(job = %self.id, %reason, "an outcome cannot be read");
-            ApiError::new(ApiCode::OutcomeUnreadable, "the stored outcome cannot be read")
-        };
-        match self.front.bodies.fetch(&mut outcome).await {
-            Ok(Ok(())) => Ok(outcome),
-            Ok(Err(reason)) => Err(unreadable(&reason)),
-            Err(failure) => Err(unreadable(&failure)),
+        if let Some(mut place) = self.place.take()
+            && let (Some(waited), Some(ran)) = (outcome.queue_wait_ms, outcome.run_ms)
+        {
+            place.took(waited, ran);
         }
+        claimed::fetch(&self.front, &mut outcome).await?;
+        self.ticket.settle(|| usage(&outcome.body));
+        if let Some(key) = self.cache_key.take()
+            && cache::is_answer(&outcome.body)
+        {
+            self.front.cache.remember(key, &outcome);
+        }
+        Ok(outcome)
     }
+}
+
+/// Lets a request in as far as its caller's limits do; it runs until the ticket is dropped.
+///
+/// # Errors
+/// [`ApiCode::RateLimitExceeded`], [`ApiCode::Overloaded`].
+pub async fn admit(front: &Front, context: &RequestContext, body: &[u8]) -> Result<RateTicket, ApiError> {
+    let mut standing = RateStanding::default();
+    let told = (&mut standing, &front.metrics);
+    let admitted = front.limits.admit(context.caller()?, || estimate(body), told).await;
+    let _ = context.standing.set(standing);
+    admitted
 }
 
 impl Drop for AwaitedJob {
     fn drop(&mut self) {
+        if !self.published {
+            self.ticket.settle(|| [1, 0, 0]);
+        }
         if !self.at_large {
             return;
         }

@@ -3,17 +3,20 @@
 use std::sync::{Arc, OnceLock};
 
 use axum::extract::{Request, State};
-use axum::http::header;
+use axum::http::{HeaderMap, HeaderValue, header};
 use axum::middleware::Next;
 use axum::response::Response;
 use millrace_crds::names::{Class, JobId, ModelRef};
 
+use crate::http::cache::{self, CacheUse};
 use crate::http::error::{ApiCode, ApiError};
 use crate::http::front::Front;
 use crate::http::keys::{self, KeyScopes, Verb};
+use crate::http::limits::RateStanding;
+use crate::http::limits::set::LimitSet;
 
 /// Who asks, and what they may do.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Caller {
     /// Whose request it is; empty where everybody is let in.
     pub tenant: String,
@@ -21,6 +24,29 @@ pub struct Caller {
     pub key: String,
     /// What they may do.
     pub scopes: KeyScopes,
+    /// How much the key may, as far as its record says.
+    pub limits: LimitSet,
+    /// How much its tenant may, as far as its record says.
+    pub tenant_limits: LimitSet,
+    /// The weight of the tenant where tenants share a model.
+    pub weight: u32,
+    /// Whether answers may come from stored outcomes, if the record says.
+    pub cache: Option<CacheUse>,
+}
+
+impl Default for Caller {
+    /// Everybody, where everybody is let in.
+    fn default() -> Self {
+        Self {
+            tenant: String::new(),
+            key: String::new(),
+            scopes: KeyScopes::default(),
+            limits: LimitSet::default(),
+            tenant_limits: LimitSet::default(),
+            weight: 1,
+            cache: None,
+        }
+    }
 }
 
 impl Caller {
@@ -64,12 +90,36 @@ pub struct RequestContext {
     pub caller: OnceLock<Caller>,
     /// Which model, once that is known.
     pub model: OnceLock<ModelRef>,
+    /// How the caller's limits stand, once that is known.
+    pub standing: OnceLock<RateStanding>,
+    /// Whether the answer came from a stored outcome, and of which job; where none was looked for nothing.
+    pub cached: OnceLock<Option<JobId>>,
 }
 
 impl RequestContext {
     /// Of a request of which nothing is known yet.
     pub fn new(id: JobId) -> Arc<Self> {
-        Arc::new(Self { id, caller: OnceLock::new(), model: OnceLock::new() })
+        Arc::new(Self {
+            id,
+            caller: OnceLock::new(),
+            model: OnceLock::new(),
+            standing: OnceLock::new(),
+            cached: OnceLock::new(),
+        })
+    }
+
+    /// Writes the headers of what became known while the request was handled.
+    pub fn write(&self, headers: &mut HeaderMap) {
+        if let Some(standing) = self.standing.get() {
+            standing.write(headers);
+        }
+        if let Some(cached) = self.cached.get() {
+            let said = if cached.is_some() { "hit" } else { "miss" };
+            headers.insert(cache::CACHE, HeaderValue::from_static(said));
+            if let Some(Ok(job)) = cached.as_ref().map(|job| HeaderValue::from_str(job.as_str())) {
+                headers.insert(cache::CACHED_JOB, job);
+            }
+        }
     }
 
     /// Who asks.
@@ -92,7 +142,15 @@ async fn who(front: &Front, key: &str) -> Result<Caller, ApiError> {
         return provider.check(key).await;
     }
     let (id, record) = front.keys.check(key).await?;
-    Ok(Caller { tenant: record.tenant, key: id, scopes: record.scopes })
+    Ok(Caller {
+        tenant: record.tenant,
+        key: id,
+        scopes: record.scopes,
+        limits: record.limits,
+        tenant_limits: record.tenant_limits,
+        weight: record.weight.max(1),
+        cache: record.cache,
+    })
 }
 
 /// Finds out who asks.

@@ -49,7 +49,9 @@ pub enum ApiCode {
     ModelNotFound,
     /// There is no such job, or its outcome has expired.
     JobNotFound,
-    /// The gateway runs as many requests as it may.
+    /// The key or the tenant had as much as it may.
+    RateLimitExceeded,
+    /// The gateway runs as many requests as it may, or holds as many bytes.
     Overloaded,
     /// The model's queue is full.
     QueueFull,
@@ -68,7 +70,7 @@ pub enum ApiCode {
 }
 
 /// All codes.
-pub const CODES: [ApiCode; 25] = [
+pub const CODES: [ApiCode; 26] = [
     ApiCode::InvalidJson,
     ApiCode::InvalidParameter,
     ApiCode::MissingParameter,
@@ -81,6 +83,7 @@ pub const CODES: [ApiCode; 25] = [
     ApiCode::InsufficientPermissions,
     ApiCode::ModelNotFound,
     ApiCode::JobNotFound,
+    ApiCode::RateLimitExceeded,
     ApiCode::Overloaded,
     ApiCode::QueueFull,
     ApiCode::BrokerUnavailable,
@@ -99,6 +102,7 @@ pub const CODES: [ApiCode; 25] = [
 const REQUEST: &str = "invalid_request_error";
 const AUTHENTICATION: &str = "authentication_error";
 const PERMISSION: &str = "permission_error";
+const RATE_LIMIT: &str = "rate_limit_error";
 const SERVER: &str = "server_error";
 
 impl ApiCode {
@@ -117,6 +121,7 @@ impl ApiCode {
             ApiCode::InsufficientPermissions => (403, PERMISSION, "insufficient_permissions", Retry::Never),
             ApiCode::ModelNotFound => (404, REQUEST, "model_not_found", Retry::Never),
             ApiCode::JobNotFound => (404, REQUEST, "job_not_found", Retry::Never),
+            ApiCode::RateLimitExceeded => (429, RATE_LIMIT, "rate_limit_exceeded", Retry::After(1)),
             ApiCode::Overloaded => (503, SERVER, "overloaded", Retry::After(2)),
             ApiCode::QueueFull => (503, SERVER, "queue_full", Retry::After(10)),
             ApiCode::BrokerUnavailable => (503, SERVER, "broker_unavailable", Retry::After(2)),

@@ -14,11 +14,17 @@ use tokio_util::task::TaskTracker;
 use crate::connect::{self, Connection};
 use crate::failure::Failure;
 use crate::http::audit::AuditLog;
+use crate::http::cache::AnswerCache;
 use crate::http::catalog::Catalog;
+use crate::http::connections::connections_max;
 use crate::http::error::{ApiCode, ApiError};
+use crate::http::fair::desk::FairDesk;
 use crate::http::keys::KeyStore;
+use crate::http::limits::RateLimits;
+use crate::http::memory::MemoryBudget;
 use crate::http::meters::GatewayMetrics;
 use crate::http::options::GatewayArgs;
+use crate::http::room::QueueRoom;
 use crate::http::token::Provider;
 use crate::http::waiting::Waiters;
 use crate::plan::MESSAGE_BODY_BYTES_MAX;
@@ -50,6 +56,18 @@ pub struct Front {
     pub waiters: Arc<Waiters>,
     /// Bodies that are too large for a message.
     pub bodies: Bodies,
+    /// How much keys and tenants may.
+    pub limits: RateLimits,
+    /// Which tenant's turn it is.
+    pub fair: Arc<FairDesk>,
+    /// Whether the queues have room.
+    pub room: Arc<QueueRoom>,
+    /// What was answered before.
+    pub cache: AnswerCache,
+    /// The bytes that may be held.
+    pub memory: MemoryBudget,
+    /// The places of connections.
+    pub connection_places: Arc<Semaphore>,
     /// What is counted.
     pub metrics: GatewayMetrics,
     /// The cancelling of jobs that nobody waits for any more.
@@ -57,6 +75,7 @@ pub struct Front {
     client: Client,
     jetstream: Context,
     places: Arc<Semaphore>,
+    connections_max: usize,
     draining: AtomicBool,
 }
 
@@ -66,11 +85,20 @@ impl Front {
     /// # Errors
     /// When an option is wrong.
     pub async fn connect(args: GatewayArgs) -> Result<Arc<Self>, Failure> {
+        let connections_max = connections_max(args.bounds.connections_max)? as usize;
         let (client, jetstream) = connect::connect_for_good(&args.broker, "millrace-gateway").await?;
-        let inbox = format!("{}.gateway-{}", args.broker.inbox_prefix, random_id());
-        let waiters = Waiters::new(inbox);
-        let listening = waiters.clone().listen(client.clone()).await;
-        listening.map_err(|error| Failure::Refused(format!("outcomes cannot be subscribed to: {error}")))?;
+        let gateway = random_id();
+        let inbox = format!("{}.gateway-{gateway}", args.broker.inbox_prefix);
+        let memory = MemoryBudget::new(args.bounds.memory_max.0);
+        let waiters = Waiters::new(inbox, memory.clone());
+        let replicas = usize::from(args.bounds.state_replicas);
+        let limits = RateLimits::new(jetstream.clone(), (gateway.clone(), replicas), args.bounds.limits()?);
+        let (fair, cache) =
+            (FairDesk::new(client.clone(), gateway), AnswerCache::new(jetstream.clone(), replicas));
+        let deaf = |error| Failure::Refused(format!("the broker cannot be subscribed to: {error}"));
+        waiters.clone().listen(client.clone()).await.map_err(deaf)?;
+        fair.clone().run().await.map_err(deaf)?;
+        cache.listen(&client).await.map_err(deaf)?;
         let (sweeping, context) = (client.clone(), jetstream.clone());
         let connection =
             move |model| Connection { client: sweeping.clone(), jetstream: context.clone(), model };
@@ -81,12 +109,19 @@ impl Front {
             provider: Provider::new(&args.oidc)?,
             audit: AuditLog::open(args.audit.as_deref())?,
             waiters,
+            limits,
+            fair,
+            room: QueueRoom::new(jetstream.clone()),
+            cache,
+            memory,
+            connection_places: Arc::new(Semaphore::new(connections_max)),
+            connections_max,
             bodies: Bodies::new(args.store.config()),
             metrics: GatewayMetrics::new(),
             cancels: TaskTracker::new(),
             client,
             jetstream,
-            places: Arc::new(Semaphore::new(args.requests_max as usize)),
+            places: Arc::new(Semaphore::new(args.bounds.requests_max as usize)),
             draining: AtomicBool::new(false),
             args,
         }))
@@ -118,14 +153,19 @@ impl Front {
     /// [`ApiCode::Overloaded`].
     pub fn admit(&self) -> Result<OwnedSemaphorePermit, ApiError> {
         self.places.clone().try_acquire_owned().map_err(|_| {
-            let limit = self.args.requests_max;
+            let limit = self.args.bounds.requests_max;
             ApiError::new(ApiCode::Overloaded, format!("this gateway runs {limit} requests already"))
         })
     }
 
     /// Requests that run.
     pub fn running(&self) -> usize {
-        self.args.requests_max as usize - self.places.available_permits()
+        self.args.bounds.requests_max as usize - self.places.available_permits()
+    }
+
+    /// Connections that are open.
+    pub fn connections(&self) -> usize {
+        self.connections_max - self.connection_places.available_permits()
     }
 
     /// From now on not ready.
@@ -153,7 +193,10 @@ impl Front {
             missing.push("the broker is not connected".to_owned());
         }
         if self.places.available_permits() == 0 {
-            missing.push(format!("{} requests run, as many as may", self.args.requests_max));
+            missing.push(format!("{} requests run, as many as may", self.args.bounds.requests_max));
+        }
+        if self.memory.is_short() {
+            missing.push(format!("{} bytes are held, about as many as may", self.memory.held()));
         }
         missing
     }

@@ -8,10 +8,11 @@ use std::time::Duration;
 
 use axum::Extension;
 use axum::body::Body;
+use axum::body::HttpBody;
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use futures::StreamExt;
 use millrace_crds::names::Class;
 use millrace_crds::units::Span;
@@ -22,11 +23,13 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use crate::http::awaited::{AwaitedJob, JobOrder, answer_of};
+use crate::http::cache::CACHE;
 use crate::http::caller::{Caller, RequestContext};
 use crate::http::chunk::ChunkForm;
 use crate::http::error::{ApiCode, ApiError};
 use crate::http::front::Front;
 use crate::http::keys::Verb;
+use crate::http::memory::HeldMemory;
 use crate::http::stream;
 use crate::publish::JobEnvelope;
 
@@ -153,7 +156,7 @@ pub async fn completions(
 
 async fn answer(
     front: &Arc<Front>,
-    context: &RequestContext,
+    context: &Arc<RequestContext>,
     endpoint: Endpoint,
     request: Request,
 ) -> Result<Response, ApiError> {
@@ -168,7 +171,10 @@ async fn answer(
     let limit = front.args.timeout;
     let (envelope, time) = envelope(front, caller, &head.headers, limit)?;
     let envelope = JobEnvelope { stream: asked.stream, ..envelope };
-    let order = JobOrder { id: context.id.clone(), model, envelope, body, time };
+    let cache = text(&head.headers, CACHE)?;
+    let cache = caller.cache.unwrap_or(front.args.bounds.cache).allows(cache)?;
+    let order =
+        JobOrder { id: context.id.clone(), context: context.clone(), model, envelope, body, time, cache };
     if asked.stream {
         let form = ChunkForm {
             id: order.id.clone(),
@@ -251,29 +257,45 @@ pub async fn read_json(front: &Front, headers: &HeaderMap, body: Body) -> Result
         return Err(ApiError::new(ApiCode::UnsupportedMediaType, message));
     }
     let limit = front.args.body_timeout;
-    tokio::time::timeout(limit.0, collect(body, front.body_bytes_max())).await.unwrap_or_else(|_| {
+    let collecting = collect(body, front.body_bytes_max(), front.memory.nothing());
+    tokio::time::timeout(limit.0, collecting).await.unwrap_or_else(|_| {
         Err(ApiError::new(ApiCode::BodyTimeout, format!("the body did not come within {limit}")))
     })
 }
 
-async fn collect(body: Body, limit: usize) -> Result<Bytes, ApiError> {
+/// The bytes of a body, which count as held from when they come until nobody has them any more.
+async fn collect(body: Body, limit: usize, mut held: HeldMemory) -> Result<Bytes, ApiError> {
+    // One that will be too large is told so at once, where nobody waits to be read first.
+    let announced = body.size_hint().exact().and_then(|length| usize::try_from(length).ok()).unwrap_or(0);
+    if announced > DISCARDED_BYTES_MAX {
+        return Err(too_large(announced, limit));
+    }
     let mut pieces = body.into_data_stream();
-    let (mut whole, mut seen) = (BytesMut::new(), 0);
+    let (mut whole, mut seen) = (Vec::new(), 0);
     while let Some(piece) = pieces.next().await {
         // Who left in the middle of a body reads no answer.
         let piece = piece.map_err(|_| ApiError::new(ApiCode::InvalidJson, "the body broke off"))?;
         seen += piece.len();
         if seen <= limit {
+            if seen > whole.capacity() {
+                let room = (2 * whole.capacity()).clamp(seen, limit.max(seen));
+                held.grow(room - whole.capacity())?;
+                whole.reserve_exact(room - whole.len());
+            }
             whole.extend_from_slice(&piece);
         } else if seen > DISCARDED_BYTES_MAX {
             break;
         }
     }
     if seen > limit {
-        let message = format!("the body has {seen} bytes or more; {limit} are allowed");
-        return Err(ApiError::new(ApiCode::RequestTooLarge, message));
+        return Err(too_large(seen.max(announced), limit));
     }
-    Ok(whole.freeze())
+    Ok(held.with(whole))
+}
+
+fn too_large(bytes: usize, limit: usize) -> ApiError {
+    let message = format!("the body has {bytes} bytes or more; {limit} are allowed");
+    ApiError::new(ApiCode::RequestTooLarge, message)
 }
 
 #[cfg(test)]
@@ -281,6 +303,7 @@ mod tests {
     use axum::http::HeaderValue;
 
     use super::*;
+    use crate::http::memory::MemoryBudget;
 
     fn refused(endpoint: Endpoint, body: &str) -> (ApiCode, Option<String>) {
         let error = Asked::read(Some(endpoint), body.as_bytes()).unwrap_err();
@@ -345,9 +368,22 @@ mod tests {
 
     #[tokio::test]
     async fn a_body_has_a_limit() {
-        let error = collect(Body::from("12345"), 4).await.unwrap_err();
+        let memory = MemoryBudget::new(2 << 10);
+        let error = collect(Body::from("12345"), 4, memory.nothing()).await.unwrap_err();
         assert_eq!(error.code, ApiCode::RequestTooLarge);
         assert!(error.message.contains("5 bytes") && error.message.contains("4 are"), "{}", error.message);
-        assert_eq!(collect(Body::from("1234"), 4).await.unwrap(), "1234");
+        let whole = collect(Body::from("1234"), 4, memory.nothing()).await.unwrap();
+        assert_eq!((whole.as_ref(), memory.held()), (b"1234".as_slice(), 1 << 10));
+        let refused = collect(Body::from(vec![7; 1500]), 5_000, memory.nothing()).await.unwrap_err();
+        assert_eq!(refused.code, ApiCode::Overloaded, "beside the first there is no memory for it");
+        drop(whole);
+        assert_eq!(memory.held(), 0);
+        let announced = Body::from(vec![0; DISCARDED_BYTES_MAX + 1]);
+        let error = collect(announced, 4, memory.nothing()).await.unwrap_err();
+        assert!(
+            error.message.contains("67108865 bytes") && error.message.contains("4 are"),
+            "{}",
+            error.message
+        );
     }
 }

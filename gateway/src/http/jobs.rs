@@ -11,6 +11,7 @@ use async_nats::jetstream::context::GetStreamErrorKind;
 use async_nats::jetstream::stream::DirectGetErrorKind;
 use axum::extract::{Path, Request, State};
 use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 use hex::ToHex;
 use millrace_crds::job::header;
@@ -23,6 +24,7 @@ use sha2::{Digest, Sha256};
 
 use crate::http::awaited;
 use crate::http::caller::RequestContext;
+use crate::http::claimed;
 use crate::http::error::{ApiCode, ApiError};
 use crate::http::front::Front;
 use crate::http::inference::{Asked, envelope, read_json, text};
@@ -88,7 +90,7 @@ pub async fn submit(
     State(front): State<Arc<Front>>,
     Extension(context): Extension<Arc<RequestContext>>,
     request: Request,
-) -> Result<(StatusCode, Json<JobObject>), ApiError> {
+) -> Result<Response, ApiError> {
     let caller = context.caller()?;
     caller.may(Verb::Jobs)?;
     let _place = front.admit()?;
@@ -97,6 +99,7 @@ pub async fn submit(
     let asked = Asked::read(None, &body)?;
     let model = front.catalog.find(&asked.model, &caller.scopes).await?.model;
     let _ = context.model.set(model.clone());
+    let _ticket = awaited::admit(&front, &context, &body).await?;
     let (envelope, _) = envelope(&front, caller, &head.headers, TIME_MAX)?;
     let envelope = JobEnvelope { stream: asked.stream, ..envelope };
     let job = match text(&head.headers, IDEMPOTENCY_KEY)? {
@@ -109,11 +112,12 @@ pub async fn submit(
         if !outcome.of.is_of_body(&payload.digest()) {
             return Err(reused());
         }
-        return Ok((StatusCode::OK, Json(object(&front, &done, Some(&outcome))?)));
+        return answer(&front, &done, Some(&outcome)).await;
     }
+    front.room.check(&done.model, envelope.class)?;
     let sequence = publish_once(&front, &done, &envelope, payload).await?;
     let name = JobName { sequence, ..done };
-    Ok((StatusCode::ACCEPTED, Json(object(&front, &name, None)?)))
+    Ok((StatusCode::ACCEPTED, answer(&front, &name, None).await?).into_response())
 }
 
 /// Publishes a job that has no outcome, unless it lies in the queue already, and gives its place there.
@@ -181,10 +185,11 @@ pub async fn look(
     State(front): State<Arc<Front>>,
     Extension(context): Extension<Arc<RequestContext>>,
     Path(id): Path<String>,
-) -> Result<Json<JobObject>, ApiError> {
+) -> Result<Response, ApiError> {
     let _place = front.admit()?;
     let name = named(&front, &context, &id).await?;
-    Ok(Json(state_of(&front, &name).await?))
+    let outcome = state_of(&front, &name).await?;
+    answer(&front, &name, outcome.as_ref()).await
 }
 
 /// `POST /v1/jobs/{id}/cancel`: a wish; the outcome says what became of it.
@@ -192,11 +197,11 @@ pub async fn cancel(
     State(front): State<Arc<Front>>,
     Extension(context): Extension<Arc<RequestContext>>,
     Path(id): Path<String>,
-) -> Result<Json<JobObject>, ApiError> {
+) -> Result<Response, ApiError> {
     let _place = front.admit()?;
     let name = named(&front, &context, &id).await?;
-    let job = state_of(&front, &name).await?;
-    if job.outcome.is_none() {
+    let outcome = state_of(&front, &name).await?;
+    if outcome.is_none() {
         let broker = front.connection(&name.model);
         let marking = async {
             marker::mark(&broker, &name.job).await.map_err(|failure| {
@@ -206,7 +211,7 @@ pub async fn cancel(
         };
         soon(marking).await?;
     }
-    Ok(Json(job))
+    answer(&front, &name, outcome.as_ref()).await
 }
 
 /// The job that a path names, if it is of the caller's tenant and the caller may see its model.
@@ -225,18 +230,16 @@ async fn named(front: &Front, context: &RequestContext, id: &str) -> Result<JobN
     Ok(name)
 }
 
-async fn state_of(front: &Front, name: &JobName) -> Result<JobObject, ApiError> {
+/// A job's outcome, if it has one; without one it waits or runs.
+async fn state_of(front: &Front, name: &JobName) -> Result<Option<CollectedOutcome>, ApiError> {
     if let Some(outcome) = stored(front, name).await? {
-        return object(front, name, Some(&outcome));
+        return Ok(Some(outcome));
     }
     if soon(waits(front, name)).await? {
-        return object(front, name, None);
+        return Ok(None);
     }
     // Between the two looks the job may have got its outcome and left the queue.
-    match stored(front, name).await? {
-        Some(outcome) => object(front, name, Some(&outcome)),
-        None => Err(missing()),
-    }
+    stored(front, name).await?.ok_or_else(missing).map(Some)
 }
 
 async fn stored(front: &Front, name: &JobName) -> Result<Option<CollectedOutcome>, ApiError> {
@@ -247,13 +250,10 @@ async fn stored(front: &Front, name: &JobName) -> Result<Option<CollectedOutcome
             unavailable()
         })
     };
-    let mut found = soon(looking).await?;
-    let Some(mut outcome) = found.pop() else { return Ok(None) };
-    match front.bodies.fetch(&mut outcome).await {
-        Ok(Ok(())) => Ok(Some(outcome)),
-        Ok(Err(reason)) => Err(unreadable(name, &reason)),
-        Err(failure) => Err(unreadable(name, &failure)),
-    }
+    let Some(outcome) = soon(looking).await?.pop() else { return Ok(None) };
+    let mut held = front.memory.nothing();
+    held.grow(outcome.body.len())?;
+    Ok(Some(CollectedOutcome { body: held.with(outcome.body), ..outcome }))
 }
 
 /// Whether the job lies in the queue, where it waits or runs.
@@ -278,6 +278,22 @@ async fn waits(front: &Front, name: &JobName) -> Result<bool, ApiError> {
         Err(error) if error.kind() == DirectGetErrorKind::NotFound => Ok(false),
         Err(error) => Err(away(&error)),
     }
+}
+
+/// A job as clients see it; an outcome that lies in an object store is sent on from there.
+async fn answer(
+    front: &Front,
+    name: &JobName,
+    outcome: Option<&CollectedOutcome>,
+) -> Result<Response, ApiError> {
+    let claimed = outcome.and_then(|outcome| Some((outcome, outcome.reference()?)));
+    let Some((outcome, reference)) = claimed else {
+        return Ok(Json(object(front, name, outcome)?).into_response());
+    };
+    let job = JobObject { status: outcome.kind.as_str(), ..object(front, name, None)? };
+    let text = serde_json::to_string(&job).map_err(|error| unreadable(name, &error))?;
+    let before = text.strip_suffix("null}").ok_or_else(|| unreadable(name, &text))?;
+    claimed::sent_on(front, outcome, &reference, (before.to_owned(), "}")).await
 }
 
 fn object(front: &Front, name: &JobName, outcome: Option<&CollectedOutcome>) -> Result<JobObject, ApiError> {

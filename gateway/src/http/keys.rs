@@ -18,7 +18,9 @@ use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 use time::OffsetDateTime;
 
+use crate::http::cache::CacheUse;
 use crate::http::error::{ApiCode, ApiError};
+use crate::http::limits::set::LimitSet;
 
 /// The bucket of keys.
 pub const BUCKET: &str = "MILLRACE_KEYS";
@@ -105,6 +107,22 @@ pub struct KeyRecord {
     /// What it may do.
     #[serde(default)]
     pub scopes: KeyScopes,
+    /// How much it may.
+    #[serde(default)]
+    pub limits: LimitSet,
+    /// How much its tenant may, with all its keys.
+    #[serde(default)]
+    pub tenant_limits: LimitSet,
+    /// The weight of its tenant where tenants share a model.
+    #[serde(default = "one")]
+    pub weight: u32,
+    /// Whether answers may come from stored outcomes; the gateway says where it does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache: Option<CacheUse>,
+}
+
+fn one() -> u32 {
+    1
 }
 
 /// A key that was just made: the only time that it can be read.
@@ -243,6 +261,10 @@ mod tests {
             expires: None,
             revoked: None,
             scopes: KeyScopes::default(),
+            limits: LimitSet::default(),
+            tenant_limits: LimitSet::default(),
+            weight: 1,
+            cache: None,
         }
     }
 
@@ -261,6 +283,13 @@ mod tests {
         assert!(!holds(&KeyRecord { revoked: Some(later), ..good.clone() }, secret, now));
         let text = serde_json::to_string(&good).unwrap();
         assert!(!text.contains(secret) && serde_json::from_str::<KeyRecord>(&text).unwrap() == good);
+    }
+
+    #[test]
+    fn a_record_of_an_older_version_has_no_limits() {
+        let old = r#"{"sha256":"x","tenant":"t","created":"2026-11-30T10:00:00Z"}"#;
+        let record: KeyRecord = serde_json::from_str(old).unwrap();
+        assert_eq!((record.limits, record.weight, record.cache), (LimitSet::default(), 1, None));
     }
 
     #[test]

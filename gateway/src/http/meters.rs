@@ -6,6 +6,7 @@ use prometheus::{
 };
 
 use crate::http::front::Front;
+use crate::http::limits::set::Limited;
 
 /// Seconds, from a millisecond to an hour.
 const SECONDS: [f64; 15] =
@@ -25,8 +26,18 @@ pub struct GatewayMetrics {
     pub streams: IntCounter,
     /// Streams of which the stored outcome gave text that no delta had brought.
     pub healed: IntCounter,
+    /// Connections that were closed at once, because there were as many as may be.
+    pub refused_connections: IntCounter,
+    /// Deterministic requests that were answered from a stored outcome, and those that were not.
+    pub cache_hits: IntCounter,
+    /// Deterministic requests of which there was no stored outcome.
+    pub cache_misses: IntCounter,
+    limited: IntCounterVec,
     running: prometheus::IntGauge,
     waiting: prometheus::IntGauge,
+    connections: prometheus::IntGauge,
+    bytes: prometheus::IntGauge,
+    held_back: prometheus::IntGauge,
 }
 
 impl GatewayMetrics {
@@ -39,6 +50,7 @@ impl GatewayMetrics {
         let seconds =
             HistogramOpts::new(name("request_seconds"), "From a request's head to its answer's head")
                 .buckets(SECONDS.to_vec());
+        let limited = Opts::new(name("limited_total"), "Requests refused by a limit of their key or tenant");
         let metrics = Self {
             registry: Registry::new(),
             requests: IntCounterVec::new(requests, &["path", "status"]).expect("constant labels"),
@@ -50,16 +62,30 @@ impl GatewayMetrics {
             ),
             streams: counter("streams_total", "Streams begun"),
             healed: counter("streams_healed_total", "Streams completed by text of the stored outcome"),
+            refused_connections: counter("connections_refused_total", "Connections closed: too many"),
+            cache_hits: counter("cache_hits_total", "Requests answered from a stored outcome"),
+            cache_misses: counter("cache_misses_total", "Requests that no stored outcome answers"),
+            limited: IntCounterVec::new(limited, &["limit"]).expect("constant labels"),
+            connections: gauge("connections", "Connections that are open"),
+            bytes: gauge("held_bytes", "Bytes of requests and answers that are held"),
+            held_back: gauge("jobs_held_back", "Requests that wait for their tenant's turn"),
             running: gauge("requests_running", "Requests for an answer that run"),
             waiting: gauge("outcomes_awaited", "Jobs whose outcome is awaited"),
         };
-        let collectors: [Box<dyn prometheus::core::Collector>; 8] = [
+        let collectors: [Box<dyn prometheus::core::Collector>; 15] = [
             Box::new(metrics.requests.clone()),
             Box::new(metrics.seconds.clone()),
             Box::new(metrics.published.clone()),
             Box::new(metrics.cancelled.clone()),
             Box::new(metrics.streams.clone()),
             Box::new(metrics.healed.clone()),
+            Box::new(metrics.refused_connections.clone()),
+            Box::new(metrics.cache_hits.clone()),
+            Box::new(metrics.cache_misses.clone()),
+            Box::new(metrics.limited.clone()),
+            Box::new(metrics.connections.clone()),
+            Box::new(metrics.bytes.clone()),
+            Box::new(metrics.held_back.clone()),
             Box::new(metrics.running.clone()),
             Box::new(metrics.waiting.clone()),
         ];
@@ -75,10 +101,18 @@ impl GatewayMetrics {
         self.seconds.with_label_values(&[path]).observe(seconds);
     }
 
+    /// Counts a request that a limit refused.
+    pub fn limited(&self, limited: Limited) {
+        self.limited.with_label_values(&[limited.as_str()]).inc();
+    }
+
     /// The page.
     pub fn text(&self, front: &Front) -> String {
         self.running.set(front.running() as i64);
         self.waiting.set(front.waiters.count() as i64);
+        self.connections.set(front.connections() as i64);
+        self.bytes.set(front.memory.held() as i64);
+        self.held_back.set(front.fair.held() as i64);
         let mut page = Vec::new();
         TextEncoder::new().encode(&self.registry.gather(), &mut page).expect("a vector takes all");
         String::from_utf8_lossy(&page).into_owned()

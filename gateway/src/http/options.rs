@@ -5,11 +5,16 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser};
 use millrace_crds::names::{Class, SubjectToken};
-use millrace_crds::units::Span;
+use millrace_crds::units::{Bytes, Span};
 use millrace_queue::args::StoreArgs;
 
 use crate::args::BrokerArgs;
 use crate::failure::Failure;
+use crate::http::cache::CacheUse;
+use crate::http::limits::set::{LimitRule, LimitSet};
+
+/// Least `--memory-max`: room for a few of the largest requests.
+const MEMORY_MIN: u64 = 16 << 20;
 
 /// An identity provider whose tokens are let in beside keys.
 #[derive(Debug, Clone, Args)]
@@ -30,6 +35,52 @@ pub struct OidcArgs {
     /// Claim that lists the namespaces whose models may be used; all without it
     #[arg(long, env = "MILLRACE_OIDC_NAMESPACES_CLAIM", value_name = "NAME")]
     pub oidc_namespaces_claim: Option<String>,
+}
+
+/// How much is let in.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Limits")]
+pub struct BoundArgs {
+    /// Most requests for an answer at once; more are told to come again
+    #[arg(long, default_value = "4096", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub requests_max: u32,
+    /// Most connections at once; 8192 without it, as far as the system lets so many files be open
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub connections_max: Option<u32>,
+    /// Most bytes of requests and answers that are held at once
+    #[arg(long, default_value = "128Mi", value_name = "SIZE")]
+    pub memory_max: Bytes,
+    /// How long a new connection may take for the head of its first request
+    #[arg(long, default_value = "15s", value_name = "SPAN")]
+    pub head_timeout: Span,
+    /// How long a connection may be idle between two requests, the head of the next included
+    #[arg(long, default_value = "60s", value_name = "SPAN")]
+    pub idle_timeout: Span,
+    /// Limit of each key that has none of its own, such as requests=60/min; may be repeated
+    #[arg(long, value_name = "LIMIT")]
+    pub key_limit: Vec<LimitRule>,
+    /// Limit of each tenant of which its key says none, such as output-tokens=100k/min; may be repeated
+    #[arg(long, value_name = "LIMIT")]
+    pub tenant_limit: Vec<LimitRule>,
+    /// Whether deterministic requests are answered from stored outcomes, where their key does not say
+    #[arg(long, env = "MILLRACE_CACHE", value_enum, default_value = "asked", value_name = "WHEN")]
+    pub cache: CacheUse,
+    /// Copies of what gateways share in the broker, where this one makes the buckets
+    #[arg(long, default_value = "1", value_name = "N", value_parser = clap::value_parser!(u8).range(1..=5))]
+    pub state_replicas: u8,
+}
+
+impl BoundArgs {
+    /// The limits of keys, and those of tenants.
+    ///
+    /// # Errors
+    /// [`Failure::Usage`].
+    pub fn limits(&self) -> Result<(LimitSet, LimitSet), Failure> {
+        let of = |name: &str, rules: &[LimitRule]| {
+            LimitSet::of(rules).map_err(|reason| Failure::Usage(format!("{name}: {reason}")))
+        };
+        Ok((of("--key-limit", &self.key_limit)?, of("--tenant-limit", &self.tenant_limit)?))
+    }
 }
 
 /// OpenAI's API over the queue: every request is a durable job, every answer its one outcome.
@@ -75,9 +126,9 @@ pub struct GatewayArgs {
     /// How long requests that run may go on after SIGTERM
     #[arg(long, default_value = "30s", value_name = "SPAN")]
     pub drain_timeout: Span,
-    /// Most requests for an answer at once; more are told to come again
-    #[arg(long, default_value = "4096", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
-    pub requests_max: u32,
+    /// How much is let in.
+    #[command(flatten)]
+    pub bounds: BoundArgs,
     /// s3://bucket/prefix for bodies that are too large for a message
     #[arg(long, env = "MILLRACE_OBJECT_STORE", value_name = "URI")]
     pub object_store: Option<String>,
@@ -97,10 +148,19 @@ impl GatewayArgs {
             ("--timeout", self.timeout),
             ("--body-timeout", self.body_timeout),
             ("--keep-alive", self.keep_alive),
+            ("--head-timeout", self.bounds.head_timeout),
+            ("--idle-timeout", self.bounds.idle_timeout),
         ] {
             if span.0.is_zero() {
                 return Err(Failure::Usage(format!("{name} is 0; at least 1ms is needed")));
             }
+        }
+        self.bounds.limits()?;
+        let least = MEMORY_MIN;
+        if self.bounds.memory_max.0 < least {
+            let message =
+                format!("--memory-max {}: at least {} is needed", self.bounds.memory_max, Bytes(least));
+            return Err(Failure::Usage(message));
         }
         if self.anonymous && !self.listen.ip().is_loopback() {
             let message = format!(
@@ -148,6 +208,10 @@ mod tests {
             (&["--anonymous", "--namespace", "A.b"], "A.b"),
             (&["--anonymous", "--tls-cert", "x"], "--tls-key"),
             (&["--anonymous", "--requests-max", "0"], "--requests-max"),
+            (&["--anonymous", "--head-timeout", "0s"], "--head-timeout"),
+            (&["--anonymous", "--memory-max", "1Mi"], "--memory-max 1Mi: at least 16Mi"),
+            (&["--anonymous", "--key-limit", "requests=60"], "requests=60/min"),
+            (&["--anonymous", "--tenant-limit", "concurrent=1", "--tenant-limit", "concurrent=2"], "twice"),
         ] {
             let refused = checked(words).unwrap_err();
             assert!(refused.contains(named), "{words:?}: {refused}");

@@ -128,5 +128,6 @@ async fn observe(State(front): State<Arc<Front>>, mut request: Request, next: Ne
     if let Ok(value) = HeaderValue::from_str(context.id.as_str()) {
         response.headers_mut().insert(REQUEST_ID, value);
     }
+    context.write(response.headers_mut());
     response
 }

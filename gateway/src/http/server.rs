@@ -7,25 +7,28 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use axum::Router;
-use axum_server::accept::NoDelayAcceptor;
 use axum_server::tls_rustls::{RustlsAcceptor, RustlsConfig};
 use axum_server::{Address, Control, Handle, Server};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::failure::Failure;
+use crate::http::connections::BoundedAcceptor;
 use crate::http::front::Front;
 use crate::http::routes;
 
-/// How long a connection may take for the head of a request, idle time before it included.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a handshake may take.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Largest head of a request, in bytes.
-const HEAD_BYTES_MAX: usize = 64 << 10;
+const HEAD_BYTES_MAX: usize = 32 << 10;
 /// Most headers of a request.
 const HEADERS_MAX: usize = 100;
 /// Most requests at once on one connection of HTTP/2.
 const STREAMS_MAX: u32 = 256;
+/// Bytes of bodies that one request of HTTP/2, and one connection, may have sent and nobody read yet.
+const STREAM_WINDOW: u32 = 128 << 10;
+const CONNECTION_WINDOW: u32 = 256 << 10;
+/// Bytes of an answer that wait for a connection of HTTP/2.
+const SEND_BYTES_MAX: usize = 64 << 10;
 /// How often a connection of HTTP/2 is asked whether it lives.
 const PROBE_PAUSE: Duration = Duration::from_secs(20);
 /// How long the cancelling of jobs may take whose requests the end of the drain cut off.
@@ -43,25 +46,25 @@ pub async fn serve(front: Arc<Front>) -> Result<(), Failure> {
     let listener = TcpListener::bind(listen).map_err(refused)?;
     let address = listener.local_addr().map_err(refused)?;
     let mut server = axum_server::from_tcp(listener).map_err(refused)?;
-    limit(&mut server);
+    limit(&mut server, front.args.bounds.idle_timeout.0);
     let control = Control::new();
     tokio::spawn(drain_on_signal(front.clone(), control.clone()));
-    let server = server
-        .handle(Handle::with_control(control))
-        .first_request_timeout(HEAD_TIMEOUT)
-        .acceptor(NoDelayAcceptor::new());
+    let server =
+        server.handle(Handle::with_control(control)).first_request_timeout(front.args.bounds.head_timeout.0);
     let router: Router = routes::router(front.clone());
+    let (places, refused_ones) = (front.connection_places.clone(), front.metrics.refused_connections.clone());
+    let bounded = |plain| BoundedAcceptor::new(places, refused_ones, plain);
     let served = match (&front.args.tls_cert, &front.args.tls_key) {
         (Some(cert), Some(key)) => {
             let config = certificate(cert.clone(), key.clone()).await?;
             let acceptor = RustlsAcceptor::new(config).handshake_timeout(HANDSHAKE_TIMEOUT);
             tracing::info!(%address, tls = true, "listening");
-            let server = server.acceptor(acceptor.acceptor(NoDelayAcceptor::new()));
+            let server = server.acceptor(acceptor.acceptor(bounded(false)));
             server.serve(router.into_make_service()).await
         }
         _ => {
             tracing::info!(%address, tls = false, "listening");
-            server.serve(router.into_make_service()).await
+            server.acceptor(bounded(true)).serve(router.into_make_service()).await
         }
     };
     // Requests that were cut off end now, and cancel their jobs.
@@ -71,13 +74,16 @@ pub async fn serve(front: Arc<Front>) -> Result<(), Failure> {
     served.map_err(refused)
 }
 
-fn limit<A: Address>(server: &mut Server<A>) {
+fn limit<A: Address>(server: &mut Server<A>, idle: Duration) {
     let builder = server.http_builder();
-    builder.http1().header_read_timeout(HEAD_TIMEOUT).max_buf_size(HEAD_BYTES_MAX).max_headers(HEADERS_MAX);
+    builder.http1().header_read_timeout(idle).max_buf_size(HEAD_BYTES_MAX).max_headers(HEADERS_MAX);
     builder
         .http2()
         .max_header_list_size(HEAD_BYTES_MAX as u32)
         .max_concurrent_streams(STREAMS_MAX)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_send_buf_size(SEND_BYTES_MAX)
         .keep_alive_interval(PROBE_PAUSE);
 }
 

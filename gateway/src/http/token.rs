@@ -199,7 +199,7 @@ fn verify(rules: &Rules, key: &Jwk, token: &str) -> Result<Caller, ApiError> {
         Some(name) => namespaces(claims.get(name)).ok_or_else(refused)?,
     };
     let key = format!("oidc:{}", text("sub").unwrap_or_default());
-    Ok(Caller { tenant, key, scopes: KeyScopes { namespaces, ..KeyScopes::default() } })
+    Ok(Caller { tenant, key, scopes: KeyScopes { namespaces, ..KeyScopes::default() }, ..Caller::default() })
 }
 
 /// Namespaces in a list or in words; at least one, for an empty list would allow all.

@@ -15,6 +15,7 @@ use tokio::sync::oneshot;
 
 use crate::connect::Connection;
 use crate::follow;
+use crate::http::memory::MemoryBudget;
 use crate::outcome::CollectedOutcome;
 
 /// Pause between two look-ups.
@@ -37,6 +38,7 @@ struct Waiter {
 #[derive(Debug)]
 pub struct Waiters {
     prefix: String,
+    memory: MemoryBudget,
     waiting: Mutex<HashMap<JobId, Waiter>>,
 }
 
@@ -49,9 +51,9 @@ pub struct Pending {
 }
 
 impl Waiters {
-    /// `prefix` is a subject that nobody else listens to.
-    pub fn new(prefix: String) -> Arc<Self> {
-        Arc::new(Self { prefix, waiting: Mutex::default() })
+    /// `prefix` is a subject that nobody else listens to; outcomes count as held until nobody has them any more.
+    pub fn new(prefix: String, memory: MemoryBudget) -> Arc<Self> {
+        Arc::new(Self { prefix, memory, waiting: Mutex::default() })
     }
 
     /// Where the copy of a job's outcome shall go.
@@ -76,8 +78,15 @@ impl Waiters {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Where there is no memory for an outcome, its waiter goes on waiting: it is looked up again.
     fn deliver(&self, outcome: CollectedOutcome) {
-        if let Some(waiter) = self.lock().remove(&outcome.job) {
+        let mut waiting = self.lock();
+        if !waiting.contains_key(&outcome.job) {
+            return;
+        }
+        let Some(body) = self.memory.keep(outcome.body) else { return };
+        let outcome = CollectedOutcome { body, ..outcome };
+        if let Some(waiter) = waiting.remove(&outcome.job) {
             // Who has just left needs no outcome.
             let _ = waiter.heard.send(outcome);
         }
@@ -183,7 +192,7 @@ mod tests {
 
     #[tokio::test]
     async fn each_hears_its_own_and_is_forgotten() {
-        let waiters = Waiters::new("_INBOX.g".into());
+        let waiters = Waiters::new("_INBOX.g".into(), MemoryBudget::new(1 << 20));
         let model = ModelRef::new("default", "m").unwrap();
         let (one, two): (JobId, JobId) = ("one".parse().unwrap(), "two".parse().unwrap());
         assert_eq!(waiters.reply_subject(&one), "_INBOX.g.one");

@@ -12,7 +12,7 @@ use clap::Parser;
 use millrace_tests::cluster::QueueHarness;
 use millrace_tests::figures::{self, Figure, ResultFile, page, soak};
 use millrace_tests::random::Random;
-use millrace_tests::{chaos, model, overhead, pulling, tools};
+use millrace_tests::{chaos, door, model, overhead, pulling, tools};
 use serde_json::Value;
 
 /// The requests of the comparison with other engines.
@@ -23,10 +23,13 @@ const SEQUENCES: &str = "64,64,128";
 /// One job at a time, then as many as possible.
 const SINGLE_JOBS: usize = 1000;
 const MANY_JOBS: usize = 5000;
+/// Jobs of each client of the front door, where many ask at once.
+const JOBS_OF_CLIENT: usize = 200;
 /// Size of the object that is pulled.
 const PULL_BYTES: u64 = 1 << 30;
 /// The parts, by the names that `--only` looks at.
-const PARTS: [&str; 7] = ["engine-bf16", "engine-int8", "queue", "crashes", "pull", "demo", "demo-k8s"];
+const PARTS: [&str; 8] =
+    ["engine-bf16", "engine-int8", "queue", "http", "crashes", "pull", "demo", "demo-k8s"];
 
 /// Measures this machine, and makes docs/figures.md of all result files.
 #[derive(Debug, Parser)]
@@ -99,6 +102,7 @@ async fn measure(args: &Args) -> Result<Vec<Figure>> {
                 engine("int8", &["--dtype", "bf16", "--quantization", "int8"], (None, 150.0)).await
             }
             "queue" => queue().await,
+            "http" => http().await,
             "crashes" => crashes().await,
             "pull" => pull().await,
             "demo" => demo(),
@@ -158,6 +162,11 @@ async fn queue() -> Result<Vec<Figure>> {
     let start = move || millrace_tests::worker::Worker::start_ready(&config);
     let _worker = tokio::task::spawn_blocking(start).await??;
     Ok(overhead::measure(&cluster, SINGLE_JOBS, MANY_JOBS).await?.figures())
+}
+
+async fn http() -> Result<Vec<Figure>> {
+    let cost = door::measure(SINGLE_JOBS, JOBS_OF_CLIENT).await?;
+    Ok(cost.context("there is no nats-server")?.figures())
 }
 
 async fn crashes() -> Result<Vec<Figure>> {

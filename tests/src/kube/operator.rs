@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use tempfile::TempDir;
 
 use crate::ports::Port;
@@ -16,8 +16,6 @@ use crate::{http as local, tools};
 const READY_LIMIT: Duration = Duration::from_secs(30);
 /// The image that test workers have.
 pub const WORKER_IMAGE: &str = "millrace-worker:test";
-/// Units of the processor times in `/proc/PID/stat`, a second.
-const TICKS_PER_S: f64 = 100.0;
 
 /// A running operator. Dropping it kills it.
 #[derive(Debug)]
@@ -81,13 +79,7 @@ impl Operator {
     /// # Errors
     /// When it has ended.
     pub fn memory(&self) -> Result<(u64, u64)> {
-        let text = std::fs::read_to_string(format!("/proc/{}/status", self.process.id()))?;
-        let field = |name: &str| -> Result<u64> {
-            let line = text.lines().find(|line| line.starts_with(name)).context("no such field")?;
-            let kib: u64 = line.split_whitespace().nth(1).context("no value")?.parse()?;
-            Ok(kib << 10)
-        };
-        Ok((field("VmRSS:")?, field("VmHWM:")?))
+        self.process.memory()
     }
 
     /// Processor time used so far, in seconds.
@@ -95,10 +87,6 @@ impl Operator {
     /// # Errors
     /// When it has ended.
     pub fn processor_s(&self) -> Result<f64> {
-        let text = std::fs::read_to_string(format!("/proc/{}/stat", self.process.id()))?;
-        // The second field is the program's name in parentheses and may hold spaces.
-        let rest = text.rsplit(')').next().unwrap_or_default();
-        let ticks = rest.split_whitespace().skip(11).take(2).map(str::parse::<f64>);
-        Ok(ticks.sum::<Result<f64, _>>()? / TICKS_PER_S)
+        self.process.processor_s()
     }
 }
