@@ -128,10 +128,10 @@ async fn connections_and_bytes_have_a_bound() -> Result<()> {
         let mut body = chat("say x").to_string().into_bytes();
         body.resize(length, b' ');
         let mut slow = Vec::new();
-        for _ in 0..15 {
+        for _ in 0..16 {
             slow.push(begin(&gateway, length, &body[..length - 1])?);
         }
-        wait("15 bodies are held", || Ok(gateway.metric("millrace_gateway_held_bytes")? > 14.5 * MIB))?;
+        wait("16 bodies are held", || Ok(gateway.metric("millrace_gateway_held_bytes")? > 15.5 * MIB))?;
         wait("it is not ready", || Ok(gateway.get("/readyz")?.status == 503))?;
         let text = answer(begin(&gateway, length, &body)?);
         ensure!(text.starts_with("HTTP/1.1 503") && text.contains("\"overloaded\""), "{text}");

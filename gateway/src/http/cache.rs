@@ -38,7 +38,7 @@ pub const CACHED_JOB: &str = "millrace-cached-job";
 const BUCKET: BucketForm = BucketForm {
     name: "MILLRACE_ANSWERS",
     description: "Which job's outcome answers which deterministic request",
-    bytes_max: 256 << 20,
+    bytes_max: 64 << 20,
     discard: DiscardPolicy::Old,
     storage: StorageType::File,
 };

@@ -265,7 +265,7 @@ pub async fn read_json(front: &Front, headers: &HeaderMap, body: Body) -> Result
 
 /// The bytes of a body, which count as held from when they come until nobody has them any more.
 async fn collect(body: Body, limit: usize, mut held: HeldMemory) -> Result<Bytes, ApiError> {
-    // One that will be too large is told so at once, where nobody waits to be read first.
+    // Of one that will be too large nothing is kept; it is read as far as its sender would not hear the answer else.
     let announced = body.size_hint().exact().and_then(|length| usize::try_from(length).ok()).unwrap_or(0);
     if announced > DISCARDED_BYTES_MAX {
         return Err(too_large(announced, limit));
@@ -276,7 +276,7 @@ async fn collect(body: Body, limit: usize, mut held: HeldMemory) -> Result<Bytes
         // Who left in the middle of a body reads no answer.
         let piece = piece.map_err(|_| ApiError::new(ApiCode::InvalidJson, "the body broke off"))?;
         seen += piece.len();
-        if seen <= limit {
+        if seen.max(announced) <= limit {
             if seen > whole.capacity() {
                 let room = (2 * whole.capacity()).clamp(seen, limit.max(seen));
                 held.grow(room - whole.capacity())?;

@@ -35,7 +35,7 @@ use crate::http::state::{BucketForm, StateBucket, Written};
 const BUCKET: BucketForm = BucketForm {
     name: "MILLRACE_LIMITS",
     description: "What keys and tenants were let do, by all gateways",
-    bytes_max: 256 << 20,
+    bytes_max: 16 << 20,
     discard: DiscardPolicy::New,
     storage: StorageType::Memory,
 };

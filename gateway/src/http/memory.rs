@@ -67,9 +67,9 @@ impl MemoryBudget {
         self.bytes_max.saturating_sub((self.steps.available_permits() * STEP_BYTES) as u64)
     }
 
-    /// Whether less than a sixteenth of it is free.
+    /// Whether less than an eighth of it is free.
     pub fn is_short(&self) -> bool {
-        self.held() > self.bytes_max - self.bytes_max / 16
+        self.held() > self.bytes_max - self.bytes_max / 8
     }
 }
 

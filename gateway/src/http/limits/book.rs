@@ -68,6 +68,8 @@ pub struct GatewayBook {
     credit: Amounts,
     places: u64,
     spent: BTreeMap<u64, Amounts>,
+    /// What the round that is under way reports.
+    reporting: BTreeMap<u64, Amounts>,
     corrections: Vec<Correction>,
     running: u64,
     reported_running: u64,
@@ -85,6 +87,7 @@ impl GatewayBook {
             credit: [0; 3],
             places: 0,
             spent: BTreeMap::new(),
+            reporting: BTreeMap::new(),
             corrections: Vec::new(),
             running: 0,
             reported_running: 0,
@@ -187,6 +190,7 @@ impl GatewayBook {
     /// Begins a round: the credit is given back, and all that was not reported goes with it.
     pub fn begin(&mut self) -> Round {
         let spent = std::mem::take(&mut self.spent);
+        self.reporting.clone_from(&spent);
         (self.credit, self.places) = ([0; 3], 0);
         let mut lately = [0; 3];
         for amounts in spent.values() {
@@ -238,11 +242,13 @@ impl GatewayBook {
         self.reported_running = part.running;
         self.limits = claims.last().map_or(self.limits, |claim| claim.limits);
         self.seen = end.window.clone();
+        self.reporting.clear();
     }
 
     /// The round was not written: all that it carried is still to be reported. The credit is lost, and whoever took it
     /// away by not answering is asked for a new one.
     pub fn undo(&mut self, round: Round) {
+        self.reporting.clear();
         for (second, amounts) in round.spent {
             add(&mut self.spent, second, amounts);
         }
@@ -252,7 +258,7 @@ impl GatewayBook {
     /// How the minute stands: what was let in by all as far as is known, and the seconds until none of it counts.
     pub fn standing(&self, now: u64) -> (Amounts, u64) {
         let mut window = self.seen.clone();
-        for (second, amounts) in &self.spent {
+        for (second, amounts) in self.spent.iter().chain(&self.reporting) {
             window.charge(now, *second, *amounts);
         }
         window.expire(now);
