@@ -55,6 +55,10 @@ fn the_gateway_is_rendered_by_value() -> Result<()> {
         "gateway.s3.region=eu-1",
         "gateway.s3.credentialsSecret=s3",
         "gateway.extraArgs={--requests-max=512,--keep-alive=5s}",
+        "gateway.keyLimits={requests=60/min,concurrent=8}",
+        "gateway.tenantLimits={output-tokens=100k/min}",
+        "gateway.cache=always",
+        "gateway.memoryMax=64Mi",
         "gateway.oidc.issuer=https://id.example",
         "gateway.oidc.audience=millrace",
         "gateway.oidc.namespacesClaim=spaces",
@@ -71,7 +75,16 @@ fn the_gateway_is_rendered_by_value() -> Result<()> {
     ensure!(pod["terminationGracePeriodSeconds"] == 45);
     let arguments = pod["containers"][0]["args"].as_sequence().context("no arguments")?;
     let folder = "--s3-credentials-dir=/etc/millrace/s3";
-    for given in ["--s3-endpoint=https://s3.example", "--s3-region=eu-1", folder, "--requests-max=512"] {
+    let limits =
+        ["--key-limit=requests=60/min", "--key-limit=concurrent=8", "--tenant-limit=output-tokens=100k/min"];
+    let others = [
+        "--s3-endpoint=https://s3.example",
+        "--s3-region=eu-1",
+        folder,
+        "--requests-max=512",
+        "--cache=always",
+    ];
+    for given in limits.into_iter().chain(others) {
         ensure!(arguments.iter().any(|argument| argument == given), "{given}");
     }
     for object in [&plain, &full] {
@@ -94,6 +107,8 @@ fn a_wrong_value_is_refused() {
         "gateway.class=urgent",
         "gateway.oidc.issuer=http://id.example",
         "gateway.extraArgs={x}",
+        "gateway.keyLimits={requests=60}",
+        "gateway.cache=on",
     ] {
         let refused = render(&[value]).expect_err(value).to_string();
         assert!(refused.contains("gateway"), "{value}: {refused}");

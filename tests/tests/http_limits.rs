@@ -187,11 +187,11 @@ async fn report(bench: &Bench, digest: &str) -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deterministic_request_is_answered_by_the_stored_outcome() -> Result<()> {
-    let Some(doors) = Doors::open(2, &["--cache", "on"]).await? else { return Ok(()) };
+    let Some(doors) = Doors::open(2, &["--cache", "always"]).await? else { return Ok(()) };
     let doors = Arc::new(doors);
     let (_, key) = doors.key(&["--tenant", "a"])?;
     let (_, other) = doors.key(&["--tenant", "b"])?;
-    let (_, never) = doors.key(&["--tenant", "a", "--cache", "off"])?;
+    let (_, never) = doors.key(&["--tenant", "a", "--cache", "never"])?;
     let mut body = chat("say hello world");
     body["temperature"] = json!(0);
     let send = async |gateway: usize, key: &str, body: &Value, cache: &'static [(&str, &str)]| {

@@ -56,12 +56,12 @@ const NEUTRAL: [&str; 4] = ["model", "stream", "stream_options", "user"];
 #[serde(rename_all = "lowercase")]
 pub enum CacheUse {
     /// None.
-    Off,
+    Never,
     /// Deterministic ones that ask for it.
     #[default]
     Asked,
     /// Deterministic ones that do not forbid it.
-    On,
+    Always,
 }
 
 impl CacheUse {
@@ -71,8 +71,8 @@ impl CacheUse {
     /// [`ApiCode::InvalidParameter`].
     pub fn allows(self, header: Option<&str>) -> Result<bool, ApiError> {
         match (self, header) {
-            (_, Some("off")) | (CacheUse::Off, Some("on") | None) | (CacheUse::Asked, None) => Ok(false),
-            (CacheUse::Asked | CacheUse::On, Some("on")) | (CacheUse::On, None) => Ok(true),
+            (_, Some("off")) | (CacheUse::Never, Some("on") | None) | (CacheUse::Asked, None) => Ok(false),
+            (CacheUse::Asked | CacheUse::Always, Some("on")) | (CacheUse::Always, None) => Ok(true),
             (_, Some(other)) => {
                 let shown: String = other.chars().take(80).collect();
                 let message = format_args!("{shown:?} is neither on nor off");
@@ -235,19 +235,19 @@ mod tests {
 
     #[test]
     fn who_may_use_it() {
-        use CacheUse::{Asked, Off, On};
+        use CacheUse::{Always, Asked, Never};
         for (use_, header, expected) in [
-            (Off, None, false),
-            (Off, Some("on"), false),
+            (Never, None, false),
+            (Never, Some("on"), false),
             (Asked, None, false),
             (Asked, Some("on"), true),
             (Asked, Some("off"), false),
-            (On, None, true),
-            (On, Some("off"), false),
+            (Always, None, true),
+            (Always, Some("off"), false),
         ] {
             assert_eq!(use_.allows(header), Ok(expected), "{use_:?} {header:?}");
         }
-        assert_eq!(On.allows(Some("yes")).unwrap_err().param.as_deref(), Some(CACHE));
+        assert_eq!(Always.allows(Some("yes")).unwrap_err().param.as_deref(), Some(CACHE));
     }
 
     #[test]
