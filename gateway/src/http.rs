@@ -5,8 +5,8 @@
 //! makes a request a job and its outcome an answer, in one piece or, by [`stream`] and [`chunk`], while it is made;
 //! [`awaited`] publishes, awaits and cancels, and [`jobs`] leaves that to the client; [`waiting`] hears outcomes;
 //! [`catalog`] knows the models, which are [`kept`]; [`keys`], [`token`] and [`caller`] say who may, [`audit`] who did;
-//! [`limits`] say how much, [`fair`] in which turn and [`room`] whether at all; [`cache`] answers what was answered before;
-//! [`connections`] and [`memory`] have bounds, whatever comes; [`state`] is what gateways share in the broker;
+//! [`limits`] say how much, [`fair`] in which turn and [`room`] whether at all; [`cache`] answers what was answered
+//! before; [`connections`] and [`memory`] have bounds, whatever comes; [`state`] is what gateways share in the broker;
 //! [`error`] is the closed table of errors; [`front`] is what all requests share; [`pages`] and [`meters`] show how it
 //! is.
 

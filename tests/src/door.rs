@@ -183,8 +183,8 @@ fn idle(gateway: &Gateway) -> Result<(f64, f64)> {
     Ok((memory, core))
 }
 
-/// Measures `single` jobs one at a time, `each` of [`AT_ONCE`] clients at once, and [`STREAMS`] idle streams; `None` where
-/// there is no broker. Both sides take turns, so that what else the machine does meets both.
+/// Measures `single` jobs one at a time, `each` of [`AT_ONCE`] clients at once, and [`STREAMS`] idle streams; `None`
+/// where there is no broker. Both sides take turns, so that what else the machine does meets both.
 ///
 /// # Errors
 /// When an answer does not come within a minute.

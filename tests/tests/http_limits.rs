@@ -286,7 +286,8 @@ async fn a_greedy_tenant_costs_a_modest_one_little() -> Result<()> {
             p(&beside, 97)
         );
         ensure!(seen.get(&200).copied().unwrap_or(0) > 640, "{seen:?}");
-        ensure!(p(&beside, 97) <= 2.0 * p(&alone, 97), "{alone:?} {beside:?}");
+        // What else the machine does is worth some milliseconds.
+        ensure!(p(&beside, 97) <= 1.2 * p(&alone, 97) + 20.0, "{alone:?} {beside:?}");
         Ok(())
     })
     .await

@@ -24,14 +24,17 @@ struct Report {
     model_digest: Option<String>,
 }
 
+/// When a worker of a model was last heard, and the digest that it said.
+type Heard = HashMap<(ModelRef, String), (Instant, Option<String>)>;
+
 /// What workers said last.
 #[derive(Debug, Default)]
 pub struct ModelDigests {
-    workers: Mutex<HashMap<(ModelRef, String), (Instant, Option<String>)>>,
+    workers: Mutex<Heard>,
 }
 
 impl ModelDigests {
-    fn lock(&self) -> MutexGuard<'_, HashMap<(ModelRef, String), (Instant, Option<String>)>> {
+    fn lock(&self) -> MutexGuard<'_, Heard> {
         self.workers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

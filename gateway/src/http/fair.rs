@@ -7,8 +7,8 @@
 //! nobody gets more than it asks for, and what is left goes to those who ask for more, by weight. Within a gateway
 //! the tenants that are below their part take turns, each as often as its weight says (deficit round robin over jobs).
 //!
-//! The gateways tell each other four times a second what each tenant has and asks for. One tenant alone is never held back: its
-//! backlog is in the queue, where the autoscaler sees it.
+//! The gateways tell each other four times a second what each tenant has and asks for. One tenant alone is never held
+//! back: its backlog is in the queue, where the autoscaler sees it.
 
 pub mod desk;
 
@@ -348,8 +348,8 @@ impl FairShare {
     }
 }
 
-/// Weighted max-min fairness: how many jobs a tenant of weight 1 may have published. Those who ask for less get what they
-/// ask for, and the rest is divided among the others.
+/// Weighted max-min fairness: how many jobs a tenant of weight 1 may have published. Those who ask for less get what
+/// they ask for, and the rest is divided among the others.
 fn level_of(demands: &BTreeMap<&str, TenantDemand>, window: f64) -> f64 {
     let need = |demand: &TenantDemand| demand.published.saturating_add(demand.held) as f64;
     let mut needs: Vec<(f64, f64)> =

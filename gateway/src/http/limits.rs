@@ -29,7 +29,7 @@ use crate::http::limits::set::{LimitSet, Limited};
 use crate::http::limits::subject::{LimitSubject, TakenClaim};
 use crate::http::limits::window::{Amounts, Shortage};
 use crate::http::meters::GatewayMetrics;
-use crate::http::state::{BucketForm, StateBucket, Written};
+use crate::http::state::{BucketForm, StateBucket, StateWrite};
 
 /// Windows and enqueued tokens. In memory: a broker that starts anew begins a new minute.
 const BUCKET: BucketForm = BucketForm {
@@ -271,7 +271,7 @@ impl RateLimits {
                     return Ok(());
                 }
                 let written = self.bucket.write(&name, &enqueued, revision, ENQUEUED_TTL).await;
-                if let Written::At(_) = written.map_err(away)? {
+                if let StateWrite::At(_) = written.map_err(away)? {
                     return Ok(());
                 }
             }

@@ -35,7 +35,7 @@ pub struct StateBucket {
 
 /// What became of a write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Written {
+pub enum StateWrite {
     /// It is there, as this revision.
     At(u64),
     /// Somebody else wrote in between.
@@ -86,7 +86,7 @@ impl StateBucket {
         value: &T,
         revision: u64,
         ttl: Duration,
-    ) -> Result<Written, String> {
+    ) -> Result<StateWrite, String> {
         let body = serde_json::to_vec(value).expect("our own types are JSON");
         let message = PublishMessage::build()
             .payload(body.into())
@@ -96,11 +96,11 @@ impl StateBucket {
         let sent =
             self.jetstream.send_publish(self.subject(key), message).await.map_err(|e| e.to_string())?;
         match sent.await {
-            Ok(ack) => Ok(Written::At(ack.sequence)),
-            Err(error) if is_conflict(&error) => Ok(Written::Conflict),
+            Ok(ack) => Ok(StateWrite::At(ack.sequence)),
+            Err(error) if is_conflict(&error) => Ok(StateWrite::Conflict),
             Err(error) if error.kind() == PublishErrorKind::StreamNotFound => {
                 self.create().await?;
-                Ok(Written::Conflict)
+                Ok(StateWrite::Conflict)
             }
             Err(error) => Err(error.to_string()),
         }

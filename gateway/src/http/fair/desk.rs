@@ -119,8 +119,8 @@ impl FairDesk {
         models.get_mut(model).map(|desk| work(desk, now))
     }
 
-    /// A place among the published jobs of a model, as soon as the caller's tenant may have one; `None` where nothing is
-    /// shared, because everybody is the same to this gateway.
+    /// A place among the published jobs of a model, as soon as the caller's tenant may have one; `None` where nothing
+    /// is shared, because everybody is the same to this gateway.
     ///
     /// # Errors
     /// [`ApiCode::RateLimitExceeded`] where the tenant has too many jobs held back, or one for too long.

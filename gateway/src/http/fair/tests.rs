@@ -1,3 +1,5 @@
+//! A queue and its workers, simulated: what tenants get of them.
+
 use super::*;
 
 const SLOTS: usize = 16;

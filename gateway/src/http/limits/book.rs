@@ -1,5 +1,5 @@
 //! One gateway's side of a shared minute. Pure: time comes in as an argument, and what is exchanged with the broker is
-//! a [`Round`] that was applied or was not.
+//! a [`LimitRound`] that was applied or was not.
 //!
 //! A gateway lets in what its credit covers, and asks for the rest in a round: it reads the window, reports what it let
 //! in and what that came to, takes what is asked for, and writes the window back if nobody else wrote in between. While
@@ -44,7 +44,7 @@ impl Claim {
 
 /// What one exchange with the broker carries.
 #[derive(Debug, Default)]
-pub struct Round {
+pub struct LimitRound {
     spent: BTreeMap<u64, Amounts>,
     corrections: Vec<Correction>,
     running: u64,
@@ -53,7 +53,7 @@ pub struct Round {
 
 /// What a round brought.
 #[derive(Debug)]
-pub struct RoundEnd {
+pub struct LimitRoundEnd {
     /// The window to be written.
     pub window: SharedWindow,
     /// What became of the claims, in their order.
@@ -188,7 +188,7 @@ impl GatewayBook {
     }
 
     /// Begins a round: the credit is given back, and all that was not reported goes with it.
-    pub fn begin(&mut self) -> Round {
+    pub fn begin(&mut self) -> LimitRound {
         let spent = std::mem::take(&mut self.spent);
         self.reporting.clone_from(&spent);
         (self.credit, self.places) = ([0; 3], 0);
@@ -198,11 +198,22 @@ impl GatewayBook {
                 *sum += amount;
             }
         }
-        Round { spent, corrections: std::mem::take(&mut self.corrections), running: self.running, lately }
+        LimitRound {
+            spent,
+            corrections: std::mem::take(&mut self.corrections),
+            running: self.running,
+            lately,
+        }
     }
 
     /// What the window becomes by a round in which these claims are made.
-    pub fn apply(&self, round: &Round, mut window: SharedWindow, now: u64, claims: &[Claim]) -> RoundEnd {
+    pub fn apply(
+        &self,
+        round: &LimitRound,
+        mut window: SharedWindow,
+        now: u64,
+        claims: &[Claim],
+    ) -> LimitRoundEnd {
         window.expire(now);
         for (second, amounts) in &round.spent {
             window.charge(now, *second, *amounts);
@@ -225,11 +236,11 @@ impl GatewayBook {
         }
         let limits = claims.last().map_or(self.limits, |claim| claim.limits);
         window.lend(&limits, &self.gateway, lately);
-        RoundEnd { window, taken }
+        LimitRoundEnd { window, taken }
     }
 
     /// The round is in the broker.
-    pub fn commit(&mut self, now: u64, claims: &[Claim], end: &RoundEnd) {
+    pub fn commit(&mut self, now: u64, claims: &[Claim], end: &LimitRoundEnd) {
         let granted = claims.iter().zip(&end.taken).filter(|(_, taken)| taken.is_ok());
         for (claim, _) in granted {
             self.own.charge(now, now, claim.amounts);
@@ -247,7 +258,7 @@ impl GatewayBook {
 
     /// The round was not written: all that it carried is still to be reported. The credit is lost, and whoever took it
     /// away by not answering is asked for a new one.
-    pub fn undo(&mut self, round: Round) {
+    pub fn undo(&mut self, round: LimitRound) {
         self.reporting.clear();
         for (second, amounts) in round.spent {
             add(&mut self.spent, second, amounts);

@@ -24,8 +24,8 @@ impl EnqueuedTokens {
         self.batches.values().fold(0, |sum, tokens| sum.saturating_add(*tokens))
     }
 
-    /// Sets what a batch still has to come to; 0 forgets it. What is said twice changes nothing, so that a gateway which
-    /// goes on with the batch of another one may say it again. Less is always taken.
+    /// Sets what a batch still has to come to; 0 forgets it. What is said twice changes nothing, so that a gateway
+    /// which goes on with the batch of another one may say it again. Less is always taken.
     ///
     /// # Errors
     /// [`Shortage`] where more than the limit would be enqueued.

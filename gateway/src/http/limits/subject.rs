@@ -8,9 +8,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::{Notify, oneshot};
 
-use crate::http::limits::book::{Claim, Correction, GatewayBook, Round, RoundEnd};
+use crate::http::limits::book::{Claim, Correction, GatewayBook, LimitRound, LimitRoundEnd};
 use crate::http::limits::window::{Amounts, SharedWindow, Shortage, WINDOW_S};
-use crate::http::state::{StateBucket, Written};
+use crate::http::state::{StateBucket, StateWrite};
 
 /// How long a round may take; then each gateway goes on with its own share.
 const ROUND_TIMEOUT: Duration = Duration::from_millis(500);
@@ -194,7 +194,7 @@ impl LimitSubject {
     }
 
     /// One round, and the answers to its claims.
-    async fn round(self: &Arc<Self>, asks: Vec<Ask>, round: Round) {
+    async fn round(self: &Arc<Self>, asks: Vec<Ask>, round: LimitRound) {
         let claims: Vec<Claim> = asks.iter().map(|ask| ask.claim).collect();
         let exchanged = tokio::time::timeout(ROUND_TIMEOUT, self.exchange(&round, &claims)).await;
         let exchanged = exchanged.unwrap_or_else(|_| Err("no answer in time".to_owned()));
@@ -221,15 +221,15 @@ impl LimitSubject {
     }
 
     /// Reads, applies and writes until nobody else wrote in between.
-    async fn exchange(&self, round: &Round, claims: &[Claim]) -> Result<(u64, RoundEnd), String> {
+    async fn exchange(&self, round: &LimitRound, claims: &[Claim]) -> Result<(u64, LimitRoundEnd), String> {
         let mut pause = 0;
         for _ in 0..TRIES_MAX {
             let (window, revision): (SharedWindow, u64) = self.bucket.read(&self.key).await?;
             let second = now_s();
             let end = self.lock().book.apply(round, window, second, claims);
             match self.bucket.write(&self.key, &end.window, revision, WINDOW_TTL).await? {
-                Written::At(_) => return Ok((second, end)),
-                Written::Conflict => {
+                StateWrite::At(_) => return Ok((second, end)),
+                StateWrite::Conflict => {
                     pause = (pause * 2 + 100).min(TRY_PAUSE_US);
                     let mut random = [0; 8];
                     let _ = getrandom::fill(&mut random);

@@ -1,3 +1,5 @@
+//! Three gateways and a broker, simulated: what they let in together.
+
 use proptest::prelude::*;
 
 use super::*;
@@ -14,7 +16,7 @@ struct Store {
 /// A gateway with a round under way.
 struct Sim {
     book: GatewayBook,
-    flight: Option<(Round, u64, SharedWindow)>,
+    flight: Option<(LimitRound, u64, SharedWindow)>,
     asked: Vec<Claim>,
 }
 
