@@ -21,6 +21,10 @@ pub const ACKS_OUTSTANDING_MAX: usize = 512;
 /// repeated. A broker that syncs every write to a slow disk answers a window of 256 within this time.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Messages of one subscription that wait to be read; more are lost, which every reader of one has to bear.
+/// One read of a stream asks for fewer.
+const UNREAD_MAX: usize = 1024;
+
 /// A connected broker and the model that the command is about.
 #[derive(Debug, Clone)]
 pub struct Connection {
@@ -63,6 +67,7 @@ pub async fn connect_without_model(global: &Global) -> Result<(Client, Context),
 /// [`Failure::Usage`] or [`Failure::File`] for an option that is wrong.
 pub async fn connect_for_good(broker: &BrokerArgs, name: &str) -> Result<(Client, Context), Failure> {
     let options = options(broker).await?.name(name).retry_on_initial_connect();
+    let options = options.subscription_capacity(UNREAD_MAX);
     let options = options.event_callback(|event| async move {
         tracing::warn!(event = %event, "broker");
     });

@@ -4,12 +4,20 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use async_nats::HeaderMap;
+use millrace_crds::job::header;
+use millrace_crds::names::JobId;
+use millrace_crds::result::OutputReference;
+use millrace_queue::store::Store;
 use millrace_tests::chat::ChatWorker;
 use millrace_tests::gateway::Gateway;
 use millrace_tests::overhead::percentile;
+use millrace_tests::s3::{self, S3};
 use millrace_tests::scripted::{Bench, PATIENCE};
+use millrace_tests::{nats, tools};
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 
 const CHATS: &str = "/v1/chat/completions";
 const MIB: f64 = 1048576.0;
@@ -111,6 +119,68 @@ async fn a_thousand_bad_clients_change_nothing_for_others() -> Result<()> {
         wait("all connections are closed", || Ok(gateway.metric("millrace_gateway_connections")? <= 1.0))?;
         ensure!(gateway.metric("millrace_gateway_held_bytes")? == 0.0, "bytes stay held");
         ensure!(gateway.resident_bytes()? < before + (64 << 20), "memory stays held");
+        Ok(())
+    })
+    .await
+}
+
+/// The outcome of a job whose lines lie in an object store, as a worker would have written it.
+async fn refer(bench: &Bench, job: &JobId, reference: &OutputReference) -> Result<()> {
+    let mut headers = HeaderMap::new();
+    headers.insert(header::OUTCOME, "completed");
+    let (subject, body) = (bench.model.result_subject(job), serde_json::to_vec(reference)?);
+    bench.context.publish_with_headers(subject, headers, body.into()).await?.await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_large_outcome_is_sent_on_and_not_held() -> Result<()> {
+    const BYTES: usize = 96 << 20;
+    if !tools::have(&[nats::PROGRAM, s3::PROGRAM]) {
+        return Ok(());
+    }
+    let Some(bench) = Bench::start().await? else { return Ok(()) };
+    let s3 = S3::start()?;
+    s3.create_bucket("claims").await?;
+    let store = Store::connect(&s3.store_config()).await?;
+    let line = format!(r#"{{"id":"j","response":{{"body":"{}"}},"error":null}}"#, "x".repeat(BYTES));
+    store.put(&"s3://claims/a".parse()?, line.clone().into()).await?;
+    let good = OutputReference {
+        output: "s3://claims/a".into(),
+        bytes: line.len() as u64,
+        sha256: hex::encode(Sha256::digest(&line)),
+    };
+    // As the ids of jobs of nobody's begin: the SHA-256 of an empty name.
+    let job = |name: &str| -> Result<JobId> { Ok(format!("job-e3b0c44298fc1c14-{name}").parse()?) };
+    refer(&bench, &job("good")?, &good).await?;
+    refer(&bench, &job("bad")?, &OutputReference { sha256: "0".repeat(64), ..good.clone() }).await?;
+    let (endpoint, folder) = (s3.endpoint(), s3.credentials_dir());
+    let folder = folder.to_str().context("a path")?;
+    let options = ["--memory-max", "16Mi", "--s3-endpoint", &endpoint, "--s3-credentials-dir", folder];
+    let gateway = Gateway::start(&bench.server, &options)?;
+    blocking(move || {
+        let before = gateway.resident_bytes()?;
+        let found = gateway.get("/v1/jobs/default.m.0.job-e3b0c44298fc1c14-good")?;
+        ensure!(
+            found.status == 200 && found.header("content-type") == "application/json",
+            "{}",
+            found.status
+        );
+        let text = String::from_utf8(found.body)?;
+        let outcome = text.split_once(r#""outcome":"#).context("no outcome")?.1;
+        ensure!(outcome.strip_suffix('}') == Some(line.as_str()), "{} bytes", text.len());
+        let after = gateway.resident_bytes()?;
+        println!(
+            "{:.0} MiB sent on; memory {:.1} MiB, then {:.1}",
+            BYTES as f64 / MIB,
+            before as f64 / MIB,
+            after as f64 / MIB
+        );
+        ensure!(after < before + (BYTES / 2) as u64, "{before} bytes, then {after}");
+        // What is not what the outcome says has no end.
+        let broken = gateway.get("/v1/jobs/default.m.0.job-e3b0c44298fc1c14-bad")?;
+        let said: usize = broken.header("content-length").parse()?;
+        ensure!(broken.body.len() < said, "{} of {said} bytes", broken.body.len());
         Ok(())
     })
     .await

@@ -7,6 +7,9 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use millrace_crds::config::{QueueConfig, ResultsConfig};
+use millrace_crds::names::ModelRef;
+use millrace_queue::provision::{Mode, provision};
 use millrace_tests::chat::ChatWorker;
 use millrace_tests::gateway::{Gateway, HttpReply};
 use millrace_tests::scripted::{Bench, PATIENCE};
@@ -230,6 +233,39 @@ async fn a_deterministic_request_is_answered_by_the_stored_outcome() -> Result<(
     let wrong = send(0, &key, &body, &[("millrace-cache", "maybe")]).await?;
     assert_eq!(wrong.error()?, (400, "invalid_parameter".into(), Some("millrace-cache".into())));
     Ok(())
+}
+
+/// The broker takes 20 jobs, and nobody works.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_not_urgent_is_refused_before_the_queue_is_full() -> Result<()> {
+    let Some(bench) = Bench::start().await? else { return Ok(()) };
+    let small = ModelRef::new("default", "small")?;
+    let queue = QueueConfig { max_jobs: 20, ..bench.queue.clone() };
+    provision(&bench.context, &small, &queue, &ResultsConfig::default(), Mode::Create).await?;
+    let gateway = Gateway::start(&bench.server, &[])?;
+    blocking(move || {
+        let body = json!({"model": "small", "prompt": "x"}).to_string();
+        let submit =
+            |class: &str| gateway.ask("POST", "/v1/jobs", &[("millrace-class", class)], &body)?.whole();
+        for job in 0..17 {
+            ensure!(submit("normal")?.status == 202, "{job}");
+        }
+        let began = Instant::now();
+        let refused = loop {
+            let reply = submit("low")?;
+            if reply.status != 202 {
+                break reply;
+            }
+            ensure!(began.elapsed() < PATIENCE, "18 of 20 jobs are not seen");
+            // Each request but the first of a second is measured by the look that another one began.
+            std::thread::sleep(Duration::from_millis(1100));
+        };
+        ensure!(refused.error()?.1 == "queue_full" && refused.header("retry-after") == "10", "{refused:?}");
+        ensure!(refused.json()?.to_string().contains("class low are taken below 90 %"), "{refused:?}");
+        ensure!(submit("high")?.status == 202, "there is room for what is urgent");
+        Ok(())
+    })
+    .await
 }
 
 /// How long each of `count` requests of one client took, one after another, in milliseconds.

@@ -19,6 +19,7 @@ use crate::http::error::{ApiCode, ApiError};
 use crate::http::fair::desk::FairPlace;
 use crate::http::front::Front;
 use crate::http::limits::estimate::{estimate, usage};
+use crate::http::limits::window::Amounts;
 use crate::http::limits::{RateStanding, RateTicket};
 use crate::http::waiting::Pending;
 use crate::outcome::CollectedOutcome;
@@ -142,11 +143,34 @@ impl AwaitedJob {
     /// # Errors
     /// [`ApiCode::OutcomeUnreadable`]; a deadline exceeded when none came in time.
     pub async fn outcome(&mut self) -> Result<CollectedOutcome, ApiError> {
+        let mut outcome = self.stored().await?;
+        claimed::fetch(&self.front, &mut outcome).await?;
+        if self.published {
+            self.ticket.settle(|| usage(&outcome.body));
+        }
+        if let Some(key) = self.cache_key.take()
+            && cache::is_answer(&outcome.body)
+        {
+            self.front.cache.remember(key, &outcome);
+        }
+        Ok(outcome)
+    }
+
+    /// What the request came to, of one whose outcome was not read here.
+    pub fn settle(&mut self, actual: Amounts) {
+        self.ticket.settle(|| actual);
+    }
+
+    /// The outcome as it is stored: its body may be a reference. The call may be given up and made again.
+    ///
+    /// # Errors
+    /// A deadline exceeded when none came in time.
+    pub async fn stored(&mut self) -> Result<CollectedOutcome, ApiError> {
         if let Some(outcome) = &self.ready {
             return Ok(outcome.clone());
         }
         let left = self.over_at.saturating_duration_since(Instant::now());
-        let Ok(mut outcome) = tokio::time::timeout(left, self.pending.outcome()).await else {
+        let Ok(outcome) = tokio::time::timeout(left, self.pending.outcome()).await else {
             let code = millrace_crds::result::ErrorCode::DeadlineExceeded;
             return Err(ApiError::new(ApiCode::Job(code), "no worker answered before the job's deadline"));
         };
@@ -156,13 +180,7 @@ impl AwaitedJob {
         {
             place.took(waited, ran);
         }
-        claimed::fetch(&self.front, &mut outcome).await?;
-        self.ticket.settle(|| usage(&outcome.body));
-        if let Some(key) = self.cache_key.take()
-            && cache::is_answer(&outcome.body)
-        {
-            self.front.cache.remember(key, &outcome);
-        }
+        self.ready = Some(outcome.clone());
         Ok(outcome)
     }
 }

@@ -26,6 +26,7 @@ use crate::http::awaited::{AwaitedJob, JobOrder, answer_of};
 use crate::http::cache::CACHE;
 use crate::http::caller::{Caller, RequestContext};
 use crate::http::chunk::ChunkForm;
+use crate::http::claimed::ClaimedLine;
 use crate::http::error::{ApiCode, ApiError};
 use crate::http::front::Front;
 use crate::http::keys::Verb;
@@ -185,7 +186,14 @@ async fn answer(
         };
         return stream::respond(front, order, (form, asked.n), place).await;
     }
-    let outcome = AwaitedJob::publish(front, order).await?.outcome().await?;
+    let mut job = AwaitedJob::publish(front, order).await?;
+    let stored = job.stored().await?;
+    if let Some(reference) = stored.reference()
+        && let Some(line) = ClaimedLine::open(front, &stored, &reference).await?
+    {
+        return Ok(line.send(job, place));
+    }
+    let outcome = job.outcome().await?;
     let (status, body) = answer_of(&outcome)?;
     let status = StatusCode::from_u16(status).unwrap_or(StatusCode::OK);
     Ok((status, [(header::CONTENT_TYPE, "application/json")], body).into_response())
