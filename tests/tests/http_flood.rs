@@ -2,12 +2,13 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use async_nats::HeaderMap;
 use millrace_crds::job::header;
-use millrace_crds::names::JobId;
+use millrace_crds::names::{Class, JobId};
 use millrace_crds::result::OutputReference;
 use millrace_queue::store::Store;
 use millrace_tests::chat::ChatWorker;
@@ -184,6 +185,47 @@ async fn a_large_outcome_is_sent_on_and_not_held() -> Result<()> {
         Ok(())
     })
     .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_large_answer_is_the_one_in_the_object_store() -> Result<()> {
+    if !tools::have(&[nats::PROGRAM, s3::PROGRAM]) {
+        return Ok(());
+    }
+    let Some(bench) = Bench::start().await? else { return Ok(()) };
+    let s3 = S3::start()?;
+    s3.create_bucket("claims").await?;
+    let store = Store::connect(&s3.store_config()).await?;
+    let (endpoint, folder) = (s3.endpoint(), s3.credentials_dir());
+    let folder = folder.to_str().context("a path")?;
+    let options = ["--memory-max", "16Mi", "--s3-endpoint", &endpoint, "--s3-credentials-dir", folder];
+    let gateway = Arc::new(Gateway::start(&bench.server, &options)?);
+    let asking = gateway.clone();
+    let asked = tokio::spawn(blocking(move || asking.post(CHATS, &chat("say x"))));
+    // This test is the worker: its answer is larger than all that the gateway may hold.
+    let jobs = bench.context.get_stream(bench.model.jobs_stream()).await?;
+    let began = Instant::now();
+    let job: JobId = loop {
+        match jobs.direct_get_last_for_subject(bench.model.jobs_subject(Class::Normal)).await {
+            Ok(message) => break message.headers.get(header::JOB_ID).context("no id")?.as_str().parse()?,
+            Err(error) => ensure!(began.elapsed() < PATIENCE, "no job: {error}"),
+        }
+    };
+    let text = "x".repeat(24 << 20);
+    let usage = json!({"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3});
+    let answer = json!({"choices": [{"text": text}], "usage": usage}).to_string();
+    let line = format!(
+        r#"{{"id":"{job}","custom_id":"{job}","response":{{"status_code":200,"request_id":"{job}","body":{answer}}},"error":null}}"#
+    );
+    store.put(&"s3://claims/b".parse()?, line.clone().into()).await?;
+    let (bytes, sha256) = (line.len() as u64, hex::encode(Sha256::digest(&line)));
+    refer(&bench, &job, &OutputReference { output: "s3://claims/b".into(), bytes, sha256 }).await?;
+    let reply = asked.await??;
+    ensure!(reply.status == 200 && reply.header("content-type") == "application/json", "{}", reply.status);
+    let body = reply.body;
+    // The harness's client reads a body as it comes.
+    ensure!(body == answer.as_bytes(), "{} of {} bytes", body.len(), answer.len());
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -269,7 +269,7 @@ pub async fn payload(front: &Front, body: Bytes) -> Result<Payload, ApiError> {
         let message = format!("the body has {} bytes; {limit} are allowed", body.len());
         return Err(ApiError::new(ApiCode::RequestTooLarge, message));
     };
-    let put = front.bodies.put(prefix, body).await;
+    let put = Box::pin(front.bodies.put(prefix, body)).await;
     put.map(Payload::At).map_err(|failure| {
         tracing::error!(%failure, "a body was not stored");
         ApiError::new(ApiCode::BrokerUnavailable, "the object store does not take the body")

@@ -38,7 +38,8 @@ pub async fn fetch(front: &Front, outcome: &mut CollectedOutcome) -> Result<(), 
     }
     let mut held = front.memory.nothing();
     held.grow(bytes as usize)?;
-    match front.bodies.fetch(outcome).await {
+    // On the heap only where it is needed: the object store's client would make each waiting request large.
+    match Box::pin(front.bodies.fetch(outcome)).await {
         Ok(Ok(())) => {
             outcome.body = held.with(std::mem::take(&mut outcome.body));
             Ok(())
@@ -59,7 +60,7 @@ pub async fn sent_on(
     reference: &OutputReference,
     (before, after): (String, &'static str),
 ) -> Result<Response, ApiError> {
-    let opened = front.bodies.open(&outcome.job, reference).await;
+    let opened = Box::pin(front.bodies.open(&outcome.job, reference)).await;
     let claimed = opened.map_err(|failure| unreadable(outcome, &failure))?;
     let length = before.len() as u64 + reference.bytes + after.len() as u64;
     let headers =
@@ -141,7 +142,7 @@ impl ClaimedLine {
             return Ok(None);
         }
         let broken = |failure| unreadable(outcome, &failure);
-        let mut claimed = front.bodies.open(&outcome.job, reference).await.map_err(broken)?;
+        let mut claimed = Box::pin(front.bodies.open(&outcome.job, reference)).await.map_err(broken)?;
         let mut tail = BytesMut::new();
         while tail.len() < HEAD_BYTES_MAX
             && let Some(piece) = claimed.next().await.map_err(broken)?
