@@ -214,9 +214,9 @@ async fn a_large_answer_is_the_one_in_the_object_store() -> Result<()> {
     let text = "x".repeat(24 << 20);
     let usage = json!({"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3});
     let answer = json!({"choices": [{"text": text}], "usage": usage}).to_string();
-    let line = format!(
-        r#"{{"id":"{job}","custom_id":"{job}","response":{{"status_code":200,"request_id":"{job}","body":{answer}}},"error":null}}"#
-    );
+    let head =
+        format!(r#"{{"id":"{job}","custom_id":"{job}","response":{{"status_code":200,"request_id":"{job}""#);
+    let line = format!(r#"{head},"body":{answer}}},"error":null}}"#);
     store.put(&"s3://claims/b".parse()?, line.clone().into()).await?;
     let (bytes, sha256) = (line.len() as u64, hex::encode(Sha256::digest(&line)));
     refer(&bench, &job, &OutputReference { output: "s3://claims/b".into(), bytes, sha256 }).await?;
