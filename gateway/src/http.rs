@@ -7,8 +7,8 @@
 //! [`catalog`] knows the models, which are [`kept`]; [`keys`], [`token`] and [`caller`] say who may, [`audit`] who did;
 //! [`limits`] say how much, [`fair`] in which turn and [`room`] whether at all; [`cache`] answers what was answered
 //! before; [`connections`] and [`memory`] have bounds, whatever comes; [`state`] is what gateways share in the broker;
-//! [`error`] is the closed table of errors; [`front`] is what all requests share; [`pages`] and [`meters`] show how it
-//! is.
+//! [`error`] is the closed table of errors; [`document`] describes all paths; [`front`] is what all requests share;
+//! [`pages`] and [`meters`] show how it is.
 
 pub mod audit;
 pub mod awaited;
@@ -19,6 +19,7 @@ pub mod chunk;
 pub mod claimed;
 pub mod connections;
 pub mod digests;
+pub mod document;
 pub mod error;
 pub mod fair;
 pub mod front;

@@ -27,6 +27,7 @@ use crate::http::cache::CACHE;
 use crate::http::caller::{Caller, RequestContext};
 use crate::http::chunk::ChunkForm;
 use crate::http::claimed::ClaimedLine;
+use crate::http::document;
 use crate::http::error::{ApiCode, ApiError};
 use crate::http::front::Front;
 use crate::http::keys::Verb;
@@ -137,7 +138,12 @@ fn wrong(field: &str, value: &Value, expected: &str) -> ApiError {
     ApiError::of(ApiCode::InvalidParameter, field, format_args!("{shown} is not {expected}"))
 }
 
-/// `POST /v1/chat/completions`
+/// Answers a chat, whole or streamed
+#[utoipa::path(post, path = "/v1/chat/completions", tag = "Inference",
+    request_body(content = ref("#/components/schemas/ChatRequest"), content_type = "application/json"),
+    params(document::JobHeaders),
+    responses((status = 200, description = "The answer, or its chunks where `stream` is true", content(
+        (ref("#/components/schemas/ChatCompletion") = "application/json"), (String = "text/event-stream")))))]
 pub async fn chat(
     State(front): State<Arc<Front>>,
     Extension(context): Extension<Arc<RequestContext>>,
@@ -146,7 +152,12 @@ pub async fn chat(
     answer(&front, &context, Endpoint::Chat, request).await
 }
 
-/// `POST /v1/completions`
+/// Completes one prompt or a list of them, whole or streamed
+#[utoipa::path(post, path = "/v1/completions", tag = "Inference",
+    request_body(content = ref("#/components/schemas/CompletionRequest"), content_type = "application/json"),
+    params(document::JobHeaders),
+    responses((status = 200, description = "The answer, or its chunks where `stream` is true", content(
+        (ref("#/components/schemas/Completion") = "application/json"), (String = "text/event-stream")))))]
 pub async fn completions(
     State(front): State<Arc<Front>>,
     Extension(context): Extension<Arc<RequestContext>>,

@@ -25,6 +25,7 @@ use sha2::{Digest, Sha256};
 use crate::http::awaited;
 use crate::http::caller::RequestContext;
 use crate::http::claimed;
+use crate::http::document;
 use crate::http::error::{ApiCode, ApiError};
 use crate::http::front::Front;
 use crate::http::inference::{Asked, envelope, read_json, text};
@@ -85,7 +86,17 @@ pub struct JobObject {
     outcome: Option<Box<RawValue>>,
 }
 
-/// `POST /v1/jobs`; the body is that of a chat completion or a completion.
+/// Submits a job, and does not wait for it
+///
+/// The body is that of a chat completion or of a completion.
+#[utoipa::path(post, path = "/v1/jobs", tag = "Jobs",
+    request_body(content = ref("#/components/schemas/JobRequest"), content_type = "application/json"),
+    params(document::JobHeaders,
+        ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 256,
+            description = "Equal keys of one tenant are one job")),
+    responses((status = 202, description = "It is queued", body = ref("#/components/schemas/Job")),
+        (status = 200, description = "It was submitted before, and has ended",
+            body = ref("#/components/schemas/Job"))))]
 pub async fn submit(
     State(front): State<Arc<Front>>,
     Extension(context): Extension<Arc<RequestContext>>,
@@ -180,7 +191,10 @@ fn id_of_key(tenant: &str, key: &str) -> Result<JobId, ApiError> {
     Ok(id.parse().expect("hex makes an id"))
 }
 
-/// `GET /v1/jobs/{id}`
+/// Looks at a job
+#[utoipa::path(get, path = "/v1/jobs/{id}", tag = "Jobs",
+    params(("id" = String, Path, description = "The job's id")),
+    responses((status = 200, description = "The job", body = ref("#/components/schemas/Job"))))]
 pub async fn look(
     State(front): State<Arc<Front>>,
     Extension(context): Extension<Arc<RequestContext>>,
@@ -192,7 +206,12 @@ pub async fn look(
     answer(&front, &name, outcome.as_ref()).await
 }
 
-/// `POST /v1/jobs/{id}/cancel`: a wish; the outcome says what became of it.
+/// Asks for a job's end
+///
+/// It is a wish; the outcome says what became of it.
+#[utoipa::path(post, path = "/v1/jobs/{id}/cancel", tag = "Jobs",
+    params(("id" = String, Path, description = "The job's id")),
+    responses((status = 200, description = "The job as it was", body = ref("#/components/schemas/Job"))))]
 pub async fn cancel(
     State(front): State<Arc<Front>>,
     Extension(context): Extension<Arc<RequestContext>>,

@@ -8,12 +8,14 @@ use axum::extract::{MatchedPath, Path, Request, State};
 use axum::http::{HeaderName, HeaderValue, Method, Uri};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
 use axum::{Extension, Json, Router};
 use serde_json::{Value, json};
 use tower_http::catch_panic::CatchPanicLayer;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
 use crate::http::caller::RequestContext;
+use crate::http::document::{self, Document};
 use crate::http::error::{ApiCode, ApiError};
 use crate::http::front::{self, Front};
 use crate::http::keys::Verb;
@@ -26,20 +28,32 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// or the drain was over.
 const CLIENT_LEFT: u16 = 499;
 
-/// All paths of a gateway.
+/// The paths of the API, and those of the gateway's own pages with the descriptions of all. A path is registered
+/// together with its description, so that none lacks one.
+pub fn paths() -> (Router<Arc<Front>>, OpenApiRouter<Arc<Front>>) {
+    let api = OpenApiRouter::with_openapi(document::about())
+        .routes(routes!(models))
+        .routes(routes!(model))
+        .routes(routes!(inference::chat))
+        .routes(routes!(inference::completions))
+        .routes(routes!(jobs::submit))
+        .routes(routes!(jobs::look))
+        .routes(routes!(jobs::cancel));
+    let pages = OpenApiRouter::new()
+        .routes(routes!(pages::healthz))
+        .routes(routes!(pages::readyz))
+        .routes(routes!(pages::metrics))
+        .routes(routes!(document::openapi))
+        .routes(routes!(document::docs));
+    let (api, described) = api.split_for_parts();
+    (api, OpenApiRouter::with_openapi(described).merge(pages))
+}
+
+/// All paths of a gateway, with what happens around every request.
 pub fn router(front: Arc<Front>) -> Router {
-    let api = Router::new()
-        .route("/v1/models", get(models))
-        .route("/v1/models/{*id}", get(model))
-        .route("/v1/chat/completions", post(inference::chat))
-        .route("/v1/completions", post(inference::completions))
-        .route("/v1/jobs", post(jobs::submit))
-        .route("/v1/jobs/{id}", get(jobs::look))
-        .route("/v1/jobs/{id}/cancel", post(jobs::cancel));
-    let pages = Router::new()
-        .route("/healthz", get(pages::healthz))
-        .route("/readyz", get(pages::readyz))
-        .route("/metrics", get(pages::metrics));
+    let (api, pages) = paths();
+    let (pages, described) = pages.split_for_parts();
+    let pages = pages.layer(Extension(Arc::new(Document::new(&described))));
     api.fallback(unknown)
         .method_not_allowed_fallback(not_allowed)
         .layer(from_fn_with_state(front.clone(), caller::authenticate))
@@ -49,7 +63,9 @@ pub fn router(front: Arc<Front>) -> Router {
         .with_state(front)
 }
 
-/// `GET /v1/models`
+/// The models that have a queue
+#[utoipa::path(get, path = "/v1/models", tag = "Models",
+    responses((status = 200, description = "All of them", body = ref("#/components/schemas/ModelList"))))]
 async fn models(
     State(front): State<Arc<Front>>,
     Extension(context): Extension<Arc<RequestContext>>,
@@ -62,7 +78,12 @@ async fn models(
     Ok(Json(json!({"object": "list", "data": data, "has_more": false})))
 }
 
-/// `GET /v1/models/{id}`; a slash in the id may be written as it is or as `%2F`.
+/// One model
+///
+/// A slash in the id may be written as it is or as `%2F`.
+#[utoipa::path(get, path = "/v1/models/{*id}", tag = "Models",
+    params(("id" = String, Path, description = "`model` or `namespace/model`")),
+    responses((status = 200, description = "The model", body = ref("#/components/schemas/Model"))))]
 async fn model(
     State(front): State<Arc<Front>>,
     Extension(context): Extension<Arc<RequestContext>>,
