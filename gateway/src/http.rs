@@ -4,6 +4,7 @@
 //! its own, so any number of them can run. [`server`] listens and drains; [`routes`] has the paths; [`inference`]
 //! makes a request a job and its outcome an answer, in one piece or, by [`stream`] and [`chunk`], while it is made;
 //! [`awaited`] publishes, awaits and cancels, and [`jobs`] leaves that to the client; [`waiting`] hears outcomes;
+//! [`responses`] are jobs too, of which more is kept; what is [`followed`] goes on after any [`passage`];
 //! [`catalog`] knows the models, which are [`kept`]; [`keys`], [`token`] and [`caller`] say who may, [`audit`] who did;
 //! [`limits`] say how much, [`fair`] in which turn and [`room`] whether at all; [`cache`] answers what was answered
 //! before; [`connections`] and [`memory`] have bounds, whatever comes; [`state`] is what gateways share in the broker;
@@ -22,6 +23,7 @@ pub mod digests;
 pub mod document;
 pub mod error;
 pub mod fair;
+pub mod followed;
 pub mod front;
 pub mod inference;
 pub mod jobs;
@@ -33,6 +35,8 @@ pub mod memory;
 pub mod meters;
 pub mod options;
 pub mod pages;
+pub mod passage;
+pub mod responses;
 pub mod room;
 pub mod routes;
 pub mod server;

@@ -59,6 +59,8 @@ pub struct AwaitedJob {
     pub id: JobId,
     /// Whose queue.
     pub model: ModelRef,
+    /// Its place there; 0 where a stored outcome answers it.
+    pub sequence: u64,
     pending: Pending,
     over_at: Instant,
     /// Whether a worker may have it.
@@ -88,6 +90,7 @@ impl AwaitedJob {
             pending: front.waiters.wait(&order.model, &order.id),
             id: order.id.clone(),
             model: order.model.clone(),
+            sequence: 0,
             over_at: Instant::now() + order.time + OUTCOME_GRACE,
             at_large: false,
             published: false,
@@ -105,7 +108,7 @@ impl AwaitedJob {
         (job.at_large, job.published) = (true, true);
         let sent = publish(front, &job.model, (header::JOB_ID, &job.id), &order.envelope, payload).await;
         match &sent {
-            Ok(_) => {}
+            Ok(ack) => job.sequence = ack.sequence,
             // The broker said that it did not take the job: there is nothing to cancel.
             Err(error) => {
                 job.at_large = error.code == ApiCode::BrokerUnavailable;
@@ -113,6 +116,11 @@ impl AwaitedJob {
             }
         }
         sent.map(|_| job)
+    }
+
+    /// From now on the job runs, whether or not somebody waits for it.
+    pub fn let_go(&mut self) {
+        self.at_large = false;
     }
 
     /// Whether a stored outcome answers the request.

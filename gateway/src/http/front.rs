@@ -24,6 +24,7 @@ use crate::http::limits::RateLimits;
 use crate::http::memory::MemoryBudget;
 use crate::http::meters::GatewayMetrics;
 use crate::http::options::GatewayArgs;
+use crate::http::responses::records::ResponseRecords;
 use crate::http::room::QueueRoom;
 use crate::http::token::Provider;
 use crate::http::waiting::Waiters;
@@ -62,6 +63,8 @@ pub struct Front {
     pub fair: Arc<FairDesk>,
     /// Whether the queues have room.
     pub room: Arc<QueueRoom>,
+    /// What was asked for as a response.
+    pub responses: ResponseRecords,
     /// What was answered before.
     pub cache: AnswerCache,
     /// The bytes that may be held.
@@ -112,6 +115,7 @@ impl Front {
             limits,
             fair,
             room: QueueRoom::new(jetstream.clone()),
+            responses: ResponseRecords::new(jetstream.clone(), replicas),
             cache,
             memory,
             connection_places: Arc::new(Semaphore::new(connections_max)),

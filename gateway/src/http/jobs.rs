@@ -35,7 +35,7 @@ use crate::publish::{self, JobEnvelope, JobStanding, Payload};
 use crate::{cancel as marker, follow};
 
 /// Latest deadline of a job.
-const TIME_MAX: Span = Span(Duration::from_secs(7 * 24 * 3600));
+pub const TIME_MAX: Span = Span(Duration::from_secs(7 * 24 * 3600));
 /// How long the broker may take to say what it knows of a job.
 const LOOK_TIMEOUT: Duration = Duration::from_secs(5);
 /// The request header under which a job is submitted once, however often it is sent.
@@ -49,15 +49,18 @@ const TENANT_DIGITS: usize = 16;
 
 /// A job's name over HTTP.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct JobName {
-    model: ModelRef,
+pub struct JobName {
+    /// Whose queue.
+    pub model: ModelRef,
     /// Its place in the stream of jobs; 0 where it was done before it was submitted again.
-    sequence: u64,
-    job: JobId,
+    pub sequence: u64,
+    /// The job's own id.
+    pub job: JobId,
 }
 
 impl JobName {
-    fn parse(text: &str) -> Option<Self> {
+    /// Reads a name; `None` for what is none.
+    pub fn parse(text: &str) -> Option<Self> {
         let mut parts = text.split('.');
         let (namespace, name, sequence, job) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
         let name = Self {
@@ -69,7 +72,8 @@ impl JobName {
         (name.text() == text).then_some(name)
     }
 
-    fn text(&self) -> String {
+    /// The name as it is written.
+    pub fn text(&self) -> String {
         format!("{}.{}.{}.{}", self.model.namespace, self.model.name, self.sequence, self.job)
     }
 }
@@ -171,7 +175,7 @@ fn prefix_of(tenant: &str) -> String {
 }
 
 /// The id of a job that is submitted by this request alone.
-fn id_of_request(tenant: &str, request: &JobId) -> JobId {
+pub fn id_of_request(tenant: &str, request: &JobId) -> JobId {
     format!("{}{request}", prefix_of(tenant)).parse().expect("two short ids make an id")
 }
 
@@ -201,7 +205,7 @@ pub async fn look(
     Path(id): Path<String>,
 ) -> Result<Response, ApiError> {
     let _place = front.admit()?;
-    let name = named(&front, &context, &id).await?;
+    let name = named(&front, &context, &id, Verb::Jobs).await?;
     let outcome = state_of(&front, &name).await?;
     answer(&front, &name, outcome.as_ref()).await
 }
@@ -218,25 +222,41 @@ pub async fn cancel(
     Path(id): Path<String>,
 ) -> Result<Response, ApiError> {
     let _place = front.admit()?;
-    let name = named(&front, &context, &id).await?;
+    let name = named(&front, &context, &id, Verb::Jobs).await?;
     let outcome = state_of(&front, &name).await?;
     if outcome.is_none() {
-        let broker = front.connection(&name.model);
-        let marking = async {
-            marker::mark(&broker, &name.job).await.map_err(|failure| {
-                tracing::warn!(job = %name.job, %failure, "a job was not cancelled");
-                unavailable()
-            })
-        };
-        soon(marking).await?;
+        mark(&front, &name).await?;
     }
     answer(&front, &name, outcome.as_ref()).await
 }
 
+/// Cancels a job.
+///
+/// # Errors
+/// [`ApiCode::BrokerUnavailable`].
+pub async fn mark(front: &Front, name: &JobName) -> Result<(), ApiError> {
+    let broker = front.connection(&name.model);
+    let marking = async {
+        marker::mark(&broker, &name.job).await.map_err(|failure| {
+            tracing::warn!(job = %name.job, %failure, "a job was not cancelled");
+            unavailable()
+        })
+    };
+    soon(marking).await
+}
+
 /// The job that a path names, if it is of the caller's tenant and the caller may see its model.
-async fn named(front: &Front, context: &RequestContext, id: &str) -> Result<JobName, ApiError> {
+///
+/// # Errors
+/// [`ApiCode::JobNotFound`], [`ApiCode::InsufficientPermissions`], [`ApiCode::BrokerUnavailable`].
+pub async fn named(
+    front: &Front,
+    context: &RequestContext,
+    id: &str,
+    verb: Verb,
+) -> Result<JobName, ApiError> {
     let caller = context.caller()?;
-    caller.may(Verb::Jobs)?;
+    caller.may(verb)?;
     let prefix = prefix_of(&caller.tenant);
     let own = JobName::parse(id).filter(|name| name.job.as_str().starts_with(&prefix));
     let name = own.ok_or_else(missing)?;
@@ -250,7 +270,10 @@ async fn named(front: &Front, context: &RequestContext, id: &str) -> Result<JobN
 }
 
 /// A job's outcome, if it has one; without one it waits or runs.
-async fn state_of(front: &Front, name: &JobName) -> Result<Option<CollectedOutcome>, ApiError> {
+///
+/// # Errors
+/// [`ApiCode::JobNotFound`], [`ApiCode::BrokerUnavailable`].
+pub async fn state_of(front: &Front, name: &JobName) -> Result<Option<CollectedOutcome>, ApiError> {
     if let Some(outcome) = stored(front, name).await? {
         return Ok(Some(outcome));
     }
@@ -261,7 +284,11 @@ async fn state_of(front: &Front, name: &JobName) -> Result<Option<CollectedOutco
     stored(front, name).await?.ok_or_else(missing).map(Some)
 }
 
-async fn stored(front: &Front, name: &JobName) -> Result<Option<CollectedOutcome>, ApiError> {
+/// The outcome that is stored; its body may lie elsewhere.
+///
+/// # Errors
+/// [`ApiCode::BrokerUnavailable`], [`ApiCode::Overloaded`].
+pub async fn stored(front: &Front, name: &JobName) -> Result<Option<CollectedOutcome>, ApiError> {
     let broker = front.connection(&name.model);
     let looking = async {
         follow::stored(&broker, std::slice::from_ref(&name.job)).await.map_err(|failure| {

@@ -19,7 +19,7 @@ use crate::http::document::{self, Document};
 use crate::http::error::{ApiCode, ApiError};
 use crate::http::front::{self, Front};
 use crate::http::keys::Verb;
-use crate::http::{caller, inference, jobs, pages};
+use crate::http::{caller, inference, jobs, pages, responses};
 
 /// The header with the request's id, which is the id of its job.
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -36,6 +36,10 @@ pub fn paths() -> (Router<Arc<Front>>, OpenApiRouter<Arc<Front>>) {
         .routes(routes!(model))
         .routes(routes!(inference::chat))
         .routes(routes!(inference::completions))
+        .routes(routes!(responses::create))
+        .routes(routes!(responses::retrieve, responses::delete))
+        .routes(routes!(responses::cancel))
+        .routes(routes!(responses::input_items))
         .routes(routes!(jobs::submit))
         .routes(routes!(jobs::look))
         .routes(routes!(jobs::cancel));

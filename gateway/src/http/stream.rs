@@ -23,14 +23,16 @@ use crate::live::delta_of;
 use crate::outcome::CollectedOutcome;
 
 /// How long the head of an answer waits for the first delta: a job that is refused soon gets its own status.
-const HEAD_PATIENCE: Duration = Duration::from_secs(2);
+pub const HEAD_PATIENCE: Duration = Duration::from_secs(2);
 /// Chunks that may wait for a slow client; deltas wait in the subscription then.
-const CHUNKS_MAX: usize = 64;
+pub const CHUNKS_MAX: usize = 64;
 /// How long a client may take none of them before it counts as one that left.
 const CLIENT_PATIENCE: Duration = Duration::from_secs(60);
 
 /// A piece of a body.
-enum Piece {
+#[derive(Debug)]
+pub enum Piece {
+    /// Some of it.
     Bytes(Bytes),
     /// The answer is whole.
     End,
@@ -47,7 +49,8 @@ struct Streaming {
 }
 
 /// The client has left.
-struct Left;
+#[derive(Debug)]
+pub struct Left;
 
 /// Publishes the job and streams its answer.
 ///
@@ -84,13 +87,18 @@ pub async fn respond(
     let (client, pieces) = mpsc::channel(CHUNKS_MAX);
     let streaming = Streaming { front: front.clone(), job, deltas, writer, client, _place: place };
     tokio::spawn(streaming.run(first, early));
+    Ok(sse(pieces))
+}
+
+/// A stream as an answer.
+pub fn sse(pieces: mpsc::Receiver<Piece>) -> Response {
     let headers = [
         (header::CONTENT_TYPE, "text/event-stream; charset=utf-8"),
         (header::CACHE_CONTROL, "no-store"),
         // A proxy that collects the answer would undo the streaming.
         (HeaderName::from_static("x-accel-buffering"), "no"),
     ];
-    Ok((headers, body_of(pieces)).into_response())
+    (headers, body_of(pieces)).into_response()
 }
 
 /// A body that ends only where the answer does.
@@ -182,6 +190,16 @@ impl Streaming {
 
     async fn send(&self, bytes: Bytes) -> Result<(), Left> {
         offer(&self.client, Piece::Bytes(bytes), CLIENT_PATIENCE).await
+    }
+}
+
+impl Piece {
+    /// Waits for room for it.
+    ///
+    /// # Errors
+    /// When the client has left, or takes nothing for a minute.
+    pub async fn offer(self, client: &mpsc::Sender<Piece>) -> Result<(), Left> {
+        offer(client, self, CLIENT_PATIENCE).await
     }
 }
 
