@@ -39,19 +39,27 @@ const KEPT: [&str; 9] = [
 
 /// One dead letter, as it is listed.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-struct Letter {
-    job: JobId,
-    reason: String,
-    class: Class,
-    attempt: Option<u64>,
-    worker: Option<String>,
-    time: String,
-    bytes: usize,
+pub struct DeadLetter {
+    /// The job.
+    pub job: JobId,
+    /// Why it was given up.
+    pub reason: String,
+    /// Its class.
+    pub class: Class,
+    /// Attempts made.
+    pub attempt: Option<u64>,
+    /// Who made the last one.
+    pub worker: Option<String>,
+    /// When it was given up.
+    pub time: String,
+    /// Bytes of its body.
+    pub bytes: usize,
 }
 
-fn letter(job: JobId, message: &StreamMessage) -> Letter {
+/// What a stored letter says.
+pub fn letter(job: JobId, message: &StreamMessage) -> DeadLetter {
     let text = |name: &str| message.headers.get(name).map(|value| value.as_str().to_owned());
-    Letter {
+    DeadLetter {
         job,
         reason: text(header::REASON).unwrap_or_default(),
         class: text(header::CLASS).and_then(|class| class.parse().ok()).unwrap_or_default(),
@@ -91,7 +99,10 @@ pub async fn run(global: &Global, command: &DeadCommand) -> Result<Verdict, Fail
 }
 
 /// Reads the letters from a sequence on; none at the end.
-async fn letters_from(
+///
+/// # Errors
+/// [`Failure::Refused`].
+pub async fn letters_from(
     broker: &Connection,
     stream: &str,
     sequence: u64,
@@ -142,7 +153,11 @@ async fn show(broker: &Connection, stream: &str, job: &JobId) -> Result<Verdict,
     Ok(Verdict::Well)
 }
 
-async fn find(broker: &Connection, stream: &str, job: &JobId) -> Result<Option<StreamMessage>, Failure> {
+/// The letter of a job.
+///
+/// # Errors
+/// [`Failure::Refused`].
+pub async fn find(broker: &Connection, stream: &str, job: &JobId) -> Result<Option<StreamMessage>, Failure> {
     let subjects = [broker.model.dead_subject(job)];
     Ok(direct::read(broker, stream, Ask::LastOf(&subjects)).await?.messages.pop())
 }
@@ -198,34 +213,63 @@ async fn requeue_one(
     message: StreamMessage,
     printer: Printer,
 ) -> Result<(), Failure> {
+    let Requeued { job: new, class, late, sequence } = publish_again(broker, stream, job, message).await?;
+    if late {
+        note(&format!("{job}: its deadline has passed; {new} has none"));
+    }
+    let done = sequence.is_none();
+    printer.object(&json!({"job": job, "requeued_as": new, "class": class, "done_before": done}));
+    printer.say(&format!("{job}: requeued as {new}"));
+    Ok(())
+}
+
+/// A dead job that is published again.
+#[derive(Debug)]
+pub struct Requeued {
+    /// Its new id.
+    pub job: JobId,
+    /// Its class.
+    pub class: Class,
+    /// Whether a deadline that has passed was left out.
+    pub late: bool,
+    /// Its place in the queue; none where it had been published again before, and has ended.
+    pub sequence: Option<u64>,
+}
+
+/// Publishes a dead job under its next id, and removes its letter.
+///
+/// # Errors
+/// [`Failure::Refused`]. The letter stays until the broker has acknowledged the new job.
+pub async fn publish_again(
+    broker: &Connection,
+    stream: &str,
+    job: &JobId,
+    message: StreamMessage,
+) -> Result<Requeued, Failure> {
     let refused = |e: &dyn std::fmt::Display| Failure::Refused(format!("requeueing job {job}: {e}"));
     if let Some(bytes) = message.headers.get(header::BODY_DROPPED) {
         return Err(refused(&format!(
             "its body of {bytes} bytes did not fit into its letter; publish it anew"
         )));
     }
-    let new = next_id(job);
-    let letter = letter(job.clone(), &message);
+    let class = letter(job.clone(), &message).class;
+    let mut again = Requeued { job: next_id(job), class, late: false, sequence: None };
     // An earlier run may have been killed between publishing and removing the letter.
-    let done = !follow::stored(broker, std::slice::from_ref(&new)).await?.is_empty();
-    if !done {
-        let (headers, late) = headers(&message.headers, &new, OffsetDateTime::now_utc());
-        if late {
-            note(&format!("{job}: its deadline has passed; {new} has none"));
-        }
+    if follow::stored(broker, std::slice::from_ref(&again.job)).await?.is_empty() {
+        let (headers, late) = headers(&message.headers, &again.job, OffsetDateTime::now_utc());
+        again.late = late;
         let publish = PublishMessage::build().headers(headers).payload(message.payload);
-        let subject = broker.model.jobs_subject(letter.class);
+        let subject = broker.model.jobs_subject(class);
         let ack = broker.jetstream.send_publish(subject, publish).await.map_err(|e| refused(&e))?;
-        tokio::time::timeout(Duration::from_secs(30), std::future::IntoFuture::into_future(ack))
+        let ack = tokio::time::timeout(Duration::from_secs(30), std::future::IntoFuture::into_future(ack))
             .await
             .map_err(|e| refused(&e))?
             .map_err(|e| refused(&e))?;
+        again.sequence = Some(ack.sequence);
     }
     let dead = broker.stream(stream.to_owned()).await?;
     dead.delete_message(message.sequence).await.map_err(|e| refused(&e))?;
-    printer.object(&json!({"job": job, "requeued_as": new, "class": letter.class, "done_before": done}));
-    printer.say(&format!("{job}: requeued as {new}"));
-    Ok(())
+    Ok(again)
 }
 
 /// The headers of the new message, and whether a deadline that has passed was left out.

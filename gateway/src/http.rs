@@ -4,12 +4,13 @@
 //! its own, so any number of them can run. [`server`] listens and drains; [`routes`] has the paths; [`inference`]
 //! makes a request a job and its outcome an answer, in one piece or, by [`stream`] and [`chunk`], while it is made;
 //! [`awaited`] publishes, awaits and cancels, and [`jobs`] leaves that to the client; [`waiting`] hears outcomes;
-//! [`responses`] are jobs too, of which more is kept; what is [`followed`] goes on after any [`passage`];
+//! [`responses`] are jobs too, of which more is kept; what is [`followed`] goes on after any [`passage`] of the
+//! [`texts`]; [`socket`] has many generations on one connection;
 //! [`catalog`] knows the models, which are [`kept`]; [`keys`], [`token`] and [`caller`] say who may, [`audit`] who did;
 //! [`limits`] say how much, [`fair`] in which turn and [`room`] whether at all; [`cache`] answers what was answered
 //! before; [`connections`] and [`memory`] have bounds, whatever comes; [`state`] is what gateways share in the broker;
 //! [`error`] is the closed table of errors; [`document`] describes all paths; [`front`] is what all requests share;
-//! [`pages`] and [`meters`] show how it is.
+//! [`tls`] and [`cors`] say who may connect, and which pages; [`pages`] and [`meters`] show how it is.
 
 pub mod audit;
 pub mod awaited;
@@ -19,6 +20,7 @@ pub mod catalog;
 pub mod chunk;
 pub mod claimed;
 pub mod connections;
+pub mod cors;
 pub mod digests;
 pub mod document;
 pub mod error;
@@ -40,8 +42,11 @@ pub mod responses;
 pub mod room;
 pub mod routes;
 pub mod server;
+pub mod socket;
 pub mod state;
 pub mod stream;
+pub mod texts;
+pub mod tls;
 pub mod token;
 pub mod waiting;
 

@@ -106,3 +106,95 @@ async fn a_job_whose_queue_was_purged_is_published_again() -> Result<()> {
     ensure!(done["status"] == "completed", "{done}");
     bench.until_empty().await
 }
+
+/// Events of our own: id, name and data.
+fn events(text: &str) -> Vec<(String, String, Value)> {
+    let events = text.split_terminator("\n\n").filter(|event| *event != ": ping");
+    let field = |event: &str, name: &str| {
+        let found = event.lines().find_map(|line| line.strip_prefix(name));
+        found.unwrap_or_default().to_owned()
+    };
+    let data = |event: &str| serde_json::from_str(&field(event, "data: ")).unwrap_or_default();
+    events.map(|event| (field(event, "id: "), field(event, "event: "), data(event))).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_jobs_stream_goes_on_behind_the_last_event() -> Result<()> {
+    let Some(bench) = Bench::start().await? else { return Ok(()) };
+    let _worker = ChatWorker::start(&bench, "w").await?;
+    let (here, there) = (Gateway::start(&bench.server, &[])?, Gateway::start(&bench.server, &[])?);
+    let talked = tokio::task::spawn_blocking(move || -> Result<()> {
+        let body = json!({"model": "m", "messages": [{"role": "user", "content": "slow één two three four five six"}],
+                          "n": 2, "stream": true});
+        let id = id_of(&here.post("/v1/jobs", &body)?)?;
+        let path = format!("/v1/jobs/{id}/stream");
+        let whole = here.ask("GET", &path, &[], "")?.whole()?;
+        ensure!(whole.header("content-type").starts_with("text/event-stream"), "{whole:?}");
+        let seen = events(std::str::from_utf8(&whole.body)?);
+        let spelled = |events: &[(String, String, Value)], index: u64| -> String {
+            let own = events.iter().filter(|(_, name, data)| name == "delta" && data["index"] == index);
+            own.filter_map(|(_, _, data)| data["text"].as_str()).collect()
+        };
+        let wanted = "één two three four five six";
+        ensure!(spelled(&seen, 0) == wanted && spelled(&seen, 1) == wanted, "{seen:?}");
+        let (_, name, job) = seen.last().expect("an event");
+        ensure!(name == "outcome" && job["status"] == "completed" && job["id"] == id.as_str(), "{job}");
+        for cut in 0..seen.len() - 1 {
+            let last = [("Last-Event-ID", seen[cut].0.as_str())];
+            let rest = there.ask("GET", &path, &last, "")?.whole()?;
+            let mut both = seen[..=cut].to_vec();
+            both.extend(events(std::str::from_utf8(&rest.body)?));
+            ensure!(spelled(&both, 0) == wanted && spelled(&both, 1) == wanted, "cut behind {cut}: {both:?}");
+        }
+        let wrong = there.ask("GET", &path, &[("Last-Event-ID", "seven")], "")?.whole()?;
+        ensure!(
+            wrong.error()? == (400, "invalid_parameter".into(), Some("last-event-id".into())),
+            "{wrong:?}"
+        );
+        let missing = there.get("/v1/jobs/default.m.99.other/stream")?;
+        ensure!(missing.error()?.1 == "job_not_found", "{missing:?}");
+        Ok(())
+    });
+    talked.await??;
+    bench.until_empty().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_was_given_up_runs_again() -> Result<()> {
+    let Some(bench) = Bench::start().await? else { return Ok(()) };
+    let _worker = ChatWorker::start(&bench, "w").await?;
+    let gateway = Gateway::start(&bench.server, &[])?;
+    let talked = tokio::task::spawn_blocking(move || -> Result<()> {
+        let mut ids = Vec::new();
+        for _ in 0..3 {
+            ids.push(id_of(&submit(&gateway, "fail", &[("millrace-class", "low")])?)?);
+        }
+        for id in &ids {
+            ensure!(ended(&gateway, id)?["status"] == "dead");
+        }
+        let list = |query: &str| gateway.get(&format!("/v1/jobs/dead?model=m{query}"))?.json();
+        let first = list("&limit=2")?;
+        ensure!(first["data"].as_array().map(Vec::len) == Some(2) && first["has_more"] == true, "{first}");
+        ensure!(first["data"][0]["class"] == "low" && first["data"][0]["attempt"] == 3, "{first}");
+        let second = list(&format!("&limit=2&after={}", first["last"]))?;
+        ensure!(
+            second["data"].as_array().map(Vec::len) == Some(1) && second["has_more"] == false,
+            "{second}"
+        );
+        let letter = first["data"][0]["id"].as_str().unwrap_or_default().to_owned();
+        let again = gateway.ask("POST", &format!("/v1/jobs/{letter}/requeue"), &[], "")?.whole()?;
+        ensure!(again.status == 202, "{again:?}");
+        let new = id_of(&again)?;
+        ensure!(new.ends_with("-r1"), "{new}");
+        ensure!(ended(&gateway, &new)?["status"] == "dead", "it fails again");
+        let gone = gateway.ask("POST", &format!("/v1/jobs/{letter}/requeue"), &[], "")?.whole()?;
+        ensure!(gone.error()?.1 == "job_not_found", "its letter is gone: {gone:?}");
+        let left = list("")?;
+        ensure!(left["data"].as_array().map(Vec::len) == Some(3), "two old ones and the new: {left}");
+        let wrong = gateway.get("/v1/jobs/dead")?.error()?;
+        ensure!(wrong == (400, "missing_required_parameter".into(), Some("model".into())), "{wrong:?}");
+        Ok(())
+    });
+    talked.await??;
+    bench.until_empty().await
+}

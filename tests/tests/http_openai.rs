@@ -1,4 +1,5 @@
-//! The unmodified OpenAI client for Python against a gateway: models, chats, completions, streams, errors, retries.
+//! The unmodified OpenAI clients for Python and JavaScript against a gateway: models, chats, completions, responses,
+//! streams, errors, retries.
 
 use std::net::TcpListener;
 use std::process::Command;
@@ -13,8 +14,9 @@ use millrace_tests::gateway::Gateway;
 use millrace_tests::scripted::Bench;
 use millrace_tests::tools;
 
-/// The stamp of the client's folder in the tools' cache.
-const CLIENT: &str = "openai/requirements.sha256";
+/// The stamps of the clients' folders in the tools' cache.
+const PYTHON: &str = "openai/requirements.sha256";
+const JAVASCRIPT: &str = "openai-npm/package-lock.sha256";
 
 fn millrace(bench: &Bench, words: &[&str]) -> Result<String> {
     let mut command = Command::new(tools::program("millrace")?);
@@ -25,9 +27,30 @@ fn millrace(bench: &Bench, words: &[&str]) -> Result<String> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_python_client_works_unmodified() -> Result<()> {
-    if !tools::have(&[CLIENT]) {
+    if !tools::have(&[PYTHON]) {
         return Ok(());
     }
+    let mut python = Command::new("python3");
+    python
+        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/openai/client.py"))
+        .env("PYTHONPATH", tools::cache()?.join("openai"))
+        .env("PYTHONDONTWRITEBYTECODE", "1");
+    drive(python, 9).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_javascript_client_works_unmodified() -> Result<()> {
+    if !tools::have(&[JAVASCRIPT]) {
+        return Ok(());
+    }
+    let mut node = Command::new("node");
+    node.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/openai/client.cjs"))
+        .env("NODE_PATH", tools::cache()?.join("openai-npm/node_modules"));
+    drive(node, 8).await
+}
+
+/// Runs a client's program, which says so of each of its parts, against a gateway.
+async fn drive(mut client: Command, parts: usize) -> Result<()> {
     let Some(bench) = Bench::start().await? else { return Ok(()) };
     let _worker = ChatWorker::start(&bench, "w").await?;
     let full = ModelRef::new("default", "full")?;
@@ -40,11 +63,7 @@ async fn the_python_client_works_unmodified() -> Result<()> {
     gateway.wait_ready()?;
     millrace(&bench, &["key", "revoke", revoked.split('-').nth(1).context("a key has an id")?])?;
     let closed = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
-    let mut python = Command::new("python3");
-    python
-        .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/openai/client.py"))
-        .env("PYTHONPATH", tools::cache()?.join("openai"))
-        .env("PYTHONDONTWRITEBYTECODE", "1")
+    client
         .env("DOOR", format!("http://{}/v1", gateway.address()))
         .env("CLOSED", format!("http://{closed}/v1"))
         .envs([("KEY", &all), ("LISTER", &lister), ("REVOKED", &revoked)])
@@ -52,11 +71,11 @@ async fn the_python_client_works_unmodified() -> Result<()> {
         .env("MILLRACE", tools::program("millrace")?)
         .env("BROKER", bench.server.url())
         .env_remove("OPENAI_API_KEY");
-    let output = tokio::task::spawn_blocking(move || python.output()).await??;
+    let output = tokio::task::spawn_blocking(move || client.output()).await??;
     let told = String::from_utf8_lossy(&output.stderr);
     let said = String::from_utf8_lossy(&output.stdout);
     ensure!(output.status.success(), "{said}{told}\n{}", gateway.log());
-    assert_eq!(said.lines().count(), 7, "{said}");
+    assert_eq!(said.lines().count(), parts, "{said}");
     for secret in [&all, &lister, &revoked] {
         let secret = secret.rsplit('-').next().context("a key has a secret")?;
         assert!(!gateway.log().contains(secret), "a log holds a secret");

@@ -153,6 +153,23 @@ async fn who(front: &Front, key: &str) -> Result<Caller, ApiError> {
     })
 }
 
+/// Who sends these headers.
+///
+/// # Errors
+/// [`ApiCode::InvalidApiKey`], [`ApiCode::BrokerUnavailable`], [`ApiCode::ProviderUnavailable`].
+pub async fn identify(front: &Front, headers: &HeaderMap) -> Result<Caller, ApiError> {
+    if front.args.anonymous {
+        let scopes = KeyScopes { verbs: Verb::ALL.to_vec(), ..KeyScopes::default() };
+        return Ok(Caller { scopes, ..Caller::default() });
+    }
+    let value = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+    let (scheme, key) = value.and_then(|value| value.split_once(' ')).ok_or_else(missing)?;
+    if !scheme.eq_ignore_ascii_case("bearer") {
+        return Err(missing());
+    }
+    who(front, key.trim()).await
+}
+
 /// Finds out who asks.
 ///
 /// # Errors
@@ -162,17 +179,7 @@ pub async fn authenticate(
     request: Request,
     next: Next,
 ) -> Result<Response, ApiError> {
-    let caller = match front.args.anonymous {
-        true => Caller::default(),
-        false => {
-            let value = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-            let (scheme, key) = value.and_then(|value| value.split_once(' ')).ok_or_else(missing)?;
-            if !scheme.eq_ignore_ascii_case("bearer") {
-                return Err(missing());
-            }
-            who(&front, key.trim()).await?
-        }
-    };
+    let caller = identify(&front, request.headers()).await?;
     if let Some(context) = request.extensions().get::<Arc<RequestContext>>() {
         let _ = context.caller.set(caller);
     }

@@ -21,7 +21,7 @@ const STYLE: &str = include_str!("document/style.css");
 /// The headers that each request for an answer may have.
 #[derive(Debug, IntoParams)]
 #[into_params(parameter_in = Header)]
-pub struct JobHeaders {
+pub struct AskHeaders {
     /// The job's class: `high`, `normal` or `low`
     #[param(rename = "millrace-class", schema_with = class)]
     pub class: Option<String>,

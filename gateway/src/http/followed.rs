@@ -20,7 +20,7 @@ use crate::http::claimed;
 use crate::http::error::{ApiCode, ApiError};
 use crate::http::front::Front;
 use crate::http::jobs::{self, JobName};
-use crate::http::stream::{CHUNKS_MAX, HEAD_PATIENCE, Left, Piece, sse};
+use crate::http::stream::{CHUNKS_MAX, ClientLeft, HEAD_PATIENCE, Piece, sse};
 use crate::live::delta_of;
 use crate::outcome::CollectedOutcome;
 
@@ -222,10 +222,10 @@ impl<W: FollowWriter> Following<W> {
             Piece::End.offer(&self.client).await
         };
         // Who has left is told nothing.
-        let _: Result<(), Left> = sent.await;
+        let _: Result<(), ClientLeft> = sent.await;
     }
 
-    async fn follow(&mut self) -> Result<Result<CollectedOutcome, ApiError>, Left> {
+    async fn follow(&mut self) -> Result<Result<CollectedOutcome, ApiError>, ClientLeft> {
         let mut silence = tokio::time::interval(self.front.args.keep_alive.0);
         silence.reset();
         let FollowedJob { source, deltas } = &mut self.job;
@@ -235,7 +235,7 @@ impl<W: FollowWriter> Following<W> {
         loop {
             tokio::select! {
                 biased;
-                () = self.client.closed() => return Err(Left),
+                () = self.client.closed() => return Err(ClientLeft),
                 message = deltas.next(), if listening => {
                     listening = message.is_some();
                     let pieces = taken(&mut self.writer, message);
@@ -251,7 +251,7 @@ impl<W: FollowWriter> Following<W> {
     }
 }
 
-async fn send(client: &mpsc::Sender<Piece>, pieces: Vec<Bytes>) -> Result<(), Left> {
+async fn send(client: &mpsc::Sender<Piece>, pieces: Vec<Bytes>) -> Result<(), ClientLeft> {
     for piece in pieces {
         Piece::Bytes(piece).offer(client).await?;
     }

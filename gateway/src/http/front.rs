@@ -1,7 +1,6 @@
 //! What all requests of a gateway share. None of it outlives the process, and none of it is missed by another one.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_nats::Client;
@@ -9,6 +8,7 @@ use async_nats::jetstream::Context;
 use hex::ToHex;
 use millrace_crds::names::{JobId, ModelRef};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::connect::{self, Connection};
@@ -73,13 +73,18 @@ pub struct Front {
     pub connection_places: Arc<Semaphore>,
     /// What is counted.
     pub metrics: GatewayMetrics,
+    /// Cancelled when the drain begins.
+    pub draining: CancellationToken,
+    /// Cancelled when the drain is over: what still runs is cut off.
+    pub over: CancellationToken,
+    /// The sockets that are open.
+    pub sockets: TaskTracker,
     /// The cancelling of jobs that nobody waits for any more.
     pub cancels: TaskTracker,
     client: Client,
     jetstream: Context,
     places: Arc<Semaphore>,
     connections_max: usize,
-    draining: AtomicBool,
 }
 
 impl Front {
@@ -126,7 +131,9 @@ impl Front {
             client,
             jetstream,
             places: Arc::new(Semaphore::new(args.bounds.requests_max as usize)),
-            draining: AtomicBool::new(false),
+            draining: CancellationToken::new(),
+            over: CancellationToken::new(),
+            sockets: TaskTracker::new(),
             args,
         }))
     }
@@ -174,7 +181,7 @@ impl Front {
 
     /// From now on not ready.
     pub fn drain(&self) {
-        self.draining.store(true, Ordering::Relaxed);
+        self.draining.cancel();
     }
 
     /// Waits until no request runs and all jobs that nobody waits for are cancelled.
@@ -190,7 +197,7 @@ impl Front {
     /// All that is missing until ready.
     pub fn missing(&self) -> Vec<String> {
         let mut missing = Vec::new();
-        if self.draining.load(Ordering::Relaxed) {
+        if self.draining.is_cancelled() {
             missing.push("draining".to_owned());
         }
         if self.client.connection_state() != async_nats::connection::State::Connected {

@@ -141,7 +141,7 @@ fn wrong(field: &str, value: &Value, expected: &str) -> ApiError {
 /// Answers a chat, whole or streamed
 #[utoipa::path(post, path = "/v1/chat/completions", tag = "Inference",
     request_body(content = ref("#/components/schemas/ChatRequest"), content_type = "application/json"),
-    params(document::JobHeaders),
+    params(document::AskHeaders),
     responses((status = 200, description = "The answer, or its chunks where `stream` is true", content(
         (ref("#/components/schemas/ChatCompletion") = "application/json"), (String = "text/event-stream")))))]
 pub async fn chat(
@@ -155,7 +155,7 @@ pub async fn chat(
 /// Completes one prompt or a list of them, whole or streamed
 #[utoipa::path(post, path = "/v1/completions", tag = "Inference",
     request_body(content = ref("#/components/schemas/CompletionRequest"), content_type = "application/json"),
-    params(document::JobHeaders),
+    params(document::AskHeaders),
     responses((status = 200, description = "The answer, or its chunks where `stream` is true", content(
         (ref("#/components/schemas/Completion") = "application/json"), (String = "text/event-stream")))))]
 pub async fn completions(
@@ -220,15 +220,29 @@ pub fn envelope(
     headers: &HeaderMap,
     limit: Span,
 ) -> Result<(JobEnvelope, Duration), ApiError> {
-    let now = OffsetDateTime::now_utc();
     let asked = text(headers, CLASS)?.map(str::parse::<Class>).transpose();
     let asked = asked.map_err(|error| ApiError::of(ApiCode::InvalidParameter, CLASS, error))?;
-    let time = time_of(text(headers, DEADLINE)?, now, limit)?;
+    let (envelope, time) = envelope_of(front, caller, (asked, text(headers, DEADLINE)?), limit)?;
+    // Its standard says to pass over a wrong one.
+    let traceparent = text(headers, "traceparent").ok().flatten().map(str::to_owned);
+    Ok((JobEnvelope { traceparent, ..envelope }, time))
+}
+
+/// The same of a class and a deadline that came in another way.
+///
+/// # Errors
+/// As [`envelope`].
+pub fn envelope_of(
+    front: &Front,
+    caller: &Caller,
+    (class, deadline): (Option<Class>, Option<&str>),
+    limit: Span,
+) -> Result<(JobEnvelope, Duration), ApiError> {
+    let now = OffsetDateTime::now_utc();
+    let time = time_of(deadline, now, limit)?;
     let envelope = JobEnvelope {
-        class: caller.class(asked, front.args.class)?,
+        class: caller.class(class, front.args.class)?,
         deadline: (now + time).format(&Rfc3339).ok(),
-        // Its standard says to pass over a wrong one.
-        traceparent: text(headers, "traceparent").ok().flatten().map(str::to_owned),
         ..JobEnvelope::default()
     };
     Ok((envelope, time))

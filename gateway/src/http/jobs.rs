@@ -4,10 +4,14 @@
 //! gateway has to remember it. Its place in the stream tells a job that waits or runs from one that never was. The
 //! job's own id begins with a hash of its tenant: the jobs of others are as good as none.
 
+pub mod dead;
+pub mod stream;
+
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::jetstream::context::GetStreamErrorKind;
+use async_nats::jetstream::message::StreamMessage;
 use async_nats::jetstream::stream::DirectGetErrorKind;
 use axum::extract::{Path, Request, State};
 use axum::http::StatusCode;
@@ -95,7 +99,7 @@ pub struct JobObject {
 /// The body is that of a chat completion or of a completion.
 #[utoipa::path(post, path = "/v1/jobs", tag = "Jobs",
     request_body(content = ref("#/components/schemas/JobRequest"), content_type = "application/json"),
-    params(document::JobHeaders,
+    params(document::AskHeaders,
         ("Idempotency-Key" = Option<String>, Header, min_length = 1, max_length = 256,
             description = "Equal keys of one tenant are one job")),
     responses((status = 202, description = "It is queued", body = ref("#/components/schemas/Job")),
@@ -169,7 +173,7 @@ async fn publish_once(
 }
 
 /// How the ids of all jobs of a tenant begin, and of nobody else's.
-fn prefix_of(tenant: &str) -> String {
+pub fn prefix_of(tenant: &str) -> String {
     let digits: String = Sha256::digest(tenant).encode_hex();
     format!("job-{}-", &digits[..TENANT_DIGITS])
 }
@@ -304,8 +308,22 @@ pub async fn stored(front: &Front, name: &JobName) -> Result<Option<CollectedOut
 
 /// Whether the job lies in the queue, where it waits or runs.
 async fn waits(front: &Front, name: &JobName) -> Result<bool, ApiError> {
+    Ok(message(front, name).await?.is_some())
+}
+
+/// Choices for each prompt of a job that lies in the queue, if its body lies there too.
+///
+/// # Errors
+/// [`ApiCode::BrokerUnavailable`].
+pub async fn choices_of(front: &Front, name: &JobName) -> Result<Option<u32>, ApiError> {
+    let message = soon(message(front, name)).await?;
+    Ok(message.and_then(|message| Asked::read(None, &message.payload).ok()).map(|asked| asked.n))
+}
+
+/// A job's message, as long as it lies in the queue.
+async fn message(front: &Front, name: &JobName) -> Result<Option<StreamMessage>, ApiError> {
     if name.sequence == 0 {
-        return Ok(false);
+        return Ok(None);
     }
     let away = |e: &dyn std::fmt::Display| {
         tracing::warn!(job = %name.job, error = %e, "a job cannot be looked up");
@@ -313,15 +331,16 @@ async fn waits(front: &Front, name: &JobName) -> Result<bool, ApiError> {
     };
     let stream = match front.connection(&name.model).jetstream.get_stream(name.model.jobs_stream()).await {
         Ok(stream) => stream,
-        Err(error) if matches!(error.kind(), GetStreamErrorKind::JetStream(_)) => return Ok(false),
+        Err(error) if matches!(error.kind(), GetStreamErrorKind::JetStream(_)) => return Ok(None),
         Err(error) => return Err(away(&error)),
     };
     match stream.direct_get(name.sequence).await {
         Ok(message) => {
             let id = message.headers.get(header::RESULT_JOB_ID).or(message.headers.get(header::JOB_ID));
-            Ok(id.is_some_and(|id| id.as_str() == name.job.as_str()))
+            let own = id.is_some_and(|id| id.as_str() == name.job.as_str());
+            Ok(own.then_some(message))
         }
-        Err(error) if error.kind() == DirectGetErrorKind::NotFound => Ok(false),
+        Err(error) if error.kind() == DirectGetErrorKind::NotFound => Ok(None),
         Err(error) => Err(away(&error)),
     }
 }
@@ -342,7 +361,15 @@ async fn answer(
     claimed::sent_on(front, outcome, &reference, (before.to_owned(), "}")).await
 }
 
-fn object(front: &Front, name: &JobName, outcome: Option<&CollectedOutcome>) -> Result<JobObject, ApiError> {
+/// A job as clients see it.
+///
+/// # Errors
+/// [`ApiCode::OutcomeUnreadable`].
+pub fn object(
+    front: &Front,
+    name: &JobName,
+    outcome: Option<&CollectedOutcome>,
+) -> Result<JobObject, ApiError> {
     let line = outcome.map(|outcome| {
         let text = String::from_utf8_lossy(&outcome.body).trim().to_owned();
         RawValue::from_string(text).map_err(|error| unreadable(name, &error))

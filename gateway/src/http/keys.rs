@@ -44,6 +44,15 @@ pub enum Verb {
     Infer,
     /// Submit jobs, look at them and cancel them.
     Jobs,
+    /// See the tenant's dead letters, and have their jobs run again.
+    Dead,
+    /// See how the models stand, and the dead letters of all tenants; only where a key names it.
+    Admin,
+}
+
+impl Verb {
+    /// All verbs.
+    pub const ALL: [Verb; 5] = [Verb::Models, Verb::Infer, Verb::Jobs, Verb::Dead, Verb::Admin];
 }
 
 /// What a key may do. An empty list allows all.
@@ -74,9 +83,12 @@ impl KeyScopes {
         allowed(&self.namespaces, &model.namespace) && allowed(&self.models, &model.name)
     }
 
-    /// Whether something may be done.
+    /// Whether something may be done. An empty list allows all but [`Verb::Admin`].
     pub fn allow_verb(&self, verb: Verb) -> bool {
-        allowed(&self.verbs, &verb)
+        match verb {
+            Verb::Admin => self.verbs.contains(&verb),
+            _ => allowed(&self.verbs, &verb),
+        }
     }
 
     /// Whether jobs may have this class.
@@ -305,6 +317,7 @@ mod tests {
     fn an_empty_list_allows_all() {
         let model = ModelRef::new("team-a", "m").unwrap();
         let all = KeyScopes::default();
+        assert!(!all.allow_verb(Verb::Admin), "what is meant for few must be named");
         assert!(all.allow_model(&model) && all.allow_verb(Verb::Infer) && all.allow_class(Class::High));
         let some = KeyScopes {
             namespaces: vec!["team-a".parse().unwrap()],

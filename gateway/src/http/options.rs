@@ -11,6 +11,7 @@ use millrace_queue::args::StoreArgs;
 use crate::args::BrokerArgs;
 use crate::failure::Failure;
 use crate::http::cache::CacheUse;
+use crate::http::cors;
 use crate::http::limits::set::{LimitRule, LimitSet};
 
 /// Least `--memory-max`: room for a few of the largest requests.
@@ -99,6 +100,12 @@ pub struct GatewayArgs {
     /// File with its private key, PEM
     #[arg(long, env = "MILLRACE_TLS_KEY", requires = "tls_cert", value_name = "FILE")]
     pub tls_key: Option<PathBuf>,
+    /// File with the authorities of client certificates, PEM: without a certificate of theirs nobody connects
+    #[arg(long, env = "MILLRACE_TLS_CLIENT_CA", requires = "tls_cert", value_name = "FILE")]
+    pub tls_client_ca: Option<PathBuf>,
+    /// Origin whose pages may use the API, such as https://chat.example, or *; may be repeated
+    #[arg(long, env = "MILLRACE_CORS_ORIGIN", value_delimiter = ',', value_name = "ORIGIN")]
+    pub cors_origin: Vec<String>,
     /// Whose tokens are let in beside keys.
     #[command(flatten)]
     pub oidc: OidcArgs,
@@ -162,6 +169,7 @@ impl GatewayArgs {
                 format!("--memory-max {}: at least {} is needed", self.bounds.memory_max, Bytes(least));
             return Err(Failure::Usage(message));
         }
+        cors::layer(&self.cors_origin)?;
         if self.anonymous && !self.listen.ip().is_loopback() {
             let message = format!(
                 "--anonymous with --listen {}: only a loopback address may let everybody in",
@@ -207,6 +215,8 @@ mod tests {
             (&["--anonymous", "--timeout", "0s"][..], "--timeout"),
             (&["--anonymous", "--namespace", "A.b"], "A.b"),
             (&["--anonymous", "--tls-cert", "x"], "--tls-key"),
+            (&["--anonymous", "--tls-client-ca", "x"], "--tls-cert"),
+            (&["--anonymous", "--cors-origin", "chat.example"], "--cors-origin"),
             (&["--anonymous", "--requests-max", "0"], "--requests-max"),
             (&["--anonymous", "--head-timeout", "0s"], "--head-timeout"),
             (&["--anonymous", "--memory-max", "1Mi"], "--memory-max 1Mi: at least 16Mi"),

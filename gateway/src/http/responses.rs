@@ -62,7 +62,7 @@ fn answer_in(outcome: &CollectedOutcome) -> Result<Value, ApiError> {
 /// Answers an input, whole, streamed or in the background
 #[utoipa::path(post, path = "/v1/responses", tag = "Responses",
     request_body(content = ref("#/components/schemas/ResponseRequest"), content_type = "application/json"),
-    params(document::JobHeaders),
+    params(document::AskHeaders),
     responses((status = 200, description = "The response, or its events where `stream` is true", content(
         (ref("#/components/schemas/Response") = "application/json"), (String = "text/event-stream")))))]
 pub async fn create(

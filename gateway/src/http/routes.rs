@@ -19,7 +19,7 @@ use crate::http::document::{self, Document};
 use crate::http::error::{ApiCode, ApiError};
 use crate::http::front::{self, Front};
 use crate::http::keys::Verb;
-use crate::http::{caller, inference, jobs, pages, responses};
+use crate::http::{caller, cors, inference, jobs, pages, responses, socket};
 
 /// The header with the request's id, which is the id of its job.
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -42,7 +42,11 @@ pub fn paths() -> (Router<Arc<Front>>, OpenApiRouter<Arc<Front>>) {
         .routes(routes!(responses::input_items))
         .routes(routes!(jobs::submit))
         .routes(routes!(jobs::look))
-        .routes(routes!(jobs::cancel));
+        .routes(routes!(jobs::cancel))
+        .routes(routes!(jobs::stream::stream))
+        .routes(routes!(jobs::dead::list))
+        .routes(routes!(jobs::dead::requeue))
+        .routes(routes!(socket::open));
     let pages = OpenApiRouter::new()
         .routes(routes!(pages::healthz))
         .routes(routes!(pages::readyz))
@@ -58,13 +62,19 @@ pub fn router(front: Arc<Front>) -> Router {
     let (api, pages) = paths();
     let (pages, described) = pages.split_for_parts();
     let pages = pages.layer(Extension(Arc::new(Document::new(&described))));
-    api.fallback(unknown)
+    let cors = cors::layer(&front.args.cors_origin).ok().flatten();
+    let routes = api
+        .fallback(unknown)
         .method_not_allowed_fallback(not_allowed)
         .layer(from_fn_with_state(front.clone(), caller::authenticate))
         .layer(CatchPanicLayer::custom(panicked))
         .layer(from_fn_with_state(front.clone(), observe))
         .merge(pages)
-        .with_state(front)
+        .with_state(front);
+    match cors {
+        Some(cors) => routes.layer(cors),
+        None => routes,
+    }
 }
 
 /// The models that have a queue

@@ -2,19 +2,18 @@
 //! run may go on for `--drain-timeout`. Those that are cut off then cancel their jobs.
 
 use std::net::TcpListener;
-use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use axum::Router;
-use axum_server::tls_rustls::{RustlsAcceptor, RustlsConfig};
+use axum_server::tls_rustls::RustlsAcceptor;
 use axum_server::{Address, Control, Handle, Server};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::failure::Failure;
 use crate::http::connections::BoundedAcceptor;
 use crate::http::front::Front;
-use crate::http::routes;
+use crate::http::{routes, tls};
 
 /// How long a handshake may take.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -33,8 +32,6 @@ const SEND_BYTES_MAX: usize = 64 << 10;
 const PROBE_PAUSE: Duration = Duration::from_secs(20);
 /// How long the cancelling of jobs may take whose requests the end of the drain cut off.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(5);
-/// How often the certificate's file is looked at.
-const CERTIFICATE_PAUSE: Duration = Duration::from_secs(5);
 
 /// Serves until a signal and the drain that follows.
 ///
@@ -56,7 +53,8 @@ pub async fn serve(front: Arc<Front>) -> Result<(), Failure> {
     let bounded = |plain| BoundedAcceptor::new(places, refused_ones, plain);
     let served = match (&front.args.tls_cert, &front.args.tls_key) {
         (Some(cert), Some(key)) => {
-            let config = certificate(cert.clone(), key.clone()).await?;
+            let config =
+                tls::certificate(cert.clone(), key.clone(), front.args.tls_client_ca.clone()).await?;
             let acceptor = RustlsAcceptor::new(config).handshake_timeout(HANDSHAKE_TIMEOUT);
             tracing::info!(%address, tls = true, "listening");
             let server = server.acceptor(acceptor.acceptor(bounded(false)));
@@ -67,6 +65,13 @@ pub async fn serve(front: Arc<Front>) -> Result<(), Failure> {
             server.acceptor(bounded(true)).serve(router.into_make_service()).await
         }
     };
+    // Sockets are no part of the server's own drain.
+    front.sockets.close();
+    tokio::select! {
+        () = front.sockets.wait() => {}
+        () = front.over.cancelled() => {}
+    }
+    front.over.cancel();
     // Requests that were cut off end now, and cancel their jobs.
     if tokio::time::timeout(SETTLE_TIMEOUT, front.settle()).await.is_err() {
         tracing::warn!(running = front.running(), "not all jobs of requests that were cut off are cancelled");
@@ -102,42 +107,10 @@ async fn drain_on_signal(front: Arc<Front>, control: Control) {
     front.drain();
     control.graceful_shutdown(Some(limit.0));
     tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+        _ = terminate.recv() => tracing::warn!("a second signal ends the drain"),
+        _ = interrupt.recv() => tracing::warn!("a second signal ends the drain"),
+        () = tokio::time::sleep(limit.0) => return front.over.cancel(),
     }
-    tracing::warn!("a second signal ends the drain");
+    front.over.cancel();
     control.shutdown();
-}
-
-/// The certificate, read again when its file changes.
-async fn certificate(cert: PathBuf, key: PathBuf) -> Result<RustlsConfig, Failure> {
-    // Another library may have chosen the same provider before.
-    let _ = rustls::crypto::ring::default_provider().install_default();
-    let shown = format!("--tls-cert {}, --tls-key {}", cert.display(), key.display());
-    let read = RustlsConfig::from_pem_file(&cert, &key).await;
-    let config = read.map_err(|error| Failure::file(&shown, error))?;
-    let reloading = config.clone();
-    tokio::spawn(async move {
-        let mut seen = changed_at(&cert).await;
-        loop {
-            tokio::time::sleep(CERTIFICATE_PAUSE).await;
-            let now = changed_at(&cert).await;
-            if now == seen {
-                continue;
-            }
-            match reloading.reload_from_pem_file(&cert, &key).await {
-                Ok(()) => {
-                    tracing::info!("the certificate was read again");
-                    seen = now;
-                }
-                // The old one stays; the next look tries again.
-                Err(error) => tracing::warn!(%error, "{shown}"),
-            }
-        }
-    });
-    Ok(config)
-}
-
-async fn changed_at(path: &PathBuf) -> Option<SystemTime> {
-    tokio::fs::metadata(path).await.ok()?.modified().ok()
 }

@@ -50,7 +50,7 @@ struct Streaming {
 
 /// The client has left.
 #[derive(Debug)]
-pub struct Left;
+pub struct ClientLeft;
 
 /// Publishes the job and streams its answer.
 ///
@@ -136,14 +136,14 @@ impl Streaming {
     }
 
     /// Sends deltas until there is an outcome.
-    async fn follow(&mut self) -> Result<Result<Value, ApiError>, Left> {
+    async fn follow(&mut self) -> Result<Result<Value, ApiError>, ClientLeft> {
         let mut silence = tokio::time::interval(self.front.args.keep_alive.0);
         silence.reset();
         let mut listening = true;
         loop {
             let chunks = tokio::select! {
                 biased;
-                () = self.client.closed() => return Err(Left),
+                () = self.client.closed() => return Err(ClientLeft),
                 message = self.deltas.next(), if listening => match message {
                     Some(message) => match delta_of(&message) {
                         Some((attempt, delta)) => self.writer.take(attempt, delta),
@@ -167,7 +167,7 @@ impl Streaming {
         }
     }
 
-    async fn end(&mut self, answer: Result<Value, ApiError>) -> Result<(), Left> {
+    async fn end(&mut self, answer: Result<Value, ApiError>) -> Result<(), ClientLeft> {
         match answer.and_then(|answer| self.writer.end(&answer)) {
             Ok(end) => {
                 if end.healed {
@@ -181,14 +181,14 @@ impl Streaming {
         offer(&self.client, Piece::End, CLIENT_PATIENCE).await
     }
 
-    async fn send_all(&self, chunks: &[Value]) -> Result<(), Left> {
+    async fn send_all(&self, chunks: &[Value]) -> Result<(), ClientLeft> {
         for chunk in chunks {
             self.send(event(chunk)).await?;
         }
         Ok(())
     }
 
-    async fn send(&self, bytes: Bytes) -> Result<(), Left> {
+    async fn send(&self, bytes: Bytes) -> Result<(), ClientLeft> {
         offer(&self.client, Piece::Bytes(bytes), CLIENT_PATIENCE).await
     }
 }
@@ -198,14 +198,14 @@ impl Piece {
     ///
     /// # Errors
     /// When the client has left, or takes nothing for a minute.
-    pub async fn offer(self, client: &mpsc::Sender<Piece>) -> Result<(), Left> {
+    pub async fn offer(self, client: &mpsc::Sender<Piece>) -> Result<(), ClientLeft> {
         offer(client, self, CLIENT_PATIENCE).await
     }
 }
 
 /// Waits for room for a piece. Who stops reading would otherwise keep its place for as long as it likes.
-async fn offer(client: &mpsc::Sender<Piece>, piece: Piece, patience: Duration) -> Result<(), Left> {
-    client.send_timeout(piece, patience).await.map_err(|_| Left)
+async fn offer(client: &mpsc::Sender<Piece>, piece: Piece, patience: Duration) -> Result<(), ClientLeft> {
+    client.send_timeout(piece, patience).await.map_err(|_| ClientLeft)
 }
 
 #[cfg(test)]

@@ -85,6 +85,56 @@ def streams():
         assert final.choices[0].message.content == wanted and final.choices[0].finish_reason == "stop"
 
 
+def responses():
+    api = client().responses
+    answer = api.create(model=MODEL, input="say hello world", instructions=None, metadata={"order": "66"})
+    assert (answer.status, answer.output_text, answer.error) == ("completed", "hello world", None)
+    assert answer.usage.total_tokens == answer.usage.input_tokens + answer.usage.output_tokens
+    assert api.retrieve(answer.id).metadata == {"order": "66"}
+    # What a client sends back of an earlier turn, and a turn that the gateway remembers.
+    again = api.create(model=MODEL, input=[*answer.output, {"role": "user", "content": "say more"}])
+    assert again.output_text == "more"
+    more = api.create(model=MODEL, previous_response_id=answer.id, input=[
+        {"role": "user", "content": [{"type": "input_text", "text": "say even more"}]}])
+    assert (more.output_text, more.previous_response_id) == ("even more", answer.id)
+    assert [item.content[0].text for item in api.input_items.list(more.id)] == ["say even more"]
+    later = api.create(model=MODEL, input="slow a b c", background=True)
+    assert later.status == "queued" and later.output_text == ""
+    while later.status in ("queued", "in_progress"):
+        time.sleep(0.05)
+        later = api.retrieve(later.id)
+    assert (later.status, later.output_text) == ("completed", "a b c")
+    assert api.cancel(api.create(model=MODEL, input="hang", background=True).id).status == "cancelled"
+    api.delete(answer.id)
+    raises(openai.NotFoundError, lambda: api.retrieve(answer.id), code="job_not_found")
+    raises(openai.BadRequestError, lambda: api.create(model=MODEL, input="say x", tools=[{"type": "web_search"}]),
+           code="invalid_parameter", param="tools")
+    raises(openai.BadRequestError, lambda: api.create(model=MODEL, input="nonsense"), code="invalid_request")
+
+
+def response_streams():
+    api = client().responses
+    wanted = "begin " + " ".join(f"w{number}" for number in range(100))
+    for script in ["say", "lose", "mute"]:
+        # The helper puts the response together from the events, and asserts on their order.
+        with api.stream(model=MODEL, input=f"{script} {wanted}") as stream:
+            text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+            assert text == wanted == stream.get_final_response().output_text, script
+    # Cut off in the middle, it goes on after the last event that came.
+    stream = api.create(model=MODEL, input=f"slow {wanted[:60]}", background=True, stream=True)
+    seen = []
+    for event in stream:
+        seen.append(event)
+        if len(seen) == 6:
+            stream.close()
+            break
+    seen += list(api.retrieve(seen[0].response.id, stream=True, starting_after=seen[-1].sequence_number))
+    text = "".join(event.delta for event in seen if event.type == "response.output_text.delta")
+    assert text == wanted[:60] == seen[-1].response.output_text, text
+    numbers = [event.sequence_number for event in seen]
+    assert numbers == sorted(set(numbers)), numbers
+
+
 def pings():
     # Silence is longer than the client bears, and pings break it.
     chunks = client(timeout=4, max_retries=0).chat.completions.create(
@@ -134,6 +184,6 @@ def retries():
     assert time.monotonic() - began >= 10
 
 
-for test in [models, chats, completions, streams, pings, errors, retries]:
+for test in [models, chats, completions, streams, responses, response_streams, pings, errors, retries]:
     test()
     print(f"{test.__name__}: as it should be", flush=True)

@@ -214,7 +214,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever the first stream heard and wherever it was cut, the second one gives exactly the rest of the events.
+        /// Whatever the first stream heard and wherever it was cut, the second one gives exactly the rest.
         #[test]
         fn a_stream_goes_on_anywhere(
             pieces in prop::collection::vec("[a-zé ]{0,4}", 0..12),
