@@ -2,6 +2,8 @@
 //!
 //! Unknown fields are refused. Secrets never stand in it, only paths of mounted files.
 
+mod access;
+
 use std::path::PathBuf;
 
 use schemars::JsonSchema;
@@ -9,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::names::{ModelRef, SubjectToken};
 use crate::units::{Bytes, Span};
+pub use access::{NatsConfig, StoreConfig, WebIdentityConfig};
 
 /// Everything a worker needs to know.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -65,45 +68,6 @@ pub struct ModelConfig {
     /// Largest total size of the model's files.
     #[serde(default = "defaults::model_bytes_max")]
     pub bytes_max: Bytes,
-}
-
-/// An S3-compatible object store. Without `credentialsDir` the usual AWS chain is asked.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct StoreConfig {
-    /// Address of the service; absent means AWS.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub endpoint: Option<String>,
-    /// Region; absent means the AWS chain's, then `us-east-1`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub region: Option<String>,
-    /// Put the bucket into the path instead of the host name.
-    #[serde(default)]
-    pub path_style: bool,
-    /// Folder with the files `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY` and, if any, `AWS_SESSION_TOKEN`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub credentials_dir: Option<PathBuf>,
-}
-
-/// The broker.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct NatsConfig {
-    /// Server addresses, such as `nats://nats.default.svc:4222`.
-    #[schemars(length(min = 1))]
-    pub servers: Vec<String>,
-    /// File with a JWT and nkey seed.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub credentials_file: Option<PathBuf>,
-    /// File with the certificate authority of the servers.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub ca_file: Option<PathBuf>,
-    /// The monitoring address (`http://host:8222`), if reachable; the fsync policy is read there.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub monitor: Option<String>,
-    /// Create the streams and consumers when they are missing. The operator does it otherwise.
-    #[serde(default)]
-    pub provision: bool,
 }
 
 /// Numeric type of weights and activations.

@@ -4,8 +4,8 @@
 //! (`streams`) and where real ones differ (`drift`), a job's headers ([`job`]), the OpenAI forms inside of it
 //! ([`request`]), the ledger of its attempts ([`attempts`]), its one outcome ([`result`]), its token deltas
 //! ([`tokens`]), the worker's load report ([`load`]), the bounds and targets of scaling ([`scaling`]), the worker's
-//! configuration ([`config`]), what a check found ([`check`]) and, behind the feature `kube`, the custom resource
-//! (`model`).
+//! configuration ([`config`]), what each role may do at the broker ([`permissions`]), what a check found ([`check`])
+//! and, behind the feature `kube`, the custom resource (`model`).
 //! Nothing in this crate does input or output.
 
 pub mod attempts;
@@ -19,6 +19,7 @@ pub mod load;
 #[cfg(feature = "kube")]
 pub mod model;
 pub mod names;
+pub mod permissions;
 pub mod request;
 pub mod result;
 pub mod scaling;

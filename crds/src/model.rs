@@ -176,6 +176,16 @@ pub struct ModelSpec {
     /// `AWS_SESSION_TOKEN`. Without it, the pod's workload identity is used.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub credentials_secret_ref: Option<SecretRef>,
+    /// A role that workers take on by a token of their service account, instead of keys.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub web_identity: Option<WebIdentitySpec>,
+    /// A Secret of the same namespace whose key `ca.crt` holds the certificate authority of the service.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_secret_ref: Option<SecretRef>,
+    /// Address of an HTTP proxy through which workers reach the service, such as `http://proxy.net.svc:3128`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 512))]
+    pub proxy: Option<String>,
     /// Room for pulled weights on each worker's node; a model that is larger is refused.
     #[serde(default = "defaults::cache_size")]
     pub cache_size: Bytes,
@@ -224,6 +234,10 @@ pub struct QueueSpec {
     pub attempt_timeout: Span,
     /// Shares of the classes under contention.
     pub weights: ClassWeights,
+    /// A Secret of the same namespace with the workers' login to the broker, in place of the operator's
+    /// `--worker-nats-secret`; its keys are those that the operator's options name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub credentials_secret_ref: Option<SecretRef>,
     /// What becomes of the streams when the InferenceModel is deleted. `Retain`: they stay, with their
     /// consumers, jobs and outcomes; jobs can still be published, and an InferenceModel of the same name goes
     /// on with them. `Delete`: they go with it, once its workers have drained.
@@ -242,6 +256,7 @@ impl Default for QueueSpec {
             replicas: queue.replicas,
             attempt_timeout: queue.attempt_timeout,
             weights: queue.weights,
+            credentials_secret_ref: None,
             on_delete: OnDelete::Retain,
         }
     }
@@ -328,6 +343,33 @@ pub struct ObjectStoreSpec {
     /// As `spec.model.credentialsSecretRef`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub credentials_secret_ref: Option<SecretRef>,
+    /// A role that workers take on by a token of their service account, instead of keys.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub web_identity: Option<WebIdentitySpec>,
+    /// A Secret of the same namespace whose key `ca.crt` holds the certificate authority of the service.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_secret_ref: Option<SecretRef>,
+    /// Address of an HTTP proxy through which workers reach the service, such as `http://proxy.net.svc:3128`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 512))]
+    pub proxy: Option<String>,
+}
+
+/// A role that a token of the workers' service account takes on (AssumeRoleWithWebIdentity).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct WebIdentitySpec {
+    /// The role, such as `arn:aws:iam::123456789012:role/models`.
+    #[schemars(length(min = 1, max = 2048))]
+    pub role_arn: String,
+    /// Whom the token is for.
+    #[serde(default = "defaults::audience")]
+    #[schemars(length(min = 1, max = 512))]
+    pub audience: String,
+    /// Address of the security token service; AWS's of the region when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 512))]
+    pub endpoint: Option<String>,
 }
 
 /// Starting.
@@ -347,6 +389,9 @@ impl Default for StartSpec {
 mod defaults {
     use crate::units::Bytes;
 
+    pub fn audience() -> String {
+        "sts.amazonaws.com".to_owned()
+    }
     pub fn cache_size() -> Bytes {
         Bytes(200 << 30)
     }

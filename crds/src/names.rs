@@ -271,6 +271,11 @@ impl ModelRef {
         self.subject("tokens", job.as_str())
     }
 
+    /// All token deltas of the model.
+    pub fn tokens_wildcard(&self) -> String {
+        self.subject("tokens", "*")
+    }
+
     /// Where a job is cancelled. The RESULTS stream stores what is published here, as the marker that
     /// outlives a restart; running workers hear the very same message.
     pub fn cancel_subject(&self, job: &JobId) -> String {

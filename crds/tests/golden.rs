@@ -74,13 +74,29 @@ model:
   name: smollm2
   uri: s3://models/smollm2
   digest: sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef
-  store: {endpoint: 'http://s3.storage.svc:8333', region: eu-1, pathStyle: true, credentialsDir: /etc/s3}
+  store:
+    endpoint: http://s3.storage.svc:8333
+    region: eu-1
+    pathStyle: true
+    credentialsDir: /etc/s3
+    webIdentity: {tokenFile: /etc/token, roleArn: 'arn:aws:iam::1:role/m', endpoint: 'https://sts'}
+    caFile: /etc/s3-ca/ca.crt
+    proxy: http://proxy:3128
   cacheDir: /cache
   bytesMax: 20Gi
 nats:
   servers: ['nats://a:4222', 'nats://b:4222']
   credentialsFile: /etc/nats/user.creds
+  nkeyFile: /etc/nats/user.nk
+  userFile: /etc/nats/user
+  passwordFile: /etc/nats/password
+  tokenFile: /etc/nats/token
   caFile: /etc/nats/ca.crt
+  certificateFile: /etc/nats/tls.crt
+  keyFile: /etc/nats/tls.key
+  tlsFirst: true
+  domain: hub
+  apiPrefix: $JS.hub.API
   monitor: http://nats:8222
   provision: true
 engine:
@@ -413,7 +429,7 @@ fn refuses_surplus<T: Serialize + DeserializeOwned + std::fmt::Debug>(value: &T,
 #[test]
 fn what_configures_or_is_acted_on_refuses_unknown_fields_at_every_depth() {
     refuses_surplus(&config(CONFIG_SHORT), 10);
-    refuses_surplus(&config(CONFIG_FULL), 12);
+    refuses_surplus(&config(CONFIG_FULL), 13);
     refuses_surplus(&EngineConfig::default(), 1);
     refuses_surplus(&ObjectStoreConfig { uri: "s3://a/b".into(), store: Default::default() }, 2);
     refuses_surplus(&ScalingSpec::default(), 3);

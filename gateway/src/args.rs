@@ -8,6 +8,7 @@ use millrace_crds::names::{Class, ModelRef};
 use millrace_crds::units::{Bytes, Span};
 use millrace_queue::args::StoreArgs;
 
+use crate::broker_args::BrokerArgs;
 use crate::failure::{EXIT_CODES, Failure};
 use crate::http::cache::CacheUse;
 use crate::http::keys::Verb;
@@ -23,40 +24,6 @@ pub struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
-}
-
-/// How to reach the broker.
-#[derive(Debug, Clone, Args)]
-#[command(next_help_heading = "Connection and output")]
-pub struct BrokerArgs {
-    /// Broker address; several are separated by commas
-    #[arg(
-        long,
-        env = "NATS_URL",
-        hide_env_values = true,
-        default_value = "nats://127.0.0.1:4222",
-        global = true,
-        value_name = "URL"
-    )]
-    pub server: String,
-    /// File with the JWT and nkey seed of a NATS user
-    #[arg(long, env = "NATS_CREDS", global = true, value_name = "FILE")]
-    pub creds: Option<PathBuf>,
-    /// File with the broker's certificate authority; demands TLS
-    #[arg(long, env = "NATS_CA", global = true, value_name = "FILE")]
-    pub ca: Option<PathBuf>,
-    /// First token of the subjects on which replies arrive, where the broker gives each user its own
-    #[arg(
-        long,
-        env = "MILLRACE_INBOX_PREFIX",
-        default_value = "_INBOX",
-        global = true,
-        value_name = "SUBJECT"
-    )]
-    pub inbox_prefix: String,
-    /// How long the first connection may take
-    #[arg(long, default_value = "5s", global = true, value_name = "SPAN")]
-    pub connect_timeout: Span,
 }
 
 /// Options of every command.
@@ -117,6 +84,8 @@ pub enum Command {
     Check(WorkerArgs),
     /// Make, list and revoke the keys of the HTTP API
     Key(KeyArgs),
+    /// Print what a role needs of the broker, as permissions of a NATS user; with --json as in a JWT
+    Permissions(PermissionsArgs),
     /// Check broker, streams, object store, model folder, clock and workers, and print each fix
     Doctor(DoctorArgs),
 }
@@ -398,6 +367,27 @@ pub struct KeyLimitCommandArgs {
     /// Take away all limits that it has, before others are set
     #[arg(long)]
     pub clear: bool,
+}
+
+/// Who one is to the broker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum RoleName {
+    /// millrace-operator, and whoever makes streams and keys
+    Operator,
+    /// The workers of a model
+    Worker,
+    /// millrace-gateway, for all models
+    Gateway,
+    /// Who submits jobs to a model and collects their outcomes
+    Tenant,
+}
+
+/// `millrace permissions`
+#[derive(Debug, Args)]
+pub struct PermissionsArgs {
+    /// Whose permissions; those of worker and tenant are of one model
+    #[arg(long, value_enum)]
+    pub role: RoleName,
 }
 
 /// `millrace queue`

@@ -10,6 +10,7 @@ use async_nats::StatusCode;
 use async_nats::jetstream::message::StreamMessage;
 use futures::StreamExt;
 use millrace_crds::names::ModelRef;
+use millrace_queue::broker::sequence_of;
 use serde_json::{Value, json};
 
 use crate::connect::Connection;
@@ -125,7 +126,7 @@ async fn read_once(broker: &Connection, stream: &str, ask: Ask<'_>) -> Result<Di
     let passing = |error: &dyn std::fmt::Display| ReadError::Passing(error.to_string());
     let inbox = broker.client.new_inbox();
     let mut answers = broker.client.subscribe(inbox.clone()).await.map_err(|e| passing(&e))?;
-    let subject = format!("$JS.API.DIRECT.GET.{stream}");
+    let subject = broker.link.api(&format!("DIRECT.GET.{stream}"));
     let payload = serde_json::to_vec(&ask.request()).expect("a JSON value is JSON");
     let asked = broker.client.publish_with_reply(subject, inbox, payload.into()).await;
     asked.map_err(|e| passing(&e))?;
@@ -136,7 +137,8 @@ async fn read_once(broker: &Connection, stream: &str, ask: Ask<'_>) -> Result<Di
             .await
             .map_err(|_| ReadError::Passing(format!("no answer within {} s", SILENCE_MAX.as_secs())))?
             .ok_or_else(|| ReadError::Passing("the connection was closed".to_owned()))?;
-        match answer.status {
+        // A status that stands in a stored message is its writer's.
+        match answer.status.filter(|_| sequence_of(&answer).is_none()) {
             None => messages.push(answer.try_into().map_err(|e| passing(&e))?),
             // The end of a batch says how many more there are.
             Some(StatusCode::OK) => messages.push(answer.try_into().map_err(|e| passing(&e))?),

@@ -55,10 +55,13 @@ use crate::failure::Failure;
 /// Serves until SIGTERM or SIGINT and the drain that follows.
 ///
 /// # Errors
-/// When an option is wrong or the address cannot be bound.
+/// When an option is wrong, the address cannot be bound, or the broker will not let this gateway in.
 pub async fn run(args: options::GatewayArgs) -> Result<(), Failure> {
     log::start().map_err(Failure::Usage)?;
     args.check()?;
     let front = front::Front::connect(args).await?;
-    server::serve(front).await
+    tokio::select! {
+        served = server::serve(front.clone()) => served,
+        failure = front.refused() => Err(failure),
+    }
 }

@@ -36,7 +36,7 @@ pub async fn run(global: &Global, command: &KeyCommand) -> Result<Verdict, Failu
         }
         _ => None,
     };
-    let (_, jetstream) = connect::connect_without_model(global).await?;
+    let jetstream = connect::jetstream_of(&connect::connect_without_model(global).await?);
     match (command, planned) {
         (KeyCommand::Create(args), Some(record)) => create(&jetstream, args, record, printer).await,
         (KeyCommand::Limit(args), _) => limit(&jetstream, args, printer).await,

@@ -5,6 +5,7 @@
 //! output, everything else to standard error, and the exit code says which of a few things happened.
 
 pub mod args;
+pub mod broker_args;
 mod cancel;
 mod collect;
 mod connect;
@@ -22,6 +23,7 @@ mod key;
 mod live;
 mod outcome;
 pub mod output;
+mod permissions;
 mod plan;
 mod provision;
 mod publish;
@@ -50,6 +52,7 @@ pub async fn run(cli: &Cli) -> Result<Verdict, Failure> {
         Command::Provision(args) => provision::run(global, args).await,
         Command::Import(args) => worker::run("import", global, &args.words),
         Command::Check(args) => worker::run("check", global, &args.words),
+        Command::Permissions(args) => permissions::run(global, args),
         Command::Key(args) => key::run(global, &args.command).await,
         Command::Doctor(args) => doctor::run(global, args).await,
     }

@@ -6,7 +6,8 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::{Args, Parser};
+use millrace_crds::config::NatsConfig;
 use millrace_crds::units::Span;
 
 /// Runs InferenceModels: makes their queues and keeps the right number of workers.
@@ -19,12 +20,9 @@ pub struct Config {
     /// Addresses of the broker, such as `nats://nats.nats.svc:4222`.
     #[arg(long, env = "MILLRACE_NATS_SERVERS", value_delimiter = ',', required = true)]
     pub nats_servers: Vec<String>,
-    /// File with the operator's JWT and nkey seed.
-    #[arg(long, env = "MILLRACE_NATS_CREDENTIALS_FILE")]
-    pub nats_credentials_file: Option<PathBuf>,
-    /// File with the certificate authority of the broker.
-    #[arg(long, env = "MILLRACE_NATS_CA_FILE")]
-    pub nats_ca_file: Option<PathBuf>,
+    /// The operator's login.
+    #[command(flatten)]
+    pub nats_login: NatsLogin,
     /// Addresses of the broker as workers reach it; the operator's own when absent.
     #[arg(long, env = "MILLRACE_WORKER_NATS_SERVERS", value_delimiter = ',')]
     pub worker_nats_servers: Vec<String>,
@@ -34,12 +32,9 @@ pub struct Config {
     /// A Secret in each model's namespace with the workers' broker credentials.
     #[arg(long, env = "MILLRACE_WORKER_NATS_SECRET")]
     pub worker_nats_secret: Option<String>,
-    /// The key of that Secret that holds JWT and nkey seed; none when empty.
-    #[arg(long, env = "MILLRACE_WORKER_NATS_CREDENTIALS_KEY", default_value = "nats.creds")]
-    pub worker_nats_credentials_key: String,
-    /// The key of that Secret that holds the certificate authority; none when empty.
-    #[arg(long, env = "MILLRACE_WORKER_NATS_CA_KEY", default_value = "")]
-    pub worker_nats_ca_key: String,
+    /// The keys of that Secret.
+    #[command(flatten)]
+    pub worker_nats_keys: WorkerNatsKeys,
     /// The workers' image for CPUs.
     #[arg(long, env = "MILLRACE_WORKER_IMAGE")]
     pub worker_image: String,
@@ -78,6 +73,73 @@ pub struct Config {
     /// This operator's name in the Lease and in events.
     #[arg(long, env = "POD_NAME", default_value = "millrace-operator")]
     pub identity: String,
+}
+
+/// How the operator logs in to the broker: in one way. Files are read again at each connect, and when they change.
+#[derive(Debug, Clone, Default, Args)]
+pub struct NatsLogin {
+    /// File with the operator's JWT and nkey seed.
+    #[arg(long, env = "MILLRACE_NATS_CREDENTIALS_FILE")]
+    pub nats_credentials_file: Option<PathBuf>,
+    /// File with the seed of an nkey.
+    #[arg(long, env = "MILLRACE_NATS_NKEY_FILE")]
+    pub nats_nkey_file: Option<PathBuf>,
+    /// File with a user's name.
+    #[arg(long, env = "MILLRACE_NATS_USER_FILE")]
+    pub nats_user_file: Option<PathBuf>,
+    /// File with the password of that user.
+    #[arg(long, env = "MILLRACE_NATS_PASSWORD_FILE")]
+    pub nats_password_file: Option<PathBuf>,
+    /// File with a token.
+    #[arg(long, env = "MILLRACE_NATS_TOKEN_FILE")]
+    pub nats_token_file: Option<PathBuf>,
+    /// File with the certificate authority of the broker; demands TLS.
+    #[arg(long, env = "MILLRACE_NATS_CA_FILE")]
+    pub nats_ca_file: Option<PathBuf>,
+    /// File with a client certificate; demands TLS.
+    #[arg(long, env = "MILLRACE_NATS_CERTIFICATE_FILE")]
+    pub nats_certificate_file: Option<PathBuf>,
+    /// File with its private key.
+    #[arg(long, env = "MILLRACE_NATS_KEY_FILE")]
+    pub nats_key_file: Option<PathBuf>,
+    /// Begin with TLS, as the broker's handshake_first asks for; workers too.
+    #[arg(long, env = "MILLRACE_NATS_TLS_FIRST")]
+    pub nats_tls_first: bool,
+    /// JetStream's domain, where the broker is a leaf node; for workers too.
+    #[arg(long, env = "MILLRACE_NATS_DOMAIN")]
+    pub nats_domain: Option<String>,
+    /// Prefix of JetStream's API, where an account imports it under another name; for workers too.
+    #[arg(long, env = "MILLRACE_NATS_API_PREFIX")]
+    pub nats_api_prefix: Option<String>,
+}
+
+/// What the keys of the workers' Secret hold. A key that is empty is none. One of them is the login.
+#[derive(Debug, Clone, Default, Args)]
+pub struct WorkerNatsKeys {
+    /// The key with JWT and nkey seed; it does not count where another login is named.
+    #[arg(long, env = "MILLRACE_WORKER_NATS_CREDENTIALS_KEY", default_value = "nats.creds")]
+    pub worker_nats_credentials_key: String,
+    /// The key with an nkey seed.
+    #[arg(long, env = "MILLRACE_WORKER_NATS_NKEY_KEY", default_value = "")]
+    pub worker_nats_nkey_key: String,
+    /// The key with a user's name.
+    #[arg(long, env = "MILLRACE_WORKER_NATS_USER_KEY", default_value = "")]
+    pub worker_nats_user_key: String,
+    /// The key with the password of that user.
+    #[arg(long, env = "MILLRACE_WORKER_NATS_PASSWORD_KEY", default_value = "")]
+    pub worker_nats_password_key: String,
+    /// The key with a token.
+    #[arg(long, env = "MILLRACE_WORKER_NATS_TOKEN_KEY", default_value = "")]
+    pub worker_nats_token_key: String,
+    /// The key with the certificate authority.
+    #[arg(long, env = "MILLRACE_WORKER_NATS_CA_KEY", default_value = "")]
+    pub worker_nats_ca_key: String,
+    /// The key with a client certificate.
+    #[arg(long, env = "MILLRACE_WORKER_NATS_CERTIFICATE_KEY", default_value = "")]
+    pub worker_nats_certificate_key: String,
+    /// The key with its private key.
+    #[arg(long, env = "MILLRACE_WORKER_NATS_PRIVATE_KEY_KEY", default_value = "")]
+    pub worker_nats_private_key_key: String,
 }
 
 /// Why an option was refused.
@@ -131,6 +193,26 @@ impl Config {
             }
         }
         Ok(())
+    }
+
+    /// The operator's own connection, in the words of a worker's configuration.
+    pub fn nats(&self) -> NatsConfig {
+        let login = self.nats_login.clone();
+        NatsConfig {
+            servers: self.nats_servers.clone(),
+            credentials_file: login.nats_credentials_file,
+            nkey_file: login.nats_nkey_file,
+            user_file: login.nats_user_file,
+            password_file: login.nats_password_file,
+            token_file: login.nats_token_file,
+            ca_file: login.nats_ca_file,
+            certificate_file: login.nats_certificate_file,
+            key_file: login.nats_key_file,
+            tls_first: login.nats_tls_first,
+            domain: login.nats_domain,
+            api_prefix: login.nats_api_prefix,
+            ..NatsConfig::default()
+        }
     }
 
     /// The broker's addresses as workers reach it.

@@ -13,7 +13,7 @@ use futures::future::select_all;
 use kube::Client;
 use millrace_operator::apply::Applier;
 use millrace_operator::caches::{CHANGES_MAX, Caches, ModelKey, Scope};
-use millrace_operator::config::Config;
+use millrace_operator::config::{Config, OptionError};
 use millrace_operator::controller::{self, Context};
 use millrace_operator::lease::Election;
 use millrace_operator::load::LoadBook;
@@ -22,11 +22,15 @@ use millrace_operator::queue::QueueClient;
 use millrace_operator::status::StatusWriter;
 use millrace_operator::wake::Wakes;
 use millrace_operator::{server, telemetry};
+use millrace_queue::broker::BrokerError;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Semaphore, mpsc, watch};
 
 /// Pause between two sweeps of what is remembered of models that are gone.
 const SWEEP: Duration = Duration::from_secs(30);
+/// Exit codes beside 0 and 1.
+const CONFIG_INVALID: u8 = 2;
+const BROKER_REFUSED: u8 = 5;
 /// How long a reconcile that is under way may take at the end.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -42,16 +46,30 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("millrace-operator: {error:#}");
-            ExitCode::FAILURE
+            exit_code(&error)
         }
     }
+}
+
+/// As a worker's exit codes: the configuration is wrong, the broker lets nobody in, or anything else.
+fn exit_code(error: &anyhow::Error) -> ExitCode {
+    let of_broker = |error: &BrokerError| match error {
+        BrokerError::Config { .. } => Some(CONFIG_INVALID),
+        BrokerError::Refused(_) => Some(BROKER_REFUSED),
+        _ => None,
+    };
+    if error.downcast_ref::<OptionError>().is_some() {
+        return CONFIG_INVALID.into();
+    }
+    error.downcast_ref::<BrokerError>().and_then(of_broker).map_or(ExitCode::FAILURE, ExitCode::from)
 }
 
 async fn run(config: Config) -> anyhow::Result<()> {
     config.check()?;
     let stop = stop_signal()?;
     let metrics = Arc::new(OperatorMetrics::new()?);
-    let bound = server::listen(config.listen, metrics.clone()).await;
+    let broker = server::BrokerPlace::default();
+    let bound = server::listen(config.listen, metrics.clone(), broker.clone()).await;
     let bound = bound.with_context(|| format!("--listen: cannot bind {}", config.listen))?;
     let client = Client::try_default().await.context("the API server's address and credentials")?;
     tracing::info!(listen = %bound, identity = config.identity, "starting");
@@ -66,7 +84,7 @@ async fn run(config: Config) -> anyhow::Result<()> {
         }
     }
     metrics.leader.set(1);
-    let working = work(config, client, metrics.clone(), stop);
+    let working = work(config, client, (metrics.clone(), broker), stop);
     let ended = if elected {
         tokio::select! {
             ended = working => ended,
@@ -85,10 +103,11 @@ async fn run(config: Config) -> anyhow::Result<()> {
 async fn work(
     config: Config,
     client: Client,
-    metrics: Arc<OperatorMetrics>,
+    (metrics, broker): (Arc<OperatorMetrics>, server::BrokerPlace),
     stop: watch::Receiver<bool>,
 ) -> anyhow::Result<()> {
-    let queue = QueueClient::connect(&config).await.context("the broker")?;
+    let queue = QueueClient::connect(&config).await?;
+    let link = broker.get_or_init(|| queue.link().clone()).clone();
     let (changes, receiver) = mpsc::channel(CHANGES_MAX);
     let scope = Scope { client: client.clone(), namespace: config.watch_namespace.clone() };
     let (caches, watches) = Caches::new(&scope, config.pod_monitors, &changes);
@@ -113,6 +132,7 @@ async fn work(
     tokio::select! {
         (ready, ()) = async { tokio::join!(caches.ready(), context.queue.first_connection()) } => ready?,
         () = stopped(stop.clone()) => return Ok(()),
+        reason = link.refused() => return Err(BrokerError::Refused(reason).into()),
     }
     let end = stop.clone();
     let reconciling = async {
@@ -131,6 +151,7 @@ async fn work(
         () = forward_wakes(woken, &context, changes.clone()) => bail!("the wakes ended"),
         () = look_again(connections, &context, changes.clone()) => bail!("the connection's events ended"),
         () = sweep(&context) => Ok(()),
+        reason = link.refused() => Err(BrokerError::Refused(reason).into()),
     }
 }
 

@@ -57,19 +57,25 @@ pub fn peers(worker: &WorkerConfig) -> Vec<Peer> {
         found.insert(peer(monitor, HTTP_PORT, own));
     }
     if worker.model.uri.starts_with("s3://") {
-        found.insert(store(&worker.model.store, own));
+        found.extend(store(&worker.model.store, own));
     }
     if let Some(results) = &worker.results.object_store {
-        found.insert(store(&results.store, own));
+        found.extend(store(&results.store, own));
     }
     found.into_iter().collect()
 }
 
-fn store(store: &StoreConfig, own: &str) -> Peer {
-    match &store.endpoint {
+/// The service and that of its tokens, or the proxy in front of both.
+fn store(store: &StoreConfig, own: &str) -> Vec<Peer> {
+    if let Some(proxy) = &store.proxy {
+        return vec![peer(proxy, HTTP_PORT, own)];
+    }
+    let of = |endpoint: &Option<String>| match endpoint {
         Some(endpoint) => peer(endpoint, HTTPS_PORT, own),
         None => Peer { place: PeerPlace::Anywhere, port: HTTPS_PORT },
-    }
+    };
+    let tokens = store.web_identity.as_ref().map(|identity| of(&identity.endpoint));
+    [Some(of(&store.endpoint)), tokens].into_iter().flatten().collect()
 }
 
 /// Reads `scheme://host:port`. What it cannot read it leaves open, because a closed door would be a riddle.

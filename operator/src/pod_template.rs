@@ -9,8 +9,8 @@ use k8s_openapi::api::core::v1::{
     Capabilities, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvVar,
     EnvVarSource, HTTPGetAction, LocalObjectReference, ObjectFieldSelector,
     PersistentVolumeClaimVolumeSource, PodSecurityContext, PodSpec, PodTemplateSpec, Probe,
-    ResourceRequirements, SeccompProfile, SecretVolumeSource, SecurityContext, Toleration, Volume,
-    VolumeMount,
+    ProjectedVolumeSource, ResourceRequirements, SeccompProfile, SecretVolumeSource, SecurityContext,
+    ServiceAccountTokenProjection, Toleration, Volume, VolumeMount, VolumeProjection,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -20,7 +20,7 @@ use millrace_crds::units::Bytes;
 
 use crate::names;
 use crate::validate::Plan;
-use crate::worker_config::{CACHE_DIR, CONFIG_DIR, CONFIG_FILE, MODEL_DIR, PORT};
+use crate::worker_config::{CACHE_DIR, CONFIG_DIR, CONFIG_FILE, MODEL_DIR, PORT, TOKEN_FILE};
 
 /// The user and group of the worker's process; the images have the same.
 const USER: i64 = 65_532;
@@ -28,6 +28,8 @@ const USER: i64 = 65_532;
 const TMP_BYTES: u64 = 64 << 20;
 /// Files of Secrets can be read by the pod's group and nobody else.
 const SECRET_MODE: i32 = 0o440;
+/// For so long a token of the service account holds; the kubelet replaces it in time.
+const TOKEN_SECONDS: i64 = 3600;
 /// Pause between two looks whether a worker has started: it adds to every cold start.
 const STARTUP_PERIOD_S: i32 = 1;
 
@@ -267,6 +269,20 @@ fn volumes(plan: &Plan) -> Vec<Volume> {
         }),
         ..named(mount.volume)
     }));
+    volumes.extend(plan.mounts.tokens.iter().map(|mount| Volume {
+        projected: Some(ProjectedVolumeSource {
+            default_mode: Some(SECRET_MODE),
+            sources: Some(vec![VolumeProjection {
+                service_account_token: Some(ServiceAccountTokenProjection {
+                    audience: Some(mount.audience.clone()),
+                    expiration_seconds: Some(TOKEN_SECONDS),
+                    path: TOKEN_FILE.into(),
+                }),
+                ..VolumeProjection::default()
+            }]),
+        }),
+        ..named(mount.volume)
+    }));
     volumes
 }
 
@@ -286,6 +302,7 @@ fn mounts(plan: &Plan) -> Vec<VolumeMount> {
         mounts.push(mount("model", MODEL_DIR, true));
     }
     mounts.extend(plan.mounts.secrets.iter().map(|secret| mount(secret.volume, secret.path, true)));
+    mounts.extend(plan.mounts.tokens.iter().map(|token| mount(token.volume, token.path, true)));
     mounts
 }
 

@@ -1,23 +1,25 @@
-//! Streams and consumers: the only file that creates, compares, repairs, reads and deletes them.
+//! Streams and consumers: the only file that has them made and repaired, reads and deletes them.
 //!
-//! What is missing is created, what differs is put right where the broker lets it, and both are reported.
-//! Streams are deleted only for a model that says so. Every answer comes from the leader of a stream or
-//! consumer, through the JetStream API. A read that fails is a failure, never a zero.
+//! What is missing is created, what differs is put right where the broker lets it (both by
+//! [`millrace_queue::provision`]), and both are reported. Streams are deleted only for a model that says so. Every
+//! answer comes from the leader of a stream or consumer, through the JetStream API. A read that fails is a failure,
+//! never a zero.
 
 use std::time::Duration;
 
+use async_nats::Client;
 use async_nats::jetstream::context::{ConsumerInfoErrorKind, GetStreamErrorKind};
 use async_nats::jetstream::stream::{Config, State};
-use async_nats::jetstream::{self, Context, ErrorCode, consumer};
-use async_nats::{Client, ConnectOptions, Event};
+use async_nats::jetstream::{Context, ErrorCode, consumer};
 use futures::future::try_join_all;
 use k8s_openapi::jiff::Timestamp;
 use millrace_autoscaler::{ClassReading, QueueReading};
 use millrace_crds::backlog::{self, StreamCount};
 use millrace_crds::config::{QueueConfig, ResultsConfig};
-use millrace_crds::drift;
 use millrace_crds::names::{Class, ModelRef};
-use millrace_crds::streams;
+use millrace_queue::broker::BrokerError;
+use millrace_queue::link::{Access, Link, Profile};
+use millrace_queue::provision::{Item, Mode, ProvisionError, Provisioned, provision};
 use tokio::sync::watch;
 
 use crate::config;
@@ -30,8 +32,6 @@ const COMMANDS_MAX: usize = 4096;
 const SUBSCRIPTION_MAX: usize = 8192;
 /// How long a start waits for the broker, so that a restart does not report a broker that is only not there yet.
 const FIRST_CONNECTION_WAIT: Duration = Duration::from_secs(5);
-/// Longest pause between attempts to connect.
-const CONNECT_PAUSE_MAX: Duration = Duration::from_secs(2);
 
 /// Why the broker did not do as asked.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -55,9 +55,8 @@ pub enum QueueError {
 /// The connection to the broker. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct QueueClient {
-    client: Client,
+    link: Link,
     context: Context,
-    connections: watch::Receiver<u64>,
 }
 
 /// What keeps jobs from workers while the queue is as it should be.
@@ -87,49 +86,32 @@ impl QueueClient {
     /// went away.
     ///
     /// # Errors
-    /// When an address, the credentials or the authority's file is wrong.
-    pub async fn connect(config: &config::Config) -> anyhow::Result<Self> {
-        let sender = watch::Sender::new(0);
-        let connections = sender.subscribe();
-        let mut options = ConnectOptions::new()
-            .name(format!("millrace-operator {}", config.identity))
-            .max_reconnects(None)
-            .retry_on_initial_connect()
-            .request_timeout(Some(REQUEST_TIMEOUT))
-            .client_capacity(COMMANDS_MAX)
-            .subscription_capacity(SUBSCRIPTION_MAX)
-            .reconnect_delay_callback(|tries| {
-                Duration::from_millis(50).saturating_mul(1 << tries.min(6)).min(CONNECT_PAUSE_MAX)
-            })
-            .event_callback(move |event| {
-                match event {
-                    Event::Connected => sender.send_modify(|count| *count += 1),
-                    ref other => tracing::warn!(event = %other, "the connection to the broker"),
-                }
-                async {}
-            });
-        if let Some(path) = &config.nats_credentials_file {
-            options = options.credentials_file(path).await?;
-        }
-        if let Some(path) = &config.nats_ca_file {
-            options = options.add_root_certificates(path.clone()).require_tls(true);
-        }
-        let servers = config.nats_servers.iter().map(|server| server.parse());
-        let servers = servers.collect::<Result<Vec<async_nats::ServerAddr>, _>>()?;
-        let client = options.connect(servers).await?;
-        let mut context = jetstream::new(client.clone());
-        context.set_timeout(REQUEST_TIMEOUT);
-        Ok(Self { client, context, connections })
+    /// When an address, the login or a certificate is wrong.
+    pub async fn connect(config: &config::Config) -> Result<Self, BrokerError> {
+        let profile = Profile {
+            name: format!("millrace-operator {}", config.identity),
+            inbox_prefix: "_INBOX.operator".into(),
+            request_timeout: REQUEST_TIMEOUT,
+            commands_max: COMMANDS_MAX,
+            messages_max: SUBSCRIPTION_MAX,
+        };
+        let link = Link::hold(&Access::of(&config.nats())?, &profile).await?;
+        Ok(Self { context: link.jetstream(), link })
+    }
+
+    /// The connection.
+    pub fn link(&self) -> &Link {
+        &self.link
     }
 
     /// The client underneath.
     pub fn client(&self) -> &Client {
-        &self.client
+        self.link.client()
     }
 
     /// Counts the connections made: a change says that messages may have been missed.
     pub fn connections(&self) -> watch::Receiver<u64> {
-        self.connections.clone()
+        self.link.connections()
     }
 
     /// Waits for the first connection, but not for ever: a model's objects are kept without a broker too.
@@ -143,13 +125,16 @@ impl QueueClient {
 
     /// Whether the connection stands. Without one, requests would only wait.
     pub fn connected(&self) -> bool {
-        self.client.connection_state() == async_nats::connection::State::Connected
+        self.link.connected()
     }
 
     fn reachable(&self) -> Result<(), QueueError> {
         match self.connected() {
             true => Ok(()),
-            false => Err(QueueError::Unreachable("not connected".into())),
+            false => {
+                let reason = self.link.trouble().map_or(String::new(), |reason| format!(": {reason}"));
+                Err(QueueError::Unreachable(format!("not connected{reason}")))
+            }
         }
     }
 
@@ -168,66 +153,9 @@ impl QueueClient {
         rolled: bool,
     ) -> Result<Vec<Repair>, QueueError> {
         self.reachable()?;
-        let mut repairs = Vec::new();
-        for wanted in [
-            streams::jobs(model, queue, results),
-            streams::results(model, queue, results),
-            streams::dead(model, queue, results),
-        ] {
-            repairs.extend(self.provision_stream(wanted).await?);
-        }
-        for class in Class::ALL {
-            repairs.extend(self.provision_consumer(model, class, queue, rolled).await?);
-        }
-        Ok(repairs)
-    }
-
-    async fn provision_stream(&self, wanted: Config) -> Result<Option<Repair>, QueueError> {
-        let name = format!("stream {}", wanted.name);
-        let Some(info) = self.stream(&wanted.name).await? else {
-            self.context.create_stream(wanted).await.map_err(|error| refused(&name, &error))?;
-            return Ok(Some(Repair { name, what: "was missing and was created".into(), existed: false }));
-        };
-        let drift = drift::stream(&info.0, &wanted);
-        if drift.is_empty() {
-            return Ok(None);
-        }
-        self.context.update_stream(wanted).await.map_err(|error| refused(&name, &error))?;
-        Ok(Some(Repair { name, what: repaired(&drift), existed: true }))
-    }
-
-    async fn provision_consumer(
-        &self,
-        model: &ModelRef,
-        class: Class,
-        queue: &QueueConfig,
-        rolled: bool,
-    ) -> Result<Option<Repair>, QueueError> {
-        let mut wanted = streams::consumer(model, class, queue);
-        let stream = model.jobs_stream();
-        let name = format!("consumer {stream}/{}", model.consumer(class));
-        let (existed, what) = match self.consumer(model, class).await {
-            Ok(info) => {
-                if !rolled {
-                    wanted.ack_wait = wanted.ack_wait.max(info.config.ack_wait);
-                }
-                let drift = drift::consumer(&info.config, &wanted);
-                if drift.is_empty() {
-                    return Ok(None);
-                }
-                if drift::leaves_jobs_behind(&drift) {
-                    let deleted =
-                        self.context.delete_consumer_from_stream(model.consumer(class), &stream).await;
-                    deleted.map_err(|error| refused(&name, &error))?;
-                }
-                (true, repaired(&drift))
-            }
-            Err(QueueError::Missing(_)) => (false, "was missing and was created".into()),
-            Err(error) => return Err(error),
-        };
-        let made = self.context.create_consumer_on_stream(wanted, &stream).await;
-        made.map_err(|error| refused(&name, &error))?;
-        Ok(Some(Repair { name, what, existed }))
+        let mode = if rolled { Mode::Apply } else { Mode::ApplyUnderWorkers };
+        let done = provision(&self.context, model, queue, results, mode).await?;
+        Ok(done.into_iter().filter_map(repair).collect())
     }
 
     /// A stream's settings and state, `None` if there is no such stream.
@@ -349,7 +277,26 @@ fn refused(name: &str, error: &dyn std::fmt::Display) -> QueueError {
     QueueError::Refused { name: name.to_owned(), message: error.to_string() }
 }
 
-fn repaired(drift: &[drift::Drift]) -> String {
-    let parts: Vec<String> = drift.iter().map(ToString::to_string).collect();
-    format!("differed and was put right: {}", parts.join("; "))
+fn repair(item: Item) -> Option<Repair> {
+    let name = item.name;
+    match item.state {
+        Provisioned::Created => {
+            Some(Repair { name, what: "was missing and was created".into(), existed: false })
+        }
+        Provisioned::Updated(drift) => {
+            let parts: Vec<String> = drift.iter().map(ToString::to_string).collect();
+            let what = format!("differed and was put right: {}", parts.join("; "));
+            Some(Repair { name, what, existed: true })
+        }
+        Provisioned::Same | Provisioned::Missing | Provisioned::Differs(_) => None,
+    }
+}
+
+impl From<ProvisionError> for QueueError {
+    fn from(error: ProvisionError) -> Self {
+        match error.answered {
+            true => QueueError::Refused { name: error.name, message: error.message },
+            false => QueueError::Unreachable(error.to_string()),
+        }
+    }
 }

@@ -1,4 +1,4 @@
-//! The broker: the connection, and the four things that the protocol asks of it.
+//! The broker: the four things that the protocol asks of it, over a [`Link`].
 //!
 //! Each of them says what really happened. A read tells "absent" from "could not be read". A create tells
 //! "stored" from "somebody else was first". An ack is a request that demands an empty success reply,
@@ -13,15 +13,16 @@ use std::time::{Duration, Instant};
 use async_nats::jetstream::ErrorCode;
 use async_nats::jetstream::publish::PublishAck;
 use async_nats::jetstream::response::Response;
-use async_nats::{Client, ConnectOptions, Event, HeaderMap, Message, Request, ServerAddr, StatusCode};
+use async_nats::{Client, HeaderMap, Message, Request, StatusCode};
 use bytes::Bytes;
 use millrace_crds::config::NatsConfig;
-use millrace_crds::names::SubjectToken;
-use percent_encoding::percent_decode_str;
+use millrace_crds::names::{ModelRef, SubjectToken};
 use serde_json::Value;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use tokio::sync::watch;
+
+use crate::link::{Access, Link, Profile};
 
 /// How long one request to the broker may take.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
@@ -32,8 +33,6 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 const ACK_TRIES: u32 = 4;
 /// Pause before the second try, and the end of its doubling.
 const TRY_PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
-/// Pause between attempts to connect, and its growth's end.
-const CONNECT_PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 /// Commands that may wait for the connection; more publishers wait.
 const COMMANDS_MAX: usize = 8192;
 /// Messages that may wait for one subscriber. Above what all pulls together ask for.
@@ -69,6 +68,9 @@ pub enum BrokerError {
     /// The stream was made before its messages had lifetimes of their own.
     #[error("the stream takes no Nats-TTL; the operator or `millrace provision --apply` lets it")]
     NoLifetimes,
+    /// It lets this process in no more.
+    #[error("the broker refuses the login: {0}")]
+    Refused(String),
 }
 
 fn failed(what: &'static str, message: impl ToString) -> BrokerError {
@@ -84,88 +86,58 @@ pub enum Created {
     Lost,
 }
 
-/// The connection. Cheap to clone.
+/// The broker, as the protocol of jobs sees it. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Broker {
-    client: Client,
-    connections: watch::Receiver<u64>,
+    link: Link,
     ack_retries: Arc<AtomicU64>,
 }
 
 impl Broker {
-    /// Connects, and stays connected: waits for a broker that is not there yet, and comes back to one that
-    /// went away, for as long as the process lives.
+    /// A worker's connection, which stays for as long as the process lives; see [`Link::hold`]. Replies come below
+    /// `_INBOX.worker.<namespace>.<model>.<worker>`.
     ///
     /// # Errors
-    /// When the configuration is wrong: an address, the credentials or the CA file.
-    pub async fn connect(config: &NatsConfig, name: &SubjectToken) -> Result<Self, BrokerError> {
-        let wrong = |field, message: String| BrokerError::Config { field, message };
-        if config.servers.is_empty() {
-            return Err(wrong("servers", "no address; at least 1 is needed".into()));
-        }
-        let addresses = config
-            .servers
-            .iter()
-            .map(|server| {
-                server
-                    .parse::<ServerAddr>()
-                    .map_err(|error| wrong("servers", format!("{server:?} is not an address: {error}")))
-            })
-            .collect::<Result<Vec<_>, _>>()?;
-        let (sender, connections) = watch::channel(0);
-        let sender = Arc::new(sender);
-        let mut options = ConnectOptions::new()
-            .name(format!("millrace-worker {name}"))
-            .custom_inbox_prefix(format!("_INBOX.{name}"))
-            .max_reconnects(None)
-            .retry_on_initial_connect()
-            .request_timeout(Some(REQUEST_TIMEOUT))
-            .client_capacity(COMMANDS_MAX)
-            .subscription_capacity(SUBSCRIPTION_MAX)
-            .reconnect_delay_callback(|tries| {
-                CONNECT_PAUSE.0.saturating_mul(1 << tries.min(10)).min(CONNECT_PAUSE.1)
-            })
-            .event_callback(move |event| {
-                let sender = sender.clone();
-                async move { on_event(&event, &sender) }
-            });
-        options = with_login(options, &addresses);
-        if let Some(path) = &config.credentials_file {
-            options = options
-                .credentials_file(path)
-                .await
-                .map_err(|error| wrong("credentialsFile", format!("{}: {error}", path.display())))?;
-        }
-        if let Some(path) = &config.ca_file {
-            options = options.add_root_certificates(path.clone()).require_tls(true);
-        }
-        let client = options.connect(addresses).await.map_err(|error| wrong("servers", error.to_string()))?;
-        Ok(Self { client, connections, ack_retries: Arc::default() })
+    /// When the configuration is wrong: an address, a login or a certificate.
+    pub async fn connect(
+        config: &NatsConfig,
+        model: &ModelRef,
+        name: &SubjectToken,
+    ) -> Result<Self, BrokerError> {
+        let profile = Profile {
+            name: format!("millrace-worker {name}"),
+            inbox_prefix: format!("_INBOX.worker.{}.{}.{name}", model.namespace, model.name),
+            request_timeout: REQUEST_TIMEOUT,
+            commands_max: COMMANDS_MAX,
+            messages_max: SUBSCRIPTION_MAX,
+        };
+        let link = Link::hold(&Access::of(config)?, &profile).await?;
+        Ok(Self { link, ack_retries: Arc::default() })
+    }
+
+    /// The connection underneath.
+    pub fn link(&self) -> &Link {
+        &self.link
     }
 
     /// The client underneath.
     pub fn client(&self) -> &Client {
-        &self.client
+        self.link.client()
     }
 
-    /// Counts the connections made: a change says that what was in flight may be gone.
+    /// As [`Link::connections`].
     pub fn connections(&self) -> watch::Receiver<u64> {
-        self.connections.clone()
+        self.link.connections()
     }
 
-    /// Waits until the broker answers.
+    /// As [`Link::ready`].
     pub async fn ready(&self) {
-        let mut connections = self.connections();
-        let connected = async {
-            // The sender lives in the client's options, so an error means that the process ends.
-            let _ = connections.wait_for(|&count| count > 0).await;
-        };
-        connected.await;
+        self.link.ready().await;
     }
 
-    /// Whether the connection stands now.
+    /// As [`Link::connected`].
     pub fn connected(&self) -> bool {
-        self.client.connection_state() == async_nats::connection::State::Connected
+        self.link.connected()
     }
 
     /// Acks that had to be asked for again.
@@ -193,9 +165,10 @@ impl Broker {
 
     async fn last_or_marker(&self, stream: &str, subject: &str) -> Result<Option<Message>, BrokerError> {
         const WHAT: &str = "direct get";
-        let api = format!("$JS.API.DIRECT.GET.{stream}.{subject}");
+        let api = self.link.api(&format!("DIRECT.GET.{stream}.{subject}"));
         let message = self.request(WHAT, &api, None, Bytes::new()).await?;
-        match message.status {
+        // A status that stands in a stored message is its writer's.
+        match message.status.filter(|_| sequence_of(&message).is_none()) {
             None => Ok(Some(message)),
             Some(StatusCode::NOT_FOUND) => Ok(None),
             Some(status) => Err(failed(WHAT, describe(status, &message))),
@@ -208,7 +181,7 @@ impl Broker {
     /// When the broker does not say within [`PATIENCE`], or there is no such stream.
     pub async fn stream_created_ms(&self, stream: &str) -> Result<u64, BrokerError> {
         const WHAT: &str = "stream info";
-        let api = format!("$JS.API.STREAM.INFO.{stream}");
+        let api = self.link.api(&format!("STREAM.INFO.{stream}"));
         let mut patience = Patience::new(PATIENCE);
         loop {
             let answer = self.request(WHAT, &api, None, Bytes::new()).await;
@@ -293,9 +266,9 @@ impl Broker {
         if let Some(headers) = headers {
             request = request.headers(headers);
         }
-        self.client.send_request(subject.to_owned(), request).await.map_err(|error| match error.kind() {
+        self.client().send_request(subject.to_owned(), request).await.map_err(|error| match error.kind() {
             async_nats::RequestErrorKind::MaxPayloadExceeded => {
-                BrokerError::TooLarge { bytes, limit: self.client.max_payload() }
+                BrokerError::TooLarge { bytes, limit: self.client().max_payload() }
             }
             _ => failed(what, error),
         })
@@ -326,33 +299,6 @@ impl Patience {
         tokio::time::sleep(self.pause).await;
         self.pause = (self.pause * 2).min(TRY_PAUSE.1);
         Ok(())
-    }
-}
-
-/// Logs in as the first address with a user says: by user and password, or by a token. The client library parses these
-/// and does not use them.
-pub fn with_login(options: ConnectOptions, addresses: &[ServerAddr]) -> ConnectOptions {
-    match addresses.iter().find_map(login) {
-        Some((user, Some(password))) => options.user_and_password(user, password),
-        Some((token, None)) => options.token(token),
-        None => options,
-    }
-}
-
-fn login(address: &ServerAddr) -> Option<(String, Option<String>)> {
-    let decoded = |text: &str| percent_decode_str(text).decode_utf8_lossy().into_owned();
-    Some((decoded(address.username()?), address.password().map(decoded)))
-}
-
-fn on_event(event: &Event, connections: &watch::Sender<u64>) {
-    match event {
-        Event::Connected => {
-            connections.send_modify(|count| *count += 1);
-            tracing::info!("broker connected");
-        }
-        Event::Disconnected => tracing::warn!("broker disconnected"),
-        // The server's words may quote a subject, never a body.
-        other => tracing::warn!(event = %other, "broker event"),
     }
 }
 
@@ -417,15 +363,6 @@ const WRONG_LAST_SEQUENCE_CONSTANT: ErrorCode = ErrorCode::STREAM_WRONG_LAST_SEQ
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn logins_of_addresses() {
-        let of = |text: &str| login(&text.parse().unwrap());
-        let own = |user: &str, password: Option<&str>| Some((user.to_owned(), password.map(str::to_owned)));
-        assert_eq!(of("nats://host:4222"), None);
-        assert_eq!(of("nats://me:a%40b%2F@host"), own("me", Some("a@b/")));
-        assert_eq!(of("tls://token@host:4222"), own("token", None));
-    }
 
     #[tokio::test]
     async fn patience_ends() {

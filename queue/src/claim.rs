@@ -11,10 +11,12 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use millrace_crds::job::{INPUT_BYTES_MAX, JobHeaders};
+use millrace_crds::names::Class;
 use millrace_crds::result::OutputReference;
 use sha2::{Digest, Sha256};
 
 use crate::fault::Fault;
+use crate::room::{BodyPlace, BodyRoom};
 
 /// How long one claim check may take to be read or written: 200 MiB at a few MiB/s.
 const TRANSFER_TIMEOUT: Duration = Duration::from_secs(300);
@@ -32,6 +34,8 @@ pub enum ObjectError {
 pub trait Objects: Send + Sync + std::fmt::Debug {
     /// The bytes of an object of at most this size.
     fn get<'a>(&'a self, uri: &'a str, bytes_max: u64) -> BoxFuture<'a, Result<Bytes, ObjectError>>;
+    /// The bytes that an object has.
+    fn size<'a>(&'a self, uri: &'a str) -> BoxFuture<'a, Result<u64, ObjectError>>;
     /// Writes an object where there is none; `false` if there is one.
     fn create<'a>(&'a self, uri: &'a str, bytes: Bytes) -> BoxFuture<'a, Result<bool, ObjectError>>;
 }
@@ -41,18 +45,28 @@ pub trait Objects: Send + Sync + std::fmt::Debug {
 pub struct Claims {
     store: Option<(Arc<dyn Objects>, String)>,
     inline_bytes_max: u64,
+    room: BodyRoom,
+}
+
+/// A job's body, and the room that it has until it is dropped.
+#[derive(Debug)]
+pub struct RedeemedBody {
+    /// The bytes.
+    pub bytes: Bytes,
+    /// None where they came with the message.
+    pub place: Option<BodyPlace>,
 }
 
 impl Claims {
     /// Without an object store: claim checks are refused, and so are outcomes over `inline_bytes_max`.
     pub fn without_store(inline_bytes_max: u64) -> Self {
-        Self { store: None, inline_bytes_max }
+        Self { store: None, inline_bytes_max, room: BodyRoom::default() }
     }
 
     /// With a store; every address must lie under `prefix` (`s3://bucket/folder`).
     pub fn new(objects: Arc<dyn Objects>, prefix: &str, inline_bytes_max: u64) -> Self {
         let prefix = format!("{}/", prefix.trim_end_matches('/'));
-        Self { store: Some((objects, prefix)), inline_bytes_max }
+        Self { store: Some((objects, prefix)), inline_bytes_max, room: BodyRoom::default() }
     }
 
     fn store(&self, header: &str) -> Result<(&dyn Objects, &str), Fault> {
@@ -62,13 +76,18 @@ impl Claims {
         Ok((objects.as_ref(), prefix))
     }
 
-    /// The job's body: the message's own, or what its `Millrace-Input` points at.
+    /// The job's body: the message's own, or what its `Millrace-Input` points at, once there is room for it.
     ///
     /// # Errors
     /// [`Fault::Invalid`] when the address is not allowed, absent or too large; [`Fault::Store`] when the
     /// store does not answer.
-    pub async fn redeem(&self, headers: &JobHeaders, body: &Bytes) -> Result<Bytes, Fault> {
-        let Some(uri) = &headers.input else { return Ok(body.clone()) };
+    pub async fn redeem(
+        &self,
+        class: Class,
+        headers: &JobHeaders,
+        body: &Bytes,
+    ) -> Result<RedeemedBody, Fault> {
+        let Some(uri) = &headers.input else { return Ok(RedeemedBody { bytes: body.clone(), place: None }) };
         if !body.is_empty() {
             let message =
                 format!("header Millrace-Input: the message has a body of {} bytes beside it", body.len());
@@ -76,7 +95,16 @@ impl Claims {
         }
         let (objects, prefix) = self.store("Millrace-Input")?;
         allowed("Millrace-Input", uri, prefix)?;
-        within(objects.get(uri, INPUT_BYTES_MAX)).await.map_err(|error| fault("Millrace-Input", uri, error))
+        let failed = |error| fault("Millrace-Input", uri, error);
+        let bytes = within(objects.size(uri)).await.map_err(failed)?;
+        if bytes > INPUT_BYTES_MAX {
+            let message = format!("{uri} has {bytes} bytes; the limit is {INPUT_BYTES_MAX}");
+            return Err(failed(ObjectError::Refused(message)));
+        }
+        let place = Some(self.room.take(class, bytes).await);
+        // Not more than it has room for, should it have changed meanwhile.
+        let bytes = within(objects.get(uri, bytes)).await.map_err(failed)?;
+        Ok(RedeemedBody { bytes, place })
     }
 
     /// Refuses an outcome address that could not be written later, before any work is done.
@@ -203,6 +231,12 @@ mod tests {
                 }
             })
         }
+        fn size<'a>(&'a self, uri: &'a str) -> BoxFuture<'a, Result<u64, ObjectError>> {
+            let found = self.0.lock().unwrap().get(uri).map(|bytes| bytes.len() as u64);
+            Box::pin(
+                async move { found.ok_or_else(|| ObjectError::Refused(format!("{uri} does not exist"))) },
+            )
+        }
         fn create<'a>(&'a self, uri: &'a str, bytes: Bytes) -> BoxFuture<'a, Result<bool, ObjectError>> {
             let mut map = self.0.lock().unwrap();
             let free = !map.contains_key(uri);
@@ -223,14 +257,15 @@ mod tests {
         for uri in
             ["s3://b/other/x", "s3://b/claims", "s3://b/claims/", "s3://b/claims/../x", "s3://b/claimsx/y"]
         {
-            let error = claims.redeem(&headers(&[("Millrace-Input", uri)]), &Bytes::new()).await.unwrap_err();
+            let asked = headers(&[("Millrace-Input", uri)]);
+            let error = claims.redeem(Class::Normal, &asked, &Bytes::new()).await.unwrap_err();
             assert!(error.to_string().contains(uri), "{error}");
             assert_eq!(error.category(), "invalid");
         }
         assert!(claims.check_output(&headers(&[("Millrace-Output", "s3://x/y")])).is_err());
         let none = Claims::without_store(10);
-        let error =
-            none.redeem(&headers(&[("Millrace-Input", "s3://b/x")]), &Bytes::new()).await.unwrap_err();
+        let asked = headers(&[("Millrace-Input", "s3://b/x")]);
+        let error = none.redeem(Class::Normal, &asked, &Bytes::new()).await.unwrap_err();
         assert!(error.to_string().contains("objectStore"), "{error}");
     }
 
@@ -263,8 +298,9 @@ mod tests {
         }
         assert!(output("j3", "s3://b/claims/out/", "x").await.starts_with("s3://b/claims/out/j3/"));
         let input = headers(&[("Millrace-Input", "s3://b/claims/out.jsonl")]);
-        assert_eq!(claims.redeem(&input, &Bytes::new()).await.unwrap(), "x");
-        assert!(claims.redeem(&input, &Bytes::from_static(b"y")).await.is_err(), "a body beside it");
+        assert_eq!(claims.redeem(Class::Normal, &input, &Bytes::new()).await.unwrap().bytes, "x");
+        let beside = claims.redeem(Class::Normal, &input, &Bytes::from_static(b"y")).await;
+        assert!(beside.is_err(), "a body beside it");
         assert!(Claims::without_store(10).deposit(&plain, "0123456789a".into(), u64::MAX).await.is_err());
         // The broker's limit counts where it is the smaller one.
         assert!(claims.deposit(&plain, "0123".into(), 3).await.unwrap().len() > 4);

@@ -219,11 +219,9 @@ impl Queue {
 
     async fn send(&mut self, request: PullRequest) -> Result<(), BrokerError> {
         self.pulls += 1;
-        let api = format!(
-            "$JS.API.CONSUMER.MSG.NEXT.{}.{}",
-            self.model.jobs_stream(),
-            self.model.consumer(request.class)
-        );
+        let consumer = self.model.consumer(request.class);
+        let api =
+            self.broker.link().api(&format!("CONSUMER.MSG.NEXT.{}.{consumer}", self.model.jobs_stream()));
         let body = if request.watch {
             format!(
                 "{{\"batch\":{},\"expires\":{},\"idle_heartbeat\":{}}}",
@@ -262,7 +260,8 @@ impl Queue {
                 return None;
             }
         };
-        match message.status {
+        // What a job's publisher wrote as its status is none: those of the broker come under the name of the inbox.
+        match message.status.filter(|_| message.subject.starts_with(&self.inbox)) {
             None => {
                 self.plan.delivered(class, Instant::now());
                 Delivery::read(class, &message, &self.broker)

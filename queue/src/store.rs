@@ -4,6 +4,7 @@
 //! requests are the SDK's, with exponential backoff and a bound.
 
 mod failure;
+mod session;
 
 use std::fmt;
 use std::path::Path;
@@ -11,13 +12,11 @@ use std::str::FromStr;
 
 use aws_config::BehaviorVersion;
 use aws_config::retry::RetryConfig;
-use aws_credential_types::Credentials;
 use aws_sdk_s3::Client;
 use aws_sdk_s3::config::{Region, RequestChecksumCalculation, ResponseChecksumValidation};
 use aws_sdk_s3::error::ProvideErrorMetadata;
 use aws_sdk_s3::primitives::ByteStream;
 use aws_sdk_s3::types::{CompletedMultipartUpload, CompletedPart};
-use aws_smithy_http_client::{Builder, tls};
 use bytes::{Bytes, BytesMut};
 use futures::future::BoxFuture;
 use futures::{StreamExt, TryStreamExt};
@@ -25,6 +24,7 @@ use millrace_crds::config::StoreConfig;
 
 use crate::claim::{ObjectError, Objects};
 use failure::{broken, failed};
+use session::{FileKeys, WebIdentity};
 
 /// Tries of one request before it fails.
 const ATTEMPTS_MAX: u32 = 5;
@@ -53,6 +53,14 @@ pub enum StoreError {
         file: String,
         /// Why.
         source: std::io::Error,
+    },
+    /// A field of the configuration cannot do.
+    #[error("store.{field}: {message}")]
+    Config {
+        /// The field.
+        field: &'static str,
+        /// What is wrong with it.
+        message: String,
     },
     /// There is no such object.
     #[error("{0} does not exist")]
@@ -183,14 +191,15 @@ impl Store {
     /// A client as the configuration says. Nothing is sent yet.
     ///
     /// # Errors
-    /// When the credentials files cannot be read.
+    /// When a file of it cannot be read, or a field cannot do.
     pub async fn connect(config: &StoreConfig) -> Result<Self, StoreError> {
-        let provider = tls::Provider::Rustls(tls::rustls_provider::CryptoMode::Ring);
         let mut shared = aws_config::defaults(BehaviorVersion::latest())
-            .http_client(Builder::new().tls_provider(provider).build_https())
+            .http_client(session::http_client(config)?)
             .retry_config(RetryConfig::standard().with_max_attempts(ATTEMPTS_MAX));
         if let Some(folder) = &config.credentials_dir {
-            shared = shared.credentials_provider(credentials(folder)?);
+            let keys = FileKeys(folder.clone());
+            keys.read()?;
+            shared = shared.credentials_provider(keys);
         }
         if let Some(endpoint) = &config.endpoint {
             shared = shared.endpoint_url(endpoint);
@@ -203,13 +212,15 @@ impl Store {
         let shared = shared.load().await;
         let region = shared.region().cloned().unwrap_or(Region::from_static(REGION_DEFAULT));
         // Not every compatible service knows the SDK's own checksums; our manifests have SHA-256.
-        let s3 = aws_sdk_s3::config::Builder::from(&shared)
+        let mut s3 = aws_sdk_s3::config::Builder::from(&shared)
             .region(region)
             .force_path_style(config.path_style)
             .request_checksum_calculation(RequestChecksumCalculation::WhenRequired)
-            .response_checksum_validation(ResponseChecksumValidation::WhenRequired)
-            .build();
-        Ok(Self { client: Client::from_conf(s3) })
+            .response_checksum_validation(ResponseChecksumValidation::WhenRequired);
+        if let Some(identity) = &config.web_identity {
+            s3 = s3.credentials_provider(WebIdentity::new(identity, &shared));
+        }
+        Ok(Self { client: Client::from_conf(s3.build()) })
     }
 
     /// Size and version of an object.
@@ -408,6 +419,13 @@ impl Objects for Store {
         )
     }
 
+    fn size<'a>(&'a self, uri: &'a str) -> BoxFuture<'a, Result<u64, ObjectError>> {
+        Box::pin(async move {
+            let head = self.head(&uri.parse().map_err(object)?).await;
+            head.map(|head| head.bytes).map_err(object)
+        })
+    }
+
     fn create<'a>(&'a self, uri: &'a str, bytes: Bytes) -> BoxFuture<'a, Result<bool, ObjectError>> {
         Box::pin(
             async move { Store::create(self, &uri.parse().map_err(object)?, bytes).await.map_err(object) },
@@ -423,17 +441,6 @@ fn object(error: StoreError) -> ObjectError {
         | StoreError::Refused { .. } => ObjectError::Refused(error.to_string()),
         _ => ObjectError::Unavailable(error.to_string()),
     }
-}
-
-fn credentials(folder: &Path) -> Result<Credentials, StoreError> {
-    let read = |name: &str| {
-        let path = folder.join(name);
-        std::fs::read_to_string(&path)
-            .map(|text| text.trim().to_owned())
-            .map_err(|source| StoreError::Credentials { file: path.display().to_string(), source })
-    };
-    let token = folder.join("AWS_SESSION_TOKEN").exists().then(|| read("AWS_SESSION_TOKEN")).transpose()?;
-    Ok(Credentials::new(read("AWS_ACCESS_KEY_ID")?, read("AWS_SECRET_ACCESS_KEY")?, token, None, "files"))
 }
 
 #[cfg(test)]
@@ -459,12 +466,5 @@ mod tests {
             let error = wrong.parse::<S3Uri>().expect_err("refused").to_string();
             assert!(error.contains("s3://bucket/folder"), "{wrong:?}: {error}");
         }
-    }
-
-    #[test]
-    fn missing_credentials_name_the_file() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let error = credentials(folder.path()).expect_err("no files").to_string();
-        assert!(error.contains("AWS_ACCESS_KEY_ID"), "{error}");
     }
 }

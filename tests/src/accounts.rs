@@ -16,7 +16,6 @@ const LIMITS: &str = r#"{"subs":-1,"data":-1,"payload":-1,"imports":-1,"exports"
     "leaf":-1,"mem_storage":-1,"disk_storage":-1,"streams":-1,"consumer":-1}"#;
 
 /// The files of one user, and the broker's side.
-#[derive(Debug)]
 pub struct Accounts {
     /// Lines of the broker's configuration.
     pub broker: String,
@@ -24,6 +23,14 @@ pub struct Accounts {
     pub credentials: PathBuf,
     /// The authority that signed the broker's certificate.
     pub authority: PathBuf,
+    /// The account, which signs users.
+    account: KeyPair,
+}
+
+impl std::fmt::Debug for Accounts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Accounts").field("credentials", &self.credentials).finish_non_exhaustive()
+    }
 }
 
 impl Accounts {
@@ -33,16 +40,15 @@ impl Accounts {
     /// When a file cannot be written.
     pub fn create(folder: &Path) -> Result<Self> {
         let certificates = Certificates::create(folder)?;
-        let (operator, system, account, user) =
-            (KeyPair::new_operator(), KeyPair::new_account(), KeyPair::new_account(), KeyPair::new_user());
+        let (operator, system, account) =
+            (KeyPair::new_operator(), KeyPair::new_account(), KeyPair::new_account());
         let limits: Value = serde_json::from_str(LIMITS)?;
         let of_account = json!({"type": "account", "version": 2, "limits": limits});
         let mut without_storage = of_account.clone();
         for kind in ["mem_storage", "disk_storage", "streams", "consumer"] {
             without_storage["limits"][kind] = json!(0);
         }
-        let of_user = json!({"type": "user", "version": 2, "subs": -1, "data": -1, "payload": -1});
-        let signed = |key: &KeyPair, name: &str, what: &Value| jwt(&operator, key, name, what);
+        let signed = |key: &KeyPair, name: &str, what: &Value| jwt((&operator, key), name, what, None);
         let broker = format!(
             "tls {{ cert_file: {:?}, key_file: {:?} }}\noperator: {}\nsystem_account: {}\nresolver: MEMORY\n\
              resolver_preload {{ {}: {}, {}: {} }}",
@@ -56,25 +62,49 @@ impl Accounts {
             signed(&account, "account", &of_account)?,
         );
         let credentials = folder.join("user.creds");
-        fs::write(
-            &credentials,
-            format!(
-                "-----BEGIN NATS USER JWT-----\n{}\n------END NATS USER JWT------\n\n\
-                 -----BEGIN USER NKEY SEED-----\n{}\n------END USER NKEY SEED------\n",
-                jwt(&account, &user, "user", &of_user)?,
-                user.seed()?
-            ),
-        )?;
-        Ok(Self { broker, credentials, authority: certificates.file("ca.crt") })
+        let made = Self { broker, credentials, authority: certificates.file("ca.crt"), account };
+        made.write_user(&made.credentials, &json!({}), None)?;
+        Ok(made)
+    }
+
+    /// Makes a user of its own with these permissions (`pub` and `sub`, all without them) and writes its file; the user
+    /// ends at `end`, in Unix seconds.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn write_user(&self, file: &Path, permissions: &Value, end: Option<i64>) -> Result<()> {
+        let user = KeyPair::new_user();
+        let mut what = json!({"type": "user", "version": 2, "subs": -1, "data": -1, "payload": -1});
+        for (name, value) in permissions.as_object().into_iter().flatten() {
+            what[name] = value.clone();
+        }
+        let text = format!(
+            "-----BEGIN NATS USER JWT-----\n{}\n------END NATS USER JWT------\n\n\
+             -----BEGIN USER NKEY SEED-----\n{}\n------END USER NKEY SEED------\n",
+            jwt((&self.account, &user), "user", &what, end)?,
+            user.seed()?
+        );
+        // Whole or not at all, as a mounted Secret changes.
+        let part = file.with_extension("part");
+        fs::write(&part, text)?;
+        Ok(fs::rename(part, file)?)
     }
 }
 
 /// What `issuer` says of `subject`, signed.
-fn jwt(issuer: &KeyPair, subject: &KeyPair, name: &str, what: &Value) -> Result<String> {
+fn jwt(
+    (issuer, subject): (&KeyPair, &KeyPair),
+    name: &str,
+    what: &Value,
+    end: Option<i64>,
+) -> Result<String> {
     let head = json!({"typ": "JWT", "alg": "ed25519-nkey"});
-    let claims = json!({
+    let mut claims = json!({
         "jti": name, "iat": 1, "iss": issuer.public_key(), "sub": subject.public_key(), "name": name, "nats": what,
     });
+    if let Some(end) = end {
+        claims["exp"] = json!(end);
+    }
     let encoded = |value: &Value| BASE64URL_NOPAD.encode(value.to_string().as_bytes());
     let text = format!("{}.{}", encoded(&head), encoded(&claims));
     let signature = issuer.sign(text.as_bytes())?;

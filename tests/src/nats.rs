@@ -20,11 +20,26 @@ use crate::{http, place, tools};
 const READY_LIMIT: Duration = Duration::from_secs(30);
 /// The program's place in the tools' cache.
 pub const PROGRAM: &str = "bin/nats-server";
+/// The oldest one that is supported.
+pub const OLDEST: &str = "bin/nats-server-oldest";
+
+fn write_config(folder: &TempDir, (client, monitor): (&Port, &Port), extra: &str) -> Result<()> {
+    let config = format!(
+        "server_name: millrace-test\nhost: 127.0.0.1\nport: {}\nhttp: \"127.0.0.1:{}\"\n\
+         jetstream {{\n  store_dir: {:?}\n  sync_interval: always\n  max_memory_store: 64MB\n  \
+         max_file_store: 1TB\n}}\n{extra}\n",
+        client.number(),
+        monitor.number(),
+        folder.path().join("store"),
+    );
+    Ok(fs::write(folder.path().join("nats.conf"), config)?)
+}
 
 /// A running broker.
 #[derive(Debug)]
 pub struct NatsServer {
     process: Process,
+    program: &'static str,
     client: Port,
     monitor: Port,
     folder: TempDir,
@@ -60,24 +75,47 @@ impl NatsServer {
     }
 
     fn start_in(folder: TempDir, extra: &str, accounts: Option<Accounts>) -> Result<Self> {
+        Self::start_program(PROGRAM, folder, extra, accounts)
+    }
+
+    /// The same as [`Self::start_with`] by another program of the tools' cache, such as [`OLDEST`].
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_as(program: &'static str, extra: &str) -> Result<Self> {
+        Self::start_program(program, place::folder("nats-")?, extra, None)
+    }
+
+    fn start_program(
+        program: &'static str,
+        folder: TempDir,
+        extra: &str,
+        accounts: Option<Accounts>,
+    ) -> Result<Self> {
         let (client, monitor) = (Port::reserve()?, Port::reserve()?);
-        let config = format!(
-            "server_name: millrace-test\nhost: 127.0.0.1\nport: {}\nhttp: \"127.0.0.1:{}\"\n\
-             jetstream {{\n  store_dir: {:?}\n  sync_interval: always\n  max_memory_store: 64MB\n  \
-             max_file_store: 1TB\n}}\n{extra}\n",
-            client.number(),
-            monitor.number(),
-            folder.path().join("store"),
-        );
-        fs::write(folder.path().join("nats.conf"), config)?;
-        let process = Self::launch(&folder)?;
-        let mut server = Self { process, client, monitor, folder, accounts };
+        write_config(&folder, (&client, &monitor), extra)?;
+        let process = Self::launch(program, &folder)?;
+        let mut server = Self { process, program, client, monitor, folder, accounts };
         server.wait_ready()?;
         Ok(server)
     }
 
-    fn launch(folder: &TempDir) -> Result<Process> {
-        let mut command = Command::new(tools::tool(PROGRAM)?);
+    /// Has it read its configuration anew, with these lines instead of the former ones, and waits until it has.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn reload_with(&mut self, extra: &str) -> Result<()> {
+        let reloads = |log: &str| log.matches("Reloaded server configuration").count();
+        let before = reloads(&self.log());
+        write_config(&self.folder, (&self.client, &self.monitor), extra)?;
+        self.process.signal(Signal::Hangup)?;
+        let log = self.folder.path().join("nats.log");
+        let reloaded = || fs::read_to_string(&log).is_ok_and(|text| reloads(&text) > before);
+        self.process.wait_until(READY_LIMIT, reloaded).map(drop)
+    }
+
+    fn launch(program: &str, folder: &TempDir) -> Result<Process> {
+        let mut command = Command::new(tools::tool(program)?);
         command.arg("-c").arg(folder.path().join("nats.conf"));
         Process::start(&command, &folder.path().join("nats.log"))
     }
@@ -144,7 +182,7 @@ impl NatsServer {
     /// As [`Self::start`].
     pub fn restart(&mut self) -> Result<()> {
         self.kill()?;
-        self.process = Self::launch(&self.folder)?;
+        self.process = Self::launch(self.program, &self.folder)?;
         self.wait_ready()
     }
 

@@ -48,6 +48,8 @@ pub enum Signal {
     Stop,
     /// Lets it go on.
     Continue,
+    /// Asks it to read its configuration anew.
+    Hangup,
 }
 
 impl Signal {
@@ -58,9 +60,13 @@ impl Signal {
             Signal::Interrupt => "INT",
             Signal::Stop => "STOP",
             Signal::Continue => "CONT",
+            Signal::Hangup => "HUP",
         }
     }
 }
+
+/// Units of the processor times in `/proc/PID/stat`, a second.
+const TICKS_PER_S: f64 = 100.0;
 
 /// A running child. Dropping it kills it.
 #[derive(Debug)]

@@ -36,6 +36,7 @@ pub struct S3 {
     process: Process,
     ports: Ports,
     folder: TempDir,
+    flags: Vec<String>,
 }
 
 #[derive(Debug)]
@@ -91,12 +92,21 @@ impl S3 {
     /// # Errors
     /// When the program is missing or does not come up; the message holds the end of its log.
     pub fn start() -> Result<Self> {
+        Self::start_with(|_| Vec::new())
+    }
+
+    /// The same with more flags, which may name files that are put into the server's folder.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_with(flags: impl FnOnce(&Path) -> Vec<String>) -> Result<Self> {
         let folder = place::folder("s3-")?;
         let ports = Ports::reserve()?;
         fs::create_dir(folder.path().join("data"))?;
         write_credentials(folder.path())?;
-        let process = Self::launch(&folder, &ports)?;
-        Ok(Self { process, ports, folder })
+        let flags = flags(folder.path());
+        let process = Self::launch(&folder, &ports, &flags)?;
+        Ok(Self { process, ports, folder, flags })
     }
 
     /// Starts it again on its ports and store, after killing it, and waits until it answers.
@@ -105,8 +115,17 @@ impl S3 {
     /// As [`Self::start`].
     pub fn restart(&mut self) -> Result<()> {
         self.kill()?;
-        self.process = Self::launch(&self.folder, &self.ports)?;
+        self.process = Self::launch(&self.folder, &self.ports, &self.flags)?;
         Ok(())
+    }
+
+    /// Starts it again with other keys, and takes the former ones no more.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn rekey(&mut self, access_key: &str, secret_key: &str) -> Result<()> {
+        write_identities(self.folder.path(), access_key, secret_key)?;
+        self.restart()
     }
 
     /// Kills it.
@@ -119,7 +138,7 @@ impl S3 {
         Ok(())
     }
 
-    fn launch(folder: &TempDir, ports: &Ports) -> Result<Process> {
+    fn launch(folder: &TempDir, ports: &Ports, flags: &[String]) -> Result<Process> {
         let data = folder.path().join("data");
         let mut command = Command::new(tools::tool(PROGRAM)?);
         // It logs into the common temporary folder too, unless told another one.
@@ -134,6 +153,7 @@ impl S3 {
             .args(["-s3.iam=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"])
             // Few large volumes: the defaults reserve room for many.
             .args(["-master.volumeSizeLimitMB=4096", "-volume.max=20"])
+            .args(flags)
             .current_dir(folder.path());
         let mut process = Process::start(&command, &folder.path().join("weed.log"))?;
         let address = SocketAddr::from(([127, 0, 0, 1], ports.s3[0].number()));
@@ -164,6 +184,7 @@ impl S3 {
             region: Some(REGION.to_owned()),
             path_style: true,
             credentials_dir: Some(self.credentials_dir()),
+            ..StoreConfig::default()
         }
     }
 
@@ -217,13 +238,17 @@ impl Drop for S3 {
     }
 }
 
-fn write_credentials(folder: &Path) -> Result<()> {
+fn write_identities(folder: &Path, access_key: &str, secret_key: &str) -> Result<()> {
     let identities = serde_json::json!({"identities": [{
         "name": "millrace",
-        "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
+        "credentials": [{"accessKey": access_key, "secretKey": secret_key}],
         "actions": ["Admin", "Read", "Write", "List", "Tagging"],
     }]});
-    fs::write(folder.join("identities.json"), identities.to_string())?;
+    Ok(fs::write(folder.join("identities.json"), identities.to_string())?)
+}
+
+fn write_credentials(folder: &Path) -> Result<()> {
+    write_identities(folder, ACCESS_KEY, SECRET_KEY)?;
     let credentials = folder.join("credentials");
     fs::create_dir(&credentials)?;
     fs::write(credentials.join("AWS_ACCESS_KEY_ID"), ACCESS_KEY)?;

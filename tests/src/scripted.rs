@@ -223,15 +223,9 @@ impl Bench {
         run: R,
         metrics: Arc<WorkerMetrics>,
     ) -> Result<Arc<ServingLine<R>>> {
-        let config = NatsConfig {
-            servers: vec![self.server.url()],
-            credentials_file: None,
-            ca_file: None,
-            monitor: None,
-            provision: false,
-        };
+        let config = NatsConfig { servers: vec![self.server.url()], ..NatsConfig::default() };
         let worker: SubjectToken = name.parse()?;
-        let broker = Broker::connect(&config, &worker).await?;
+        let broker = Broker::connect(&config, &self.model, &worker).await?;
         broker.ready().await;
         Ok(ServingLine::new(LineParts {
             run,

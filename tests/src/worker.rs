@@ -76,6 +76,14 @@ impl Worker {
         Ok(sum_of(&page, name))
     }
 
+    /// Processor time used so far, in seconds.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn processor_s(&self) -> Result<f64> {
+        self.process.processor_s()
+    }
+
     /// SIGKILL.
     ///
     /// # Errors

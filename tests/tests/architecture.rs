@@ -18,7 +18,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("worker", &["crds", "engine", "kernels", "queue"]),
     ("gateway", &["crds", "queue"]),
     ("autoscaler", &["crds"]),
-    ("operator", &["autoscaler", "crds"]),
+    ("operator", &["autoscaler", "crds", "queue"]),
     ("sim", &["autoscaler", "crds"]),
     ("tests", &["crds", "engine", "kernels", "queue", "worker"]),
 ];

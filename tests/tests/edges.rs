@@ -11,7 +11,7 @@ use async_nats::jetstream::stream::{Config, DirectGetErrorKind, DiscardPolicy};
 use futures::StreamExt;
 use millrace_crds::config::NatsConfig;
 use millrace_crds::job::header;
-use millrace_crds::names::Class;
+use millrace_crds::names::{Class, ModelRef};
 use millrace_crds::result::ErrorCode;
 use millrace_crds::streams;
 use millrace_crds::units::Span;
@@ -21,6 +21,7 @@ use millrace_tests::nats::{self, NatsServer};
 use millrace_tests::scripted::{Bench, PATIENCE, text, until};
 use millrace_tests::tools;
 use time::OffsetDateTime;
+use tokio::io::AsyncWriteExt;
 
 /// A body that begins with a word and fills a message of the broker but for `room` bytes.
 fn body(bench: &Bench, word: &str, room: usize) -> String {
@@ -245,6 +246,29 @@ async fn bare_jobs_of_a_stream_made_anew_have_other_ids() -> Result<()> {
     Ok(())
 }
 
+/// A status line that a publisher writes into a job's headers is no status of a pull: the job runs as any other.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_with_a_status_line_is_a_job() -> Result<()> {
+    let Some(bench) = Bench::start().await? else { return Ok(()) };
+    let _worker = bench.worker("w").await?;
+    let address = bench.server.url();
+    let mut raw = tokio::net::TcpStream::connect(address.trim_start_matches("nats://")).await?;
+    for status in
+        ["404 No Messages", "408 Request Timeout", "409 Consumer Deleted", "100 Idle Heartbeat", "503"]
+    {
+        let id = format!("job-{}", &status[..3]);
+        let head = format!("NATS/1.0 {status}\r\nNats-Msg-Id: {id}\r\n\r\n");
+        let (subject, body) = (bench.model.jobs_subject(Class::Normal), "echo status");
+        let sizes = format!("{} {}", head.len(), head.len() + body.len());
+        let text = format!(
+            "CONNECT {{\"headers\":true,\"verbose\":false}}\r\nHPUB {subject} {sizes}\r\n{head}{body}\r\nPING\r\n"
+        );
+        raw.write_all(text.as_bytes()).await?;
+        assert_eq!(bench.outcome(&id).await?.payload.as_ref(), body.as_bytes(), "{status}");
+    }
+    bench.until_empty().await
+}
+
 /// An id that is used again with another body keeps its outcome; the second job ends as a dead letter of its own, and
 /// its publisher hears so.
 #[tokio::test(flavor = "multi_thread")]
@@ -363,12 +387,10 @@ async fn user_and_password_in_the_address_get_in() -> Result<()> {
     let connected = async |login: &str| -> Result<bool> {
         let config = NatsConfig {
             servers: vec![server.url().replace("://", &format!("://{login}@"))],
-            credentials_file: None,
-            ca_file: None,
-            monitor: None,
-            provision: false,
+            ..NatsConfig::default()
         };
-        let broker = Broker::connect(&config, &"w".parse()?).await?;
+        let model = ModelRef::new("default", "m")?;
+        let broker = Broker::connect(&config, &model, &"w".parse()?).await?;
         Ok(tokio::time::timeout(Duration::from_secs(2), broker.ready()).await.is_ok())
     };
     assert!(connected("me:a%40b").await?);

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use futures::{StreamExt, TryStreamExt, stream};
 use k8s_openapi::api::apps::v1::Deployment;
-use kube::api::DeleteParams;
+use k8s_openapi::api::core::v1::{Pod, PodTemplateSpec};
+use kube::api::{DeleteParams, PostParams};
 use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Api, ResourceExt};
 use millrace_crds::model::reason::Reason;
@@ -100,6 +101,84 @@ async fn a_settled_model_is_not_written() -> Result<()> {
     ensure!(all.len() == before, "{counted} reconciles wrote {:#?}", &all[before..]);
     eprintln!("{counted} reconciles of settled models, 0 writes ({before} before)");
     Ok(())
+}
+
+/// The ack wait of each consumer of a model, if they are all the same.
+async fn ack_wait(cluster: &Cluster, model: &ModelRef) -> Result<Option<Duration>> {
+    let jetstream = async_nats::jetstream::new(cluster.nats.connect().await?);
+    let Ok(stream) = jetstream.get_stream(model.jobs_stream()).await else { return Ok(None) };
+    let mut waits = Vec::new();
+    for class in Class::ALL {
+        let Ok(info) = stream.consumer_info(model.consumer(class)).await else { return Ok(None) };
+        waits.push(info.config.ack_wait);
+    }
+    waits.dedup();
+    Ok((waits.len() == 1).then(|| waits[0]))
+}
+
+/// The pods' template of the model `m`, and its revision, once the operator has made it.
+async fn template(cluster: &Cluster) -> Result<Option<(PodTemplateSpec, String)>> {
+    let deployments: Api<Deployment> = Api::namespaced(cluster.client(), "default");
+    let Some(found) = deployments.get_opt("m-worker").await? else { return Ok(None) };
+    let template = found.spec.context("a spec")?.template;
+    let annotations = template.metadata.as_ref().and_then(|meta| meta.annotations.as_ref());
+    let revision = annotations.and_then(|map| map.get("millrace.dev/revision")).cloned();
+    Ok(Some((template, revision.context("a revision")?)))
+}
+
+/// Waits for a template that is of none of these revisions, and makes a pod of it, as a Deployment's controller would.
+async fn make_pod(cluster: &Cluster, name: &str, former: &[String]) -> Result<String> {
+    let other = async || Ok(template(cluster).await?.filter(|(_, revision)| !former.contains(revision)));
+    let (template, revision) = wait("template of a new revision", LIMIT, other).await?;
+    let meta = template.metadata.unwrap_or_default();
+    let pod: Pod = serde_json::from_value(json!({
+        "metadata": {"name": name, "labels": meta.labels, "annotations": meta.annotations}, "spec": template.spec,
+    }))?;
+    Api::namespaced(cluster.client(), "default").create(&PostParams::default(), &pod).await?;
+    Ok(revision)
+}
+
+/// Workers that run send their keep-alives at the pace of the ack wait with which they were started. A longer one holds
+/// for their jobs at once, a shorter one only when the last of them is gone.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shorter_ack_wait_waits_for_the_workers_that_run() -> Result<()> {
+    if !programs::have() {
+        return Ok(());
+    }
+    let cluster =
+        Cluster::start(&ControlPlaneOptions { api_only: true, ..ControlPlaneOptions::default() }).await?;
+    let poll = ["--no-leader-election", "--poll-active", "100ms", "--poll-queue", "500ms"];
+    let operator = cluster.operator(&poll)?;
+    let model = ModelRef::new("default", "m")?;
+    let set = async |wait: &str| {
+        let spec = json!({"model": {"uri": "s3://models/tiny"}, "replicas": 1,
+            "queue": {"maxBytes": "1Mi", "ackWait": wait}});
+        cluster.apply("default", "m", &spec).await
+    };
+    let is = async |seconds: u64| {
+        let wanted = Some(Duration::from_secs(seconds));
+        let reached = async || Ok((ack_wait(&cluster, &model).await? == wanted).then_some(()));
+        wait("ack wait", LIMIT, reached)
+            .await
+            .with_context(|| format!("{seconds} s\n{}", operator.log_tail()))
+    };
+    set("2m").await?;
+    is(120).await?;
+    let first = make_pod(&cluster, "first", &[]).await?;
+
+    set("4m").await?;
+    is(240).await?;
+    let second = make_pod(&cluster, "second", std::slice::from_ref(&first)).await?;
+    set("1m").await?;
+    // The Deployment follows the spec; the consumers do not, for as long as an old pod is there.
+    make_pod(&cluster, "third", &[first, second]).await?;
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    ensure!(ack_wait(&cluster, &model).await? == Some(Duration::from_secs(240)), "{}", operator.log_tail());
+    let pods: Api<Pod> = Api::namespaced(cluster.client(), "default");
+    for name in ["first", "second"] {
+        pods.delete(name, &DeleteParams::default().grace_period(0)).await?;
+    }
+    is(60).await
 }
 
 /// A queue that goes with its model waits for the broker, and the model says so.

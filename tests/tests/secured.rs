@@ -6,6 +6,7 @@ use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use kube::api::DeleteParams;
 use millrace_tests::cluster::QueueHarness;
 use millrace_tests::kube::cluster::{self as plane, ready_reason};
 use millrace_tests::kube::control_plane::{ControlPlane, ControlPlaneOptions};
@@ -81,6 +82,11 @@ async fn the_operator_gets_in_with_its_files() -> Result<()> {
     }
     let nats = NatsServer::start_secured()?;
     let (creds, ca) = files(&nats)?;
+    // A user with the operator's permissions and no more, as they stand in a JWT.
+    let mut command = Command::new(tools::program("millrace")?);
+    let printed = command.args(["permissions", "--role", "operator", "--json"]).output()?;
+    let permissions = serde_json::from_slice(&printed.stdout).context("the operator's permissions")?;
+    nats.accounts().context("a broker without accounts")?.write_user(&creds, &permissions, None)?;
     let (creds, ca) = (creds.display().to_string(), ca.display().to_string());
     let plane =
         ControlPlane::start(&ControlPlaneOptions { api_only: true, ..ControlPlaneOptions::default() })
@@ -95,5 +101,21 @@ async fn the_operator_gets_in_with_its_files() -> Result<()> {
     let asleep = |status: &_| ready_reason(status).as_deref() == Some("ScaledToZero");
     let settled = cluster.wait_status(("default", "m"), "asleep, its queue made", LIMIT, asleep).await;
     settled.with_context(|| operator.log_tail())?;
+    // A change and a deletion need rights too.
+    let spec = json!({"model": {"uri": "s3://models/tiny"}, "scaling": {"minReplicas": 0, "maxReplicas": 1},
+        "queue": {"maxBytes": "2Mi", "onDelete": "Delete"}});
+    cluster.apply("default", "m", &spec).await?;
+    let repaired = || operator.log().contains("max_bytes is 1048576, not 2097152");
+    let start = Instant::now();
+    while !repaired() {
+        ensure!(start.elapsed() < LIMIT, "the stream is not changed: {}", operator.log_tail());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    cluster.models("default").delete("m", &DeleteParams::default()).await?;
+    let gone = async || Ok(cluster.models("default").get_opt("m").await?.is_none().then_some(()));
+    plane::wait("end of the model", LIMIT, gone).await.with_context(|| operator.log_tail())?;
+    let log = cluster.nats.log();
+    let refused: Vec<&str> = log.lines().filter(|line| line.contains("Violation")).collect();
+    ensure!(refused.is_empty(), "{refused:?}");
     Ok(())
 }

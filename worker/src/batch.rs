@@ -169,6 +169,7 @@ fn model_config(args: &BatchArgs) -> anyhow::Result<ModelConfig> {
         region: store.region.clone(),
         path_style: store.path_style,
         credentials_dir: store.credentials_dir.clone(),
+        ..StoreConfig::default()
     };
     // The rest has defaults, which only the file format knows.
     let config =

@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use millrace_crds::config::WorkerConfig;
+use millrace_crds::config::{StoreConfig, WorkerConfig};
 use millrace_crds::units::Span;
 
 /// Largest configuration file.
@@ -126,12 +126,20 @@ fn check_model(config: &WorkerConfig) -> Result<(), WorkerConfigError> {
     if config.nats.servers.is_empty() {
         return Err(refuse("nats.servers", "[]", "at least 1 address"));
     }
+    check_store("model.store.webIdentity", &config.model.store)?;
     if let Some(monitor) = &config.nats.monitor
         && !monitor.starts_with("http://")
     {
         return Err(refuse("nats.monitor", format!("{monitor:?}"), "an http:// address"));
     }
     Ok(())
+}
+
+fn check_store(field: &'static str, store: &StoreConfig) -> Result<(), WorkerConfigError> {
+    match store.credentials_dir.is_some() && store.web_identity.is_some() {
+        true => Err(refuse(field, "given", "allowed beside credentialsDir; give one of them")),
+        false => Ok(()),
+    }
 }
 
 fn check_engine(config: &WorkerConfig) -> Result<(), WorkerConfigError> {
@@ -193,6 +201,7 @@ fn check_results(config: &WorkerConfig) -> Result<(), WorkerConfigError> {
     check_in("results.deadMaxBytes", results.dead_max_bytes.0, 1..=i64::MAX as u64)?;
     check_in("results.inlineBytesMax", config.results.inline_bytes_max.0, 1..=64 << 20)?;
     if let Some(object_store) = &config.results.object_store {
+        check_store("results.objectStore.store.webIdentity", &object_store.store)?;
         let uri = &object_store.uri;
         if uri.strip_prefix("s3://").is_none_or(str::is_empty) {
             return Err(refuse("results.objectStore.uri", format!("{uri:?}"), "s3://bucket/prefix"));

@@ -11,6 +11,7 @@ use millrace_engine::folder::FolderError;
 use millrace_engine::import::ImportError;
 use millrace_engine::start::StartError;
 use millrace_engine::text::prompt::TextError;
+use millrace_queue::broker::BrokerError;
 use millrace_queue::store::StoreError;
 
 use crate::config::WorkerConfigError;
@@ -23,7 +24,8 @@ Exit codes:
   1  FAILED: anything else; the message says what
   2  CONFIG_INVALID: an option or a field of the configuration is wrong
   3  MODEL_INVALID: the model's files are not those of a model that can be served
-  4  MODEL_UNAVAILABLE: the model's files cannot be had; trying again may help";
+  4  MODEL_UNAVAILABLE: the model's files cannot be had; trying again may help
+  5  BROKER_REFUSED: the broker lets this worker's login or certificate in no more";
 
 /// Why the process cannot work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,14 +36,21 @@ pub enum Ending {
     ModelInvalid,
     /// The model's files cannot be had.
     ModelUnavailable,
+    /// The broker lets this login or certificate in no more.
+    BrokerRefused,
     /// Anything else.
     Failed,
 }
 
 impl Ending {
     /// All of them.
-    pub const ALL: [Ending; 4] =
-        [Ending::ConfigInvalid, Ending::ModelInvalid, Ending::ModelUnavailable, Ending::Failed];
+    pub const ALL: [Ending; 5] = [
+        Ending::ConfigInvalid,
+        Ending::ModelInvalid,
+        Ending::ModelUnavailable,
+        Ending::BrokerRefused,
+        Ending::Failed,
+    ];
 
     /// Finds the refusal behind an error, whatever was said around it.
     pub fn of(error: &anyhow::Error) -> Self {
@@ -50,6 +59,11 @@ impl Ending {
         }
         if error.downcast_ref::<TextError>().is_some() || error.downcast_ref::<ImportError>().is_some() {
             return Ending::ModelInvalid;
+        }
+        match error.downcast_ref::<BrokerError>() {
+            Some(BrokerError::Config { .. }) => return Ending::ConfigInvalid,
+            Some(BrokerError::Refused(_)) => return Ending::BrokerRefused,
+            _ => {}
         }
         if let Some(error) = error.downcast_ref::<StartError>() {
             return Self::of_start(error);
@@ -70,9 +84,9 @@ impl Ending {
     fn of_pull(error: &PullError) -> Self {
         match error {
             PullError::Scheme(_)
-            | PullError::Store(StoreError::Address(_) | StoreError::Credentials { .. }) => {
-                Ending::ConfigInvalid
-            }
+            | PullError::Store(
+                StoreError::Address(_) | StoreError::Credentials { .. } | StoreError::Config { .. },
+            ) => Ending::ConfigInvalid,
             PullError::Folder(FolderError::Io { .. }) | PullError::Store(_) | PullError::Disk { .. } => {
                 Ending::ModelUnavailable
             }
@@ -88,6 +102,7 @@ impl Ending {
             Ending::ConfigInvalid => "CONFIG_INVALID",
             Ending::ModelInvalid => "MODEL_INVALID",
             Ending::ModelUnavailable => "MODEL_UNAVAILABLE",
+            Ending::BrokerRefused => "BROKER_REFUSED",
             Ending::Failed => "FAILED",
         }
     }
@@ -99,6 +114,7 @@ impl Ending {
             Ending::ConfigInvalid => 2,
             Ending::ModelInvalid => 3,
             Ending::ModelUnavailable => 4,
+            Ending::BrokerRefused => 5,
         }
     }
 }
@@ -142,6 +158,7 @@ mod tests {
         assert_eq!(Ending::of(&anyhow::anyhow!("a broken pipe")), Ending::Failed);
         let store = PullError::Store(StoreError::Address("s3:/x".into()));
         assert_eq!(Ending::of(&store.into()), Ending::ConfigInvalid);
+        assert_eq!(Ending::of(&BrokerError::Refused("no".into()).into()), Ending::BrokerRefused);
     }
 
     #[test]

@@ -17,6 +17,7 @@ use millrace_crds::load::ColdStart;
 use millrace_engine::schedule::handle::EngineHandle;
 use millrace_queue::broker::Broker;
 use millrace_queue::delivery::PullTrouble;
+use millrace_queue::link::Link;
 
 use crate::metrics::WorkerMetrics;
 use crate::watchdog::Watch;
@@ -120,10 +121,13 @@ impl Health {
         } else if parts.cold_start.get().is_none() {
             missing.push("the warm-up step is not through".to_owned());
         }
-        if !parts.broker.get().is_some_and(Broker::connected) {
-            missing.push("the broker is not connected".to_owned());
+        let link = parts.broker.get().map(Broker::link);
+        if !link.is_some_and(Link::connected) {
+            let reason = link.and_then(Link::trouble).map_or(String::new(), |reason| format!(": {reason}"));
+            missing.push(format!("the broker is not connected{reason}"));
         } else if let Some(reason) = parts.trouble.get() {
-            missing.push(format!("no job can be pulled: {reason}"));
+            let denied = link.and_then(Link::denied).map_or(String::new(), |said| format!(" ({said})"));
+            missing.push(format!("no job can be pulled: {reason}{denied}"));
         }
         if parts.watch.hung() {
             missing.push("the engine hangs".to_owned());

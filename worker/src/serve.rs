@@ -190,12 +190,12 @@ async fn serve_one<R: Run>(line: &ServingLine<R>, delivery: &Delivery) {
         body_digest: body_digest(&delivery.body, headers.input.as_deref()),
     };
     let (state, action) = JobState::begin();
-    let cancel = line.cancels.hold(&id);
+    let cancel = Arc::new(line.cancels.hold(&id));
     let pulse = Pulse::default();
     let mut job = Held {
         line,
         delivery,
-        cancel: line.cancels.hold(&id),
+        cancel: cancel.clone(),
         malformed,
         headers,
         facts,
@@ -206,7 +206,7 @@ async fn serve_one<R: Run>(line: &ServingLine<R>, delivery: &Delivery) {
     };
     let action = tokio::select! {
         action = job.until_given_back(action) => action,
-        () = keep_alive(line, delivery, (&id, &cancel), &pulse) => unreachable!("it beats until dropped"),
+        () = keep_alive(line, delivery, (&id, &*cancel), &pulse) => unreachable!("it beats until dropped"),
     };
     // No keep-alive goes out any more: one behind the hand-back would hold the job up.
     let mut next = action;
@@ -220,7 +220,7 @@ async fn serve_one<R: Run>(line: &ServingLine<R>, delivery: &Delivery) {
 struct Held<'a, R> {
     line: &'a ServingLine<R>,
     delivery: &'a Delivery,
-    cancel: millrace_queue::cancel::Cancel,
+    cancel: Arc<millrace_queue::cancel::Cancel>,
     malformed: Option<Fault>,
     headers: JobHeaders,
     facts: JobFacts,

@@ -17,7 +17,7 @@ use millrace_crds::load::{ColdStart, Phase};
 use millrace_crds::names::SubjectToken;
 use millrace_engine::schedule::handle::EngineHandle;
 use millrace_engine::schedule::request::{Event, Request, Sampling};
-use millrace_queue::broker::Broker;
+use millrace_queue::broker::{Broker, BrokerError};
 use millrace_queue::claim::Claims;
 use millrace_queue::monitor::{self, Fsync};
 use millrace_queue::provision::{Mode, Provisioned, provision};
@@ -135,13 +135,17 @@ impl Start {
             }
         };
         tokio::spawn(draining);
-        serve(&line, &drain, self.config.drain.timeout.0).await?;
+        tokio::select! {
+            served = serve(&line, &drain, self.config.drain.timeout.0) => served?,
+            // What is held comes again elsewhere: nothing of it can be told to this broker.
+            reason = line.broker.link().refused() => return Err(BrokerError::Refused(reason).into()),
+        }
         tracing::info!(uptime_s = self.started.elapsed().as_secs_f64(), "drained");
         Ok(())
     }
 
     async fn make_ready(&self) -> anyhow::Result<Arc<ServingLine<EngineRun>>> {
-        let broker = Broker::connect(&self.config.nats, &self.name).await?;
+        let broker = Broker::connect(&self.config.nats, &self.config.model_ref(), &self.name).await?;
         self.health.set_broker(broker.clone());
         tokio::spawn(self.reporter(broker.clone()).run());
         let connecting = async {
@@ -156,7 +160,10 @@ impl Start {
             tracing::info!(bytes = folder.bytes, pulled_bytes = folder.pulled_bytes, "weights are here");
             anyhow::Ok((folder, began.elapsed()))
         };
-        let (connected, (folder, pulled)) = tokio::try_join!(connecting, pulling)?;
+        let (connected, (folder, pulled)) = tokio::select! {
+            ready = async { tokio::try_join!(connecting, pulling) } => ready?,
+            reason = broker.link().refused() => return Err(BrokerError::Refused(reason).into()),
+        };
         self.phase.set(Phase::Loading);
         let began = Instant::now();
         let model = load::load(&self.config, folder).await?;
@@ -278,7 +285,7 @@ impl Start {
         if !nats.provision {
             return Ok(());
         }
-        let context = async_nats::jetstream::new(broker.client().clone());
+        let context = broker.link().jetstream();
         let (model, queue, results) = (self.config.model_ref(), &self.config.queue, &self.config.results);
         for item in provision(&context, &model, queue, results, Mode::Create).await? {
             match item.state {

@@ -76,6 +76,55 @@ pub const RULES: &[Rule] = &[
          an s3:// uri",
     ),
     rule(
+        "spec.model",
+        "!(has(self.credentialsSecretRef) && has(self.webIdentity))",
+        "spec.model: credentialsSecretRef and webIdentity are two logins; remove one of them",
+    ),
+    rule(
+        "spec.model.caSecretRef.name",
+        "self.matches('^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$')",
+        "spec.model.caSecretRef.name must be the name of a Secret of this namespace",
+    ),
+    rule(
+        "spec.model.proxy",
+        "self.matches('^https?://[^/@ ?#]+/?$')",
+        "spec.model.proxy must be http://host:port or https://host:port, without a path and \
+         without credentials",
+    ),
+    rule(
+        "spec.model.webIdentity.endpoint",
+        "self.matches('^https?://[^/@ ?#]+/?$')",
+        "spec.model.webIdentity.endpoint must be http://host:port or https://host:port, without a path and \
+         without credentials",
+    ),
+    rule(
+        "spec.results.objectStore",
+        "!(has(self.credentialsSecretRef) && has(self.webIdentity))",
+        "spec.results.objectStore: credentialsSecretRef and webIdentity are two logins; remove one of them",
+    ),
+    rule(
+        "spec.results.objectStore.caSecretRef.name",
+        "self.matches('^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$')",
+        "spec.results.objectStore.caSecretRef.name must be the name of a Secret of this namespace",
+    ),
+    rule(
+        "spec.results.objectStore.proxy",
+        "self.matches('^https?://[^/@ ?#]+/?$')",
+        "spec.results.objectStore.proxy must be http://host:port or https://host:port, without a path and \
+         without credentials",
+    ),
+    rule(
+        "spec.results.objectStore.webIdentity.endpoint",
+        "self.matches('^https?://[^/@ ?#]+/?$')",
+        "spec.results.objectStore.webIdentity.endpoint must be http://host:port or https://host:port, without a path \
+         and without credentials",
+    ),
+    rule(
+        "spec.queue.credentialsSecretRef.name",
+        "self.matches('^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$')",
+        "spec.queue.credentialsSecretRef.name must be the name of a Secret of this namespace",
+    ),
+    rule(
         "spec.model.uri",
         "self.startsWith('s3://') || self.startsWith('pvc://') || self.startsWith('file:///')",
         "spec.model.uri must begin with s3://, pvc:// or file:///; for a model of a hub, import it into a bucket \

@@ -7,6 +7,7 @@ use async_nats::Client;
 use async_nats::jetstream::Context;
 use hex::ToHex;
 use millrace_crds::names::{JobId, ModelRef};
+use millrace_queue::link::{Link, redact};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -81,6 +82,7 @@ pub struct Front {
     pub sockets: TaskTracker,
     /// The cancelling of jobs that nobody waits for any more.
     pub cancels: TaskTracker,
+    link: Link,
     client: Client,
     jetstream: Context,
     places: Arc<Semaphore>,
@@ -92,11 +94,13 @@ impl Front {
     ///
     /// # Errors
     /// When an option is wrong.
-    pub async fn connect(args: GatewayArgs) -> Result<Arc<Self>, Failure> {
+    pub async fn connect(mut args: GatewayArgs) -> Result<Arc<Self>, Failure> {
         let connections_max = connections_max(args.bounds.connections_max)? as usize;
-        let (client, jetstream) = connect::connect_for_good(&args.broker, "millrace-gateway").await?;
+        args.broker.inbox_prefix = connect::gateway_inbox(&args.broker);
+        let link = connect::connect_for_good(&args.broker, "millrace-gateway").await?;
+        let (client, jetstream) = (link.client().clone(), connect::jetstream_of(&link));
         let gateway = random_id();
-        let inbox = format!("{}.gateway-{gateway}", args.broker.inbox_prefix);
+        let inbox = format!("{}.{gateway}", args.broker.inbox_prefix);
         let memory = MemoryBudget::new(args.bounds.memory_max.0);
         let waiters = Waiters::new(inbox, memory.clone());
         let replicas = usize::from(args.bounds.state_replicas);
@@ -107,9 +111,8 @@ impl Front {
         waiters.clone().listen(client.clone()).await.map_err(deaf)?;
         fair.clone().run().await.map_err(deaf)?;
         cache.listen(&client).await.map_err(deaf)?;
-        let (sweeping, context) = (client.clone(), jetstream.clone());
-        let connection =
-            move |model| Connection { client: sweeping.clone(), jetstream: context.clone(), model };
+        let sweeping = link.clone();
+        let connection = move |model| Connection::of(sweeping.clone(), model);
         tokio::spawn(waiters.clone().sweep(connection));
         Ok(Arc::new(Self {
             catalog: Catalog::new(jetstream.clone(), args.namespace()?),
@@ -128,6 +131,7 @@ impl Front {
             bodies: Bodies::new(args.store.config()),
             metrics: GatewayMetrics::new(),
             cancels: TaskTracker::new(),
+            link,
             client,
             jetstream,
             places: Arc::new(Semaphore::new(args.bounds.requests_max as usize)),
@@ -141,7 +145,15 @@ impl Front {
     /// The broker, for one model.
     pub fn connection(&self, model: &ModelRef) -> Connection {
         let (client, jetstream) = (self.client.clone(), self.jetstream.clone());
-        Connection { client, jetstream, model: model.clone() }
+        Connection { link: self.link.clone(), client, jetstream, model: model.clone() }
+    }
+
+    /// Waits until it is sure that the broker will not let this gateway in.
+    pub async fn refused(&self) -> Failure {
+        Failure::Unreachable {
+            server: redact(&self.args.broker.server),
+            reason: format!("it refuses the login: {}", self.link.refused().await),
+        }
     }
 
     /// Largest body that a request may have, in bytes.
@@ -200,8 +212,9 @@ impl Front {
         if self.draining.is_cancelled() {
             missing.push("draining".to_owned());
         }
-        if self.client.connection_state() != async_nats::connection::State::Connected {
-            missing.push("the broker is not connected".to_owned());
+        if !self.link.connected() {
+            let reason = self.link.trouble().map_or(String::new(), |reason| format!(": {reason}"));
+            missing.push(format!("the broker is not connected{reason}"));
         }
         if self.places.available_permits() == 0 {
             missing.push(format!("{} requests run, as many as may", self.args.bounds.requests_max));

@@ -8,7 +8,7 @@ use millrace_crds::names::{Class, SubjectToken};
 use millrace_crds::units::{Bytes, Span};
 use millrace_queue::args::StoreArgs;
 
-use crate::args::BrokerArgs;
+use crate::broker_args::BrokerArgs;
 use crate::failure::Failure;
 use crate::http::cache::CacheUse;
 use crate::http::cors;

@@ -57,14 +57,16 @@ impl<R: Run> Held<'_, R> {
     pub(super) async fn run_attempt(&self) -> Result<Outcome, Fault> {
         self.pulse.set(HeldBy::Settling);
         let mut waits = self.store_waits();
+        let Delivery { class, published, .. } = *self.delivery;
         let body = loop {
-            match self.unless_over(self.line.claims.redeem(&self.headers, &self.delivery.body)).await? {
+            let redeemed = self.line.claims.redeem(class, &self.headers, &self.delivery.body);
+            match self.unless_over(redeemed).await? {
                 Err(fault) => self.rest(&mut waits, fault).await?,
                 Ok(body) => break body,
             }
         };
-        let Delivery { class, published, .. } = *self.delivery;
-        let work = Work { class, headers: self.headers.clone(), published, body };
+        let place = body.place;
+        let work = Work { class, headers: self.headers.clone(), published, body: body.bytes };
         self.pulse.set(HeldBy::Engine);
         reach("before_run");
         let limit = self.line.queue.attempt_timeout.0;
@@ -83,6 +85,7 @@ impl<R: Run> Held<'_, R> {
             .await?
             .map_err(|_| Fault::Overrun { limit_s: limit.as_secs() })??;
         reach("after_run");
+        drop(place);
         self.observe(&answer, began.elapsed());
         self.pulse.set(HeldBy::Settling);
         reach("before_output_put");
