@@ -15,7 +15,16 @@ const KEYS_SUBJECTS: &str = "$KV.MILLRACE_KEYS.>";
 /// The stream of records of the Responses API.
 const RESPONSES_STREAM: &str = "MILLRACE_RESPONSES";
 /// Buckets of what gateways share.
-const GATEWAY_BUCKETS: [&str; 2] = ["MILLRACE_LIMITS", "MILLRACE_ANSWERS"];
+const GATEWAY_BUCKETS: [&str; 6] = [
+    "MILLRACE_LIMITS",
+    "MILLRACE_ANSWERS",
+    "MILLRACE_FILES",
+    "MILLRACE_UPLOADS",
+    "MILLRACE_BATCHES",
+    "MILLRACE_BATCHES_ACTIVE",
+];
+/// The bucket of their files' bytes, where they have no object store.
+const FILES_BUCKET: &str = "MILLRACE_FILES";
 
 /// Who one is to the broker.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -116,12 +125,15 @@ fn gateway(api: &str) -> Permissions {
         format!("{api}.STREAM.CREATE.{RESPONSES_STREAM}"),
         format!("{api}.STREAM.PURGE.{RESPONSES_STREAM}"),
     ];
-    // Limits of keys and answers that are given again, in buckets that the first gateway makes.
+    // Limits of keys, answers that are given again, files and batches, in buckets that the first gateway makes.
     for bucket in GATEWAY_BUCKETS {
-        publish.push(format!("{api}.STREAM.CREATE.KV_{bucket}"));
+        publish.extend(["CREATE", "PURGE"].map(|verb| format!("{api}.STREAM.{verb}.KV_{bucket}")));
         publish.push(format!("{api}.DIRECT.GET.KV_{bucket}.>"));
         publish.push(format!("$KV.{bucket}.>"));
     }
+    publish.extend(["CREATE", "PURGE"].map(|verb| format!("{api}.STREAM.{verb}.OBJ_{FILES_BUCKET}")));
+    publish.push(format!("{api}.DIRECT.GET.OBJ_{FILES_BUCKET}.>"));
+    publish.push(format!("$O.{FILES_BUCKET}.>"));
     publish.extend(keys(api));
     let heard = ["millrace.tokens.*.*.*", "millrace.load.*.*.*", "millrace.share.*.*"].map(str::to_owned);
     Permissions::new("_INBOX.gateway".into(), publish, &heard)

@@ -103,7 +103,8 @@ impl AwaitedJob {
         }
         front.room.check(&job.model, order.envelope.class)?;
         let payload = payload(front, order.body).await?;
-        job.place = front.fair.join(&job.model, caller, order.time).await?;
+        let joined = front.fair.join(&job.model, caller, order.time).await;
+        job.place = joined.inspect_err(|_| front.metrics.limited(None))?;
         order.envelope.reply = Some(front.waiters.reply_subject(&order.id));
         (job.at_large, job.published) = (true, true);
         let sent = publish(front, &job.model, (header::JOB_ID, &job.id), &order.envelope, payload).await;

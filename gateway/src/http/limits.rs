@@ -206,7 +206,7 @@ impl RateLimits {
                 Err(short) => {
                     // What another limit had let in does not count.
                     ticket.settle(|| [0; 3]);
-                    metrics.limited(short.limited);
+                    metrics.limited(Some(short.limited));
                     standing.retry_after_s = Some(short.retry_after_s);
                     return Err(refused(limit.of, &short));
                 }

@@ -101,9 +101,9 @@ impl GatewayMetrics {
         self.seconds.with_label_values(&[path]).observe(seconds);
     }
 
-    /// Counts a request that a limit refused.
-    pub fn limited(&self, limited: Limited) {
-        self.limited.with_label_values(&[limited.as_str()]).inc();
+    /// Counts a request that a limit of its key or tenant refused; without one, its tenant's share of the model.
+    pub fn limited(&self, limited: Option<Limited>) {
+        self.limited.with_label_values(&[limited.map_or("share", Limited::as_str)]).inc();
     }
 
     /// The page.
