@@ -111,3 +111,32 @@ impl TlsFiles {
         times
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_wrong_with_a_file_is_said_of_its_option() {
+        let folder = tempfile::tempdir().unwrap();
+        let made = rcgen::generate_simple_self_signed(vec!["localhost".into()]).unwrap();
+        let write = |name: &str, text: String| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            path
+        };
+        let (cert, key) = (write("cert", made.cert.pem()), write("key", made.signing_key.serialize_pem()));
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let good = TlsFiles { cert: cert.clone(), key: key.clone(), client_ca: None };
+        assert_eq!(good.read().unwrap().alpn_protocols, PROTOCOLS);
+        assert!(TlsFiles { client_ca: Some(cert.clone()), ..good.clone() }.read().is_ok());
+        for (files, option) in [
+            (TlsFiles { client_ca: Some(key.clone()), ..good.clone() }, "--tls-client-ca"),
+            (TlsFiles { cert: folder.path().join("none"), ..good.clone() }, "--tls-cert"),
+            (TlsFiles { key: cert, ..good.clone() }, "--tls-key"),
+        ] {
+            let (shown, _) = files.read().unwrap_err();
+            assert!(shown.starts_with(option), "{shown}");
+        }
+    }
+}
