@@ -105,6 +105,11 @@ pub enum Quantization {
     None,
     /// 8-bit integer weights with a scale, activations quantised to 8 bits as they come.
     Int8,
+    /// 4-bit integer weights of the layers in groups of 128, their activations as with `int8`; embedding and head are
+    /// `int8`.
+    Int4,
+    /// 8-bit float weights of the layers with a scale a row.
+    Fp8,
 }
 
 /// Numeric type of keys and values in the KV cache.
@@ -208,8 +213,8 @@ impl EngineConfig {
     /// Whether the engine computes on a GPU. What only the processor does stays there, unless the configuration
     /// demands a GPU; `present` is asked only where it matters.
     pub fn uses_gpu(&self, present: impl FnOnce() -> bool) -> bool {
-        let for_processor =
-            self.quantization == Quantization::Int8 || self.dtype == Dtype::F32 || self.threads.is_some();
+        let integers = matches!(self.quantization, Quantization::Int8 | Quantization::Int4);
+        let for_processor = integers || self.dtype == Dtype::F32 || self.threads.is_some();
         match self.device {
             Device::Cpu => false,
             Device::Cuda => true,
@@ -424,6 +429,7 @@ mod tests {
             ("{device: cpu}", false, false),
             ("{device: cuda}", true, true),
             ("{quantization: int8}", false, false),
+            ("{quantization: int4}", false, false),
             ("{dtype: f32}", false, false),
             ("{threads: 2}", false, false),
             ("{device: cuda, threads: 2}", true, true),

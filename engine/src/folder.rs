@@ -53,7 +53,7 @@ pub fn io(path: &Path) -> impl FnOnce(std::io::Error) -> FolderError {
 /// Whether a file of this name belongs to a model: tensors, configuration, tokenizer, chat templates. The rest of a
 /// folder (readme files, other formats) is never pulled.
 pub fn belongs(name: &str) -> bool {
-    const NAMES: [&str; 7] = [
+    const NAMES: [&str; 9] = [
         "added_tokens.json",
         "config.json",
         "generation_config.json",
@@ -61,6 +61,8 @@ pub fn belongs(name: &str) -> bool {
         "tokenizer_config.json",
         "special_tokens_map.json",
         "chat_template.jinja",
+        "hf_quant_config.json",
+        "quantize_config.json",
     ];
     let is_weights = name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json");
     NAMES.contains(&name) || is_weights && !name.contains('/') || is_template(name)

@@ -7,6 +7,7 @@ pub mod config;
 pub mod decoder;
 pub mod files;
 mod kv_scales;
+pub mod quantised;
 pub mod random;
 pub mod rope;
 pub mod source;

@@ -19,6 +19,7 @@ use crate::model::binding::BindError;
 use crate::model::config::{DecoderConfig, ModelConfigError};
 use crate::model::decoder::{ArenaSizes, Decoder, allocate, kv_plan};
 use crate::model::files::{Files, FilesError};
+use crate::model::quantised::on_load::OnLoad;
 use crate::model::source::{StoredDtype, TensorSource};
 use crate::schedule::blocks::Blocks;
 use crate::schedule::handle::{EngineHandle, Generation, Limits, channel};
@@ -150,6 +151,8 @@ pub struct Info {
     pub hardware: Hardware,
     /// What the KV cache holds.
     pub kv_dtype: KvDtype,
+    /// Bytes of the weights on the device.
+    pub weight_bytes: u64,
     /// Bytes of the KV cache.
     pub kv_cache_bytes: u64,
     /// Sizes.
@@ -282,7 +285,9 @@ impl Setup<'_> {
         let isa = self.tuning.isa.unwrap_or_else(Isa::detect);
         let precision = precision(self.config, self.model, self.source, isa)?;
         let threads = self.config.threads.and_then(|threads| NonZeroUsize::new(threads as usize));
-        let ops = Cpu::new(CpuOptions { precision, threads, isa: Some(isa) })?;
+        let mut ops = Cpu::new(CpuOptions { precision, threads, isa: Some(isa) })?;
+        // f32 that was asked for is the reference; f32 that suits the processor is for what has no codes.
+        ops.keep_codes(self.config.dtype != Dtype::F32);
         let hardware = Hardware::Cpu { isa, threads: ops.threads() };
         self.run(ops, (precision, hardware), |_| available_bytes())
     }
@@ -296,7 +301,7 @@ impl Setup<'_> {
     ) -> Result<Engine, StartError> {
         let Self { model, source, config, step, tuning, observer } = self;
         let kv_dtype = kv_dtype(config, precision)?;
-        let decoder = Decoder::load(model, source, &mut ops, kv_dtype)?;
+        let decoder = Decoder::load_as(model, source, &mut ops, (kv_dtype, on_load(config)))?;
         let block_bytes = ops.kv_block_bytes(&kv_plan(model, 1, kv_dtype));
         let sizes = sizes(model, config, step, (kv_dtype, block_bytes), available(&ops))?;
         let limits = sizes.limits;
@@ -306,6 +311,7 @@ impl Setup<'_> {
             precision,
             hardware,
             kv_dtype,
+            weight_bytes: ops.weight_bytes(),
             kv_cache_bytes: sizes.cache_bytes,
             limits,
             max_batch_tokens: step.tokens as usize,
@@ -377,9 +383,14 @@ fn precision(
     source: &dyn TensorSource,
     isa: Isa,
 ) -> Result<Precision, StartError> {
-    if config.quantization == Quantization::Int8 {
+    let integers = match config.quantization {
+        Quantization::Int8 => Some("int8"),
+        Quantization::Int4 => Some("int4"),
+        Quantization::None | Quantization::Fp8 => None,
+    };
+    if let Some(integers) = integers {
         if config.dtype == Dtype::F32 {
-            return refuse("quantization", "int8", "none with dtype f32; int8 runs beside bf16");
+            return refuse("quantization", integers, "none or fp8 with dtype f32; integers run beside bf16");
         }
         return Ok(Precision::Int8);
     }
@@ -390,6 +401,15 @@ fn precision(
         Dtype::Auto if stored == Some(StoredDtype::F32) || isa < Isa::Avx512 => Precision::F32,
         Dtype::Auto => Precision::Bf16,
     })
+}
+
+/// What the matrices of layers become, where a device does not do it itself.
+fn on_load(config: &EngineConfig) -> Option<OnLoad> {
+    match config.quantization {
+        Quantization::None | Quantization::Int8 => None,
+        Quantization::Int4 => Some(OnLoad::Int4),
+        Quantization::Fp8 => Some(OnLoad::Fp8),
+    }
 }
 
 /// What the cache holds. `bf16` is what it holds anyway beside weights of 16 or 8 bits.

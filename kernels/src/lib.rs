@@ -8,6 +8,7 @@
 //! [`sha256`] of model files.
 
 pub mod bounds;
+pub mod coded;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;

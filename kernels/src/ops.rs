@@ -404,6 +404,9 @@ pub trait Ops {
     /// When the batch does not fit the arena.
     fn begin(&mut self, batch: &Batch<'_>) -> Result<(), StepError>;
 
+    /// Bytes of the matrices that were loaded, as the device holds them.
+    fn weight_bytes(&self) -> u64;
+
     /// `out[row] = table[token of row]`. `out` holds values.
     fn embed(&mut self, table: &Self::Matrix, out: Buffer);
 

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 
+use crate::coded::Coded;
 use crate::region::{LEAST_BYTES, Region};
 
 /// Number format of a host tensor.
@@ -46,6 +47,16 @@ pub enum LoadError {
         /// Bytes given.
         found: usize,
     },
+    /// Codes, scales and zeros do not fit each other.
+    #[error("{field} is {found}; it must be {expected}")]
+    Codes {
+        /// What does not fit.
+        field: &'static str,
+        /// What it is.
+        found: usize,
+        /// What it must be.
+        expected: usize,
+    },
     /// A matrix needs two dimensions, a vector one, and none may be empty.
     #[error("tensor of shape {shape:?} is not a {wanted} with at least one element")]
     Rank {
@@ -78,12 +89,18 @@ pub enum LoadError {
     Empty,
 }
 
-/// A tensor in the host's memory: little-endian, row-major, contiguous.
+/// A tensor in the host's memory: numbers (little-endian, row-major, contiguous), or a matrix of codes with scales.
 #[derive(Debug, Clone)]
 pub struct HostTensor<'a> {
-    dtype: DType,
     shape: Vec<usize>,
-    bytes: &'a [u8],
+    elements: Elements<'a>,
+}
+
+#[derive(Debug, Clone)]
+enum Elements<'a> {
+    Dense(DType, &'a [u8]),
+    /// Rows of a matrix, from this one on.
+    Coded(Arc<Coded<'a>>, usize),
 }
 
 impl<'a> HostTensor<'a> {
@@ -99,22 +116,58 @@ impl<'a> HostTensor<'a> {
         if expected != bytes.len() {
             return Err(LoadError::Length { shape: shape.to_vec(), expected, found: bytes.len() });
         }
-        Ok(Self { dtype, shape: shape.to_vec(), bytes })
+        Ok(Self { shape: shape.to_vec(), elements: Elements::Dense(dtype, bytes) })
     }
 
-    /// Number format.
-    pub fn dtype(&self) -> DType {
-        self.dtype
+    /// Wraps a matrix of codes.
+    ///
+    /// # Errors
+    /// When its lengths do not fit each other.
+    pub fn coded(coded: Coded<'a>) -> Result<Self, LoadError> {
+        coded.check()?;
+        let shape = vec![coded.rows, coded.columns];
+        Ok(Self { shape, elements: Elements::Coded(Arc::new(coded), 0) })
+    }
+
+    /// Number format and bytes, unless these are codes.
+    pub fn as_dense(&self) -> Option<(DType, &'a [u8])> {
+        match self.elements {
+            Elements::Dense(dtype, bytes) => Some((dtype, bytes)),
+            Elements::Coded(..) => None,
+        }
+    }
+
+    /// The codes, and which of their rows is this matrix' first.
+    pub fn as_coded(&self) -> Option<(&Coded<'a>, usize)> {
+        match &self.elements {
+            Elements::Dense(..) => None,
+            Elements::Coded(coded, first) => Some((coded, *first)),
+        }
+    }
+
+    /// Some of a matrix' rows.
+    ///
+    /// # Errors
+    /// When this is no matrix.
+    ///
+    /// # Panics
+    /// When it has fewer rows.
+    pub fn part(&self, first: usize, rows: usize) -> Result<Self, LoadError> {
+        let (all, columns) = self.matrix_shape()?;
+        assert!(first + rows <= all, "rows {first} + {rows} of {all}");
+        let elements = match &self.elements {
+            Elements::Dense(dtype, bytes) => {
+                let row = columns * dtype.bytes();
+                Elements::Dense(*dtype, &bytes[first * row..(first + rows) * row])
+            }
+            Elements::Coded(coded, before) => Elements::Coded(coded.clone(), before + first),
+        };
+        Ok(Self { shape: vec![rows, columns], elements })
     }
 
     /// Extents, outermost first.
     pub fn shape(&self) -> &[usize] {
         &self.shape
-    }
-
-    /// The bytes.
-    pub fn bytes(&self) -> &'a [u8] {
-        self.bytes
     }
 
     /// Rows and columns.
@@ -144,9 +197,22 @@ impl<'a> HostTensor<'a> {
     /// # Panics
     /// When the tensor has fewer elements.
     pub fn read_f32(&self, first: usize, out: &mut [f32]) {
-        let size = self.dtype.bytes();
-        let bytes = &self.bytes[first * size..(first + out.len()) * size];
-        match self.dtype {
+        let (dtype, bytes) = match &self.elements {
+            Elements::Dense(dtype, bytes) => (*dtype, *bytes),
+            Elements::Coded(coded, before) => {
+                let (mut at, mut rest) = (first, out);
+                while !rest.is_empty() {
+                    let (row, column) = (at / coded.columns, at % coded.columns);
+                    let (part, others) = rest.split_at_mut(rest.len().min(coded.columns - column));
+                    coded.read(before + row, column, part);
+                    (at, rest) = (at + part.len(), others);
+                }
+                return;
+            }
+        };
+        let size = dtype.bytes();
+        let bytes = &bytes[first * size..(first + out.len()) * size];
+        match dtype {
             DType::F32 => {
                 for (out, raw) in out.iter_mut().zip(bytes.chunks_exact(4)) {
                     *out = f32::from_le_bytes([raw[0], raw[1], raw[2], raw[3]]);

@@ -268,7 +268,7 @@ fn bad_files() -> Vec<FolderCase> {
         invalid(Set("config.json", "rope_scaling", json!({"type": "spiral"})), &["spiral"]),
         invalid(
             Set("config.json", "quantization_config", json!({"quant_method": "awq"})),
-            &["awq", "absent"],
+            &["self_attn.q_proj.qweight"],
         ),
         invalid(Set("config.json", "hidden_act", json!("gelu")), &["hidden_act", "gelu", "silu"]),
         invalid(Remove("model.safetensors"), &["model.safetensors"]),

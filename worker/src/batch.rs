@@ -55,7 +55,7 @@ pub struct BatchArgs {
     /// Numeric type: auto, f32 or bf16.
     #[arg(long, default_value = "auto", value_parser = word::<Dtype>)]
     dtype: Dtype,
-    /// Quantisation of the weights: none or int8.
+    /// Quantisation of the weights: none, int8, int4 or fp8.
     #[arg(long, default_value = "none", value_parser = word::<Quantization>)]
     quantization: Quantization,
     /// Longest prompt plus output, in tokens; the model's own limit by default.

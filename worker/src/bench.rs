@@ -75,7 +75,7 @@ pub struct BenchArgs {
     /// auto, f32 or bf16.
     #[arg(long, default_value = "auto", value_parser = lowercase::<Dtype>)]
     dtype: Dtype,
-    /// none or int8.
+    /// none, int8, int4 or fp8.
     #[arg(long, default_value = "none", value_parser = lowercase::<Quantization>)]
     quantization: Quantization,
     /// auto, bf16 or fp8_e4m3.
@@ -99,7 +99,7 @@ pub struct BenchArgs {
 }
 
 /// Reads a value as the configuration file spells it.
-fn lowercase<T: DeserializeOwned>(text: &str) -> Result<T, String> {
+pub(crate) fn lowercase<T: DeserializeOwned>(text: &str) -> Result<T, String> {
     serde_json::from_value(Value::String(text.to_owned())).map_err(|error| error.to_string())
 }
 
@@ -276,6 +276,7 @@ fn report(run: &Run, info: &Info, bounds: Bounds, more: Value) -> Value {
         "precision": format!("{:?}", info.precision).to_lowercase(),
         "kv_cache_dtype": kv_name(info),
         "kv_cache_bytes": info.kv_cache_bytes,
+        "weight_bytes": info.weight_bytes,
         "kv_blocks": info.limits.kv_blocks,
         "hardware": info.hardware.to_string(),
         "parameters": model.parameters(),

@@ -1,7 +1,8 @@
 //! The queue worker: jobs from `millrace_queue` through `millrace_engine`, one durable outcome each.
 //!
 //! [`worker`] starts everything; [`serve`] takes a job through its eight steps; [`run`] is where queue and engine
-//! meet. [`batch`] and [`bench`] run the engine without a queue; [`import`] and [`check`] are about model folders.
+//! meet. [`batch`], [`bench`] and [`perplexity`] run the engine without a queue; [`import`] and [`check`] are about
+//! model folders.
 
 pub mod batch;
 pub mod bench;
@@ -15,6 +16,7 @@ pub mod health;
 pub mod import;
 pub mod load;
 pub mod metrics;
+pub mod perplexity;
 pub mod report;
 pub mod run;
 pub mod serve;

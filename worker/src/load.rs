@@ -3,7 +3,7 @@
 use anyhow::Context;
 use millrace_crds::config::WorkerConfig;
 use millrace_engine::schedule::handle::EngineHandle;
-use millrace_engine::start::Engine;
+use millrace_engine::start::{Engine, Hardware};
 use millrace_engine::text::prompt::Text;
 
 use crate::weights::Folder;
@@ -34,11 +34,17 @@ pub async fn load(config: &WorkerConfig, folder: Folder) -> anyhow::Result<Model
         tracing::info!(
             precision = ?info.precision,
             hardware = %info.hardware,
+            weight_bytes = info.weight_bytes,
             kv_cache_bytes = info.kv_cache_bytes,
             limits = ?info.limits,
             digest = %folder.digest,
             "loaded"
         );
+        if let (Some(quantised), Hardware::Cuda { .. }) = (&info.model.quantised, &info.hardware) {
+            let weight_bytes = info.weight_bytes;
+            let message = "a GPU computes this checkpoint as bf16, and takes the memory of that";
+            tracing::warn!(%quantised, weight_bytes, "{message}");
+        }
         anyhow::Ok(Model { text, engine: engine.handle().clone(), digest: folder.digest.to_string() })
     };
     tokio::task::spawn_blocking(loading).await?

@@ -7,6 +7,7 @@ use millrace_kernels::ops::Ops;
 use millrace_kernels::tensor::{DType, HostTensor, LoadError};
 
 use super::config::{DecoderConfig, NormPlaces, QkNorms};
+use super::quantised::on_load::OnLoad;
 use super::source::{SourceError, StoredDtype, TensorSource};
 
 /// Why weights could not be bound.
@@ -131,30 +132,57 @@ pub fn names(config: &DecoderConfig) -> Vec<String> {
     names
 }
 
+/// The tensor of a name in the form that the checkpoint has it in.
+///
+/// # Errors
+/// When it is missing, unreadable, or of another shape than the configuration implies.
+///
+/// # Panics
+/// When the configuration does not imply the tensor.
+pub fn stored<'a>(
+    config: &DecoderConfig,
+    source: &'a dyn TensorSource,
+    name: &str,
+) -> Result<HostTensor<'a>, BindError> {
+    let expected = shape_of(config, name).expect("a tensor of the configuration");
+    if let (Some(quantised), &[rows, columns]) = (&config.quantised, &expected[..])
+        && name != "model.embed_tokens.weight"
+        && let Some(matrix) = quantised.matrix(source, name, (rows, columns))?
+    {
+        return Ok(matrix);
+    }
+    let stored = source.tensor(name)?;
+    if stored.shape != expected {
+        return Err(BindError::Shape { name: name.to_owned(), found: stored.shape, expected });
+    }
+    let dtype = match stored.dtype {
+        StoredDtype::F32 => DType::F32,
+        StoredDtype::F16 => DType::F16,
+        StoredDtype::Bf16 => DType::Bf16,
+    };
+    HostTensor::new(dtype, &stored.shape, stored.data).map_err(|source| load_error(name, source))
+}
+
 /// Takes tensors out of a source and onto a device.
 pub(super) struct Binding<'a, O: Ops> {
     /// Implies the shapes.
     pub config: &'a DecoderConfig,
     /// Has the tensors.
     pub source: &'a dyn TensorSource,
+    /// What the matrices of layers become, where they are not quantised.
+    pub on_load: Option<OnLoad>,
     /// Takes the weights.
     pub ops: &'a mut O,
 }
 
 impl<'a, O: Ops> Binding<'a, O> {
     fn tensor(&self, name: &str) -> Result<HostTensor<'a>, BindError> {
-        let stored = self.source.tensor(name)?;
-        let expected =
-            shape_of(self.config, name).expect("the decoder asks for tensors of its configuration");
-        if stored.shape != expected {
-            return Err(BindError::Shape { name: name.to_owned(), found: stored.shape, expected });
+        let stored = stored(self.config, self.source, name)?;
+        let in_layer = stored.shape().len() == 2 && name.starts_with("model.layers.");
+        match self.on_load.filter(|_| in_layer && stored.as_coded().is_none()) {
+            None => Ok(stored),
+            Some(form) => form.quantise(&stored).map_err(|source| load_error(name, source)),
         }
-        let dtype = match stored.dtype {
-            StoredDtype::F32 => DType::F32,
-            StoredDtype::F16 => DType::F16,
-            StoredDtype::Bf16 => DType::Bf16,
-        };
-        HostTensor::new(dtype, &stored.shape, stored.data).map_err(|source| load_error(name, source))
     }
 
     fn tensors(&self, prefix: &str, parts: &[&str]) -> Result<Vec<HostTensor<'a>>, BindError> {
@@ -170,14 +198,11 @@ impl<'a, O: Ops> Binding<'a, O> {
     /// A stored matrix cut into parts of these rows.
     fn cut(&self, name: &str, rows: &[usize]) -> Result<Vec<HostTensor<'a>>, BindError> {
         let whole = self.tensor(name)?;
-        let columns = whole.shape()[1];
-        let mut bytes = whole.bytes();
+        let mut first = 0;
         let mut parts = Vec::with_capacity(rows.len());
         for &rows in rows {
-            let (part, rest) = bytes.split_at(rows * columns * whole.dtype().bytes());
-            bytes = rest;
-            let part = HostTensor::new(whole.dtype(), &[rows, columns], part);
-            parts.push(part.map_err(|source| load_error(name, source))?);
+            parts.push(whole.part(first, rows).map_err(|source| load_error(name, source))?);
+            first += rows;
         }
         Ok(parts)
     }

@@ -1,8 +1,8 @@
 //! What a model's `config.json` says, checked: a decoder of one of the known [families](family).
 //!
 //! Fields that change nothing for inference are ignored, whatever they hold; fields that would change the arithmetic
-//! in a way the decoder does not do (another activation, biases in the MLP, quantised checkpoints) are refused, as is
-//! every size that contradicts another. An absent field has the default of its [`family`]. Each error names the field,
+//! in a way the decoder does not do (another activation, biases in the MLP) are refused, as is every size that
+//! contradicts another. An absent field has the default of its [`family`]. Each error names the field,
 //! its value and what it may be.
 
 use std::fmt::Display;
@@ -14,6 +14,8 @@ use self::family::{FAMILIES, FamilyDefaults};
 use self::fields::Fields;
 use self::reader::Reader;
 use super::binding::{names, shape_of};
+use super::quantised::Quantised;
+use super::quantised::config::{FILES, of_config, of_file};
 use super::rope::Rope;
 use super::source::StoredDtype;
 use crate::folder::json;
@@ -153,6 +155,8 @@ pub struct DecoderConfig {
     pub eos: Vec<u32>,
     /// What the checkpoint claims to be stored in.
     pub stored: Option<StoredDtype>,
+    /// How quantised matrices are written, where there are any.
+    pub quantised: Option<Quantised>,
 }
 
 /// What is wrong with a model's configuration.
@@ -181,6 +185,16 @@ pub enum ModelConfigError {
         file: &'static str,
         /// Why.
         reason: String,
+    },
+    /// A quantisation that is not read.
+    #[error("config.json: {field} is {value}; it must be {expected}")]
+    Quantised {
+        /// The field, with those around it.
+        field: String,
+        /// Its value.
+        value: String,
+        /// What it may be.
+        expected: String,
     },
     /// A field has a value that the decoder cannot do.
     #[error("config.json: {field} is {value}; it must be {expected}")]
@@ -212,7 +226,14 @@ impl DecoderConfig {
         let config = read_bounded(&folder.join("config.json"))?;
         let generation = folder.join("generation_config.json");
         let generation = if generation.exists() { Some(read_bounded(&generation)?) } else { None };
-        Self::parse_bytes(&config, generation.as_deref())
+        let mut config = Self::parse_bytes(&config, generation.as_deref())?;
+        for file in FILES {
+            let path = folder.join(file);
+            if config.quantised.is_none() && path.exists() {
+                config.quantised = of_file(file, &object(file, &read_bounded(&path)?)?)?;
+            }
+        }
+        Ok(config)
     }
 
     /// Checks the text of both files.
@@ -224,16 +245,17 @@ impl DecoderConfig {
     }
 
     fn parse_bytes(config: &[u8], generation: Option<&[u8]>) -> Result<Self, ModelConfigError> {
-        let object = |file, bytes| {
-            json::parse::<Map<String, Value>>(bytes).map_err(|reason| ModelConfigError::Json { file, reason })
-        };
         let config = object("config.json", config)?;
         let generation = generation.map(|bytes| object("generation_config.json", bytes)).transpose()?;
         let whole = Fields(&config);
         let fields = text_of(whole);
         let family = family(whole, fields)?;
-        refuse_quantised(whole)?;
-        Reader { family, fields }.decoder([Some(whole), generation.as_ref().map(Fields)])
+        let quantised = match of_config(whole)? {
+            None => of_config(fields)?,
+            found => found,
+        };
+        let decoder = Reader { family, fields }.decoder([Some(whole), generation.as_ref().map(Fields)])?;
+        Ok(Self { quantised, ..decoder })
     }
 
     /// Layers.
@@ -263,6 +285,11 @@ impl DecoderConfig {
 pub fn class_eos(config: &Map<String, Value>) -> Option<u32> {
     let whole = Fields(config);
     family(whole, text_of(whole)).ok()?.eos
+}
+
+/// A file's object.
+fn object(file: &'static str, bytes: &[u8]) -> Result<Map<String, Value>, ModelConfigError> {
+    json::parse(bytes).map_err(|reason| ModelConfigError::Json { file, reason })
 }
 
 /// The decoder's part: a model that reads images, too, keeps its decoder's configuration apart.
@@ -316,23 +343,6 @@ fn family(whole: Fields<'_>, text: Fields<'_>) -> Result<&'static FamilyDefaults
             refuse("architectures", found, format!("one of {}", known.join(", ")))
         }
     }
-}
-
-/// Refuses a checkpoint whose weights are codes.
-fn refuse_quantised(fields: Fields<'_>) -> Result<(), ModelConfigError> {
-    // The second is how compressed-tensors wrote it at first.
-    let quantised = fields.any(&["quantization_config", "compression_config"]);
-    if let Some((field, quantization)) = quantised
-        && quantization.as_object().is_none_or(|object| !object.is_empty())
-    {
-        let method = quantization["quant_method"].as_str();
-        return refuse(
-            field,
-            method.unwrap_or("present"),
-            "absent: quantised checkpoints are not read, weights are quantised at load time",
-        );
-    }
-    Ok(())
 }
 
 #[cfg(test)]

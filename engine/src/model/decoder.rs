@@ -14,6 +14,7 @@ use millrace_kernels::sampling::SampleRow;
 use super::binding::{BindError, Binding};
 use super::config::{DecoderConfig, GateActivation, NormPlaces, QkNorms};
 use super::kv_scales::kv_scales;
+use super::quantised::on_load::OnLoad;
 use super::source::TensorSource;
 
 /// The residual stream.
@@ -83,7 +84,20 @@ impl<O: Ops> Decoder<O> {
         ops: &mut O,
         kv_dtype: KvDtype,
     ) -> Result<Self, BindError> {
-        let mut binding = Binding { config, source, ops };
+        Self::load_as(config, source, ops, (kv_dtype, None))
+    }
+
+    /// [`Self::load`], with the matrices of layers quantised on the way.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_as(
+        config: &DecoderConfig,
+        source: &dyn TensorSource,
+        ops: &mut O,
+        (kv_dtype, on_load): (KvDtype, Option<OnLoad>),
+    ) -> Result<Self, BindError> {
+        let mut binding = Binding { config, source, on_load, ops };
         let scales = |layer| match kv_dtype {
             KvDtype::Operand => Ok(KvScales::ONE),
             KvDtype::Fp8E4m3 => kv_scales(source, layer),

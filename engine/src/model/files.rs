@@ -14,7 +14,7 @@ use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
 use serde::Deserialize;
 
-use super::source::{SourceError, StoredDtype, StoredTensor, TensorSource};
+use super::source::{RawDtype, RawTensor, SourceError, StoredDtype, StoredTensor, TensorSource};
 use crate::folder::map::MappedFile;
 use crate::folder::{json, wrapping};
 
@@ -276,6 +276,21 @@ fn read_index(folder: &Path) -> Result<Option<Index>, FilesError> {
 
 impl TensorSource for Files {
     fn tensor(&self, name: &str) -> Result<StoredTensor<'_>, SourceError> {
+        match self.raw(name)? {
+            RawTensor { dtype: RawDtype::Float(dtype), shape, data } => {
+                Ok(StoredTensor { dtype, shape, data })
+            }
+            RawTensor { dtype, .. } => {
+                let reason = format!(
+                    "it has type {dtype}; where config.json names no quantization_config for it, F32, F16 and BF16 \
+                     are read"
+                );
+                Err(SourceError::Unreadable { name: name.to_owned(), reason })
+            }
+        }
+    }
+
+    fn raw(&self, name: &str) -> Result<RawTensor<'_>, SourceError> {
         let entry = self.find(name).map_err(|error| match error {
             SourceError::Missing(name) if self.unread => {
                 let reason = format!("{INDEX} does not name it; {SINGLE} beside the index is not read");
@@ -284,16 +299,23 @@ impl TensorSource for Files {
             other => other,
         })?;
         let dtype = match entry.dtype {
-            Dtype::F32 => StoredDtype::F32,
-            Dtype::F16 => StoredDtype::F16,
-            Dtype::BF16 => StoredDtype::Bf16,
+            Dtype::F32 => RawDtype::Float(StoredDtype::F32),
+            Dtype::F16 => RawDtype::Float(StoredDtype::F16),
+            Dtype::BF16 => RawDtype::Float(StoredDtype::Bf16),
+            Dtype::F8_E4M3 => RawDtype::F8E4m3,
+            Dtype::F8_E8M0 => RawDtype::F8E8m0,
+            Dtype::I8 => RawDtype::Int8,
+            Dtype::U8 => RawDtype::Uint8,
+            Dtype::I32 => RawDtype::Int32,
+            Dtype::I64 => RawDtype::Int64,
             other => {
-                let reason = format!("it has type {other:?}; read are F32, F16 and BF16");
+                let reason =
+                    format!("it has type {other:?}, which no format has; F32, F16 and BF16 are read");
                 return Err(SourceError::Unreadable { name: name.to_owned(), reason });
             }
         };
         let data = &self.files[entry.file][entry.range.clone()];
-        Ok(StoredTensor { dtype, shape: entry.shape.clone(), data })
+        Ok(RawTensor { dtype, shape: entry.shape.clone(), data })
     }
 
     fn has(&self, name: &str) -> bool {

@@ -1,7 +1,8 @@
 //! Scales of keys and values of an 8-bit cache, as checkpoints carry them: one number per layer for each.
 //!
-//! The names are those that vLLM reads (ModelOpt's, those of fused projections, compressed-tensors', and the old common
-//! `kv_scale`). A layer without scales has 1; one with a scale of its keys alone uses it for both. Refused: a scale of
+//! The names are those that vLLM reads (ModelOpt's, those of fused projections, compressed-tensors' new and old ones,
+//! and the old common `kv_scale`). A layer without scales has 1; one with a scale of its keys alone uses it for
+//! both. Refused: a scale of
 //! more than one element, one that is not above 0 and finite, and values with a scale where keys have none.
 
 use millrace_kernels::ops::KvScales;
@@ -11,8 +12,10 @@ use super::binding::{BindError, load_error};
 use super::source::{StoredDtype, TensorSource};
 
 /// Where the scale of keys may stand, after the layer's prefix. That of values has `v` for each `k`.
-const KEY_NAMES: [&str; 4] = ["k_proj.k_scale", "qkv_proj.k_scale", "k_scale", "attn.k_scale"];
-const VALUE_NAMES: [&str; 4] = ["v_proj.v_scale", "qkv_proj.v_scale", "v_scale", "attn.v_scale"];
+const KEY_NAMES: [&str; 5] =
+    ["k_proj.k_scale", "qkv_proj.k_scale", "k_scale", "attn.k_scale", "k_proj.output_scale"];
+const VALUE_NAMES: [&str; 5] =
+    ["v_proj.v_scale", "qkv_proj.v_scale", "v_scale", "attn.v_scale", "v_proj.output_scale"];
 /// One scale for both.
 const COMMON_NAME: &str = "kv_scale";
 
@@ -91,6 +94,7 @@ mod tests {
             (&[("k_scale", &[1], 2.0), ("v_scale", &[], 3.0)], (2.0, 3.0)),
             (&[("attn.k_scale", &[], 2.0), ("attn.v_scale", &[1, 1], 3.0)], (2.0, 3.0)),
             (&[("qkv_proj.k_scale", &[], 2.0), ("qkv_proj.v_scale", &[], 3.0)], (2.0, 3.0)),
+            (&[("k_proj.output_scale", &[], 2.0), ("v_proj.output_scale", &[1], 3.0)], (2.0, 3.0)),
             (&[("kv_scale", &[], 0.125)], (0.125, 0.125)),
             (&[("k_scale", &[], 0.125)], (0.125, 0.125)),
         ];

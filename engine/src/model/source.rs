@@ -35,6 +35,53 @@ pub struct StoredTensor<'a> {
     pub data: &'a [u8],
 }
 
+/// Types of the tensors that matrices are read from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RawDtype {
+    /// Floats of 16 or 32 bits.
+    Float(StoredDtype),
+    /// 8-bit floats with 4 bits of exponent.
+    F8E4m3,
+    /// Powers of two.
+    F8E8m0,
+    /// Signed, 8 bits.
+    Int8,
+    /// Unsigned, 8 bits.
+    Uint8,
+    /// Signed, 32 bits.
+    Int32,
+    /// Signed, 64 bits.
+    Int64,
+}
+
+impl std::fmt::Display for RawDtype {
+    /// The name that safetensors has for it.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            RawDtype::Float(StoredDtype::F32) => "F32",
+            RawDtype::Float(StoredDtype::F16) => "F16",
+            RawDtype::Float(StoredDtype::Bf16) => "BF16",
+            RawDtype::F8E4m3 => "F8_E4M3",
+            RawDtype::F8E8m0 => "F8_E8M0",
+            RawDtype::Int8 => "I8",
+            RawDtype::Uint8 => "U8",
+            RawDtype::Int32 => "I32",
+            RawDtype::Int64 => "I64",
+        })
+    }
+}
+
+/// One tensor of any of these types, as [`StoredTensor`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct RawTensor<'a> {
+    /// Type of the elements.
+    pub dtype: RawDtype,
+    /// Dimensions, outermost first.
+    pub shape: Vec<usize>,
+    /// The elements. No alignment is promised.
+    pub data: &'a [u8],
+}
+
 /// A tensor that could not be had.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SourceError {
@@ -59,8 +106,17 @@ pub trait TensorSource: Sync {
     /// When there is none, or it cannot be read.
     fn tensor(&self, name: &str) -> Result<StoredTensor<'_>, SourceError>;
 
+    /// The tensor of that name, whatever its type is.
+    ///
+    /// # Errors
+    /// As [`Self::tensor`], or when its type is none of [`RawDtype`].
+    fn raw(&self, name: &str) -> Result<RawTensor<'_>, SourceError> {
+        let StoredTensor { dtype, shape, data } = self.tensor(name)?;
+        Ok(RawTensor { dtype: RawDtype::Float(dtype), shape, data })
+    }
+
     /// Whether there is a tensor of that name.
     fn has(&self, name: &str) -> bool {
-        self.tensor(name).is_ok()
+        self.raw(name).is_ok()
     }
 }

@@ -15,8 +15,14 @@ mod with_cuda {
 
     impl Setup<'_> {
         pub fn on_gpu(self) -> Result<Engine, StartError> {
-            if self.config.quantization != Quantization::None {
-                return refuse("quantization", "int8", "none on a GPU");
+            let quantization = match self.config.quantization {
+                Quantization::None => None,
+                Quantization::Int8 => Some("int8"),
+                Quantization::Int4 => Some("int4"),
+                Quantization::Fp8 => Some("fp8"),
+            };
+            if let Some(quantization) = quantization {
+                return refuse("quantization", quantization, "none on a GPU");
             }
             if self.config.dtype == Dtype::F32 {
                 return refuse("dtype", "f32", "auto or bf16 on a GPU");

@@ -2,6 +2,8 @@
 //!
 //! Everything is taken when the arena is made and nothing grows afterwards.
 
+use std::ops::Range;
+
 use super::scratch::{AttentionScratch, HEAD_DIM_MAX, Widened};
 use super::tile::{Held, LANES};
 use crate::ops::{
@@ -19,6 +21,8 @@ pub struct Activation {
     pub stride: usize,
     /// The rows.
     pub rows: Rows,
+    /// The same in 8 bits, where some matrices read those and others do not.
+    pub codes: Option<CodeRows>,
 }
 
 /// Rows in one of the forms that kernels read.
@@ -35,13 +39,38 @@ pub enum Rows {
         /// One per row.
         scales: Aligned<f32>,
     },
-    /// Operands in 8 bits: value = (code - 128) * scale of the row.
-    Int8 {
-        /// Codes.
-        codes: Aligned<u8>,
-        /// One per row.
-        scales: Aligned<f32>,
-    },
+    /// Operands in 8 bits.
+    Int8(CodeRows),
+}
+
+/// Rows in 8 bits: value = (code - 128) * scale of the row.
+#[derive(Debug)]
+pub struct CodeRows {
+    /// Codes.
+    pub codes: Aligned<u8>,
+    /// One per row.
+    pub scales: Aligned<f32>,
+}
+
+impl CodeRows {
+    fn zeroed(elements: usize, rows: usize) -> Self {
+        Self { codes: Aligned::zeroed(elements), scales: Aligned::zeroed(rows) }
+    }
+
+    /// Copies the codes at `range`, those of row `from`, into row `to`.
+    pub fn copy(&mut self, range: Range<usize>, (from, to): (usize, usize), stride: usize) {
+        self.codes.copy_within(range, to * stride);
+        self.scales[to] = self.scales[from];
+    }
+}
+
+/// What left operands are held in.
+#[derive(Debug, Clone, Copy)]
+pub struct Left {
+    /// For most matrices.
+    pub held: Held,
+    /// Some matrices read 8 bits beside that.
+    pub codes: bool,
 }
 
 /// The paged keys and values. A block of one head holds 16 keys as `[dim / 2][16][2]` and 16 values as
@@ -207,7 +236,7 @@ impl Arena {
     ///
     /// # Errors
     /// When a size is out of bounds.
-    pub fn new(plan: ArenaPlan, (left, cache): (Held, Held), threads: usize) -> Result<Self, PlanError> {
+    pub fn new(plan: ArenaPlan, (left, cache): (Left, Held), threads: usize) -> Result<Self, PlanError> {
         check(&plan)?;
         let buffers: Vec<Activation> = plan
             .buffers
@@ -254,25 +283,35 @@ impl Arena {
 }
 
 impl Activation {
-    fn new(width: usize, kind: BufferKind, rows_max: usize, left: Held) -> Self {
+    fn new(width: usize, kind: BufferKind, rows_max: usize, left: Left) -> Self {
         let stride = width.next_multiple_of(LANES);
         let elements = rows_max * stride;
-        let rows = match (kind, left) {
+        let codes = kind == BufferKind::Operand && left.codes && left.held != Held::Int8;
+        let rows = match (kind, left.held) {
             (BufferKind::Values, _) | (_, Held::F32) => Rows::F32(Aligned::zeroed(elements)),
             (_, Held::Bf16) => Rows::Bf16(Aligned::zeroed(elements)),
             (_, Held::F16) => {
                 Rows::F16 { halves: Aligned::zeroed(elements), scales: Aligned::zeroed(rows_max) }
             }
-            (_, Held::Int8) => {
-                Rows::Int8 { codes: Aligned::zeroed(elements), scales: Aligned::zeroed(rows_max) }
-            }
+            (_, Held::Int8) => Rows::Int8(CodeRows::zeroed(elements, rows_max)),
         };
-        Self { width, stride, rows }
+        Self { width, stride, rows, codes: codes.then(|| CodeRows::zeroed(elements, rows_max)) }
     }
 
     /// Whether each row has a scale, so that it has to be complete before it is written.
     pub fn is_scaled(&self) -> bool {
-        matches!(self.rows, Rows::F16 { .. } | Rows::Int8 { .. })
+        self.codes.is_some() || matches!(self.rows, Rows::F16 { .. } | Rows::Int8(_))
+    }
+
+    /// The rows in 8 bits.
+    ///
+    /// # Panics
+    /// When the buffer has none.
+    pub fn codes(&self) -> &CodeRows {
+        match (&self.codes, &self.rows) {
+            (Some(codes), _) | (None, Rows::Int8(codes)) => codes,
+            _ => panic!("the buffer holds no operands in 8 bits"),
+        }
     }
 
     /// The rows as f32.

@@ -6,6 +6,7 @@ use super::tile_portable;
 use super::{tile_amx, tile_avx2, tile_avx512, tile_fp16};
 use crate::isa::Isa;
 use crate::ops::KvDtype;
+use crate::pool::Scattered;
 use crate::precision::Precision;
 
 /// How tiles are computed here.
@@ -19,6 +20,14 @@ pub struct Forms {
     pub tile_rows: usize,
     /// Most groups of that tile.
     pub tile_groups: usize,
+    /// The tile product for weights in 8 bits, and for those in 4 that are widened to 8.
+    pub int8_tile: TileFn,
+    /// Most rows of that tile.
+    pub int8_rows: usize,
+    /// Each thread's memory for a pair of panels that is widened to 8 bits.
+    pub widened: Scattered<i8>,
+    /// Elements of each thread.
+    pub widened_len: usize,
     /// The tile product for the cache.
     pub cache_tile: TileFn,
     /// What the cache holds, or its codes are widened to.
@@ -37,6 +46,10 @@ impl Forms {
             tile: tile_fn(isa, precision),
             tile_rows: tile_rows(isa, precision),
             tile_groups: tile_groups(isa, precision),
+            int8_tile: tile_fn(isa, Precision::Int8),
+            int8_rows: tile_rows(isa, Precision::Int8),
+            widened: Scattered::new(&mut []),
+            widened_len: 0,
             cache_tile: tile_fn(cache_isa, cache),
             cache: weights_held(cache_isa, cache),
             cache_left: left_held(cache_isa, cache),

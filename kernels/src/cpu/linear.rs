@@ -8,6 +8,7 @@ use std::f32::consts::LOG2_E;
 
 use super::arena::{Activation, Rows};
 use super::forms::Forms;
+use super::grouped;
 use super::lanes::{self, versions};
 use super::pack::{Matrix, PANEL, Panels};
 use super::rows::ScatteredRows;
@@ -37,18 +38,18 @@ pub struct Area {
 
 /// The sums of a tile, `[rows][panels]` of lanes, and what makes values of them.
 pub struct Finished<'a> {
-    sums: &'a [[f32; LANES]],
-    panels: usize,
+    pub sums: &'a [[f32; LANES]],
+    pub panels: usize,
     /// Of scaled operands.
-    scales: Option<Scales<'a>>,
+    pub scales: Option<Scales<'a>>,
 }
 
 /// value = (sum - offset of the feature) * (scale of the feature * scale of the row)
-struct Scales<'a> {
+pub struct Scales<'a> {
     /// Of int8 operands, whose sums are integers as bits.
-    offsets: Option<&'a [[i32; LANES]]>,
-    features: &'a [[f32; LANES]],
-    rows: &'a [f32],
+    pub offsets: Option<&'a [[i32; LANES]]>,
+    pub features: &'a [[f32; LANES]],
+    pub rows: &'a [f32],
 }
 
 impl Finished<'_> {
@@ -117,10 +118,14 @@ pub fn product(
             rows: (group * TASK_ROWS, rows.min((group + 1) * TASK_ROWS)),
             panels: (2 * first, matrix.panel_count().min(2 * (first + len))),
         };
-        multiply(forms, matrix, x, block, |area, tile| match tile {
+        let sink = |area: Area, tile: Option<Finished<'_>>| match tile {
             None => epilogue.prefetch(area),
             Some(tile) => epilogue.finish(thread, area, &tile),
-        });
+        };
+        match &matrix.panels {
+            Panels::Grouped(codes) => grouped::multiply((forms, thread), (matrix, codes), x, block, sink),
+            _ => multiply(forms, matrix, x, block, sink),
+        }
     });
 }
 
@@ -133,15 +138,15 @@ fn columns(pairs: usize, rows: usize, threads: usize) -> usize {
 }
 
 /// Start and length of one of `parts` nearly equal parts of `total`, the larger ones first.
-fn share(total: usize, parts: usize, index: usize) -> (usize, usize) {
+pub fn share(total: usize, parts: usize, index: usize) -> (usize, usize) {
     let (size, larger) = (total / parts, total % parts);
     (index * size + index.min(larger), size + usize::from(index < larger))
 }
 
 /// Rows and panels of a task, each as start and end.
-struct Block {
-    rows: (usize, usize),
-    panels: (usize, usize),
+pub struct Block {
+    pub rows: (usize, usize),
+    pub panels: (usize, usize),
 }
 
 /// Multiplies a block, tile by tile; calls `sink` before each tile and with what it gave.
@@ -157,8 +162,13 @@ fn multiply(
         (matrix.columns_padded / b_group, x.stride / a_group, b_group / a_group);
     let (start, end) = block.rows;
     let wide = end - start <= WIDE_TILE_ROWS;
+    let (form, tile_rows) = match matrix.panels {
+        Panels::Int8 { .. } => (forms.int8_tile, forms.int8_rows),
+        _ => (forms.tile, forms.tile_rows),
+    };
     // Blocks of nearly equal size: a last one of one or two rows would leave the multipliers idle.
-    let count = (end - start).div_ceil(forms.tile_rows);
+    let count = (end - start).div_ceil(tile_rows);
+    let tile_groups = if b_group == 4 { usize::MAX } else { forms.tile_groups };
     let mut sums = Sums::ZERO;
     let mut panel = block.panels.0;
     while panel < block.panels.1 {
@@ -173,7 +183,7 @@ fn multiply(
             let (row, rows) = share(end - start, count, index);
             let area = Area { row: start + row, rows, panel, panels };
             sink(area, None);
-            for first in (0..groups).step_by(forms.tile_groups) {
+            for first in (0..groups).step_by(tile_groups) {
                 let mut pointers = [b; TILE_PANELS];
                 for (index, pointer) in pointers.iter_mut().enumerate().take(panels) {
                     // SAFETY: the panel is below the matrix' panel count, the group below its groups.
@@ -188,7 +198,7 @@ fn multiply(
                     segments: 1,
                     b_stride: LANES,
                     panels,
-                    groups: forms.tile_groups.min(groups - first),
+                    groups: tile_groups.min(groups - first),
                     sums_stride: panels,
                     accumulate: first > 0,
                     next: [pointers.map(|panel| panel.wrapping_add(ahead * LANES)); TILE_SEGMENTS],
@@ -197,7 +207,7 @@ fn multiply(
                 };
                 // SAFETY: the operands span these rows and panels (asserted in `operands`), and the processor has
                 // the form's instructions.
-                unsafe { (forms.tile)(&tile, sums.0.as_mut_ptr()) };
+                unsafe { form(&tile, sums.0.as_mut_ptr()) };
             }
             let scales = scales(matrix, x, area);
             sink(area, Some(Finished { sums: &sums.0[..rows * panels], panels, scales }));
@@ -216,9 +226,7 @@ fn operands(matrix: &Matrix, x: &Activation) -> (*const u32, usize, *const u32, 
         (Rows::F16 { halves: rows, .. }, Panels::F16 { halves, .. }) => {
             (rows.as_ptr().cast(), 2, halves.as_ptr().cast(), 2)
         }
-        (Rows::Int8 { codes: rows, .. }, Panels::Int8 { codes, .. }) => {
-            (rows.as_ptr().cast(), 4, codes.as_ptr().cast(), 4)
-        }
+        (_, Panels::Int8 { codes, .. }) => (x.codes().codes.as_ptr().cast(), 4, codes.as_ptr().cast(), 4),
         _ => panic!("operand and matrix differ in precision"),
     }
 }
@@ -226,8 +234,9 @@ fn operands(matrix: &Matrix, x: &Activation) -> (*const u32, usize, *const u32, 
 fn scales<'a>(matrix: &'a Matrix, x: &'a Activation, area: Area) -> Option<Scales<'a>> {
     let (offsets, scales, rows) = match (&matrix.panels, &x.rows) {
         (Panels::F16 { scales, .. }, Rows::F16 { scales: rows, .. }) => (None, scales, rows),
-        (Panels::Int8 { scales, offsets, .. }, Rows::Int8 { scales: rows, .. }) => {
-            (Some(&offsets.as_chunks().0[area.panel..area.panel + area.panels]), scales, rows)
+        (Panels::Int8 { scales, offsets, .. }, _) => {
+            let offsets = &offsets.as_chunks().0[area.panel..area.panel + area.panels];
+            (Some(offsets), scales, &x.codes().scales)
         }
         _ => return None,
     };

@@ -12,6 +12,7 @@ mod detect;
 mod forms;
 mod fp8;
 mod greedy;
+mod grouped;
 mod lanes;
 mod linear;
 mod measure;
@@ -28,20 +29,22 @@ mod tile_avx512;
 #[cfg(target_arch = "x86_64")]
 mod tile_fp16;
 mod tile_portable;
+#[cfg(target_arch = "x86_64")]
+mod tile_uint4;
 mod weigh;
 
 use std::num::NonZeroUsize;
 use std::time::Duration;
 
-use arena::{Activation, Arena, RopeTable, kv_block_bytes};
+use arena::{Activation, Arena, Left, RopeTable, kv_block_bytes};
 use attention::AttentionOutput;
 use forms::Forms;
 use greedy::{Best, Greedy};
 use linear::{Gate, Gated, Values};
 pub use pack::Matrix;
-use pack::{MatrixSource, PANEL, pack};
+use pack::{Kept, MatrixSource, PANEL, Panels, keep, pack, pack_kept};
 use rows::{Before, HeadNorms, Norm, ScatteredRows};
-use tile::{Held, left_held, weights_held};
+use tile::{left_held, weights_held};
 
 use crate::bounds::Bounds;
 use crate::isa::Isa;
@@ -77,6 +80,14 @@ impl CpuOptions {
 pub struct Cpu {
     precision: Precision,
     forms: Forms,
+    /// Whether codes of a checkpoint are multiplied as they are.
+    keeps_codes: bool,
+    /// Whether a matrix reads rows in 8 bits.
+    reads_codes: bool,
+    /// Bytes of all matrices.
+    weight_bytes: u64,
+    /// `[threads][a pair of panels]`: codes of 4 bits on their way to a product.
+    widened: Aligned<i8>,
     pool: Pool,
     arena: Option<Arena>,
     logits: Aligned<f32>,
@@ -118,6 +129,10 @@ impl Cpu {
         Ok(Self {
             precision: options.precision,
             forms,
+            keeps_codes: options.precision != Precision::F32,
+            reads_codes: false,
+            weight_bytes: 0,
+            widened: Aligned::zeroed(0),
             pool: Pool::new(options.threads),
             arena: None,
             logits: Aligned::zeroed(0),
@@ -127,6 +142,12 @@ impl Cpu {
             queued: 0,
             fed: Vec::new(),
         })
+    }
+
+    /// Says whether codes of a checkpoint are multiplied as they are, with rows in 8 bits. They are, unless the
+    /// precision is f32, the reference; otherwise their values are packed like any others.
+    pub fn keep_codes(&mut self, keeps: bool) {
+        self.keeps_codes = keeps;
     }
 
     /// What matrix products compute with.
@@ -140,12 +161,32 @@ impl Cpu {
     }
 
     /// What left operands of weights are held in.
-    fn left(&self) -> Held {
-        left_held(self.forms.isa, self.precision)
+    fn left(&self) -> Left {
+        Left { held: left_held(self.forms.isa, self.precision), codes: self.reads_codes }
     }
 
     fn pack(&mut self, source: &MatrixSource<'_, '_>) -> Result<Matrix, LoadError> {
-        pack(&mut self.pool, source, weights_held(self.forms.isa, self.precision))
+        let kept: Option<Kept> = if self.keeps_codes { keep(source) } else { None };
+        let Some(kept) = kept else {
+            let matrix = pack(&mut self.pool, source, weights_held(self.forms.isa, self.precision))?;
+            self.weight_bytes += matrix.bytes() as u64;
+            return Ok(matrix);
+        };
+        self.reads_codes = true;
+        let matrix = pack_kept(&mut self.pool, source, kept)?;
+        self.weight_bytes += matrix.bytes() as u64;
+        let len = 2 * PANEL * matrix.columns_padded;
+        if matches!(matrix.panels, Panels::Grouped(_)) && self.forms.widened_len < len {
+            self.widened = Aligned::zeroed(len * self.pool.threads());
+            self.widen_in(len);
+        }
+        Ok(matrix)
+    }
+
+    /// Tells the forms where codes are widened.
+    fn widen_in(&mut self, len: usize) {
+        self.forms.widened = Scattered::new(&mut self.widened);
+        self.forms.widened_len = len;
     }
 
     /// Threads that work on a step.
@@ -305,7 +346,9 @@ impl Ops for Cpu {
     fn allocate(&mut self, plan: ArenaPlan) -> Result<(), PlanError> {
         let forms = Forms::new(self.forms.isa, self.precision, plan.kv.dtype);
         let arena = Arena::new(plan, (self.left(), forms.cache), self.pool.threads())?;
+        let widened = self.forms.widened_len;
         self.forms = forms;
+        self.widen_in(widened);
         self.logits = Aligned::zeroed(arena.plan.logits_rows_max * arena.plan.vocabulary);
         self.sampling = (0..self.pool.threads()).map(|_| Scratch::new(arena.plan.vocabulary)).collect();
         self.greedy = vec![Best::NOTHING; self.pool.threads() * arena.plan.logits_rows_max];
@@ -322,6 +365,10 @@ impl Ops for Cpu {
             arena.step.tokens[feed.row as usize] = self.fed[feed.choice as usize];
         }
         Ok(())
+    }
+
+    fn weight_bytes(&self) -> u64 {
+        self.weight_bytes
     }
 
     fn embed(&mut self, table: &Matrix, out: Buffer) {

@@ -3,12 +3,15 @@
 //! A matrix of `rows` output features and `columns` input features becomes panels of [`PANEL`] rows. Inside a
 //! panel, groups of columns (1 in f32, 2 in bf16 and f16, 4 in int8) lie next to each other for each row, which is the
 //! operand that `vdpbf16ps`, `vpdpbusd` and the AMX tile products read. Missing rows and columns are zero.
-//! Int8 weights are symmetric with one scale per output feature; f16 weights have a power of two.
+//! Int8 weights are symmetric with one scale per output feature; f16 weights have a power of two. Codes that a
+//! checkpoint brings are kept as they are where a product can read them ([`keep`]), and else packed by their values.
 
 use half::f16;
 
+use super::grouped::{self, Grouped};
 use super::lanes;
 use super::tile::{Held, RIGHT_TOP};
+use crate::coded::{CodeKind, Coded, Zeros};
 use crate::pool::{Pool, Scattered};
 use crate::tensor::{Aligned, HostTensor, LoadError};
 
@@ -51,6 +54,8 @@ pub enum Panels {
         /// Per output feature: 128 times the sum of its codes, which an offset of 128 on the activations adds.
         offsets: Aligned<i32>,
     },
+    /// 4-bit codes with scales for groups of columns.
+    Grouped(Grouped),
 }
 
 impl Matrix {
@@ -61,6 +66,7 @@ impl Matrix {
             Panels::Bf16(panels) => panels.len() * 2,
             Panels::F16 { halves, scales } => halves.len() * 2 + scales.len() * 4,
             Panels::Int8 { codes, scales, offsets } => codes.len() + scales.len() * 4 + offsets.len() * 4,
+            Panels::Grouped(grouped) => grouped.bytes(),
         }
     }
 
@@ -75,6 +81,7 @@ impl Matrix {
         let elements = self.columns_padded * PANEL;
         let (start, lane) = (row / PANEL * elements, row % PANEL);
         match &self.panels {
+            Panels::Grouped(grouped) => grouped.read_row(row, out),
             Panels::F32(panels) => {
                 let panel = &panels[start..start + elements];
                 out.iter_mut().zip(panel.chunks_exact(PANEL)).for_each(|(out, group)| *out = group[lane]);
@@ -145,31 +152,134 @@ impl MatrixSource<'_, '_> {
         }
     }
 
-    /// Reads a packed row; rows of padding are zero.
-    pub fn read_row(&self, row: usize, out: &mut [f32]) {
+    /// The part that a packed row is of, and its row there; none of padding.
+    fn locate(&self, row: usize) -> Option<(&HostTensor<'_>, usize)> {
         match self {
             MatrixSource::Stacked(parts) => {
                 let mut row = row;
                 for part in *parts {
                     let rows = part.shape()[0];
                     if row < rows {
-                        return part.read_f32(row * out.len(), out);
+                        return Some((part, row));
                     }
                     row -= rows;
                 }
-                unreachable!("row is below the sum of the parts' rows");
+                None
             }
             MatrixSource::Gated(gate, up) => {
                 let part = if (row / PANEL).is_multiple_of(2) { gate } else { up };
                 let feature = row / (2 * PANEL) * PANEL + row % PANEL;
-                if feature < part.shape()[0] {
-                    part.read_f32(feature * out.len(), out);
-                } else {
-                    out.fill(0.0);
-                }
+                (feature < part.shape()[0]).then_some((*part, feature))
             }
         }
     }
+
+    /// Reads a packed row; rows of padding are zero.
+    pub fn read_row(&self, row: usize, out: &mut [f32]) {
+        match self.locate(row) {
+            Some((part, row)) => part.read_f32(row * out.len(), out),
+            None => out.fill(0.0),
+        }
+    }
+
+    /// The codes that a packed row is of, and its row there; none of padding, or where the part has none.
+    pub fn codes_of(&self, row: usize) -> Option<(&Coded<'_>, usize)> {
+        let (part, row) = self.locate(row)?;
+        part.as_coded().map(|(coded, first)| (coded, first + row))
+    }
+
+    /// Every part's codes; none where a part has none.
+    fn coded(&self) -> Option<Vec<&Coded<'_>>> {
+        let all = |parts: &mut dyn Iterator<Item = Option<_>>| parts.collect();
+        match self {
+            MatrixSource::Stacked(parts) => {
+                all(&mut parts.iter().map(|part| part.as_coded().map(|(coded, _)| coded)))
+            }
+            MatrixSource::Gated(gate, up) => {
+                all(&mut [gate, up].into_iter().map(|part| part.as_coded().map(|(coded, _)| coded)))
+            }
+        }
+    }
+}
+
+/// Codes that are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kept {
+    /// 8 bits with a scale for each row.
+    Int8,
+    /// 4 bits of this kind, with a scale for each row and each group of this many columns.
+    Grouped(CodeKind, usize),
+}
+
+/// Whether a product can read a source's codes as they are, multiplied with rows in 8 bits: all parts are of one form,
+/// whole numbers of 8 bits with a scale a row, or 4 bits in groups of a multiple of 8 columns (as many as a row has).
+pub fn keep(source: &MatrixSource<'_, '_>) -> Option<Kept> {
+    let parts = source.coded()?;
+    let (kind, group) = parts.first().map(|first| (first.kind, first.block.1))?;
+    let of_one_form = |part: &&Coded<'_>| {
+        part.kind == kind && (part.block.1 == group || part.groups() == 1) && part.order.is_empty()
+    };
+    if !parts.iter().all(of_one_form) {
+        return None;
+    }
+    let whole = parts.iter().all(|part| part.groups() == 1);
+    let zeros_are = |zero: i16| parts.iter().all(|part| part.zeros == Zeros::Same(zero));
+    let kept = match kind {
+        CodeKind::Int8 if whole && zeros_are(0) => Kept::Int8,
+        CodeKind::Uint8 if whole && zeros_are(128) => Kept::Int8,
+        CodeKind::E2m1 if zeros_are(0) => Kept::Grouped(kind, group),
+        CodeKind::Uint4 if parts.iter().all(|part| grouped::takes(&part.zeros)) => Kept::Grouped(kind, group),
+        _ => return None,
+    };
+    let words = |columns: usize| columns.is_multiple_of(grouped::WORD_COLUMNS);
+    let fits = kept == Kept::Int8 || words(parts[0].columns) && (whole || words(group));
+    fits.then_some(kept)
+}
+
+/// Packs kept codes.
+///
+/// # Errors
+/// When the parts do not fit together.
+pub fn pack_kept(pool: &mut Pool, source: &MatrixSource<'_, '_>, kept: Kept) -> Result<Matrix, LoadError> {
+    let (rows, columns) = source.shape()?;
+    let rows_padded = rows.next_multiple_of(PANEL);
+    let (kind, group) = match kept {
+        Kept::Grouped(kind, group) => (kind, group),
+        Kept::Int8 => {
+            let columns_padded = columns.next_multiple_of(Held::Int8.group());
+            let mut codes = Aligned::zeroed(rows_padded * columns_padded);
+            let (mut scales, mut offsets) = (Aligned::zeroed(rows_padded), Aligned::zeroed(rows_padded));
+            let (all, size) = (Scattered::new(&mut codes), columns_padded * PANEL);
+            let (row_scales, row_offsets) = (Scattered::new(&mut scales), Scattered::new(&mut offsets));
+            pool.run(rows.div_ceil(PANEL), |_, panel| {
+                let mut raw = vec![0; columns];
+                for row in panel * PANEL..rows.min((panel + 1) * PANEL) {
+                    let Some((coded, at)) = source.codes_of(row) else { continue };
+                    coded.read_codes(at, &mut raw);
+                    let turn = if coded.kind == CodeKind::Uint8 { 128 } else { 0 };
+                    raw.iter_mut().for_each(|code| *code ^= turn);
+                    let sum: i32 = raw.iter().map(|code| i32::from(code.cast_signed())).sum();
+                    // SAFETY: each panel and each row belongs to one task.
+                    unsafe {
+                        spread(&raw, all.range(panel * size, size), (row % PANEL, 4), |code| {
+                            code.cast_signed()
+                        });
+                        row_scales.range(row, 1)[0] = coded.scale(at, 0);
+                        row_offsets.range(row, 1)[0] = 128 * sum;
+                    }
+                }
+            });
+            return Ok(Matrix {
+                rows,
+                columns,
+                columns_padded,
+                panels: Panels::Int8 { codes, scales, offsets },
+            });
+        }
+    };
+    let grouped = Grouped::pack(pool, source, (rows, columns), (kind, group));
+    let columns_padded = columns.next_multiple_of(grouped::WORD_COLUMNS);
+    Ok(Matrix { rows, columns, columns_padded, panels: Panels::Grouped(grouped) })
 }
 
 /// Packs a matrix, panel by panel on all threads.
@@ -195,6 +305,7 @@ pub fn pack(pool: &mut Pool, source: &MatrixSource<'_, '_>, held: Held) -> Resul
     let mut each =
         |fill: &(dyn Fn(usize, usize, &[f32]) + Sync)| each_row(pool, source, (rows, columns), fill);
     match &mut panels {
+        Panels::Grouped(_) => unreachable!("they are packed by `pack_kept`"),
         Panels::F32(panels) => each(&plain(Scattered::new(panels), (size, 1), |value| value)),
         Panels::Bf16(panels) => each(&plain(Scattered::new(panels), (size, 2), lanes::bf16_bits)),
         Panels::F16 { halves, scales } => {
@@ -262,7 +373,12 @@ fn plain<T: Send>(
 }
 
 /// Writes a row of values into its lane of a panel with `group` adjacent columns.
-fn spread<T>(values: &[f32], panel: &mut [T], (lane, group): (usize, usize), convert: impl Fn(f32) -> T) {
+fn spread<V: Copy, T>(
+    values: &[V],
+    panel: &mut [T],
+    (lane, group): (usize, usize),
+    convert: impl Fn(V) -> T,
+) {
     for (values, out) in values.chunks(group).zip(panel.chunks_exact_mut(group * PANEL)) {
         for (&value, out) in values.iter().zip(&mut out[group * lane..]) {
             *out = convert(value);

@@ -2,7 +2,7 @@
 //!
 //! Rows are spread over the threads in small runs; a few rows are not worth a dispatch and stay on the caller.
 
-use super::arena::{Activation, Arena, CacheBlocks, Rows, cut};
+use super::arena::{Activation, Arena, CacheBlocks, CodeRows, Rows, cut};
 use super::fp8::{self, KvEntry};
 use super::lanes;
 use super::pack::Matrix;
@@ -36,7 +36,7 @@ impl ScatteredRows {
             Rows::F16 { halves, scales } => {
                 ScatteredRows::F16(Scattered::new(halves), Scattered::new(scales))
             }
-            Rows::Int8 { codes, scales } => {
+            Rows::Int8(CodeRows { codes, scales }) => {
                 ScatteredRows::Int8(Scattered::new(codes), Scattered::new(scales))
             }
         }
@@ -82,6 +82,46 @@ impl ScatteredRows {
     }
 }
 
+/// An operand's rows taken apart, in every form that its matrices read.
+#[derive(Clone, Copy)]
+struct OperandRows {
+    rows: ScatteredRows,
+    codes: Option<ScatteredRows>,
+}
+
+impl OperandRows {
+    fn new(buffer: &mut Activation) -> Self {
+        let codes = buffer.codes.as_mut().map(|codes| {
+            ScatteredRows::Int8(Scattered::new(&mut codes.codes), Scattered::new(&mut codes.scales))
+        });
+        Self { rows: ScatteredRows::new(buffer), codes }
+    }
+
+    /// Whether rows are written whole.
+    fn is_whole(&self) -> bool {
+        self.codes.is_some() || matches!(self.rows, ScatteredRows::F16(..) | ScatteredRows::Int8(..))
+    }
+
+    /// Writes the values of row `row`, of rows `stride` elements apart, in all forms.
+    ///
+    /// # Safety
+    /// As [`ScatteredRows::put`].
+    unsafe fn write(&self, isa: Isa, (row, stride): (usize, usize), values: &[f32]) {
+        // SAFETY: passed on.
+        unsafe {
+            match self.rows {
+                ScatteredRows::F32(_) | ScatteredRows::Bf16(_) => self.rows.put(isa, row * stride, values),
+                ScatteredRows::F16(..) | ScatteredRows::Int8(..) => {
+                    self.rows.scale(isa, (row, stride), values);
+                }
+            }
+            if let Some(codes) = self.codes {
+                codes.scale(isa, (row, stride), values);
+            }
+        }
+    }
+}
+
 /// Runs `work(row)` for each row.
 fn each_row(pool: &mut Pool, rows: usize, work: impl Fn(usize) + Sync) {
     pool.run(rows.div_ceil(TASK_ROWS), |_, task| {
@@ -119,35 +159,36 @@ pub fn rms_norm(pool: &mut Pool, isa: Isa, norm: Norm<'_>, (weight, eps): (&[f32
     assert_eq!((x.width, out.width), (weight.len(), weight.len()), "width of a norm");
     let (width, stride) = (x.width, out.stride);
     let values = x.values();
-    let store = ScatteredRows::new(out);
+    let store = OperandRows::new(out);
     each_row(pool, rows, |row| {
         let values = &values[row * x.stride..][..width];
         // SAFETY: each row belongs to one task.
         unsafe {
-            match store {
+            match store.rows {
+                _ if store.is_whole() => {
+                    let normed = scratch.range(row * stride, width);
+                    lanes::norm(isa, values, weight, eps, normed);
+                    store.write(isa, (row, stride), normed);
+                }
                 ScatteredRows::F32(rows) => {
                     lanes::norm(isa, values, weight, eps, rows.range(row * stride, width))
                 }
                 ScatteredRows::Bf16(rows) => {
                     lanes::norm_bf16(isa, values, weight, eps, rows.range(row * stride, width));
                 }
-                ScatteredRows::F16(..) | ScatteredRows::Int8(..) => {
-                    let normed = scratch.range(row * stride, width);
-                    lanes::norm(isa, values, weight, eps, normed);
-                    store.scale(isa, (row, stride), normed);
-                }
+                ScatteredRows::F16(..) | ScatteredRows::Int8(..) => unreachable!("such rows are whole"),
             }
         }
     });
 }
 
-/// Scales rows of values into operands that have a scale for each row.
+/// Writes rows of values into operands that are written whole.
 pub fn scale(pool: &mut Pool, isa: Isa, values: &[f32], out: &mut Activation, rows: usize) {
     let (width, stride) = (out.width, out.stride);
-    let store = ScatteredRows::new(out);
+    let store = OperandRows::new(out);
     each_row(pool, rows, |row| {
         // SAFETY: each row belongs to one task.
-        unsafe { store.scale(isa, (row, stride), &values[row * stride..][..width]) };
+        unsafe { store.write(isa, (row, stride), &values[row * stride..][..width]) };
     });
 }
 
@@ -155,16 +196,10 @@ pub fn scale(pool: &mut Pool, isa: Isa, values: &[f32], out: &mut Activation, ro
 pub fn round(pool: &mut Pool, isa: Isa, (x, out): (&Activation, &mut Activation), rows: usize) {
     assert_eq!(x.width, out.width, "width of operands");
     let (width, stride, values) = (x.width, out.stride, x.values());
-    let store = ScatteredRows::new(out);
+    let store = OperandRows::new(out);
     each_row(pool, rows, |row| {
-        let values = &values[row * x.stride..][..width];
         // SAFETY: each row belongs to one task.
-        unsafe {
-            match store {
-                ScatteredRows::F32(_) | ScatteredRows::Bf16(_) => store.put(isa, row * stride, values),
-                ScatteredRows::F16(..) | ScatteredRows::Int8(..) => store.scale(isa, (row, stride), values),
-            }
-        }
+        unsafe { store.write(isa, (row, stride), &values[row * x.stride..][..width]) };
     });
 }
 
@@ -415,16 +450,16 @@ pub fn narrow(buffer: &mut Activation, chosen: &[u32]) {
         let from = from as usize;
         let range = from * stride..(from + 1) * stride;
         match &mut buffer.rows {
-            Rows::F32(rows) => rows.copy_within(range, to * stride),
-            Rows::Bf16(rows) => rows.copy_within(range, to * stride),
+            Rows::F32(rows) => rows.copy_within(range.clone(), to * stride),
+            Rows::Bf16(rows) => rows.copy_within(range.clone(), to * stride),
             Rows::F16 { halves, scales } => {
-                halves.copy_within(range, to * stride);
+                halves.copy_within(range.clone(), to * stride);
                 scales[to] = scales[from];
             }
-            Rows::Int8 { codes, scales } => {
-                codes.copy_within(range, to * stride);
-                scales[to] = scales[from];
-            }
+            Rows::Int8(rows) => rows.copy(range.clone(), (from, to), stride),
+        }
+        if let Some(rows) = &mut buffer.codes {
+            rows.copy(range, (from, to), stride);
         }
     }
 }

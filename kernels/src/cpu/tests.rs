@@ -1,6 +1,7 @@
 //! Every form against plain arithmetic in f64, and batch invariance byte by byte.
 
 mod attention;
+mod grouped;
 mod products;
 
 use proptest::prelude::*;

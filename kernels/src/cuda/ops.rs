@@ -94,6 +94,10 @@ impl Ops for Cuda {
         Ok(())
     }
 
+    fn weight_bytes(&self) -> u64 {
+        self.weights.matrices.iter().map(|matrix| (matrix.features * matrix.stride * 2) as u64).sum()
+    }
+
     fn embed(&mut self, table: &Matrix, out: Buffer) {
         self.step.recording.push(StepCommand::Embed { table: table.index, factor: 1.0, out, after: None });
     }

@@ -294,8 +294,10 @@ fn fill(
         };
         let count = run.rows.min(rows - row);
         let target = &mut target[row * row_bytes..][..count * row_bytes];
-        if run.tensor.dtype() == DType::Bf16 && row_bytes == columns * 2 {
-            target.copy_from_slice(&run.tensor.bytes()[run.first * row_bytes..][..count * row_bytes]);
+        if let Some((DType::Bf16, bytes)) = run.tensor.as_dense()
+            && row_bytes == columns * 2
+        {
+            target.copy_from_slice(&bytes[run.first * row_bytes..][..count * row_bytes]);
         } else {
             let mut values = vec![0.0_f32; columns];
             for (index, target) in target.chunks_exact_mut(row_bytes).enumerate() {
@@ -343,6 +345,26 @@ mod tests {
         let gated = filled(&Source::Gated(&gate, &up), 32, 3);
         assert_eq!((gated[0], gated[7], gated[8], gated[15]), (0.0, 7.0, 100.0, 107.0));
         assert_eq!((gated[16], gated[17], gated[18], gated[25]), (8.0, 9.0, 0.0, 109.0));
+    }
+
+    #[test]
+    fn codes_become_the_weights_that_they_stand_for() {
+        use crate::coded::{CodeKind, Coded, Zeros};
+        let coded = |first: u8| Coded {
+            kind: CodeKind::Uint4,
+            rows: 4,
+            columns: 3,
+            codes: (0..8).map(|at| first + at).collect::<Vec<u8>>().into(),
+            row_bytes: 2,
+            block: (1, 2),
+            scales: (1..=8).map(f32::from).collect(),
+            zeros: Zeros::Same(8),
+            order: Vec::new(),
+        };
+        let parts = [0, 16].map(|first| HostTensor::coded(coded(first)).unwrap());
+        let firsts = filled(&Source::Stacked(&parts), 8, 3);
+        // Low halves of the first bytes, less 8, times the scale of each row's first group.
+        assert_eq!(firsts, [-8.0, -18.0, -20.0, -14.0, -8.0, -18.0, -20.0, -14.0]);
     }
 
     #[test]

@@ -6,11 +6,10 @@ use std::path::Path;
 use millrace_crds::check::Check;
 use millrace_engine::folder::belongs;
 use millrace_engine::folder::manifest::{MANIFEST_NAME, is_template};
-use millrace_engine::model::binding::{names, shape_of};
+use millrace_engine::model::binding::{names, stored};
 use millrace_engine::model::config::DecoderConfig;
 use millrace_engine::model::files::Files;
 use millrace_engine::model::rope::RopeScaling;
-use millrace_engine::model::source::TensorSource;
 use millrace_engine::text::job::{Input, JobLimits, RequestLine};
 use millrace_engine::text::prompt::Text;
 
@@ -52,6 +51,9 @@ pub fn config(folder: &Path) -> (Vec<Check>, Option<DecoderConfig>) {
     if slid > 0 {
         said += &format!("; {slid} layers with a window of {windows:?}");
     }
+    if let Some(quantised) = &config.quantised {
+        said += &format!("; quantised as {quantised}");
+    }
     for rope in &config.ropes {
         said += &match &rope.scaling {
             RopeScaling::None => format!("; RoPE of base {}", rope.theta),
@@ -84,14 +86,8 @@ pub fn weights(folder: &Path, config: &DecoderConfig) -> Vec<Check> {
     };
     let needed = names(config);
     for name in &needed {
-        let wrong = match files.tensor(name) {
-            Err(error) => Some(error.to_string()),
-            Ok(tensor) => shape_of(config, name).filter(|shape| *shape != tensor.shape).map(|shape| {
-                format!("tensor {name:?} has shape {:?}; config.json implies {shape:?}", tensor.shape)
-            }),
-        };
-        if let Some(wrong) = wrong {
-            return vec![Check::fail(WEIGHTS, wrong, "download or convert the weights again")];
+        if let Err(wrong) = stored(config, &files, name) {
+            return vec![Check::fail(WEIGHTS, wrong.to_string(), "download or convert the weights again")];
         }
     }
     let mut checks: Vec<Check> = files

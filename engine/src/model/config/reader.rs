@@ -5,7 +5,7 @@ use super::fields::Fields;
 use super::layers::Layered;
 use super::{
     Architecture, DecoderConfig, EOS_MAX, GateActivation, LAYERS_MAX, ModelConfigError, NormPlaces,
-    POSITIONS_MAX, QkNorms, WIDTH_MAX, bounded, refuse, refuse_quantised,
+    POSITIONS_MAX, QkNorms, WIDTH_MAX, bounded, refuse,
 };
 use crate::model::rope;
 use crate::model::source::StoredDtype;
@@ -88,6 +88,7 @@ impl Reader<'_> {
             windows,
             eos: self.eos(ends, vocabulary)?,
             stored: self.stored(),
+            quantised: None,
         })
     }
 
@@ -137,7 +138,6 @@ impl Reader<'_> {
 
     /// Refuses what the decoder does not do; gives the activation.
     fn check_unsupported(&self) -> Result<GateActivation, ModelConfigError> {
-        refuse_quantised(self.fields)?;
         let has_mlp_bias = self.is(&[Architecture::Llama, Architecture::SmolLm3, Architecture::Granite]);
         if has_mlp_bias && self.fields.flag("mlp_bias")? == Some(true) {
             return refuse("mlp_bias", true, "false");

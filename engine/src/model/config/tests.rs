@@ -144,7 +144,7 @@ fn refusals_name_field_value_and_what_it_may_be() {
         (llama3(json!({"high_freq_factor": 1.0})), "high_freq_factor is 1", "above low_freq_factor, 1"),
         (json!({"hidden_act": "gelu"}), "hidden_act is \"gelu\"", "\"gelu_pytorch_tanh\""),
         (json!({"mlp_bias": true}), "mlp_bias is true", "false"),
-        (json!({"quantization_config": {"quant_method": "gptq"}}), "quantization_config is gptq", "absent"),
+        (json!({"quantization_config": {"quant_method": "quip"}}), "quant_method is quip", "gptq"),
         (json!({"eos_token_id": "2"}), "eos_token_id is \"2\"", "a token id"),
         (json!({"rms_norm_eps": "NaN"}), "rms_norm_eps is \"NaN\"", "a number"),
         (json!({"hidden_size": 576.5}), "hidden_size is 576.5", "a whole number"),
