@@ -7,7 +7,8 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 use clap::Args;
-use millrace_crds::config::{Bytes, Device, Dtype, EngineConfig, KvCacheDtype, Quantization};
+use millrace_crds::config::{Device, Dtype, EngineConfig, KvCacheDtype, Quantization};
+use millrace_crds::units::Bytes;
 use millrace_engine::model::config::DecoderConfig;
 use millrace_engine::schedule::request::{Event, Request, Sampling};
 use millrace_engine::start::Engine;
