@@ -135,7 +135,10 @@ fn gateway(api: &str) -> Permissions {
     publish.push(format!("{api}.DIRECT.GET.OBJ_{FILES_BUCKET}.>"));
     publish.push(format!("$O.{FILES_BUCKET}.>"));
     publish.extend(keys(api));
-    let heard = ["millrace.tokens.*.*.*", "millrace.load.*.*.*", "millrace.share.*.*"].map(str::to_owned);
+    // Outcomes as they are stored are heard by who follows somebody else's job.
+    let heard =
+        ["millrace.tokens.*.*.*", "millrace.results.*.*.*", "millrace.load.*.*.*", "millrace.share.*.*"]
+            .map(str::to_owned);
     Permissions::new("_INBOX.gateway".into(), publish, &heard)
 }
 

@@ -4,10 +4,11 @@
 //! client does not take stalls no other; who leaves cancels; a drain finishes what runs.
 
 use std::collections::HashMap;
+use std::io::ErrorKind;
 use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use millrace_tests::chat::ChatWorker;
@@ -71,6 +72,22 @@ impl Client {
         }
     }
 
+    /// Reads nothing but pings, and answers them, for a while.
+    fn idle(&mut self, span: Duration) -> Result<()> {
+        let began = Instant::now();
+        self.0.get_ref().set_read_timeout(Some(Duration::from_millis(20)))?;
+        while began.elapsed() < span {
+            match self.0.read() {
+                Ok(Message::Ping(_)) => self.0.flush()?,
+                Ok(other) => bail!("{other:?} is no ping"),
+                Err(tungstenite::Error::Io(error))
+                    if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(self.0.get_ref().set_read_timeout(Some(PATIENCE))?)
+    }
+
     fn error(&mut self) -> Result<(Value, String)> {
         let message = self.hear()?.context("the gateway closed")?;
         ensure!(message["type"] == "error", "{message}");
@@ -116,10 +133,13 @@ async fn many_generations_share_a_connection() -> Result<()> {
             ensure!(numbers.last() == Some(&(text.chars().count() as u64)), "{numbers:?}");
         }
         refusals(&mut client)?;
-        // Silence longer than the client's patience is filled by pings, and answered ones keep the connection.
-        std::thread::sleep(Duration::from_secs(1));
+        // Who answers pings is there still; who does not is taken for gone.
+        client.idle(Duration::from_secs(2))?;
         client.generate("late", "say still here", json!({}))?;
         ensure!(spelled(&client.until_done("late")?, "late") == "still here");
+        std::thread::sleep(Duration::from_secs(2));
+        let gone = client.generate("gone", "say x", json!({})).and_then(|()| client.until_done("gone"));
+        ensure!(gone.is_err(), "{gone:?}");
         Ok(())
     });
     talked.await??;
