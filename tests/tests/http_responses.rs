@@ -1,7 +1,8 @@
 //! `/v1/responses` and streams of jobs, from two gateways.
 //!
 //! What holds here: what a client puts together from streams that were cut anywhere and went on at another gateway is
-//! the stored text, whatever deltas were lost; what was asked is told by any gateway; nobody sees what is another tenant's.
+//! the stored text, whatever deltas were lost; what was asked is told by any gateway; nobody sees what is another
+//! tenant's.
 
 use std::collections::HashSet;
 use std::sync::Arc;
