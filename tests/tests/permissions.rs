@@ -118,7 +118,10 @@ async fn each_role_does_all_of_its_work() -> Result<()> {
     operator.run(&["provision", "--apply"])?;
     operator.run(&["provision", "--apply", "--max-jobs", "1000"])?;
     operator.run(&["provision", "--check", "--max-jobs", "1000"])?;
-    let key = operator.run(&["key", "create", "--tenant", "t"])?;
+    let key: Value = serde_json::from_str(&operator.run(&["--json", "key", "create", "--tenant", "t"])?)?;
+    let text = |name: &str| key[name].as_str().map(str::to_owned).context("a key");
+    // What gateways share is used where there is a limit.
+    operator.run(&["key", "limit", &text("id")?, "--key-limit", "requests=1000/min"])?;
     let old = operator.run(&["--json", "key", "create", "--tenant", "u"])?;
     let old: Value = serde_json::from_str(&old)?;
     operator.run(&["key", "revoke", old["id"].as_str().context("an id")?])?;
@@ -127,7 +130,7 @@ async fn each_role_does_all_of_its_work() -> Result<()> {
     let folder = place::folder("role-")?;
     let worker = worker(&cluster, &folder)?;
     of_a_tenant(&cluster, &worker).await?;
-    of_a_gateway(server, key.trim()).await?;
+    of_a_gateway(server, &text("key")?).await?;
     assert_eq!(violations(server), "", "{}", worker.log_tail());
     Ok(())
 }
@@ -205,6 +208,11 @@ async fn of_a_gateway(server: &NatsServer, key: &str) -> Result<()> {
     ask("POST", "/v1/completions", &request)?;
     let streamed = json!({"model": "tiny", "prompt": "Ho", "max_tokens": 4, "stream": true});
     ensure!(ask("POST", "/v1/completions", &streamed)?.contains("[DONE]"), "a stream ends");
+    let response = json!({"model": "tiny", "input": "Hi", "max_output_tokens": 4});
+    let response: Value = serde_json::from_str(&ask("POST", "/v1/responses", &response)?)?;
+    let path = format!("/v1/responses/{}", response["id"].as_str().context("a response's id")?);
+    ask("GET", &path, &Value::Null)?;
+    ask("DELETE", &path, &Value::Null)?;
     let job: Value = serde_json::from_str(&ask("POST", "/v1/jobs", &request)?)?;
     let path = format!("/v1/jobs/{}", job["id"].as_str().context("a job's id")?);
     let start = Instant::now();
