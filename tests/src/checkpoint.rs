@@ -117,7 +117,11 @@ fn to_bf16(value: f32) -> u16 {
 }
 
 /// The safetensors form: length of the header, header as JSON, data.
-fn safetensors(header: &Map<String, Value>, data: &[u8]) -> Result<Vec<u8>> {
+/// A file of tensors.
+///
+/// # Errors
+/// When the header is no JSON.
+pub fn safetensors(header: &Map<String, Value>, data: &[u8]) -> Result<Vec<u8>> {
     let mut text = serde_json::to_vec(header)?;
     // Data begins at a multiple of eight, as the format asks.
     text.resize(text.len().next_multiple_of(8), b' ');

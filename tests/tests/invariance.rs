@@ -263,11 +263,13 @@ fn penalises(sampling: &Sampling) -> bool {
     (repetition_penalty, presence_penalty, frequency_penalty) != (1.0, 0.0, 0.0)
 }
 
-const TYPES: [Types; 4] = [
+const TYPES: [Types; 6] = [
     (Dtype::F32, Quantization::None, KvCacheDtype::Auto),
     (Dtype::Bf16, Quantization::None, KvCacheDtype::Bf16),
     (Dtype::Bf16, Quantization::Int8, KvCacheDtype::Auto),
     (Dtype::Bf16, Quantization::None, KvCacheDtype::Fp8E4m3),
+    (Dtype::Bf16, Quantization::Int4, KvCacheDtype::Auto),
+    (Dtype::Bf16, Quantization::Fp8, KvCacheDtype::Auto),
 ];
 
 fn each_arithmetic(name: &str, circumstances: &[Circumstances], isas: &[Isa]) -> Result<()> {

@@ -24,6 +24,7 @@ use millrace_engine::model::config::{DecoderConfig, QkNorms};
 use millrace_engine::schedule::request::Request;
 use millrace_engine::start::Engine;
 use millrace_engine::text::prompt::Text;
+use millrace_kernels::e4m3;
 use millrace_kernels::isa::Isa;
 
 use millrace_tests::random::Random;
@@ -200,6 +201,154 @@ fn check(folder: &Path, (types, isa): (Types, Isa), tokens: &[u32], expected: &[
         let again = ours.logits(tokens, &chunks)?;
         let bits = |rows: &[Vec<f32>]| rows.concat().iter().map(|logit| logit.to_bits()).collect::<Vec<_>>();
         anyhow::ensure!(bits(&again) == bits(&whole), "chunks {chunks:?} give other bytes than one prefill");
+    }
+    Ok(())
+}
+
+/// The matrices of a checkpoint's layers in a quantised format, and the weights that these stand for.
+struct Rewritten {
+    header: serde_json::Map<String, Value>,
+    data: Vec<u8>,
+    dense: HashMap<String, Tensor>,
+}
+
+impl Rewritten {
+    fn put(&mut self, name: String, dtype: &str, shape: &[usize], bytes: impl IntoIterator<Item = u8>) {
+        let start = self.data.len();
+        self.data.extend(bytes);
+        let offsets = [start, self.data.len()];
+        self.header.insert(name, json!({"dtype": dtype, "shape": shape, "data_offsets": offsets}));
+    }
+
+    /// Codes of 4 bits in groups of `GROUP` columns, in the order that `group_of` says, as GPTQ or compressed-tensors.
+    fn int4(&mut self, module: &str, weights: &[Vec<f32>], gptq: bool) -> Result<()> {
+        const GROUP: usize = 16;
+        let (rows, columns) = (weights.len(), weights[0].len());
+        let groups = columns / GROUP;
+        let group_of = |column: usize| if gptq { groups - 1 - column / GROUP } else { column / GROUP };
+        let (mut scales, mut zeros) = (vec![0.0_f32; rows * groups], vec![0_u32; rows * groups]);
+        let mut codes = vec![0_u32; rows * columns];
+        let mut dense = vec![0.0_f32; rows * columns];
+        for (row, weights) in weights.iter().enumerate() {
+            for group in 0..groups {
+                let part = (0..columns).filter(|&column| group_of(column) == group);
+                let values = || part.clone().map(|column| weights[column]);
+                let (low, high) = (values().fold(0.0, f32::min), values().fold(0.0, f32::max));
+                let scale = (high - low) / 15.0;
+                let zero = (-low / scale).round();
+                (scales[row * groups + group], zeros[row * groups + group]) = (scale, zero as u32);
+                for column in part.clone() {
+                    let code = ((weights[column] / scale).round() + zero).clamp(0.0, 15.0);
+                    codes[row * columns + column] = code as u32;
+                    dense[row * columns + column] = (code - zero) * scale;
+                }
+            }
+        }
+        let word = |fields: &mut dyn Iterator<Item = u32>| {
+            fields.enumerate().fold(0_u32, |word, (at, field)| word | field << (4 * at))
+        };
+        let bytes = |words: Vec<u32>| words.into_iter().flat_map(u32::to_le_bytes).collect::<Vec<u8>>();
+        let floats = |values: Vec<f32>| values.into_iter().flat_map(f32::to_le_bytes).collect::<Vec<u8>>();
+        if gptq {
+            let packed = (0..columns / 8).flat_map(|at| (0..rows).map(move |row| (at, row)));
+            let code = |row: usize, column: usize| codes[row * columns + column];
+            let packed = packed.map(|(at, row)| word(&mut (8 * at..8 * at + 8).map(|column| code(row, column))));
+            self.put(format!("{module}.qweight"), "I32", &[columns / 8, rows], bytes(packed.collect()));
+            let places = (0..groups).flat_map(|group| (0..rows / 8).map(move |at| (group, at)));
+            let zero = |row: usize, group: usize| zeros[row * groups + group];
+            let packed = places.map(|(group, at)| {
+                word(&mut (8 * at..8 * at + 8).map(|row| zero(row, group))).wrapping_sub(0x1111_1111)
+            });
+            self.put(format!("{module}.qzeros"), "I32", &[groups, rows / 8], bytes(packed.collect()));
+            let turned = (0..groups).flat_map(|group| (0..rows).map(move |row| row * groups + group));
+            let turned: Vec<f32> = turned.map(|at| scales[at]).collect();
+            self.put(format!("{module}.scales"), "F32", &[groups, rows], floats(turned));
+            let order = (0..columns).map(|column| group_of(column) as u32).collect();
+            self.put(format!("{module}.g_idx"), "I32", &[columns], bytes(order));
+        } else {
+            let packed = codes.chunks(8).map(|codes| word(&mut codes.iter().copied())).collect();
+            self.put(format!("{module}.weight_packed"), "I32", &[rows, columns / 8], bytes(packed));
+            let places = (0..rows / 8).flat_map(|at| (0..groups).map(move |group| (at, group)));
+            let zero = |row: usize, group: usize| zeros[row * groups + group];
+            let packed =
+                places.map(|(at, group)| word(&mut (8 * at..8 * at + 8).map(|row| zero(row, group)))).collect();
+            self.put(format!("{module}.weight_zero_point"), "I32", &[rows / 8, groups], bytes(packed));
+            self.put(format!("{module}.weight_scale"), "F32", &[rows, groups], floats(scales));
+        }
+        self.dense.insert(format!("{module}.weight"), Tensor::from_vec(dense, (rows, columns), &Device::Cpu)?);
+        Ok(())
+    }
+
+    /// 8-bit floats with a scale a row.
+    fn fp8(&mut self, module: &str, weights: &[Vec<f32>]) -> Result<()> {
+        let (rows, columns) = (weights.len(), weights[0].len());
+        let (mut scales, mut codes, mut dense) = (Vec::new(), Vec::new(), Vec::new());
+        for weights in weights {
+            let scale = weights.iter().fold(0.0_f32, |most, weight| most.max(weight.abs())) / e4m3::GREATEST;
+            scales.extend(scale.to_le_bytes());
+            for weight in weights {
+                let code = e4m3::encode(weight / scale);
+                codes.push(code);
+                dense.push(e4m3::decode(code) * scale);
+            }
+        }
+        self.put(format!("{module}.weight"), "F8_E4M3", &[rows, columns], codes);
+        self.put(format!("{module}.weight_scale"), "F32", &[rows, 1], scales);
+        self.dense.insert(format!("{module}.weight"), Tensor::from_vec(dense, (rows, columns), &Device::Cpu)?);
+        Ok(())
+    }
+}
+
+/// Rewrites the layers of `from` by a quantisation; `dense` gets the weights that the codes stand for.
+fn rewrite(from: &Path, quantised: &Path, dense: &Path, quantisation: &Value) -> Result<()> {
+    let mut config: Value = serde_json::from_slice(&fs::read(from.join("config.json"))?)?;
+    fs::write(dense.join("config.json"), config.to_string())?;
+    config["quantization_config"] = quantisation.clone();
+    fs::write(quantised.join("config.json"), config.to_string())?;
+    let tensors = candle_core::safetensors::load(from.join("model.safetensors"), &Device::Cpu)?;
+    let mut all = Rewritten { header: serde_json::Map::new(), data: Vec::new(), dense: HashMap::new() };
+    for (name, tensor) in tensors {
+        match name.strip_suffix(".weight").filter(|module| module.ends_with("_proj")) {
+            Some(module) if quantisation["quant_method"] == "fp8" => all.fp8(module, &tensor.to_vec2()?)?,
+            Some(module) => all.int4(module, &tensor.to_vec2()?, quantisation["quant_method"] == "gptq")?,
+            None => {
+                let values: Vec<f32> = tensor.flatten_all()?.to_vec1()?;
+                all.put(name.clone(), "F32", tensor.dims(), values.into_iter().flat_map(f32::to_le_bytes));
+                all.dense.insert(name, tensor);
+            }
+        }
+    }
+    fs::write(quantised.join("model.safetensors"), checkpoint::safetensors(&all.header, &all.data)?)?;
+    candle_core::safetensors::save(&all.dense, dense.join("model.safetensors"))?;
+    Ok(())
+}
+
+/// Quantised layers beside an embedding and a head in floats: in f32 the logits of the weights that the codes stand
+/// for, and with the codes multiplied as they are no further from them than 8 bits are.
+#[test]
+fn quantised_checkpoints_have_the_logits_of_their_weights() -> Result<()> {
+    let int4 = json!({"num_bits": 4, "type": "int", "strategy": "group", "group_size": 16, "symmetric": false});
+    let quantisations = [
+        json!({"quant_method": "compressed-tensors", "format": "pack-quantized",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": int4}}, "ignore": ["lm_head"]}),
+        json!({"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": true, "sym": false}),
+        json!({"quant_method": "fp8", "activation_scheme": "dynamic"}),
+    ];
+    let [from, quantised, dense] = [tempfile::tempdir()?, tempfile::tempdir()?, tempfile::tempdir()?];
+    let sizes = json!({"hidden_size": 96, "intermediate_size": 160});
+    checkpoint::write(from.path(), &family("LlamaForCausalLM", sizes), 5)?;
+    let tokens: Vec<u32> = (0..TOKENS as u32).map(|i| i * 7 % 131).collect();
+    for quantisation in quantisations {
+        rewrite(from.path(), quantised.path(), dense.path(), &quantisation)?;
+        let mut reference = Reference::load(dense.path())?;
+        let expected: Vec<Vec<f32>> =
+            (1..=TOKENS).map(|end| reference.logits(&tokens[..end])).collect::<Result<_>>()?;
+        for types in [F32, INT8] {
+            for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+                check(quantised.path(), (types, isa), &tokens, &expected)
+                    .with_context(|| format!("{quantisation}, {types:?}, {isa}"))?;
+            }
+        }
     }
     Ok(())
 }
