@@ -9,7 +9,7 @@
 use super::arena::Activation;
 use super::forms::Forms;
 use super::lanes::versions;
-use super::linear::{Area, Block, Finished, Scales, share};
+use super::linear::{Area, Block, Finished, Scales, TASK_ROWS, share};
 use super::pack::{Matrix, MatrixSource, PANEL};
 use super::tile::{LANES, Sums, TILE_PANELS, TILE_SEGMENTS, Tile};
 #[cfg(target_arch = "x86_64")]
@@ -25,6 +25,8 @@ pub const WORD_COLUMNS: usize = 8;
 const WORD_BYTES: usize = 4 * LANES;
 /// Greatest zero: a code less a zero has to fit into 8 bits.
 const ZERO_MAX: i16 = 128;
+/// Rows whose sums take little memory to clear.
+const FEW_ROWS: usize = 24;
 /// The scales of features, where those are in the sums already.
 static ONES: [[f32; LANES]; TILE_PANELS] = [[1.0; LANES]; TILE_PANELS];
 
@@ -154,7 +156,12 @@ pub fn multiply(
             let size = codes.panel_words * 2 * WORD_BYTES;
             product.widen(panel + index, &mut widened[index * size..][..size]);
         }
-        product.pair((panel, panels), widened, block.rows, &sink);
+        let pair = (panel, panels);
+        if block.rows.1 - block.rows.0 <= FEW_ROWS {
+            product.pair::<{ 2 * FEW_ROWS }>(pair, widened, block.rows, &sink);
+        } else {
+            product.pair::<{ 2 * TASK_ROWS }>(pair, widened, block.rows, &sink);
+        }
         panel += panels;
     }
 }
@@ -218,8 +225,8 @@ impl Widened<'_> {
         }
     }
 
-    /// Multiplies all rows with a pair of panels, group by group.
-    fn pair(
+    /// Multiplies all rows with a pair of panels, group by group; `SUMS` is at least the panels of all rows.
+    fn pair<const SUMS: usize>(
         &self,
         (panel, panels): (usize, usize),
         widened: &[i8],
@@ -230,28 +237,26 @@ impl Widened<'_> {
         assert!(self.x.stride >= self.matrix.columns_padded, "operand rows hold the padding");
         let count = (end - start).div_ceil(self.forms.int8_rows);
         let groups = self.codes.groups();
-        for index in 0..count {
-            let (row, rows) = share(end - start, count, index);
+        let scales = self.codes.scales.as_chunks::<LANES>().0;
+        let tiles = || (0..count).map(|index| share(end - start, count, index));
+        let mut totals = [[0.0; LANES]; SUMS];
+        for group in 0..groups {
+            let (mut sums, mut offsets) = (Sums::ZERO, Sums::ZERO);
+            self.group(widened, (group, panels), (ONES_128.0.as_ptr().cast(), 1), &mut offsets);
+            let scales = [panel * groups + group, (panel + panels - 1) * groups + group].map(|at| scales[at]);
+            for (row, rows) in tiles() {
+                let a = left.codes[(start + row) * self.x.stride..].as_ptr().cast();
+                self.group(widened, (group, panels), (a, rows), &mut sums);
+                let totals = &mut totals[row * panels..][..rows * panels];
+                add(self.forms.isa, totals, &sums.0, (&offsets.0, &scales[..panels]));
+            }
+        }
+        for (row, rows) in tiles() {
             let area = Area { row: start + row, rows, panel, panels };
             sink(area, None);
-            let mut sums = Sums::ZERO;
-            let mut totals = Sums::ZERO;
-            for group in 0..groups {
-                let row = left.codes[area.row * self.x.stride..].as_ptr().cast();
-                self.group(widened, (group, panels), (row, rows), &mut sums);
-                let mut offsets = Sums::ZERO;
-                self.group(widened, (group, panels), (ONES_128.0.as_ptr().cast(), 1), &mut offsets);
-                let scales = self.codes.scales.as_chunks::<LANES>().0;
-                let at = [panel * groups + group, (panel + panels - 1) * groups + group];
-                let scales = at.map(|at| scales[at]);
-                add(self.forms.isa, &mut totals.0[..rows * panels], &sums.0, (&offsets.0, &scales[..panels]));
-            }
-            let scales = Scales {
-                offsets: None,
-                features: &ONES[..panels],
-                rows: &left.scales[area.row..area.row + rows],
-            };
-            let sums = &totals.0[..rows * panels];
+            let rows_scales = &left.scales[area.row..area.row + rows];
+            let scales = Scales { offsets: None, features: &ONES[..panels], rows: rows_scales };
+            let sums = &totals[row * panels..][..rows * panels];
             sink(area, Some(Finished { sums, panels, scales: Some(scales) }));
         }
     }

@@ -17,7 +17,7 @@ use crate::isa::Isa;
 use crate::pool::{Pool, Scattered};
 
 /// Rows of a task: their operands (240 rows of 2,048 bytes) fill half of a second-level cache of 1 MiB.
-const TASK_ROWS: usize = 240;
+pub const TASK_ROWS: usize = 240;
 /// Pairs of panels of a task.
 const TASK_PAIRS: usize = 2;
 /// Tasks per thread, at least, so that a thread that is held up does not hold up the others for long.
