@@ -65,8 +65,6 @@ impl Signal {
     }
 }
 
-/// Units of the processor times in `/proc/PID/stat`, a second.
-const TICKS_PER_S: f64 = 100.0;
 
 /// A running child. Dropping it kills it.
 #[derive(Debug)]
