@@ -11,6 +11,7 @@ use async_nats::jetstream::message::StreamMessage;
 use futures::StreamExt;
 use millrace_crds::names::ModelRef;
 use millrace_queue::broker::sequence_of;
+use millrace_queue::link::Link;
 use serde_json::{Value, json};
 
 use crate::connect::Connection;
@@ -42,6 +43,15 @@ pub enum Ask<'a> {
         /// The first sequence.
         sequence: u64,
     },
+    /// The same, and no more than so many messages, which may be large.
+    Few {
+        /// A subject, or a wildcard of subjects.
+        subject: &'a str,
+        /// The first sequence.
+        sequence: u64,
+        /// Most messages of the answer; at most [`BATCH_MESSAGES_MAX`].
+        messages: usize,
+    },
 }
 
 impl Ask<'_> {
@@ -52,6 +62,12 @@ impl Ask<'_> {
                 "seq": sequence,
                 "next_by_subj": subject,
                 "batch": BATCH_MESSAGES_MAX,
+                "max_bytes": BATCH_BYTES_MAX,
+            }),
+            Ask::Few { subject, sequence, messages } => json!({
+                "seq": sequence,
+                "next_by_subj": subject,
+                "batch": messages,
                 "max_bytes": BATCH_BYTES_MAX,
             }),
         }
@@ -83,9 +99,17 @@ pub struct DirectRead {
 /// # Errors
 /// [`Failure::Refused`] when all attempts failed.
 pub async fn read(broker: &Connection, stream: &str, ask: Ask<'_>) -> Result<DirectRead, Failure> {
+    read_of(&broker.link, stream, ask).await
+}
+
+/// The same, of a stream that belongs to no model.
+///
+/// # Errors
+/// As [`read`].
+pub async fn read_of(link: &Link, stream: &str, ask: Ask<'_>) -> Result<DirectRead, Failure> {
     let mut pause = PAUSE_MIN;
     for attempt in 1.. {
-        match read_once(broker, stream, ask).await {
+        match read_once(link, stream, ask).await {
             Ok(batch) => return Ok(batch),
             Err(ReadError::Passing(_)) if attempt < ATTEMPTS_MAX => tokio::time::sleep(pause).await,
             Err(error) => return Err(Failure::Refused(format!("reading stream {stream}: {error}"))),
@@ -122,13 +146,13 @@ pub async fn last_of(
     Ok(())
 }
 
-async fn read_once(broker: &Connection, stream: &str, ask: Ask<'_>) -> Result<DirectRead, ReadError> {
+async fn read_once(link: &Link, stream: &str, ask: Ask<'_>) -> Result<DirectRead, ReadError> {
     let passing = |error: &dyn std::fmt::Display| ReadError::Passing(error.to_string());
-    let inbox = broker.client.new_inbox();
-    let mut answers = broker.client.subscribe(inbox.clone()).await.map_err(|e| passing(&e))?;
-    let subject = broker.link.api(&format!("DIRECT.GET.{stream}"));
+    let inbox = link.client().new_inbox();
+    let mut answers = link.client().subscribe(inbox.clone()).await.map_err(|e| passing(&e))?;
+    let subject = link.api(&format!("DIRECT.GET.{stream}"));
     let payload = serde_json::to_vec(&ask.request()).expect("a JSON value is JSON");
-    let asked = broker.client.publish_with_reply(subject, inbox, payload.into()).await;
+    let asked = link.client().publish_with_reply(subject, inbox, payload.into()).await;
     asked.map_err(|e| passing(&e))?;
     let mut messages = Vec::new();
     // The bound is the batch's own, and one message that ends it.

@@ -9,11 +9,15 @@
 //! [`catalog`] knows the models, which are [`kept`]; [`keys`], [`token`] and [`caller`] say who may, [`audit`] who did;
 //! [`limits`] say how much, [`fair`] in which turn and [`room`] whether at all; [`cache`] answers what was answered
 //! before; [`connections`] and [`memory`] have bounds, whatever comes; [`state`] is what gateways share in the broker;
+//! [`files`] and [`batches`] are what clients leave here, in the [`archive`], in [`records`] and [`blobs`];
 //! [`error`] is the closed table of errors; [`document`] describes all paths; [`front`] is what all requests share;
 //! [`tls`] and [`cors`] say who may connect, and which pages; [`pages`] and [`meters`] show how it is.
 
+pub mod archive;
 pub mod audit;
 pub mod awaited;
+pub mod batches;
+pub mod blobs;
 pub mod cache;
 pub mod caller;
 pub mod catalog;
@@ -25,6 +29,7 @@ pub mod digests;
 pub mod document;
 pub mod error;
 pub mod fair;
+pub mod files;
 pub mod followed;
 pub mod front;
 pub mod inference;
@@ -35,9 +40,12 @@ pub mod limits;
 pub mod log;
 pub mod memory;
 pub mod meters;
+pub mod multipart;
 pub mod options;
 pub mod pages;
+pub mod paging;
 pub mod passage;
+pub mod records;
 pub mod responses;
 pub mod room;
 pub mod routes;
@@ -60,6 +68,8 @@ pub async fn run(args: options::GatewayArgs) -> Result<(), Failure> {
     log::start().map_err(Failure::Usage)?;
     args.check()?;
     let front = front::Front::connect(args).await?;
+    batches::keeper::start(&front);
+    files::sweep::start(&front);
     tokio::select! {
         served = server::serve(front.clone()) => served,
         failure = front.refused() => Err(failure),

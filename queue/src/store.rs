@@ -312,6 +312,18 @@ impl Store {
         Ok(())
     }
 
+    /// Removes an object; one that is not there is removed already.
+    ///
+    /// # Errors
+    /// What the service said.
+    pub async fn delete(&self, uri: &S3Uri) -> Result<(), StoreError> {
+        let request = self.client.delete_object().bucket(&uri.bucket).key(&uri.key);
+        match request.send().await.map_err(|error| failed(uri, &error)) {
+            Ok(_) | Err(StoreError::Missing(_)) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Writes an object where there is none; `false` if there is one. A store that does not know the condition is asked
     /// before, which leaves a moment in which another writer may be first.
     ///

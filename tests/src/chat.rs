@@ -55,6 +55,7 @@ pub struct ChatWorker {
     /// What it did.
     pub chats: Arc<Chats>,
     drain: CancellationToken,
+    task: tokio::task::JoinHandle<()>,
 }
 
 impl Drop for ChatWorker {
@@ -73,8 +74,16 @@ impl ChatWorker {
         let line = bench.line(name, runner.clone(), Arc::new(WorkerMetrics::new(&bench.model))).await?;
         let drain = CancellationToken::new();
         let draining = drain.clone();
-        tokio::spawn(async move { serve(&line, &draining, Duration::from_millis(100)).await });
-        Ok(Self { chats: runner.0, drain })
+        let task = tokio::spawn(async move {
+            // What ends it is the test's to judge.
+            let _ = serve(&line, &draining, Duration::from_millis(100)).await;
+        });
+        Ok(Self { chats: runner.0, drain, task })
+    }
+
+    /// Ends it in the middle of what it does: jobs that it holds are neither answered nor handed back.
+    pub fn kill(self) {
+        self.task.abort();
     }
 }
 

@@ -112,6 +112,22 @@ impl Gateway {
         self.process.processor_s()
     }
 
+    /// The most memory that it had, in bytes.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn peak_bytes(&self) -> Result<u64> {
+        Ok(self.process.memory()?.1)
+    }
+
+    /// Kills it, and leaves its port free.
+    ///
+    /// # Errors
+    /// When the wait fails.
+    pub fn kill(&mut self) -> Result<()> {
+        self.process.kill()
+    }
+
     /// All that it logged.
     pub fn log(&self) -> String {
         self.process.log()

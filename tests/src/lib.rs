@@ -7,6 +7,7 @@
 //! Starting, killing and waiting for a child block the thread, so async tests run on several threads.
 
 pub mod accounts;
+pub mod bulk;
 pub mod certificates;
 pub mod chaos;
 pub mod chat;

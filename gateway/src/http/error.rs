@@ -49,10 +49,22 @@ pub enum ApiCode {
     ModelNotFound,
     /// There is no such job, or its outcome has expired.
     JobNotFound,
+    /// There is no such file, or it has expired.
+    FileNotFound,
+    /// There is no such upload.
+    UploadNotFound,
+    /// There is no such batch.
+    BatchNotFound,
+    /// A batch reads the file.
+    FileInUse,
+    /// What is asked for is over: the upload or the batch has ended.
+    InvalidState,
     /// The key or the tenant had as much as it may.
     RateLimitExceeded,
     /// The gateway runs as many requests as it may, or holds as many bytes.
     Overloaded,
+    /// There is no room for files.
+    StorageFull,
     /// The model's queue is full.
     QueueFull,
     /// The broker does not answer.
@@ -70,7 +82,7 @@ pub enum ApiCode {
 }
 
 /// All codes.
-pub const CODES: [ApiCode; 26] = [
+pub const CODES: [ApiCode; 32] = [
     ApiCode::InvalidJson,
     ApiCode::InvalidParameter,
     ApiCode::MissingParameter,
@@ -84,7 +96,13 @@ pub const CODES: [ApiCode; 26] = [
     ApiCode::ModelNotFound,
     ApiCode::JobNotFound,
     ApiCode::RateLimitExceeded,
+    ApiCode::FileNotFound,
+    ApiCode::UploadNotFound,
+    ApiCode::BatchNotFound,
+    ApiCode::FileInUse,
+    ApiCode::InvalidState,
     ApiCode::Overloaded,
+    ApiCode::StorageFull,
     ApiCode::QueueFull,
     ApiCode::BrokerUnavailable,
     ApiCode::ProviderUnavailable,
@@ -122,6 +140,12 @@ impl ApiCode {
             ApiCode::ModelNotFound => (404, REQUEST, "model_not_found", Retry::Never),
             ApiCode::JobNotFound => (404, REQUEST, "job_not_found", Retry::Never),
             ApiCode::RateLimitExceeded => (429, RATE_LIMIT, "rate_limit_exceeded", Retry::After(1)),
+            ApiCode::FileNotFound => (404, REQUEST, "file_not_found", Retry::Never),
+            ApiCode::UploadNotFound => (404, REQUEST, "upload_not_found", Retry::Never),
+            ApiCode::BatchNotFound => (404, REQUEST, "batch_not_found", Retry::Never),
+            ApiCode::FileInUse => (409, REQUEST, "file_in_use", Retry::Never),
+            ApiCode::InvalidState => (409, REQUEST, "invalid_state", Retry::Never),
+            ApiCode::StorageFull => (503, SERVER, "storage_full", Retry::After(60)),
             ApiCode::Overloaded => (503, SERVER, "overloaded", Retry::After(2)),
             ApiCode::QueueFull => (503, SERVER, "queue_full", Retry::After(10)),
             ApiCode::BrokerUnavailable => (503, SERVER, "broker_unavailable", Retry::After(2)),

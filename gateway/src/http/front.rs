@@ -14,6 +14,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::connect::{self, Connection};
 use crate::failure::Failure;
+use crate::http::archive::Archive;
 use crate::http::audit::AuditLog;
 use crate::http::cache::AnswerCache;
 use crate::http::catalog::Catalog;
@@ -72,6 +73,8 @@ pub struct Front {
     pub memory: MemoryBudget,
     /// The places of connections.
     pub connection_places: Arc<Semaphore>,
+    /// Files, uploads and batches.
+    pub archive: Archive,
     /// What is counted.
     pub metrics: GatewayMetrics,
     /// Cancelled when the drain begins.
@@ -128,6 +131,11 @@ impl Front {
             memory,
             connection_places: Arc::new(Semaphore::new(connections_max)),
             connections_max,
+            archive: Archive::new(
+                (link.clone(), jetstream.clone()),
+                (&args.files, replicas),
+                (args.object_store.as_deref(), args.store.config()),
+            ),
             bodies: Bodies::new(args.store.config()),
             metrics: GatewayMetrics::new(),
             cancels: TaskTracker::new(),
@@ -189,6 +197,11 @@ impl Front {
     /// Connections that are open.
     pub fn connections(&self) -> usize {
         self.connections_max - self.connection_places.available_permits()
+    }
+
+    /// Whether it takes no more requests.
+    pub fn is_draining(&self) -> bool {
+        self.draining.is_cancelled()
     }
 
     /// From now on not ready.

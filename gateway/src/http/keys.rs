@@ -44,6 +44,10 @@ pub enum Verb {
     Infer,
     /// Submit jobs, look at them and cancel them.
     Jobs,
+    /// Upload files, list, read and delete them.
+    Files,
+    /// Make batches of files, look at them and cancel them.
+    Batches,
     /// See the tenant's dead letters, and have their jobs run again.
     Dead,
     /// See how the models stand, and the dead letters of all tenants; only where a key names it.
@@ -52,7 +56,8 @@ pub enum Verb {
 
 impl Verb {
     /// All verbs.
-    pub const ALL: [Verb; 5] = [Verb::Models, Verb::Infer, Verb::Jobs, Verb::Dead, Verb::Admin];
+    pub const ALL: [Verb; 7] =
+        [Verb::Models, Verb::Infer, Verb::Jobs, Verb::Files, Verb::Batches, Verb::Dead, Verb::Admin];
 }
 
 /// What a key may do. An empty list allows all.

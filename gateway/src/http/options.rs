@@ -84,6 +84,35 @@ impl BoundArgs {
     }
 }
 
+/// Files, and what keeps them.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Files and batches")]
+pub struct FileArgs {
+    /// Largest file
+    #[arg(long, env = "MILLRACE_FILE_BYTES", default_value = "1Gi", value_name = "BYTES")]
+    pub file_bytes: Bytes,
+    /// All files together, where they lie in the broker
+    #[arg(long, env = "MILLRACE_FILES_BYTES", default_value = "8Gi", value_name = "BYTES")]
+    pub files_bytes: Bytes,
+    /// Most lines of a batch
+    #[arg(
+        long,
+        default_value = "50000",
+        value_name = "N",
+        value_parser = clap::value_parser!(u32).range(1..=1_000_000)
+    )]
+    pub batch_lines: u32,
+    /// Most lines of a batch that are in the queue at once
+    #[arg(long, default_value = "8192", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub batch_flight: u32,
+    /// Most batches that this gateway runs at once; others wait
+    #[arg(long, default_value = "4", value_name = "N", value_parser = clap::value_parser!(u32).range(0..=64))]
+    pub batches_at_once: u32,
+    /// Let webhooks reach private addresses, and without TLS
+    #[arg(long, env = "MILLRACE_WEBHOOK_PRIVATE")]
+    pub webhook_private: bool,
+}
+
 /// OpenAI's API over the queue: every request is a durable job, every answer its one outcome.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "millrace-gateway", version, max_term_width = 100)]
@@ -136,7 +165,10 @@ pub struct GatewayArgs {
     /// How much is let in.
     #[command(flatten)]
     pub bounds: BoundArgs,
-    /// s3://bucket/prefix for bodies that are too large for a message
+    /// What keeps files.
+    #[command(flatten)]
+    pub files: FileArgs,
+    /// s3://bucket/prefix for files, and for bodies that are too large for a message
     #[arg(long, env = "MILLRACE_OBJECT_STORE", value_name = "URI")]
     pub object_store: Option<String>,
     /// How to reach it, and outcomes that are too large for a message
@@ -170,6 +202,17 @@ impl GatewayArgs {
             return Err(Failure::Usage(message));
         }
         cors::layer(&self.cors_origin)?;
+        for (name, bytes) in
+            [("--file-bytes", self.files.file_bytes), ("--files-bytes", self.files.files_bytes)]
+        {
+            if bytes.0 == 0 {
+                return Err(Failure::Usage(format!("{name} is 0; at least 1 is needed")));
+            }
+        }
+        if self.object_store.is_none() && self.files.file_bytes > self.files.files_bytes {
+            let (one, all) = (self.files.file_bytes, self.files.files_bytes);
+            return Err(Failure::Usage(format!("--file-bytes {one} is more than --files-bytes {all}")));
+        }
         if self.anonymous && !self.listen.ip().is_loopback() {
             let message = format!(
                 "--anonymous with --listen {}: only a loopback address may let everybody in",
@@ -222,6 +265,8 @@ mod tests {
             (&["--anonymous", "--memory-max", "1Mi"], "--memory-max 1Mi: at least 16Mi"),
             (&["--anonymous", "--key-limit", "requests=60"], "requests=60/min"),
             (&["--anonymous", "--tenant-limit", "concurrent=1", "--tenant-limit", "concurrent=2"], "twice"),
+            (&["--anonymous", "--file-bytes", "0"], "--file-bytes"),
+            (&["--anonymous", "--file-bytes", "9Gi"], "--files-bytes"),
         ] {
             let refused = checked(words).unwrap_err();
             assert!(refused.contains(named), "{words:?}: {refused}");

@@ -19,7 +19,7 @@ use crate::http::document::{self, Document};
 use crate::http::error::{ApiCode, ApiError};
 use crate::http::front::{self, Front};
 use crate::http::keys::Verb;
-use crate::http::{caller, cors, inference, jobs, pages, responses, socket};
+use crate::http::{batches, caller, cors, files, inference, jobs, pages, responses, socket};
 
 /// The header with the request's id, which is the id of its job.
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -46,7 +46,9 @@ pub fn paths() -> (Router<Arc<Front>>, OpenApiRouter<Arc<Front>>) {
         .routes(routes!(jobs::stream::stream))
         .routes(routes!(jobs::dead::list))
         .routes(routes!(jobs::dead::requeue))
-        .routes(routes!(socket::open));
+        .routes(routes!(socket::open))
+        .merge(files::routes())
+        .merge(batches::routes());
     let pages = OpenApiRouter::new()
         .routes(routes!(pages::healthz))
         .routes(routes!(pages::readyz))
