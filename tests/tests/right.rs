@@ -252,7 +252,8 @@ impl Rewritten {
         if gptq {
             let packed = (0..columns / 8).flat_map(|at| (0..rows).map(move |row| (at, row)));
             let code = |row: usize, column: usize| codes[row * columns + column];
-            let packed = packed.map(|(at, row)| word(&mut (8 * at..8 * at + 8).map(|column| code(row, column))));
+            let packed =
+                packed.map(|(at, row)| word(&mut (8 * at..8 * at + 8).map(|column| code(row, column))));
             self.put(format!("{module}.qweight"), "I32", &[columns / 8, rows], bytes(packed.collect()));
             let places = (0..groups).flat_map(|group| (0..rows / 8).map(move |at| (group, at)));
             let zero = |row: usize, group: usize| zeros[row * groups + group];
@@ -270,12 +271,14 @@ impl Rewritten {
             self.put(format!("{module}.weight_packed"), "I32", &[rows, columns / 8], bytes(packed));
             let places = (0..rows / 8).flat_map(|at| (0..groups).map(move |group| (at, group)));
             let zero = |row: usize, group: usize| zeros[row * groups + group];
-            let packed =
-                places.map(|(at, group)| word(&mut (8 * at..8 * at + 8).map(|row| zero(row, group)))).collect();
+            let packed = places
+                .map(|(at, group)| word(&mut (8 * at..8 * at + 8).map(|row| zero(row, group))))
+                .collect();
             self.put(format!("{module}.weight_zero_point"), "I32", &[rows / 8, groups], bytes(packed));
             self.put(format!("{module}.weight_scale"), "F32", &[rows, groups], floats(scales));
         }
-        self.dense.insert(format!("{module}.weight"), Tensor::from_vec(dense, (rows, columns), &Device::Cpu)?);
+        self.dense
+            .insert(format!("{module}.weight"), Tensor::from_vec(dense, (rows, columns), &Device::Cpu)?);
         Ok(())
     }
 
@@ -294,7 +297,8 @@ impl Rewritten {
         }
         self.put(format!("{module}.weight"), "F8_E4M3", &[rows, columns], codes);
         self.put(format!("{module}.weight_scale"), "F32", &[rows, 1], scales);
-        self.dense.insert(format!("{module}.weight"), Tensor::from_vec(dense, (rows, columns), &Device::Cpu)?);
+        self.dense
+            .insert(format!("{module}.weight"), Tensor::from_vec(dense, (rows, columns), &Device::Cpu)?);
         Ok(())
     }
 }
@@ -327,7 +331,8 @@ fn rewrite(from: &Path, quantised: &Path, dense: &Path, quantisation: &Value) ->
 /// for, and with the codes multiplied as they are no further from them than 8 bits are.
 #[test]
 fn quantised_checkpoints_have_the_logits_of_their_weights() -> Result<()> {
-    let int4 = json!({"num_bits": 4, "type": "int", "strategy": "group", "group_size": 16, "symmetric": false});
+    let int4 =
+        json!({"num_bits": 4, "type": "int", "strategy": "group", "group_size": 16, "symmetric": false});
     let quantisations = [
         json!({"quant_method": "compressed-tensors", "format": "pack-quantized",
             "config_groups": {"group_0": {"targets": ["Linear"], "weights": int4}}, "ignore": ["lm_head"]}),

@@ -66,7 +66,7 @@ impl CodeRows {
 
 /// What left operands are held in.
 #[derive(Debug, Clone, Copy)]
-pub struct Left {
+pub struct LeftForms {
     /// For most matrices.
     pub held: Held,
     /// Some matrices read 8 bits beside that.
@@ -236,7 +236,7 @@ impl Arena {
     ///
     /// # Errors
     /// When a size is out of bounds.
-    pub fn new(plan: ArenaPlan, (left, cache): (Left, Held), threads: usize) -> Result<Self, PlanError> {
+    pub fn new(plan: ArenaPlan, (left, cache): (LeftForms, Held), threads: usize) -> Result<Self, PlanError> {
         check(&plan)?;
         let buffers: Vec<Activation> = plan
             .buffers
@@ -283,7 +283,7 @@ impl Arena {
 }
 
 impl Activation {
-    fn new(width: usize, kind: BufferKind, rows_max: usize, left: Left) -> Self {
+    fn new(width: usize, kind: BufferKind, rows_max: usize, left: LeftForms) -> Self {
         let stride = width.next_multiple_of(LANES);
         let elements = rows_max * stride;
         let codes = kind == BufferKind::Operand && left.codes && left.held != Held::Int8;

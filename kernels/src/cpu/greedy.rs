@@ -4,9 +4,10 @@
 //! Each thread keeps the greatest value of every lane and the panel that it came from; of equals the lowest token
 //! wins. A row with a logit that is not a number, or whose greatest one is infinite, is poisoned.
 
+use super::blocks::{Area, Finished};
 use super::lanes::versions;
-use super::linear::{Area, Epilogue, Finished};
-use super::pack::PANEL;
+use super::linear::Epilogue;
+use super::source::PANEL;
 use super::tile::LANES;
 use crate::isa::Isa;
 use crate::pool::Scattered;

@@ -7,79 +7,21 @@
 use std::f32::consts::LOG2_E;
 
 use super::arena::{Activation, Rows};
+use super::blocks::{Area, Block, Finished, Scales, TASK_ROWS, share};
 use super::forms::Forms;
-use super::grouped;
+use super::grouped_product;
 use super::lanes::{self, versions};
-use super::pack::{Matrix, PANEL, Panels};
+use super::pack::{Matrix, Panels};
 use super::rows::ScatteredRows;
+use super::source::PANEL;
 use super::tile::{GROUPS_AHEAD, LANES, Sums, TILE_PANELS, TILE_SEGMENTS, Tile, WIDE_TILE_ROWS};
 use crate::isa::Isa;
 use crate::pool::{Pool, Scattered};
 
-/// Rows of a task: their operands (240 rows of 2,048 bytes) fill half of a second-level cache of 1 MiB.
-pub const TASK_ROWS: usize = 240;
 /// Pairs of panels of a task.
 const TASK_PAIRS: usize = 2;
 /// Tasks per thread, at least, so that a thread that is held up does not hold up the others for long.
 const TASKS_PER_THREAD: usize = 2;
-
-/// Where a tile lies in a product.
-#[derive(Debug, Clone, Copy)]
-pub struct Area {
-    /// First row.
-    pub row: usize,
-    /// Rows.
-    pub rows: usize,
-    /// First panel.
-    pub panel: usize,
-    /// Panels.
-    pub panels: usize,
-}
-
-/// The sums of a tile, `[rows][panels]` of lanes, and what makes values of them.
-pub struct Finished<'a> {
-    pub sums: &'a [[f32; LANES]],
-    pub panels: usize,
-    /// Of scaled operands.
-    pub scales: Option<Scales<'a>>,
-}
-
-/// value = (sum - offset of the feature) * (scale of the feature * scale of the row)
-pub struct Scales<'a> {
-    /// Of int8 operands, whose sums are integers as bits.
-    pub offsets: Option<&'a [[i32; LANES]]>,
-    pub features: &'a [[f32; LANES]],
-    pub rows: &'a [f32],
-}
-
-impl Finished<'_> {
-    fn rows(&self) -> usize {
-        self.sums.len() / self.panels
-    }
-
-    /// Panels of the tile.
-    #[inline(always)]
-    pub fn panels(&self) -> usize {
-        self.panels
-    }
-
-    /// Values of a row in a panel.
-    #[inline(always)]
-    pub fn values(&self, row: usize, panel: usize) -> [f32; LANES] {
-        let mut values = self.sums[row * self.panels + panel];
-        if let Some(Scales { offsets, features, rows }) = &self.scales {
-            if let Some(offsets) = offsets {
-                for lane in 0..LANES {
-                    values[lane] = (values[lane].to_bits().cast_signed() - offsets[panel][lane]) as f32;
-                }
-            }
-            for lane in 0..LANES {
-                values[lane] *= features[panel][lane] * rows[row];
-            }
-        }
-        values
-    }
-}
 
 /// What becomes of a product's tiles.
 pub trait Epilogue: Sync {
@@ -123,7 +65,9 @@ pub fn product(
             Some(tile) => epilogue.finish(thread, area, &tile),
         };
         match &matrix.panels {
-            Panels::Grouped(codes) => grouped::multiply((forms, thread), (matrix, codes), x, block, sink),
+            Panels::Grouped(codes) => {
+                grouped_product::multiply((forms, thread), (matrix, codes), x, block, sink)
+            }
             _ => multiply(forms, matrix, x, block, sink),
         }
     });
@@ -135,18 +79,6 @@ fn columns(pairs: usize, rows: usize, threads: usize) -> usize {
     let columns =
         if rows <= WIDE_TILE_ROWS { TASKS_PER_THREAD * threads } else { pairs.div_ceil(TASK_PAIRS) };
     columns.next_multiple_of(threads).min(pairs)
-}
-
-/// Start and length of one of `parts` nearly equal parts of `total`, the larger ones first.
-pub fn share(total: usize, parts: usize, index: usize) -> (usize, usize) {
-    let (size, larger) = (total / parts, total % parts);
-    (index * size + index.min(larger), size + usize::from(index < larger))
-}
-
-/// Rows and panels of a task, each as start and end.
-pub struct Block {
-    pub rows: (usize, usize),
-    pub panels: (usize, usize),
 }
 
 /// Multiplies a block, tile by tile; calls `sink` before each tile and with what it gave.
@@ -409,7 +341,7 @@ fn gate_rows<T: Copy>(
 ) {
     for row in 0..tile.rows() {
         // SAFETY: each (row, feature) belongs to one tile of the dispatch.
-        let out = unsafe { out.range(first + row * stride, tile.panels / 2 * LANES) };
+        let out = unsafe { out.range(first + row * stride, tile.panels() / 2 * LANES) };
         for (pair, out) in out.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
             let (gate, up) = (tile.values(row, 2 * pair), tile.values(row, 2 * pair + 1));
             for lane in 0..LANES {

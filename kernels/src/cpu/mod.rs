@@ -8,17 +8,20 @@
 
 mod arena;
 mod attention;
+mod blocks;
 mod detect;
 mod forms;
 mod fp8;
 mod greedy;
 mod grouped;
+mod grouped_product;
 mod lanes;
 mod linear;
 mod measure;
 mod pack;
 mod rows;
 mod scratch;
+mod source;
 mod tile;
 #[cfg(target_arch = "x86_64")]
 mod tile_amx;
@@ -36,14 +39,15 @@ mod weigh;
 use std::num::NonZeroUsize;
 use std::time::Duration;
 
-use arena::{Activation, Arena, Left, RopeTable, kv_block_bytes};
+use arena::{Activation, Arena, LeftForms, RopeTable, kv_block_bytes};
 use attention::AttentionOutput;
 use forms::Forms;
 use greedy::{Best, Greedy};
 use linear::{Gate, Gated, Values};
 pub use pack::Matrix;
-use pack::{Kept, MatrixSource, PANEL, Panels, keep, pack, pack_kept};
+use pack::{KeptCodes, Panels, keep, pack, pack_kept};
 use rows::{Before, HeadNorms, Norm, ScatteredRows};
+use source::{MatrixSource, PANEL};
 use tile::{left_held, weights_held};
 
 use crate::bounds::Bounds;
@@ -161,12 +165,12 @@ impl Cpu {
     }
 
     /// What left operands of weights are held in.
-    fn left(&self) -> Left {
-        Left { held: left_held(self.forms.isa, self.precision), codes: self.reads_codes }
+    fn left(&self) -> LeftForms {
+        LeftForms { held: left_held(self.forms.isa, self.precision), codes: self.reads_codes }
     }
 
     fn pack(&mut self, source: &MatrixSource<'_, '_>) -> Result<Matrix, LoadError> {
-        let kept: Option<Kept> = if self.keeps_codes { keep(source) } else { None };
+        let kept: Option<KeptCodes> = if self.keeps_codes { keep(source) } else { None };
         let Some(kept) = kept else {
             let matrix = pack(&mut self.pool, source, weights_held(self.forms.isa, self.precision))?;
             self.weight_bytes += matrix.bytes() as u64;

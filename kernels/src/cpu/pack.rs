@@ -4,19 +4,17 @@
 //! panel, groups of columns (1 in f32, 2 in bf16 and f16, 4 in int8) lie next to each other for each row, which is the
 //! operand that `vdpbf16ps`, `vpdpbusd` and the AMX tile products read. Missing rows and columns are zero.
 //! Int8 weights are symmetric with one scale per output feature; f16 weights have a power of two. Codes that a
-//! checkpoint brings are kept as they are where a product can read them ([`keep`]), and else packed by their values.
+//! checkpoint brings are kept as they are where a product can read them (`keep`), and else packed by their values.
 
 use half::f16;
 
 use super::grouped::{self, Grouped};
 use super::lanes;
+use super::source::{MatrixSource, PANEL};
 use super::tile::{Held, RIGHT_TOP};
 use crate::coded::{CodeKind, Coded, Zeros};
 use crate::pool::{Pool, Scattered};
-use crate::tensor::{Aligned, HostTensor, LoadError};
-
-/// Output features in a panel: the f32 lanes of one AVX-512 register.
-pub const PANEL: usize = 16;
+use crate::tensor::{Aligned, LoadError};
 
 /// A packed weight matrix.
 #[derive(Debug)]
@@ -114,97 +112,9 @@ impl Matrix {
     }
 }
 
-/// Where the rows of a packed matrix come from.
-pub enum MatrixSource<'a, 'b> {
-    /// Parts one after the other.
-    Stacked(&'a [HostTensor<'b>]),
-    /// Sixteen rows of the gate, sixteen of the up projection, and so on; a last partial sixteen is padded
-    /// with zeros, so that gate and up of a feature always lie in neighbouring panels.
-    Gated(&'a HostTensor<'b>, &'a HostTensor<'b>),
-}
-
-impl MatrixSource<'_, '_> {
-    /// Packed rows and columns.
-    pub fn shape(&self) -> Result<(usize, usize), LoadError> {
-        match self {
-            MatrixSource::Stacked(parts) => {
-                let (mut rows, columns) = parts.first().ok_or(LoadError::Empty)?.matrix_shape()?;
-                for part in &parts[1..] {
-                    let (more, found) = part.matrix_shape()?;
-                    if found != columns {
-                        return Err(LoadError::Columns { expected: columns, found });
-                    }
-                    rows += more;
-                }
-                Ok((rows, columns))
-            }
-            MatrixSource::Gated(gate, up) => {
-                let (gate_rows, columns) = gate.matrix_shape()?;
-                let (up_rows, found) = up.matrix_shape()?;
-                if found != columns {
-                    return Err(LoadError::Columns { expected: columns, found });
-                }
-                if gate_rows != up_rows {
-                    return Err(LoadError::Gate { gate: gate_rows, up: up_rows });
-                }
-                Ok((gate_rows.next_multiple_of(PANEL) * 2, columns))
-            }
-        }
-    }
-
-    /// The part that a packed row is of, and its row there; none of padding.
-    fn locate(&self, row: usize) -> Option<(&HostTensor<'_>, usize)> {
-        match self {
-            MatrixSource::Stacked(parts) => {
-                let mut row = row;
-                for part in *parts {
-                    let rows = part.shape()[0];
-                    if row < rows {
-                        return Some((part, row));
-                    }
-                    row -= rows;
-                }
-                None
-            }
-            MatrixSource::Gated(gate, up) => {
-                let part = if (row / PANEL).is_multiple_of(2) { gate } else { up };
-                let feature = row / (2 * PANEL) * PANEL + row % PANEL;
-                (feature < part.shape()[0]).then_some((*part, feature))
-            }
-        }
-    }
-
-    /// Reads a packed row; rows of padding are zero.
-    pub fn read_row(&self, row: usize, out: &mut [f32]) {
-        match self.locate(row) {
-            Some((part, row)) => part.read_f32(row * out.len(), out),
-            None => out.fill(0.0),
-        }
-    }
-
-    /// The codes that a packed row is of, and its row there; none of padding, or where the part has none.
-    pub fn codes_of(&self, row: usize) -> Option<(&Coded<'_>, usize)> {
-        let (part, row) = self.locate(row)?;
-        part.as_coded().map(|(coded, first)| (coded, first + row))
-    }
-
-    /// Every part's codes; none where a part has none.
-    fn coded(&self) -> Option<Vec<&Coded<'_>>> {
-        let all = |parts: &mut dyn Iterator<Item = Option<_>>| parts.collect();
-        match self {
-            MatrixSource::Stacked(parts) => {
-                all(&mut parts.iter().map(|part| part.as_coded().map(|(coded, _)| coded)))
-            }
-            MatrixSource::Gated(gate, up) => {
-                all(&mut [gate, up].into_iter().map(|part| part.as_coded().map(|(coded, _)| coded)))
-            }
-        }
-    }
-}
-
 /// Codes that are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kept {
+pub enum KeptCodes {
     /// 8 bits with a scale for each row.
     Int8,
     /// 4 bits of this kind, with a scale for each row and each group of this many columns.
@@ -213,7 +123,7 @@ pub enum Kept {
 
 /// Whether a product can read a source's codes as they are, multiplied with rows in 8 bits: all parts are of one form,
 /// whole numbers of 8 bits with a scale a row, or 4 bits in groups of a multiple of 8 columns (as many as a row has).
-pub fn keep(source: &MatrixSource<'_, '_>) -> Option<Kept> {
+pub fn keep(source: &MatrixSource<'_, '_>) -> Option<KeptCodes> {
     let parts = source.coded()?;
     let (kind, group) = parts.first().map(|first| (first.kind, first.block.1))?;
     let of_one_form = |part: &&Coded<'_>| {
@@ -225,14 +135,16 @@ pub fn keep(source: &MatrixSource<'_, '_>) -> Option<Kept> {
     let whole = parts.iter().all(|part| part.groups() == 1);
     let zeros_are = |zero: i16| parts.iter().all(|part| part.zeros == Zeros::Same(zero));
     let kept = match kind {
-        CodeKind::Int8 if whole && zeros_are(0) => Kept::Int8,
-        CodeKind::Uint8 if whole && zeros_are(128) => Kept::Int8,
-        CodeKind::E2m1 if zeros_are(0) => Kept::Grouped(kind, group),
-        CodeKind::Uint4 if parts.iter().all(|part| grouped::takes(&part.zeros)) => Kept::Grouped(kind, group),
+        CodeKind::Int8 if whole && zeros_are(0) => KeptCodes::Int8,
+        CodeKind::Uint8 if whole && zeros_are(128) => KeptCodes::Int8,
+        CodeKind::E2m1 if zeros_are(0) => KeptCodes::Grouped(kind, group),
+        CodeKind::Uint4 if parts.iter().all(|part| grouped::takes(&part.zeros)) => {
+            KeptCodes::Grouped(kind, group)
+        }
         _ => return None,
     };
     let words = |columns: usize| columns.is_multiple_of(grouped::WORD_COLUMNS);
-    let fits = kept == Kept::Int8 || words(parts[0].columns) && (whole || words(group));
+    let fits = kept == KeptCodes::Int8 || words(parts[0].columns) && (whole || words(group));
     fits.then_some(kept)
 }
 
@@ -240,12 +152,16 @@ pub fn keep(source: &MatrixSource<'_, '_>) -> Option<Kept> {
 ///
 /// # Errors
 /// When the parts do not fit together.
-pub fn pack_kept(pool: &mut Pool, source: &MatrixSource<'_, '_>, kept: Kept) -> Result<Matrix, LoadError> {
+pub fn pack_kept(
+    pool: &mut Pool,
+    source: &MatrixSource<'_, '_>,
+    kept: KeptCodes,
+) -> Result<Matrix, LoadError> {
     let (rows, columns) = source.shape()?;
     let rows_padded = rows.next_multiple_of(PANEL);
     let (kind, group) = match kept {
-        Kept::Grouped(kind, group) => (kind, group),
-        Kept::Int8 => {
+        KeptCodes::Grouped(kind, group) => (kind, group),
+        KeptCodes::Int8 => {
             let columns_padded = columns.next_multiple_of(Held::Int8.group());
             let mut codes = Aligned::zeroed(rows_padded * columns_padded);
             let (mut scales, mut offsets) = (Aligned::zeroed(rows_padded), Aligned::zeroed(rows_padded));

@@ -21,7 +21,7 @@ use crate::model::source::RawDtype;
 
 /// What stands for a matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Written {
+pub enum StoredCodes {
     /// Whole numbers of 4 or 8 bits in words.
     Packed {
         /// 4 or 8.
@@ -43,7 +43,7 @@ pub struct Scheme {
     /// The modules.
     pub targets: Modules,
     /// The form; absent where the group's weights are floats.
-    pub written: Option<Written>,
+    pub written: Option<StoredCodes>,
     /// Rows and columns of a block of weights that share a scale, where it is neither one for all nor one a row.
     pub block: Option<(usize, usize)>,
 }
@@ -63,10 +63,10 @@ impl fmt::Display for Compressed {
             let comma = if index == 0 { "" } else { ", " };
             let written = match scheme.written {
                 None => "floats".to_owned(),
-                Some(Written::Packed { bits }) => format!("{bits} bits"),
-                Some(Written::Int8) => "8 bits".to_owned(),
-                Some(Written::Fp8) => "8-bit floats".to_owned(),
-                Some(Written::NvFp4 | Written::MxFp4) => "4-bit floats".to_owned(),
+                Some(StoredCodes::Packed { bits }) => format!("{bits} bits"),
+                Some(StoredCodes::Int8) => "8 bits".to_owned(),
+                Some(StoredCodes::Fp8) => "8-bit floats".to_owned(),
+                Some(StoredCodes::NvFp4 | StoredCodes::MxFp4) => "4-bit floats".to_owned(),
             };
             write!(f, "{comma}{written}")?;
             match scheme.block {
@@ -100,16 +100,16 @@ impl Compressed {
         };
         match scheme.written {
             None => unreadable(weight, "it is missing or no floats, and its group has no scheme for weights"),
-            Some(Written::Packed { bits }) => packed(module, bits, scheme.block),
-            Some(Written::Int8) => plain(module, (CodeKind::Int8, RawDtype::Int8), scheme.block),
-            Some(Written::Fp8) => plain(module, (CodeKind::E4m3, RawDtype::F8E4m3), scheme.block),
-            Some(Written::NvFp4) => {
+            Some(StoredCodes::Packed { bits }) => packed(module, bits, scheme.block),
+            Some(StoredCodes::Int8) => plain(module, (CodeKind::Int8, RawDtype::Int8), scheme.block),
+            Some(StoredCodes::Fp8) => plain(module, (CodeKind::E4m3, RawDtype::F8E4m3), scheme.block),
+            Some(StoredCodes::NvFp4) => {
                 let whole = module.number("weight_global_scale")?;
                 fp4(module, "weight_packed", scheme.block.map_or(FP4_GROUP, |block| block.1), |scale| {
                     scale / whole
                 })
             }
-            Some(Written::MxFp4) => {
+            Some(StoredCodes::MxFp4) => {
                 fp4(module, "weight_packed", scheme.block.map_or(32, |block| block.1), |scale| scale)
             }
         }

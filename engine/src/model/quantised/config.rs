@@ -5,7 +5,7 @@
 use serde_json::{Map, Value};
 
 use super::Quantised;
-use super::compressed::{Compressed, Scheme, Written};
+use super::compressed::{Compressed, Scheme, StoredCodes};
 use super::gptq::GptqForm;
 use super::modules::Modules;
 use crate::model::config::ModelConfigError;
@@ -234,11 +234,11 @@ fn scheme(place: &str, group: &Map<String, Value>, format: Option<&str>) -> Pars
     let is_float = weights.get("type").and_then(Value::as_str) == Some("float");
     let written = match (format, is_float, bits) {
         ("dense", ..) => return Ok(Scheme { targets, written: None, block: None }),
-        ("pack-quantized", false, 4 | 8) => Written::Packed { bits: bits as usize },
-        ("int-quantized" | "naive-quantized", false, 1..=8) => Written::Int8,
-        ("float-quantized" | "naive-quantized", true, 8) => Written::Fp8,
-        ("nvfp4-pack-quantized", true, 4) => Written::NvFp4,
-        ("mxfp4-pack-quantized", true, 4) => Written::MxFp4,
+        ("pack-quantized", false, 4 | 8) => StoredCodes::Packed { bits: bits as usize },
+        ("int-quantized" | "naive-quantized", false, 1..=8) => StoredCodes::Int8,
+        ("float-quantized" | "naive-quantized", true, 8) => StoredCodes::Fp8,
+        ("nvfp4-pack-quantized", true, 4) => StoredCodes::NvFp4,
+        ("mxfp4-pack-quantized", true, 4) => StoredCodes::MxFp4,
         _ => {
             let kind = if is_float { "float" } else { "int" };
             let value = format!("{format} with weights of {bits} bits, {kind}");

@@ -86,22 +86,22 @@ impl<'a> Module<'a, '_> {
         }
     }
 
-    /// Scales of a part, and the rows and columns of the block that each is of: one for all, one for each row, or as
+    /// BlockScales of a part, and the rows and columns of the block that each is of: one for all, one for each row, or as
     /// `block` says.
-    pub fn scales(&self, part: &str, block: Option<(usize, usize)>) -> Result<Scales, BindError> {
+    pub fn scales(&self, part: &str, block: Option<(usize, usize)>) -> Result<BlockScales, BindError> {
         let (rows, columns) = self.shape;
         let (values, shape) = self.numbers(part)?;
         if values.len() == 1 {
-            return Ok(Scales { values, block: (rows, columns) });
+            return Ok(BlockScales { values, block: (rows, columns) });
         }
         let (high, wide) = block.unwrap_or((1, columns));
         let (high, wide) = (high.clamp(1, rows), wide.clamp(1, columns));
         let expected = [rows.div_ceil(high), columns.div_ceil(wide)];
         if shape.iter().filter(|&&extent| extent != 1).eq(expected.iter().filter(|&&extent| extent != 1)) {
-            return Ok(Scales { values, block: (high, wide) });
+            return Ok(BlockScales { values, block: (high, wide) });
         }
         if shape == [rows] {
-            return Ok(Scales { values, block: (1, columns) });
+            return Ok(BlockScales { values, block: (1, columns) });
         }
         Err(BindError::Shape { name: self.part_name(part), found: shape, expected: expected.to_vec() })
     }
@@ -121,8 +121,8 @@ impl<'a> Module<'a, '_> {
     }
 }
 
-/// Scales, row-major, each of a block of rows and columns.
-pub struct Scales {
+/// BlockScales, row-major, each of a block of rows and columns.
+pub struct BlockScales {
     pub values: Vec<f32>,
     pub block: (usize, usize),
 }
