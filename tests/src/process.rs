@@ -65,7 +65,6 @@ impl Signal {
     }
 }
 
-
 /// A running child. Dropping it kills it.
 #[derive(Debug)]
 pub struct Process {
