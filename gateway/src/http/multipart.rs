@@ -80,7 +80,7 @@ impl MultipartForm {
     ///
     /// # Errors
     /// What is wrong with the form.
-    pub fn next(&mut self) -> Result<Option<FormEvent>, String> {
+    pub fn event(&mut self) -> Result<Option<FormEvent>, String> {
         loop {
             match self.state {
                 State::Preamble => {
@@ -160,7 +160,7 @@ fn parameter(disposition: &str, name: &str) -> Option<String> {
     let mut rest = disposition;
     while let Some(at) = rest.find(';') {
         rest = rest[at + 1..].trim_start();
-        let Some((key, value)) = rest.split_once('=') else { return None };
+        let (key, value) = rest.split_once('=')?;
         let (text, after) = match value.strip_prefix('"') {
             None => {
                 let end = value.find(';').unwrap_or(value.len());
@@ -205,7 +205,7 @@ mod tests {
         let mut events: Vec<FormEvent> = Vec::new();
         for piece in form.as_bytes().chunks(step) {
             parser.feed(piece);
-            while let Some(event) = parser.next()? {
+            while let Some(event) = parser.event()? {
                 match (events.last_mut(), event) {
                     (Some(FormEvent::Data(before)), FormEvent::Data(more)) => {
                         *before = [&before[..], &more[..]].concat().into();
@@ -250,10 +250,10 @@ mod tests {
         // Content is handed on, not kept.
         let mut parser = MultipartForm::new("multipart/form-data; boundary=xY").unwrap();
         parser.feed(b"--xY\r\nContent-Disposition: form-data; name=\"file\"\r\n\r\n");
-        while parser.next().unwrap().is_some() {}
+        while parser.event().unwrap().is_some() {}
         for _ in 0..100 {
             parser.feed(&[b'x'; 1000]);
-            while parser.next().unwrap().is_some() {}
+            while parser.event().unwrap().is_some() {}
             assert!(parser.buffer.len() < 100);
         }
     }

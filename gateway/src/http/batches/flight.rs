@@ -61,7 +61,7 @@ impl LineFlight {
     }
 
     /// Lines on their way.
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.lines.len()
     }
 

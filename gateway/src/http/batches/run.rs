@@ -191,10 +191,10 @@ impl LineRun<'_> {
         input.skip(number).await?;
         let most = self.held.front.args.files.batch_flight as usize;
         loop {
-            while self.flight().len() >= most {
+            while self.flight().count() >= most {
                 tokio::time::sleep(ROOM_PAUSE).await;
             }
-            let room = (most - self.flight().len().min(most - 1)).min(FEED_LINES);
+            let room = (most - self.flight().count().min(most - 1)).min(FEED_LINES);
             let requests = input.chunk(room, FEED_BYTES).await?;
             if requests.is_empty() {
                 self.flight().closed = true;

@@ -132,7 +132,7 @@ impl Receipt {
         let mut finished = false;
         while let Some(piece) = incoming.next().await? {
             form.feed(&piece);
-            while let Some(event) = form.next().map_err(wrong)? {
+            while let Some(event) = form.event().map_err(wrong)? {
                 finished |= event == FormEvent::Finished;
                 self.take(event).await?;
             }

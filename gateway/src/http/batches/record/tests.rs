@@ -77,7 +77,7 @@ fn work(bucket: &mut Bucket, gateway: &mut Gateway, now: i64, most: u64) -> bool
         BatchTask::Run => {
             let stop = before.stop(now);
             let lines = before.written..(before.written + most.max(1)).min(TOTAL);
-            let good = |line: &u64| line % 2 == 0 && stop.is_none();
+            let good = |line: &u64| line.is_multiple_of(2) && stop.is_none();
             let segment = ResultSegment {
                 from: before.written,
                 lines: lines.end - lines.start,
