@@ -357,7 +357,7 @@ mod tests {
             codes: (0..8).map(|at| first + at).collect::<Vec<u8>>().into(),
             row_bytes: 2,
             block: (1, 2),
-            scales: (1..=8).map(f32::from).collect(),
+            scales: (1_u8..=8).map(f32::from).collect(),
             zeros: Zeros::Same(8),
             order: Vec::new(),
         };

@@ -86,7 +86,7 @@ impl<'a> Module<'a, '_> {
         }
     }
 
-    /// BlockScales of a part, and the rows and columns of the block that each is of: one for all, one for each row, or as
+    /// Scales of a part, and the rows and columns of the block that each is of: one for all, one for each row, or as
     /// `block` says.
     pub fn scales(&self, part: &str, block: Option<(usize, usize)>) -> Result<BlockScales, BindError> {
         let (rows, columns) = self.shape;
@@ -121,7 +121,7 @@ impl<'a> Module<'a, '_> {
     }
 }
 
-/// BlockScales, row-major, each of a block of rows and columns.
+/// Scales, row-major, each of a block of rows and columns.
 pub struct BlockScales {
     pub values: Vec<f32>,
     pub block: (usize, usize),
