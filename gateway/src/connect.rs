@@ -29,8 +29,8 @@ const COMMANDS_MAX: usize = 2048;
 /// Messages of one subscription of a command that wait to be read.
 const MESSAGES_MAX: usize = 65_536;
 
-/// Messages of one subscription of a gateway that wait to be read; more are lost, which every reader of one has to bear.
-/// One read of a stream asks for fewer.
+/// Messages of one subscription of a gateway that wait to be read; more are lost, which every reader of one has to
+/// bear. One read of a stream asks for fewer.
 const UNREAD_MAX: usize = 1024;
 
 /// A connected broker and the model that the command is about.

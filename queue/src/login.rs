@@ -215,9 +215,9 @@ mod tests {
             Login::of(&config, &address).map_err(|error| error.to_string())
         };
         assert_eq!(of("tokenFile: /t"), Ok(Login::Token(Secret::File("/t".into()))), "before the address's");
-        let error = of("tokenFile: /t, nkeyFile: /n").err().expect("refused");
+        let error = of("tokenFile: /t, nkeyFile: /n").unwrap_err();
         assert!(error.contains("nats.tokenFile") && error.contains("nkeyFile"), "{error}");
-        let error = of("userFile: /u").err().expect("refused");
+        let error = of("userFile: /u").unwrap_err();
         assert!(error.contains("nats.userFile") && error.contains("passwordFile"), "{error}");
         assert!(of("userFile: /u, passwordFile: /p").is_ok());
     }

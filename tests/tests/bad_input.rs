@@ -267,8 +267,8 @@ fn bad_files() -> Vec<FolderCase> {
         ),
         invalid(Set("config.json", "rope_scaling", json!({"type": "spiral"})), &["spiral"]),
         invalid(
-            Set("config.json", "quantization_config", json!({"quant_method": "awq"})),
-            &["self_attn.q_proj.qweight"],
+            Set("config.json", "quantization_config", json!({"quant_method": "bitsandbytes"})),
+            &["quant_method", "bitsandbytes"],
         ),
         invalid(Set("config.json", "hidden_act", json!("gelu")), &["hidden_act", "gelu", "silu"]),
         invalid(Remove("model.safetensors"), &["model.safetensors"]),

@@ -33,6 +33,7 @@ fn cases() -> Vec<Case> {
     cases.extend(engine_and_queue_cases());
     cases.extend(scaling_cases());
     cases.extend(template_cases());
+    cases.extend(login_cases());
     cases.push(("/model/uri", json!(format!("s3://models/{long}")), &["spec.model.uri", "1024"]));
     cases
 }
@@ -136,6 +137,50 @@ fn engine_and_queue_cases() -> Vec<Case> {
         ),
         ("/drain/timeout", json!("25h"), &["spec.drain.timeout must be at most 24h"]),
         ("/start/timeout", json!("1s"), &["spec.start.timeout must be between 10s and 24h"]),
+    ]
+}
+
+/// Logins, authorities and proxies, of the model's store, of the results' and of the broker.
+fn login_cases() -> Vec<Case> {
+    let role = "arn:aws:iam::123456789012:role/models";
+    let results = |more: Value| {
+        let mut store = json!({"uri": "s3://results/x"});
+        store.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
+        ("/results/objectStore", store)
+    };
+    let with =
+        |(pointer, value): (&'static str, Value), words: &'static [&'static str]| (pointer, value, words);
+    vec![
+        (
+            "/model/webIdentity",
+            json!({"roleArn": role}),
+            &["spec.model: credentialsSecretRef and webIdentity"],
+        ),
+        ("/model/caSecretRef", json!({"name": "A_B"}), &["spec.model.caSecretRef.name must be the name"]),
+        ("/model/proxy", json!("proxy:3128"), &["spec.model.proxy must be http://host:port"]),
+        (
+            "/model/webIdentity",
+            json!({"roleArn": role, "endpoint": "sts"}),
+            &["spec.model.webIdentity.endpoint must be http://host:port"],
+        ),
+        with(
+            results(json!({"credentialsSecretRef": {"name": "s3"}, "webIdentity": {"roleArn": role}})),
+            &["spec.results.objectStore: credentialsSecretRef and webIdentity"],
+        ),
+        with(
+            results(json!({"caSecretRef": {"name": "A_B"}})),
+            &["objectStore.caSecretRef.name must be the name"],
+        ),
+        with(results(json!({"proxy": "proxy:3128"})), &["spec.results.objectStore.proxy must be"]),
+        with(
+            results(json!({"webIdentity": {"roleArn": role, "endpoint": "sts"}})),
+            &["spec.results.objectStore.webIdentity.endpoint must be"],
+        ),
+        (
+            "/queue/credentialsSecretRef",
+            json!({"name": "A_B"}),
+            &["spec.queue.credentialsSecretRef.name must be"],
+        ),
     ]
 }
 

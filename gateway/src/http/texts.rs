@@ -77,7 +77,7 @@ impl JobTexts {
     }
 
     /// What waits of the first choice of which something does.
-    pub fn next(&mut self) -> Option<ChoicePiece> {
+    pub fn pop(&mut self) -> Option<ChoicePiece> {
         let (index, choice) = self.choices.iter_mut().find(|(_, choice)| !choice.waiting.is_empty())?;
         choice.taken = choice.end;
         Some(ChoicePiece { index: *index, text: std::mem::take(&mut choice.waiting), end: choice.end })
@@ -144,7 +144,7 @@ mod tests {
     }
 
     fn taken(texts: &mut JobTexts) -> Vec<(u32, String)> {
-        std::iter::from_fn(|| texts.next()).map(|piece| (piece.index, piece.text)).collect()
+        std::iter::from_fn(|| texts.pop()).map(|piece| (piece.index, piece.text)).collect()
     }
 
     #[test]

@@ -305,9 +305,10 @@ fn logits_product(
     let values = Values { isa: forms.isa, out, stride: features, features, add: false, bias: None };
     linear::product(pool, forms, head, x, &values);
     if let Some(cap) = cap {
-        // SAFETY: each row belongs to one task.
         pool.run(x.1, |_, row| {
-            rows::cap(forms.isa, unsafe { values.out.range(row * features, features) }, cap)
+            // SAFETY: each row belongs to one task.
+            let row = unsafe { values.out.range(row * features, features) };
+            rows::cap(forms.isa, row, cap);
         });
     }
 }

@@ -132,7 +132,7 @@ fn what_nobody_asks_for_refuses_nothing() {
             &json!({"a": "x.safetensors"}),
             &[("x.safetensors", odd.as_slice())],
             "n",
-            "it has type I64; read are F32",
+            "it has type I64; where config.json names no quantization_config for it, F32",
         ),
         (
             &json!({"z": "x.safetensors", "y": "y.safetensors"}),

@@ -66,7 +66,7 @@ struct JobEvents {
 impl JobEvents {
     fn waiting(&mut self) -> Vec<Bytes> {
         let mut lines = Vec::new();
-        while let Some(piece) = self.texts.next() {
+        while let Some(piece) = self.texts.pop() {
             let id = places_text(&self.texts.places());
             let data = json!({"index": piece.index, "text": piece.text});
             lines.push(format!("id: {id}\nevent: delta\ndata: {data}\n\n").into());

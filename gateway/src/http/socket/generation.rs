@@ -65,7 +65,7 @@ impl SocketGeneration {
                 permit = client.reserve(), if ready => {
                     let Ok(permit) = permit else { return };
                     window = window.map(|left| left - 1);
-                    match texts.next() {
+                    match texts.pop() {
                         Some(piece) => permit.send(Message::text(protocol::delta(&id, &piece))),
                         None => {
                             permit.send(Message::text(last.take().unwrap_or_default()));
